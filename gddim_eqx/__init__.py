@@ -1,0 +1,21 @@
+from ._basis import AbstractBasis as AbstractBasis, Cosine as Cosine, Identity as Identity
+from ._grid import time_grid as time_grid
+from ._mixture import GaussianMixture as GaussianMixture
+from ._operator import BlockLinearOperator as BlockLinearOperator
+from ._process import (
+    AbstractDiagonalProcess as AbstractDiagonalProcess,
+    AbstractProcess as AbstractProcess,
+    AbstractScalarProcess as AbstractScalarProcess,
+    AbstractSchedule as AbstractSchedule,
+    BDM as BDM,
+    CLD as CLD,
+    CosineSquared as CosineSquared,
+    Linear as Linear,
+    SubVP as SubVP,
+    VE as VE,
+    VP as VP,
+)
+from ._state import Phase as Phase
+from ._term import ProbabilityFlow as ProbabilityFlow
+from . import solvers as solvers
+from .solvers import GDDIM as GDDIM

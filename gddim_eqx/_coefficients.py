@@ -1,0 +1,126 @@
+r"""The coefficients of the exponential integrator, computed from the times of the step.
+
+Over a step from $s$ to $t$ the probability flow is, exactly,
+
+$$u_t = \Psi(t, s)\,u_s + \int_s^t \epsilon(\tau)\,\mathrm{d}_\tau
+\left[\Psi(t, \tau) R_\tau\right].$$
+
+With the noise prediction $\epsilon$ replaced by a polynomial in
+$x = (\tau - s) / (t - s)$ through stored evaluations, all that is needed of the process
+are the moments
+
+$$M_i = \int_s^t x^i\,\mathrm{d}_\tau \left[\Psi(t, \tau) R_\tau\right]
+= R_t - [i = 0]\,\Psi(t, s) R_s - \int_0^1 i\,x^{i-1}\,\Psi(t, \tau) R_\tau\,
+\mathrm{d}x,$$
+
+in which neither $G$ nor an inverse occurs and the integrand is bounded and smooth. (The
+paper's equations 18 and 19 have the integrand $\frac{1}{2} \Psi G G^\top R^{-\top}$,
+which is the same derivative.)
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Inexact
+
+from ._process import AbstractProcess
+
+
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(20)
+_NODES, _WEIGHTS = (_NODES + 1) / 2, _WEIGHTS / 2
+
+
+def moments(
+    process: AbstractProcess, s: Array, t: Array, number: int
+) -> Inexact[Array, "number n n *spectrum"]:
+    """The blocks of the first moments of a step.
+
+    **Arguments:**
+
+    - `process`: the forward process.
+    - `s`, `t`: where the step starts and ends. They may be equal.
+    - `number`: how many moments.
+
+    **Returns:** the blocks of M_0, ..., M_{number - 1}.
+    """
+    at_start = (process.transition(t, s) @ process.factor(s)).blocks
+    at_end, at_start = _same_rank(process.factor(t).blocks, at_start)
+    first = at_end - at_start
+    if number == 1:
+        return first[None]
+
+    x, weight = _step_quadrature(process, s, t)
+
+    def integrand(x):
+        tau = s + (t - s) * x
+        return (process.transition(t, tau) @ process.factor(tau)).blocks
+
+    values = jax.vmap(integrand)(x)
+    rule = jnp.stack([weight * i * x ** (i - 1) for i in range(1, number)])
+    rule = rule.reshape(*rule.shape, *[1] * (values.ndim - 1))
+    higher = at_end[None] - (rule * values[None]).sum(1)
+    return jnp.concatenate([first[None], higher])
+
+
+def _same_rank(a, b):
+    rank = max(a.ndim, b.ndim)
+    a, b = (jnp.expand_dims(y, tuple(range(y.ndim, rank))) for y in (a, b))
+    shape = jnp.broadcast_shapes(a.shape, b.shape)
+    return jnp.broadcast_to(a, shape), jnp.broadcast_to(b, shape)
+
+
+def _step_quadrature(process, s, t):
+    """Gauss-Legendre nodes and weights on x in [0, 1].
+
+    They are uniform in z with t = scale * sinh(z)^2. Noise grows like the square root of
+    time at first, which is linear in z, and later changes with the logarithm of time,
+    which is linear in z too.
+    """
+    dtype = s.dtype
+    nodes, weights = jnp.asarray(_NODES, dtype), jnp.asarray(_WEIGHTS, dtype)
+    z_s, z_t = (jnp.arcsinh(jnp.sqrt(r / process.t_min)) for r in (s, t))
+    # sinh(a)^2 - sinh(b)^2 = sinh(a - b) sinh(a + b), which does not cancel.
+    width = z_t - z_s
+    length = jnp.sinh(width) * jnp.sinh(z_s + z_t)
+    still = length == 0
+    length = jnp.where(still, 1, length)
+    x = jnp.sinh(width * nodes) * jnp.sinh(2 * z_s + width * nodes) / length
+    dx = width * jnp.sinh(2 * (z_s + width * nodes)) / length
+    return jnp.where(still, nodes, x), jnp.where(still, weights, weights * dx)
+
+
+def lagrange(
+    nodes: Inexact[Array, " nodes"], valid: Bool[Array, " nodes"]
+) -> Inexact[Array, "nodes nodes"]:
+    """The Lagrange basis polynomials through the valid ones of some nodes.
+
+    **Arguments:**
+
+    - `nodes`: distinct abscissae, as far as they are valid.
+    - `valid`: which of them to use.
+
+    **Returns:** in row `j` the coefficients, lowest power first, of the polynomial of
+    node `j`; zero if that is not valid.
+    """
+    number = nodes.shape[0]
+    coefficients = jnp.zeros((number, number), nodes.dtype)
+    coefficients = coefficients.at[:, 0].set(jnp.where(valid, 1, 0))
+    for k in range(number):
+        distance = nodes - nodes[k]
+        use = valid[k] & (distance != 0)
+        distance = jnp.where(use, distance, 1)[:, None]
+        shifted = jnp.pad(coefficients[:, :-1], ((0, 0), (1, 0)))
+        product = (shifted - nodes[k] * coefficients) / distance
+        coefficients = jnp.where(use[:, None], product, coefficients)
+    return coefficients
+
+
+def weights(
+    polynomials: Inexact[Array, "nodes number"],
+    moments: Inexact[Array, "number n n *spectrum"],
+) -> Inexact[Array, "nodes n n *spectrum"]:
+    """The integrals of polynomials given by their coefficients, from the moments."""
+    rank = moments.ndim - 1
+    polynomials = polynomials.reshape(*polynomials.shape, *[1] * rank)
+    return (polynomials * moments[None]).sum(1)
+

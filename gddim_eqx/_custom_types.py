@@ -1,0 +1,21 @@
+from typing import Any, TYPE_CHECKING
+
+import jax
+import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Inexact, PyTree, Real
+
+
+if TYPE_CHECKING:
+    RealScalarLike = float | int | Array | np.ndarray
+    BoolScalarLike = bool | Array | np.ndarray
+    Key = jax.Array
+else:
+    from jaxtyping import PRNGKeyArray, UInt32
+
+    RealScalarLike = Real[ArrayLike, ""]
+    BoolScalarLike = Bool[ArrayLike, ""]
+    Key = PRNGKeyArray | UInt32[Array, "2"]
+
+# One array, a `Phase`, or a tuple of arrays; each `(*batch, *shape)`.
+State = PyTree[Inexact[Array, "..."], "State"]
+Args = PyTree[Any]

@@ -1,0 +1,156 @@
+import math
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, ArrayLike, Inexact
+
+from ._custom_types import Key
+from ._process import AbstractProcess
+from ._state import check_state
+
+
+class GaussianMixture(eqx.Module):
+    r"""Data distributed as a mixture of equally wide isotropic normals,
+    $\sum_k w_k\,\mathcal{N}(\mu_k, s^2 I)$.
+
+    Under every linear process it stays a mixture of normals, so the exact noise
+    prediction is known in closed form: a model without a network, with which samplers
+    can be tested and compared.
+    """
+
+    means: Inexact[Array, "components *shape"]
+    scale: float = eqx.field(static=True)
+    weights: Inexact[Array, " components"]
+
+    def __init__(
+        self,
+        means: ArrayLike,
+        scale: float = 0.0,
+        weights: ArrayLike | None = None,
+    ):
+        """**Arguments:**
+
+        - `means`: `(components, *shape)`, where `shape` is that of one data sample.
+        - `scale`: the common standard deviation; 0 for a distribution on points.
+        - `weights`: `(components,)`, positive; normalised here. Equal by default.
+
+        **Raises:** `ValueError` if these do not fit.
+        """
+        means = jnp.asarray(means)
+        if not jnp.issubdtype(means.dtype, jnp.floating):
+            means = means.astype(jnp.result_type(float))
+        if means.ndim == 0 or means.shape[0] == 0:
+            raise ValueError(
+                "`means` must have shape (components, *shape) with at least one "
+                f"component; got {means.shape}."
+            )
+        if not (math.isfinite(scale) and scale >= 0):
+            raise ValueError(f"`scale` must be finite and not negative; got {scale}.")
+        number = means.shape[0]
+        raw = np.ones(number) if weights is None else np.asarray(weights, np.float64)
+        if raw.shape != (number,) or not (raw > 0).all():
+            raise ValueError(
+                f"`weights` must be {number} positive numbers, one per component; got "
+                f"{weights}."
+            )
+        self.means = means
+        self.scale = float(scale)
+        self.weights = jnp.asarray(raw / raw.sum(), means.dtype)
+
+    def sample(self, key: Key, n: int) -> Inexact[Array, "n *shape"]:
+        """Draw data.
+
+        **Arguments:**
+
+        - `key`: a random key.
+        - `n`: the number of samples.
+
+        **Returns:** data, `(n, *shape)`.
+        """
+        which, around = jr.split(key)
+        k = jr.choice(which, self.means.shape[0], (n,), p=self.weights)
+        means = self.means[k]
+        return means + self.scale * jr.normal(around, means.shape, means.dtype)
+
+    def model(self, process: AbstractProcess) -> Callable:
+        r"""The exact noise prediction $-R_t^\top \nabla \log p_t(u)$ under a process.
+
+        **Arguments:**
+
+        - `process`: a forward process for data of this shape.
+
+        **Returns:** a model for [`gddim_eqx.ProbabilityFlow`][], called as
+        `model(t, u, args)`.
+
+        **Raises:** `ValueError` if the process is for data of another shape.
+        """
+        if process.shape != self.means.shape[1:]:
+            raise ValueError(
+                f"This mixture is of data of shape {self.means.shape[1:]}, the process "
+                f"is for {process.shape}."
+            )
+        return _MixtureModel(self, process)
+
+
+class _MixtureModel(eqx.Module):
+    mixture: GaussianMixture
+    process: AbstractProcess
+
+    def __call__(self, t, u, args):
+        del args
+        process, shape = self.process, self.process.shape
+        check_state(u, process.num_components, shape, "The state")
+        leaves = jtu.tree_leaves(u)
+        dtype = leaves[0].dtype
+        t = jnp.asarray(t, dtype)
+        means = process.basis.forward(self.mixture.means.astype(dtype))
+        means = means.reshape(means.shape[0], -1)
+
+        # A component has the mean `direction * its mean` and the covariance
+        # `covariance`, which is the same for all.
+        factor = process.factor(t)
+        direction = (
+            process.transition(t, jnp.zeros_like(t)).blocks[:, 0] * process.data_scale
+        )
+        covariance = process.covariance(t)
+        spread = direction[:, None] * direction[None] * self.mixture.scale**2
+        precision = (covariance + eqx.tree_at(lambda c: c.blocks, factor, spread)).inverse()
+
+        def per_coordinate(x):
+            return jnp.broadcast_to(x.reshape(x.shape or (1,) * len(shape)), shape)
+
+        n = process.num_components
+        precise = precision.mv(process.from_data(u))
+        a = [per_coordinate(direction[i]) for i in range(n)]
+        pull = sum(
+            _pad(ai, p) * p for ai, p in zip(a, jtu.tree_leaves(precise), strict=True)
+        )
+        stiffness = sum(
+            a[i] * a[j] * per_coordinate(precision.blocks[i, j])
+            for i in range(n)
+            for j in range(n)
+        )
+        size = math.prod(shape)
+        batch = leaves[0].shape[: leaves[0].ndim - len(shape)]
+        highest = jax.lax.Precision.HIGHEST
+        fit = jnp.matmul(pull.reshape(-1, size), means.T, precision=highest)
+        penalty = 0.5 * (stiffness.reshape(1, size) * means**2).sum(1)
+        logits = fit - penalty[None] + jnp.log(self.mixture.weights.astype(dtype))[None]
+        posterior = jax.nn.softmax(logits, axis=-1)
+        mean = jnp.matmul(posterior, means, precision=highest).reshape(*batch, *shape)
+
+        residual = [
+            x - _pad(ai, mean) * mean
+            for ai, x in zip(a, jtu.tree_leaves(process.from_data(u)), strict=True)
+        ]
+        residual = jtu.tree_unflatten(jtu.tree_structure(u), residual)
+        return process.to_data((factor.T @ precision).mv(residual))
+
+
+def _pad(x, like):
+    return jnp.expand_dims(x, tuple(range(like.ndim - x.ndim)))

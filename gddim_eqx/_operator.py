@@ -1,0 +1,302 @@
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+from jaxtyping import Array, Inexact
+
+from ._custom_types import State
+from ._state import join_components
+
+
+class BlockLinearOperator(lx.AbstractLinearOperator):
+    r"""A linear operator made of one small $n \times n$ block per coordinate.
+
+    A state has $n$ components, each shaped like the data (one for VP, position and
+    velocity for CLD). At each coordinate of the data the operator mixes the $n$
+    components by a block, and never mixes coordinates. All of drift, diffusion,
+    transition, covariance and their factors are of this kind, in the basis in which the
+    state is kept.
+
+    - one block for all coordinates: `blocks` has shape `(n, n)`;
+    - one block per coordinate or frequency: `(n, n, *spectrum)`, where `spectrum` has as
+      many axes as the data and broadcasts to its shape.
+
+    It is closed under `+`, `-`, `@`, multiplication by scalars, `.T`,
+    [`inverse`][gddim_eqx.BlockLinearOperator.inverse] and
+    [`cholesky`][gddim_eqx.BlockLinearOperator.cholesky]. Being a
+    `lineax.AbstractLinearOperator` it works with `lineax.linear_solve` and as the vector
+    field of a `diffrax.ControlTerm`.
+    """
+
+    blocks: Inexact[Array, "n n *spectrum"]
+    shape: tuple[int, ...] = eqx.field(static=True)
+    tags: frozenset[object] = eqx.field(static=True)
+
+    def __init__(
+        self,
+        blocks: Inexact[Array, "n n *spectrum"],
+        shape: tuple[int, ...],
+        tags: object | frozenset[object] = frozenset(),
+    ):
+        """**Arguments:**
+
+        - `blocks`: the blocks, of shape `(n, n)` or `(n, n, *spectrum)`.
+        - `shape`: the shape of one data sample.
+        - `tags`: `lineax` tags, such as `lineax.positive_semidefinite_tag`. Unchecked.
+
+        **Raises:** `ValueError` if the shapes do not fit.
+        """
+        shape = tuple(shape)
+        spectrum = jnp.shape(blocks)[2:]
+        fits = spectrum == () or (
+            len(spectrum) == len(shape)
+            and all(a in (1, b) for a, b in zip(spectrum, shape))
+        )
+        if jnp.ndim(blocks) < 2 or blocks.shape[0] != blocks.shape[1] or not fits:
+            raise ValueError(
+                "`blocks` must have shape (n, n), or (n, n, *spectrum) with `spectrum` "
+                f"broadcastable to the data's shape {shape} axis by axis; got "
+                f"{jnp.shape(blocks)}."
+            )
+        self.blocks = blocks
+        self.shape = shape
+        self.tags = tags if isinstance(tags, frozenset) else frozenset([tags])
+
+    @property
+    def num_components(self) -> int:
+        return self.blocks.shape[0]
+
+    def _like(self, blocks, tags=frozenset()) -> "BlockLinearOperator":
+        return BlockLinearOperator(blocks, self.shape, tags)
+
+    def astype(self, dtype) -> "BlockLinearOperator":
+        """The same operator with its blocks in another dtype."""
+        return self._like(self.blocks.astype(dtype), self.tags)
+
+    def mv(self, vector: State) -> State:
+        """Apply the operator to a state.
+
+        **Arguments:**
+
+        - `vector`: a state whose leaves have shape `(*batch, *shape)`.
+
+        **Returns:** a state of the same structure and shape.
+
+        **Raises:** `ValueError` if `vector` is not made of `n` leaves that end in
+        `shape`.
+        """
+        leaves, treedef = jtu.tree_flatten(vector)
+        n = self.num_components
+        rank = len(self.shape)
+        if len(leaves) != n or any(
+            jnp.shape(x)[jnp.ndim(x) - rank :] != self.shape for x in leaves
+        ):
+            raise ValueError(
+                f"This operator acts on states of {n} component(s) of shape (*batch, "
+                f"{', '.join(map(str, self.shape))}); got leaves of shape "
+                f"{[jnp.shape(x) for x in leaves]}."
+            )
+
+        def entry(i, j, x):
+            block = self.blocks[i, j]
+            if block.ndim:
+                block = jnp.expand_dims(block, tuple(range(x.ndim - rank)))
+            return block * x
+
+        out = [sum(entry(i, j, x) for j, x in enumerate(leaves)) for i in range(n)]
+        return jtu.tree_unflatten(treedef, out)
+
+    def as_matrix(self) -> Inexact[Array, "size size"]:
+        n, size = self.num_components, math.prod(self.shape)
+        spectrum = self.blocks.shape[2:] or (1,) * len(self.shape)
+        blocks = self.blocks.reshape(n, n, *spectrum)
+        diagonals = jnp.broadcast_to(blocks, (n, n, *self.shape)).reshape(n, n, size)
+        eye = jnp.eye(size, dtype=self.blocks.dtype)
+        matrix = diagonals[:, :, :, None] * eye[None, None]
+        return matrix.transpose(0, 2, 1, 3).reshape(n * size, n * size)
+
+    def transpose(self) -> "BlockLinearOperator":
+        if lx.is_symmetric(self):
+            return self
+        return self._like(
+            jnp.swapaxes(self.blocks, 0, 1), lx.transpose_tags(self.tags)
+        )
+
+    def in_structure(self):
+        leaf = jax.ShapeDtypeStruct(self.shape, self.blocks.dtype)
+        return join_components([leaf] * self.num_components)
+
+    def out_structure(self):
+        return self.in_structure()
+
+    def inverse(self) -> "BlockLinearOperator":
+        """The inverse operator, block by block. A singular block gives `inf` or `nan`."""
+        b = self.blocks
+        if self.num_components == 1:
+            inverse = 1 / b
+        elif self.num_components == 2:
+            determinant = b[0, 0] * b[1, 1] - b[0, 1] * b[1, 0]
+            adjugate = [[b[1, 1], -b[0, 1]], [-b[1, 0], b[0, 0]]]
+            inverse = jnp.array(adjugate) / determinant[None, None]
+        else:
+            inverse = _last_to_first(jnp.linalg.inv(_first_to_last(b)))
+        definite = lx.positive_semidefinite_tag
+        return self._like(inverse, self.tags & frozenset([definite, lx.symmetric_tag]))
+
+    def cholesky(self) -> "BlockLinearOperator":
+        r"""The lower triangular $L$ with $L L^\top$ equal to this operator, block by
+        block. A block that is not positive definite gives `nan`."""
+        b = self.blocks
+        if self.num_components == 1:
+            factor = jnp.sqrt(b)
+        elif self.num_components == 2:
+            top = jnp.sqrt(b[0, 0])
+            side = b[1, 0] / top
+            corner = jnp.sqrt(b[1, 1] - side**2)
+            factor = jnp.array([[top, jnp.zeros_like(top)], [side, corner]])
+        else:
+            factor = _last_to_first(jnp.linalg.cholesky(_first_to_last(b)))
+        return self._like(factor, lx.lower_triangular_tag)
+
+    def __add__(self, other):
+        if not isinstance(other, BlockLinearOperator):
+            return super().__add__(other)
+        a, b = _same_rank(self, other)
+        return self._like(a + b, self.tags & other.tags & _CLOSED_UNDER_SUM)
+
+    def __sub__(self, other):
+        if not isinstance(other, BlockLinearOperator):
+            return super().__sub__(other)
+        return self + (-other)
+
+    def __mul__(self, other):
+        other = jnp.asarray(other)
+        if other.shape != ():
+            raise ValueError(
+                "Can only multiply a `BlockLinearOperator` by scalars; got an array of "
+                f"shape {other.shape}. Use `@` to compose operators."
+            )
+        return self._like(self.blocks * other, self.tags & _CLOSED_UNDER_SCALING)
+
+    def __truediv__(self, other):
+        return self * (1 / jnp.asarray(other))
+
+    def __neg__(self):
+        return self._like(-self.blocks, self.tags & _CLOSED_UNDER_SCALING)
+
+    def __matmul__(self, other):
+        if not isinstance(other, BlockLinearOperator):
+            return super().__matmul__(other)
+        a, b = _same_rank(self, other)
+        # Elementwise rather than a dot product: `n` is tiny, this fuses, and no backend
+        # lowers its precision.
+        tags = self.tags & other.tags & _CLOSED_UNDER_PRODUCT
+        return self._like((a[:, :, None] * b[None]).sum(1), tags)
+
+
+_CLOSED_UNDER_SUM = frozenset(
+    [
+        lx.symmetric_tag,
+        lx.positive_semidefinite_tag,
+        lx.lower_triangular_tag,
+        lx.upper_triangular_tag,
+    ]
+)
+_CLOSED_UNDER_SCALING = _CLOSED_UNDER_SUM - {lx.positive_semidefinite_tag}
+_CLOSED_UNDER_PRODUCT = frozenset([lx.lower_triangular_tag, lx.upper_triangular_tag])
+
+
+def _same_rank(
+    one: BlockLinearOperator, other: BlockLinearOperator
+) -> tuple[Array, Array]:
+    if one.num_components != other.num_components or one.shape != other.shape:
+        raise ValueError(
+            "Can only combine operators on the same states; got "
+            f"{one.num_components} component(s) of shape {one.shape} and "
+            f"{other.num_components} of shape {other.shape}."
+        )
+    rank = max(one.blocks.ndim, other.blocks.ndim)
+
+    def pad(blocks):
+        return jnp.expand_dims(blocks, tuple(range(blocks.ndim, rank)))
+
+    return pad(one.blocks), pad(other.blocks)
+
+
+def _first_to_last(blocks):
+    return jnp.moveaxis(blocks, (0, 1), (-2, -1))
+
+
+def _last_to_first(blocks):
+    return jnp.moveaxis(blocks, (-2, -1), (0, 1))
+
+
+@lx.linearise.register(BlockLinearOperator)
+@lx.materialise.register(BlockLinearOperator)
+def _(operator):
+    return operator
+
+
+@lx.conj.register(BlockLinearOperator)
+def _(operator):
+    return BlockLinearOperator(operator.blocks.conj(), operator.shape, operator.tags)
+
+
+@lx.diagonal.register(BlockLinearOperator)
+def _(operator):
+    n = operator.num_components
+    spectrum = operator.blocks.shape[2:] or (1,) * len(operator.shape)
+    diagonal = jnp.stack([operator.blocks[i, i] for i in range(n)])
+    diagonal = diagonal.reshape(n, *spectrum)
+    return jnp.broadcast_to(diagonal, (n, *operator.shape)).reshape(-1)
+
+
+@lx.tridiagonal.register(BlockLinearOperator)
+def _(operator):
+    matrix = operator.as_matrix()
+    return jnp.diagonal(matrix), jnp.diagonal(matrix, -1), jnp.diagonal(matrix, 1)
+
+
+@lx.is_diagonal.register(BlockLinearOperator)
+@lx.is_tridiagonal.register(BlockLinearOperator)
+def _(operator):
+    return operator.num_components == 1 or lx.diagonal_tag in operator.tags
+
+
+@lx.is_symmetric.register(BlockLinearOperator)
+def _(operator):
+    symmetric = {
+        lx.symmetric_tag,
+        lx.diagonal_tag,
+        lx.positive_semidefinite_tag,
+        lx.negative_semidefinite_tag,
+    }
+    return operator.num_components == 1 or bool(symmetric & operator.tags)
+
+
+@lx.is_lower_triangular.register(BlockLinearOperator)
+def _(operator):
+    return lx.is_diagonal(operator) or lx.lower_triangular_tag in operator.tags
+
+
+@lx.is_upper_triangular.register(BlockLinearOperator)
+def _(operator):
+    return lx.is_diagonal(operator) or lx.upper_triangular_tag in operator.tags
+
+
+@lx.is_positive_semidefinite.register(BlockLinearOperator)
+def _(operator):
+    return lx.positive_semidefinite_tag in operator.tags
+
+
+@lx.is_negative_semidefinite.register(BlockLinearOperator)
+def _(operator):
+    return lx.negative_semidefinite_tag in operator.tags
+
+
+@lx.has_unit_diagonal.register(BlockLinearOperator)
+def _(operator):
+    return lx.unit_diagonal_tag in operator.tags

@@ -1,0 +1,82 @@
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+from numpy.polynomial import chebyshev
+from jaxtyping import Array, Inexact
+
+
+class PiecewisePolynomial:
+    """A tabulated function of one real variable: a polynomial on each panel.
+
+    Built once on the host in float64, evaluated in the dtype of its argument. It is a
+    constant of the program rather than a PyTree: it has no leaves that an optimiser
+    could find, and compares and hashes by identity.
+    """
+
+    edges: np.ndarray  # (panels + 1,)
+    coefficients: np.ndarray  # (panels, degree + 1, *value), of Chebyshev polynomials
+
+    def __init__(self, edges: np.ndarray, node_values: np.ndarray):
+        """**Arguments:**
+
+        - `edges`: increasing ends of the panels, `(panels + 1,)`.
+        - `node_values`: the function at `panel_nodes(degree)` of each panel, `(panels,
+            degree + 1, *value)`.
+        """
+        self.edges = np.asarray(edges, np.float64)
+        degree = node_values.shape[1] - 1
+        self.coefficients = np.einsum(
+            "dn,pn...->pd...", _to_chebyshev(degree), node_values
+        )
+
+    def __call__(self, x: Inexact[Array, ""]) -> Inexact[Array, "*value"]:
+        edges = jnp.asarray(self.edges, x.dtype)
+        # An argument outside belongs to the first or last panel.
+        panel = (x >= edges[1:-1]).sum()
+        left, right = edges[panel], edges[panel + 1]
+        u = ((x - left) - (right - x)) / (right - left)
+        coefficients = jnp.asarray(self.coefficients, x.dtype)[panel]
+        # Clenshaw's recurrence.
+        one, two = jnp.zeros_like(coefficients[0]), jnp.zeros_like(coefficients[0])
+        for coefficient in coefficients[:0:-1]:
+            one, two = 2 * u * one - two + coefficient, one
+        return u * one - two + coefficients[0]
+
+
+def panel_nodes(degree: int) -> np.ndarray:
+    """Chebyshev nodes of the first kind on [-1, 1], increasing."""
+    return -np.cos(np.pi * (np.arange(degree + 1) + 0.5) / (degree + 1))
+
+
+def nodes_of_panels(edges: np.ndarray, degree: int) -> np.ndarray:
+    """The nodes of every panel, `(panels, degree + 1)`."""
+    left, right = edges[:-1, None], edges[1:, None]
+    return left + (right - left) * (1 + panel_nodes(degree)) / 2
+
+
+def integration_matrix(degree: int) -> np.ndarray:
+    """The matrix from values at `panel_nodes(degree)` to the integrals from -1 to each
+    of those nodes and, in its last row, to 1."""
+    nodes = panel_nodes(degree)
+    columns = _to_chebyshev(degree).T
+    integrals = np.stack([chebyshev.chebint(column, lbnd=-1) for column in columns])
+    ends = chebyshev.chebvander(np.append(nodes, 1.0), degree + 1)
+    return ends @ integrals.T
+
+
+def _to_chebyshev(degree: int) -> np.ndarray:
+    """The matrix from values at `panel_nodes(degree)` to Chebyshev coefficients."""
+    return np.linalg.inv(chebyshev.chebvander(panel_nodes(degree), degree))
+
+
+def cumulative_integral(
+    fn: Callable[[np.ndarray], np.ndarray], edges: np.ndarray, degree: int
+) -> np.ndarray:
+    """The integral of `fn` from `edges[0]` to the nodes of every panel, `(panels,
+    degree + 1)`, by spectral integration on each panel."""
+    half = (edges[1:] - edges[:-1])[:, None] / 2
+    values = fn(nodes_of_panels(edges, degree))
+    within = values @ integration_matrix(degree).T * half
+    before = np.concatenate([[0.0], np.cumsum(within[:-1, -1])])
+    return before[:, None] + within[:, :-1]

@@ -1,0 +1,15 @@
+from .base import (
+    AbstractDiagonalProcess as AbstractDiagonalProcess,
+    AbstractProcess as AbstractProcess,
+    AbstractScalarProcess as AbstractScalarProcess,
+)
+from .bdm import BDM as BDM
+from .cld import CLD as CLD
+from .schedule import (
+    AbstractSchedule as AbstractSchedule,
+    CosineSquared as CosineSquared,
+    Linear as Linear,
+)
+from .sub_vp import SubVP as SubVP
+from .ve import VE as VE
+from .vp import VP as VP

@@ -1,0 +1,270 @@
+import abc
+import math
+from typing import TYPE_CHECKING
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import lineax as lx
+from jaxtyping import Array, Inexact
+
+from .._basis import AbstractBasis, Identity
+from .._custom_types import Key, RealScalarLike, State
+from .._operator import BlockLinearOperator
+from .._state import check_state, join_components
+
+
+if TYPE_CHECKING:
+    from typing import ClassVar as AbstractVar
+else:
+    from equinox import AbstractVar
+
+
+class AbstractProcess(eqx.Module):
+    r"""A linear forward diffusion
+
+    $$\mathrm{d}u = F_t\,u\,\mathrm{d}t + G_t\,\mathrm{d}w, \qquad t \in [0, T],$$
+
+    that turns data into noise, with every quantity the samplers need.
+
+    States are arrays, or a [`gddim_eqx.Phase`][] of position and velocity, of shape
+    `(*batch, *shape)`. They are kept in the basis in which the process acts coordinate
+    by coordinate: the data's own, but for blurring, where states are cosine
+    coefficients. `to_data` and `from_data` change basis.
+
+    !!! info "Implementing a process"
+
+        Subclass, and provide the abstract methods such that, for all times:
+
+        1. `transition(t, r) @ transition(r, s)` equals `transition(t, s)`, and
+            its derivative in `t` is `drift(t) @ transition(t, s)`;
+        2. the derivative of `covariance(t)` is `F Sigma + Sigma F.T + G G.T`;
+        3. `factor(t) @ factor(t).T` and `cholesky(t) @ cholesky(t).T` equal
+            `covariance(t)`, and `cholesky(t)` is lower triangular;
+        4. the derivative of `factor(t)` is `(F + G G.T Sigma^-1 / 2) @ factor(t)`
+            (gDDIM, equation 17).
+
+        Compute in the dtype of the time that is passed. Keep every number a static
+        field, so that a process has no leaves: it is then a constant of the compiled
+        program and no optimiser can mistake it for parameters.
+    """
+
+    shape: AbstractVar[tuple[int, ...]]
+    """The shape of one data sample."""
+    num_components: AbstractVar[int]
+    """The number of components of a state: 1, or 2 with a velocity."""
+    basis: AbstractVar[AbstractBasis]
+    """The basis in which states are kept."""
+    data_scale: AbstractVar[float]
+    """The mean of the state at time 0 is this times the data."""
+    t_min: AbstractVar[float]
+    """Where sampling ends."""
+    t_max: AbstractVar[float]
+    """Where sampling starts."""
+    t_end: AbstractVar[float]
+    """The end $T$ of the process' time axis; at least `t_max`."""
+
+    @abc.abstractmethod
+    def drift(self, t: RealScalarLike) -> BlockLinearOperator:
+        """$F_t$."""
+
+    @abc.abstractmethod
+    def diffusion(self, t: RealScalarLike) -> BlockLinearOperator:
+        """$G_t$."""
+
+    @abc.abstractmethod
+    def transition(self, t: RealScalarLike, s: RealScalarLike) -> BlockLinearOperator:
+        r"""$\Psi(t, s)$, which takes the mean of the state at time `s` to time `t`. Either
+        may be the later."""
+
+    @abc.abstractmethod
+    def covariance(self, t: RealScalarLike) -> BlockLinearOperator:
+        r"""$\Sigma_t$, the covariance of the state at time `t` given the data."""
+
+    @abc.abstractmethod
+    def factor(self, t: RealScalarLike) -> BlockLinearOperator:
+        r"""$R_t$, the square root of $\Sigma_t$ with respect to which noise predictions are
+        constant along the probability flow of a single data point (gDDIM, equation 17).
+        """
+
+    @abc.abstractmethod
+    def cholesky(self, t: RealScalarLike) -> BlockLinearOperator:
+        r"""$L_t$, the lower triangular square root of $\Sigma_t$."""
+
+    @abc.abstractmethod
+    def prior_scale(self) -> tuple[float, ...]:
+        """The standard deviation of each component of the state at `t_max`."""
+
+    def to_data(self, state: State) -> State:
+        """From the basis in which states are kept to the data's coordinates."""
+        return jtu.tree_map(self.basis.inverse, state)
+
+    def from_data(self, state: State) -> State:
+        """From the data's coordinates to the basis in which states are kept."""
+        return jtu.tree_map(self.basis.forward, state)
+
+    def encode(self, x: Inexact[Array, "..."]) -> State:
+        """The mean of the state at time 0 given data.
+
+        **Arguments:**
+
+        - `x`: data, `(*batch, *shape)`.
+
+        **Returns:** a state; its velocity, if any, is zero.
+        """
+        check_state(x, 1, self.shape, "The data `x`")
+        position = self.data_scale * self.basis.forward(x)
+        rest = [jnp.zeros_like(position)] * (self.num_components - 1)
+        return join_components([position, *rest])
+
+    def decode(self, u: State) -> Inexact[Array, "..."]:
+        """The data in a state: the inverse of `encode`.
+
+        **Arguments:**
+
+        - `u`: a state of shape `(*batch, *shape)`, for example `sol.ys`.
+
+        **Returns:** data, `(*batch, *shape)`.
+        """
+        check_state(u, self.num_components, self.shape, "The state `u`")
+        return self.basis.inverse(jtu.tree_leaves(u)[0]) / self.data_scale
+
+    def prior(self, key: Key, batch: tuple[int, ...] = (), dtype=None) -> State:
+        """Draw states at `t_max`, where sampling starts.
+
+        **Arguments:**
+
+        - `key`: a random key.
+        - `batch`: leading axes of the draw.
+        - `dtype`: defaults to JAX's default floating dtype.
+
+        **Returns:** a state of shape `(*batch, *shape)`.
+        """
+        keys = jr.split(key, self.num_components)
+        shape = (*batch, *self.shape)
+        draws = [
+            scale * jr.normal(k, shape, dtype)
+            for scale, k in zip(self.prior_scale(), keys)
+        ]
+        return join_components(draws)
+
+    def perturb(
+        self, key: Key, x: Inexact[Array, "..."], t: RealScalarLike
+    ) -> tuple[State, State]:
+        r"""Draw a noised state and the noise in it:
+        $u_t = \Psi(t, 0)\,\mathrm{encode}(x) + R_t\,\epsilon$.
+
+        **Arguments:**
+
+        - `key`: a random key.
+        - `x`: data, `(*batch, *shape)`.
+        - `t`: one time in [0, T] for the whole batch. Use `jax.vmap` for one each.
+
+        **Returns:** the state $u_t$ and the standard normal $\epsilon$, both in the basis
+        of states. A noise-predicting network is trained to return `to_data` of the
+        second from `to_data` of the first.
+        """
+        mean = self.encode(x)
+        leaves, treedef = jtu.tree_flatten(mean)
+        keys = jr.split(key, len(leaves))
+        noise = [jr.normal(k, y.shape, y.dtype) for k, y in zip(keys, leaves)]
+        noise = jtu.tree_unflatten(treedef, noise)
+        t = jnp.asarray(t, leaves[0].dtype)
+        mean = self.transition(t, jnp.zeros_like(t)).mv(mean)
+        spread = self.factor(t).mv(noise)
+        return jtu.tree_map(lambda a, b: a + b, mean, spread), noise
+
+
+class AbstractDiagonalProcess(AbstractProcess):
+    """A process of one component, hence one number per coordinate in place of every
+    matrix. There the two square roots of the covariance are the same.
+
+    Subclasses give the arrays: scalars, or of a shape that broadcasts to the data's.
+    """
+
+    @abc.abstractmethod
+    def _drift(self, t: Array) -> Array:
+        """F."""
+
+    @abc.abstractmethod
+    def _diffusion(self, t: Array) -> Array:
+        """G."""
+
+    @abc.abstractmethod
+    def _transition(self, t: Array, s: Array) -> Array:
+        """The ratio of the means at `t` and `s`."""
+
+    @abc.abstractmethod
+    def _std(self, t: Array) -> Array:
+        """The standard deviation given data."""
+
+    @property
+    def num_components(self) -> int:
+        return 1
+
+    def _operator(self, value: Array, tags=frozenset()) -> BlockLinearOperator:
+        return BlockLinearOperator(value[None, None], self.shape, tags)
+
+    def drift(self, t):
+        return self._operator(self._drift(as_time(t)))
+
+    def diffusion(self, t):
+        return self._operator(self._diffusion(as_time(t)))
+
+    def transition(self, t, s):
+        return self._operator(self._transition(as_time(t), as_time(s)))
+
+    def covariance(self, t):
+        std = self._std(as_time(t))
+        return self._operator(std**2, lx.positive_semidefinite_tag)
+
+    def factor(self, t):
+        return self._operator(self._std(as_time(t)))
+
+    def cholesky(self, t):
+        return self.factor(t)
+
+
+class AbstractScalarProcess(AbstractDiagonalProcess):
+    """A diagonal process with the same number for all coordinates of the data."""
+
+    @property
+    def basis(self) -> AbstractBasis:
+        return Identity()
+
+    @property
+    def data_scale(self) -> float:
+        return 1.0
+
+    @property
+    def t_max(self) -> float:
+        return self.t_end
+
+
+def as_time(t: RealScalarLike) -> Array:
+    """A time as an array of floating dtype."""
+    t = jnp.asarray(t)
+    if not jnp.issubdtype(t.dtype, jnp.floating):
+        t = t.astype(jnp.result_type(float))
+    return t
+
+
+def coarse_and_rest(value: float) -> tuple[float, float]:
+    """Split a number into twelve leading bits, products of two of which are exact in
+    float32, and the rest."""
+    mantissa, exponent = math.frexp(value)
+    coarse = math.ldexp(round(mantissa * 2**12), exponent - 12)
+    return coarse, value - coarse
+
+
+def check_positive(**values: float) -> None:
+    """Raise a `ValueError` that names the first value that is not positive."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"`{name}` must be positive; got {value}.")
+
+
+def as_shape(shape: tuple[int, ...] | int) -> tuple[int, ...]:
+    """A data shape as a tuple of Python integers."""
+    return (int(shape),) if isinstance(shape, int) else tuple(int(n) for n in shape)

@@ -1,0 +1,108 @@
+import abc
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+
+class AbstractSchedule(eqx.Module):
+    r"""The noise schedule of a variance-preserving process: a rate $\beta_t$ and what
+    follows from it, in forms that lose no digits at either end of time."""
+
+    t_min: eqx.AbstractVar[float]
+    t_end: eqx.AbstractVar[float]
+
+    @abc.abstractmethod
+    def rate(self, t: Array) -> Array:
+        r"""$\beta_t$."""
+
+    @abc.abstractmethod
+    def decay(self, t: Array, s: Array) -> Array:
+        r"""$\exp(-\frac{1}{2} \int_s^t \beta)$."""
+
+    @abc.abstractmethod
+    def variance(self, t: Array) -> Array:
+        r"""$1 - \exp(-\int_0^t \beta)$."""
+
+
+class Linear(AbstractSchedule):
+    r"""$\beta_t = \beta_\text{min} + (\beta_\text{max} - \beta_\text{min})\,t$ on [0, 1]
+    (Song et al. 2021)."""
+
+    beta_min: float = eqx.field(static=True, default=0.1, converter=float)
+    beta_max: float = eqx.field(static=True, default=20.0, converter=float)
+    t_min: float = eqx.field(static=True, default=1e-3, converter=float)
+    t_end: float = eqx.field(static=True, default=1.0, converter=float)
+
+    def __check_init__(self):
+        if not (0 <= self.beta_min and 0 < self.beta_min + self.beta_max):
+            raise ValueError(
+                "`beta_min` must not be negative, and not both may be zero; got "
+                f"{self.beta_min} and {self.beta_max}."
+            )
+        if self.beta_max < 0:
+            raise ValueError(f"`beta_max` must not be negative; got {self.beta_max}.")
+
+    def _integral(self, t, s):
+        return (t - s) * (
+            self.beta_min + 0.5 * (self.beta_max - self.beta_min) * (t + s)
+        )
+
+    def rate(self, t):
+        return self.beta_min + (self.beta_max - self.beta_min) * t
+
+    def decay(self, t, s):
+        return jnp.exp(-0.5 * self._integral(t, s))
+
+    def variance(self, t):
+        return -jnp.expm1(-self._integral(t, jnp.zeros_like(t)))
+
+
+class CosineSquared(AbstractSchedule):
+    r"""$\exp(-\int_0^t \beta) = \cos^2(\phi_t) / \cos^2(\phi_0)$ with
+    $\phi_t = \frac{\pi}{2} \frac{t + o}{1 + o}$ (Nichol & Dhariwal 2021).
+
+    The signal vanishes at t = 1, so the time axis ends before: by default at 0.9946, as
+    DPM-Solver (Lu et al. 2022) has it.
+    """
+
+    offset: float = eqx.field(static=True, default=0.008, converter=float)
+    t_min: float = eqx.field(static=True, default=1e-3, converter=float)
+    t_end: float = eqx.field(static=True, default=0.9946, converter=float)
+
+    def __check_init__(self):
+        if not (self.offset > 0 and self.t_end < 1):
+            raise ValueError(
+                "`offset` must be positive and `t_end` less than 1; got "
+                f"{self.offset} and {self.t_end}."
+            )
+
+    def _cosine(self, t):
+        # As a sine of the distance to the end, which is exact there.
+        return jnp.sin(0.5 * np.pi * (1 - t) / (1 + self.offset))
+
+    def rate(self, t):
+        unit = 0.5 * np.pi / (1 + self.offset)
+        return 2 * unit * jnp.sin(unit * (t + self.offset)) / self._cosine(t)
+
+    def decay(self, t, s):
+        return self._cosine(t) / self._cosine(s)
+
+    def variance(self, t):
+        unit = 0.5 * np.pi / (1 + self.offset)
+        start = np.cos(unit * self.offset)
+        return jnp.sin(unit * t) * jnp.sin(unit * (t + 2 * self.offset)) / start**2
+
+
+def as_schedule(schedule: "str | AbstractSchedule") -> AbstractSchedule:
+    """A schedule from its name."""
+    named = {"linear": Linear, "cosine": CosineSquared}
+    if isinstance(schedule, AbstractSchedule):
+        return schedule
+    if schedule not in named:
+        raise ValueError(
+            f"`schedule` must be one of {', '.join(map(repr, named))} or an "
+            f"`AbstractSchedule`; got {schedule!r}."
+        )
+    return named[schedule]()

@@ -1,0 +1,60 @@
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Inexact
+
+from ._custom_types import State
+
+
+class Phase(NamedTuple):
+    """The state of a phase-space process: position (which carries the data) and
+    velocity, each of shape `(*batch, *shape)`.
+
+    They are separate leaves, not one array with a trailing axis of two: an update of
+    them is then a few fused multiply-adds over contiguous memory.
+    """
+
+    x: Inexact[Array, "..."]
+    v: Inexact[Array, "..."]
+
+
+def join_components(components: Sequence[Any]) -> Any:
+    """Build a state from its components: the array itself for one, a `Phase` for two,
+    a tuple for more."""
+    if len(components) == 1:
+        return components[0]
+    if len(components) == 2:
+        return Phase(*components)
+    return tuple(components)
+
+
+def coefficient_dtype(state: State):
+    """The dtype for times and operators that act on a state: the state's, but at least
+    float32."""
+    dtype = jnp.result_type(*jtu.tree_leaves(state))
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+
+
+def check_state(state: State, num_components: int, shape: tuple[int, ...], name: str):
+    """Raise a `ValueError` unless `state` is one for `num_components` components of
+    `shape`, with equal leading batch axes."""
+    expected = join_components([0] * num_components)
+    kind = {1: "an array", 2: "a `Phase(x, v)`"}.get(
+        num_components, f"a tuple of {num_components} arrays"
+    )
+    axes = ", ".join(["*batch", *map(str, shape)])
+    want = f"{kind} of shape ({axes})"
+    if jtu.tree_structure(state) != jtu.tree_structure(expected):
+        raise ValueError(
+            f"{name} must be {want}, but it has the structure "
+            f"{jtu.tree_structure(state)}."
+        )
+    got = [tuple(leaf.shape) for leaf in jtu.tree_leaves(state)]
+    for leaf_shape in got:
+        if leaf_shape[len(leaf_shape) - len(shape) :] != shape or leaf_shape != got[0]:
+            raise ValueError(
+                f"{name} must be {want}, where `shape={shape}` is the shape of one "
+                f"data sample, but it has shape {' and '.join(map(str, got))}."
+            )

@@ -1,0 +1,173 @@
+from collections.abc import Callable
+from typing import Literal
+
+import diffrax as dfx
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+
+from ._custom_types import Args, RealScalarLike, State
+from ._process import AbstractDiagonalProcess, AbstractProcess
+from ._state import check_state, coefficient_dtype
+
+
+class ProbabilityFlow(dfx.AbstractTerm):
+    r"""The probability flow of a diffusion model, as a Diffrax term:
+
+    $$\frac{\mathrm{d}u}{\mathrm{d}t} = F_t\,u - \tfrac{1}{2} G_t G_t^\top
+    \nabla \log p_t(u).$$
+
+    Paper, equation 7. It is an ordinary differential equation for every solver, adjoint
+    and step size controller of Diffrax; [`gddim_eqx.GDDIM`][] uses in addition that it
+    is linear but for the noise prediction.
+    """
+
+    process: AbstractProcess
+    model: Callable
+    predicts: str = eqx.field(static=True)
+    factor: str = eqx.field(static=True)
+
+    def __init__(
+        self,
+        process: AbstractProcess,
+        model: Callable,
+        predicts: Literal["noise", "data", "score", "velocity"] = "noise",
+        factor: Literal["R", "cholesky"] = "R",
+    ):
+        r"""**Arguments:**
+
+        - `process`: the forward process.
+        - `model`: called as `model(t, u, args)` with a scalar time and a state in the
+            data's coordinates, `(*batch, *shape)`; returns the same structure.
+        - `predicts`: what it returns.
+            - `"noise"`: $-K_t^\top \nabla \log p_t$ (paper, equation 4).
+            - `"data"`: the mean of the data given `u`. For a process with a velocity:
+                of the initial state, whose velocity is zero.
+            - `"score"`: $\nabla \log p_t$.
+            - `"velocity"`: $m\,\epsilon - \sigma\,x_0$, where $m$ and $\sigma$ are the
+                mean coefficient and standard deviation. Not for processes with a
+                velocity component.
+        - `factor`: with respect to which $K_t$ noise is predicted: `"R"` for the paper's
+            $R_t$ (equation 17), `"cholesky"` for $L_t$.
+
+        **Raises:** `ValueError` for an unknown `predicts` or `factor`, or velocity where
+        it is not defined. When evaluated: if the state does not fit the process or the
+        model returns another structure or shape.
+        """
+        if not isinstance(process, AbstractProcess):
+            raise ValueError(
+                "`process` must be a forward process such as `CLD(shape=...)`; got "
+                f"{process!r}."
+            )
+        if not callable(model):
+            raise ValueError(
+                f"`model` must be callable as `model(t, u, args)`; got {model!r}."
+            )
+        if predicts not in ("noise", "data", "score", "velocity"):
+            raise ValueError(
+                "`predicts` must be one of 'noise', 'data', 'score', 'velocity'; got "
+                f"{predicts!r}."
+            )
+        if factor not in ("R", "cholesky"):
+            raise ValueError(f"`factor` must be 'R' or 'cholesky'; got {factor!r}.")
+        if predicts == "velocity" and not isinstance(process, AbstractDiagonalProcess):
+            raise ValueError(
+                "`predicts='velocity'` is only defined for processes with one number "
+                f"per coordinate, not for {type(process).__name__}. Use 'noise', 'data' "
+                "or 'score'."
+            )
+        self.process = process
+        self.model = model
+        self.predicts = predicts
+        self.factor = factor
+
+    def _predict(self, t: RealScalarLike, u: State, args: Args) -> tuple:
+        """Check, and evaluate the model: the time in the state's dtype, the state as
+        arrays, and the prediction in the basis of states."""
+        u = jtu.tree_map(jnp.asarray, u)
+        process = self.process
+        check_state(u, process.num_components, process.shape, "The state")
+        t = jnp.asarray(t, coefficient_dtype(u))
+        prediction = self.model(t, process.to_data(u), args)
+        if jtu.tree_structure(prediction) != jtu.tree_structure(u):
+            raise ValueError(
+                "The model must return the structure of its state, "
+                f"{jtu.tree_structure(u)}; it returned {jtu.tree_structure(prediction)}."
+            )
+
+        def same(p, x):
+            if jnp.shape(p) != x.shape:
+                raise ValueError(
+                    "The model must return the shape of its state, "
+                    f"{x.shape}; it returned {jnp.shape(p)}."
+                )
+            return jnp.asarray(p, x.dtype)
+
+        return t, u, process.from_data(jtu.tree_map(same, prediction, u))
+
+    def noise(self, t: RealScalarLike, u: State, args: Args) -> State:
+        r"""The noise prediction with respect to $R_t$, in the basis of states, from one
+        evaluation of the model.
+
+        **Arguments:**
+
+        - `t`: a time in (0, T].
+        - `u`: a state, `(*batch, *shape)`.
+        - `args`: passed to the model.
+
+        **Returns:** a state.
+        """
+        t, u, prediction = self._predict(t, u, args)
+        process = self.process
+        if self.predicts == "noise":
+            if self.factor == "R" or isinstance(process, AbstractDiagonalProcess):
+                return prediction
+            turn = process.factor(t).inverse() @ process.cholesky(t)
+            return _apply(turn, prediction)
+        if self.predicts == "score":
+            return _apply(-process.factor(t).T, prediction)
+        if self.predicts == "data":
+            mean = _apply(self._mean(t), prediction)
+            residual = jtu.tree_map(lambda a, b: a - b, u, mean)
+            return _apply(process.factor(t).inverse(), residual)
+        mean, std = self._mean(t), process.factor(t)
+        total = (mean @ mean + std @ std).inverse()
+        return jtu.tree_map(
+            lambda a, b: a + b,
+            _apply(std @ total, u),
+            _apply(mean @ total, prediction),
+        )
+
+    def _mean(self, t):
+        """From data, in the basis of states, to the mean of the state at `t`."""
+        process = self.process
+        return process.transition(t, jnp.zeros_like(t)) * process.data_scale
+
+    def score(self, t: RealScalarLike, u: State, args: Args) -> State:
+        r"""The score $\nabla \log p_t(u)$ in the basis of states. Arguments as
+        [`gddim_eqx.ProbabilityFlow.noise`][]."""
+        if self.predicts == "score":
+            return self._predict(t, u, args)[2]
+        noise = self.noise(t, u, args)
+        t = jnp.asarray(t, coefficient_dtype(noise))
+        return _apply(-self.process.factor(t).inverse().T, noise)
+
+    def vf(self, t: RealScalarLike, y: State, args: Args) -> State:
+        score = self.score(t, y, args)
+        t = jnp.asarray(t, coefficient_dtype(score))
+        drift, diffusion = self.process.drift(t), self.process.diffusion(t)
+        forcing = _apply(diffusion @ diffusion.T * (-0.5), score)
+        return jtu.tree_map(lambda a, b: a + b, _apply(drift, y), forcing)
+
+    def contr(self, t0: RealScalarLike, t1: RealScalarLike, **kwargs) -> RealScalarLike:
+        return t1 - t0
+
+    def prod(self, vf: State, control: RealScalarLike) -> State:
+        return jtu.tree_map(lambda v: jnp.asarray(control, v.dtype) * v, vf)
+
+
+def _apply(operator, state):
+    dtype = jnp.result_type(*jtu.tree_leaves(state))
+    return operator.astype(dtype).mv(jtu.tree_map(jnp.asarray, state))
+
+
