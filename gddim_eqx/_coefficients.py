@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Inexact
 from ._process import AbstractProcess
 
 
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(20)
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(24)
 _NODES, _WEIGHTS = (_NODES + 1) / 2, _WEIGHTS / 2
 
 
@@ -72,20 +72,33 @@ def _same_rank(a, b):
 def _step_quadrature(process, s, t):
     """Gauss-Legendre nodes and weights on x in [0, 1].
 
-    They are uniform in z with t = scale * sinh(z)^2. Noise grows like the square root of
-    time at first, which is linear in z, and later changes with the logarithm of time,
-    which is linear in z too.
+    They are uniform in z, where t / (1 - t / t_vanish) = t_min * sinh(z)^2. Noise grows
+    like the square root of time at first, which is linear in z, and later changes with
+    the logarithm of time, which is linear in z too; so does the signal's logarithm where
+    the signal vanishes.
     """
     dtype = s.dtype
     nodes, weights = jnp.asarray(_NODES, dtype), jnp.asarray(_WEIGHTS, dtype)
-    z_s, z_t = (jnp.arcsinh(jnp.sqrt(r / process.t_min)) for r in (s, t))
-    # sinh(a)^2 - sinh(b)^2 = sinh(a - b) sinh(a + b), which does not cancel.
+    closeness = process.t_min / process.t_vanish
+
+    def to_z(t):
+        ratio = t / (1 - t / process.t_vanish)
+        return jnp.arcsinh(jnp.sqrt(ratio / process.t_min))
+
+    z_s, z_t = to_z(s), to_z(t)
     width = z_t - z_s
+    z = z_s + width * nodes
+    # sinh(a)^2 - sinh(b)^2 = sinh(a - b) sinh(a + b), which does not cancel.
     length = jnp.sinh(width) * jnp.sinh(z_s + z_t)
     still = length == 0
     length = jnp.where(still, 1, length)
-    x = jnp.sinh(width * nodes) * jnp.sinh(2 * z_s + width * nodes) / length
-    dx = width * jnp.sinh(2 * (z_s + width * nodes)) / length
+    y = jnp.sinh(width * nodes) * jnp.sinh(z_s + z) / length
+    dy = width * jnp.sinh(2 * z) / length
+    at_end, here, at_start = (
+        1 + closeness * jnp.sinh(r) ** 2 for r in (z_t, z, z_s)
+    )
+    # From fractions of the ratio to fractions of the time.
+    x, dx = y * at_end / here, dy * at_end * at_start / here**2
     return jnp.where(still, nodes, x), jnp.where(still, weights, weights * dx)
 
 

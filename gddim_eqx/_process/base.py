@@ -64,6 +64,9 @@ class AbstractProcess(eqx.Module):
     """Where sampling starts."""
     t_end: AbstractVar[float]
     """The end $T$ of the process' time axis; at least `t_max`."""
+    t_vanish: AbstractVar[float]
+    """Where the signal would vanish if the time axis went on; infinity if nowhere. Only
+    used to place quadrature nodes well."""
 
     @abc.abstractmethod
     def drift(self, t: RealScalarLike) -> BlockLinearOperator:

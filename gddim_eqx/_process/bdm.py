@@ -69,6 +69,10 @@ class BDM(AbstractDiagonalProcess):
         unit = 0.5 * math.pi / (1 + 2 * self.offset)
         return math.atan2(1.0, ratio) / unit - self.offset
 
+    @property
+    def t_vanish(self) -> float:
+        return 1 + self.offset
+
     def _dissipation(self) -> np.ndarray:
         height, width, _ = self.shape
         rows, columns = np.arange(height) / height, np.arange(width) / width
@@ -95,7 +99,7 @@ class BDM(AbstractDiagonalProcess):
         rest = jnp.asarray(dissipation - coarse, t.dtype)
         dissipation = jnp.asarray(dissipation, t.dtype)
         coarse = jnp.asarray(coarse, t.dtype)
-        small = coarse * edge_rest + rest * edge_coarse + dissipation * difference
+        small = rest * edge_coarse + dissipation * (edge_rest + difference)
         # Not a product of exponentials, which XLA would merge again.
         at_edge = jnp.exp(-coarse * edge_coarse)
         return at_edge + at_edge * jnp.expm1(-small)

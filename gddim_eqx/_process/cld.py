@@ -76,6 +76,10 @@ class CLD(AbstractProcess):
     def t_max(self) -> float:
         return self.t_end
 
+    @property
+    def t_vanish(self) -> float:
+        return math.inf
+
     def _elapsed(self, t, s):
         """The clock's advance from `s` to `t`."""
         rate = self.beta + 0.5 * self.beta_slope * (t + s)

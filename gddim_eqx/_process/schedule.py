@@ -1,4 +1,5 @@
 import abc
+import math
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ class AbstractSchedule(eqx.Module):
 
     t_min: eqx.AbstractVar[float]
     t_end: eqx.AbstractVar[float]
+    t_vanish: eqx.AbstractVar[float]
 
     @abc.abstractmethod
     def rate(self, t: Array) -> Array:
@@ -43,6 +45,10 @@ class Linear(AbstractSchedule):
             )
         if self.beta_max < 0:
             raise ValueError(f"`beta_max` must not be negative; got {self.beta_max}.")
+
+    @property
+    def t_vanish(self) -> float:
+        return math.inf
 
     def _integral(self, t, s):
         return (t - s) * (
@@ -77,6 +83,10 @@ class CosineSquared(AbstractSchedule):
                 "`offset` must be positive and `t_end` less than 1; got "
                 f"{self.offset} and {self.t_end}."
             )
+
+    @property
+    def t_vanish(self) -> float:
+        return 1.0
 
     def _cosine(self, t):
         # As a sine of the distance to the end, which is exact there.

@@ -37,6 +37,10 @@ class VE(AbstractScalarProcess):
                 f"{self.sigma_max} and {self.sigma_min}."
             )
 
+    @property
+    def t_vanish(self) -> float:
+        return math.inf
+
     def _growth(self) -> float:
         return math.log(self.sigma_max / self.sigma_min)
 

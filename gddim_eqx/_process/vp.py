@@ -30,6 +30,10 @@ class VP(AbstractScalarProcess):
     def t_end(self) -> float:
         return self.schedule.t_end
 
+    @property
+    def t_vanish(self) -> float:
+        return self.schedule.t_vanish
+
     def _drift(self, t):
         return -0.5 * self.schedule.rate(t)
 

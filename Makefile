@@ -1,0 +1,32 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow check clean
+
+# Installs the package with its extras once, and again when pyproject.toml changes.
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[examples,tests,dev]"
+	touch $@
+
+# Trains a small diffusion model on handwritten digits and compares samplers.
+demo: $(VENV)/.installed
+	$(BIN)/python examples/quickstart.py
+
+# The test-suite in double precision, then in single precision.
+test: $(VENV)/.installed
+	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	JAX_ENABLE_X64=0 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2
+
+# What continuous integration runs: tests, format, lint, types.
+check: test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,32 @@
+import os
+
+
+# The whole suite runs in double precision, and once more with JAX_ENABLE_X64=0.
+os.environ.setdefault("JAX_ENABLE_X64", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import equinox.internal as eqxi
+import hypothesis
+import jax
+import pytest
+
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile(
+    "default", deadline=None, derandomize=True, max_examples=25, print_blob=False
+)
+hypothesis.settings.load_profile("default")
+
+
+def pytest_collection_modifyitems(config, items):
+    skip = pytest.mark.skip(reason="needs double precision (JAX_ENABLE_X64=1)")
+    for item in items:
+        if "x64" in item.keywords and not jax.config.jax_enable_x64:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def getkey():
+    return eqxi.GetKey()

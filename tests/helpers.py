@@ -1,0 +1,78 @@
+import functools as ft
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+
+import gddim_eqx as gd
+
+
+# Every law in test_process.py is checked for every process here.
+processes = {
+    "vp": ft.partial(gd.VP, (3,)),
+    "vp_cosine": ft.partial(gd.VP, (3,), "cosine"),
+    "sub_vp": ft.partial(gd.SubVP, (3,)),
+    "ve": ft.partial(gd.VE, (3,)),
+    "cld": ft.partial(gd.CLD, (3,)),
+    "cld_sloped": ft.partial(gd.CLD, (3,), beta=1.0, beta_slope=6.0, mass_inverse=2.0),
+    "bdm": ft.partial(gd.BDM, (4, 6, 2)),
+}
+solvers = {f"gddim{q}": ft.partial(gd.GDDIM, q) for q in (1, 2, 3, 4)}
+
+
+def mixture_for(process, *, scale=0.3, components=3, seed=0):
+    """Data with a closed-form noise prediction, of the process' shape."""
+    rng = np.random.default_rng(seed)
+    means = jnp.asarray(rng.normal(size=(components, *process.shape)))
+    weights = np.arange(1, components + 1)
+    return gd.GaussianMixture(means, scale, weights)
+
+
+def prior_state(process, batch=(), seed=1):
+    return process.prior(jax.random.key(seed), batch)
+
+
+def solve(term, solver, ts, y0, **kwargs):
+    """Step through the times `ts` and return the state at the last."""
+    kwargs = dict(max_steps=len(ts) - 1) | kwargs
+    controller = dfx.StepTo(ts)
+    return dfx.diffeqsolve(
+        term, solver, ts[0], ts[-1], None, y0, stepsize_controller=controller, **kwargs
+    ).ys
+
+
+def accurate(term, t0, t1, y0, rtol=1e-11):
+    """The solution by another solver, to high accuracy."""
+    return dfx.diffeqsolve(
+        term,
+        dfx.Dopri8(),
+        t0,
+        t1,
+        None,
+        y0,
+        stepsize_controller=dfx.PIDController(rtol=rtol, atol=rtol),
+        max_steps=100_000,
+    ).ys
+
+
+def max_difference(a, b):
+    """The largest absolute difference between two PyTrees of arrays."""
+    differences = jtu.tree_map(lambda x, y: jnp.abs(x - y).max(), a, b)
+    return float(max(jtu.tree_leaves(differences)))
+
+
+class CountedModel:
+    """A model that counts its evaluations when it runs, not when it is traced."""
+
+    def __init__(self, model):
+        self.model = model
+        self.count = 0
+
+    def _increment(self):
+        self.count += 1
+
+    def __call__(self, t, u, args):
+        jax.debug.callback(self._increment)
+        return self.model(t, u, args)
