@@ -1,3 +1,6 @@
+import importlib.metadata
+
+from . import solvers as solvers
 from ._basis import AbstractBasis as AbstractBasis, Cosine as Cosine, Identity as Identity
 from ._grid import time_grid as time_grid
 from ._mixture import GaussianMixture as GaussianMixture
@@ -11,11 +14,15 @@ from ._process import (
     CLD as CLD,
     CosineSquared as CosineSquared,
     Linear as Linear,
+    LinearSDE as LinearSDE,
     SubVP as SubVP,
     VE as VE,
     VP as VP,
 )
+from ._sample import sample as sample, Samples as Samples
 from ._state import Phase as Phase
 from ._term import ProbabilityFlow as ProbabilityFlow
-from . import solvers as solvers
 from .solvers import GDDIM as GDDIM
+
+
+__version__ = importlib.metadata.version("gddim_eqx")

@@ -1,9 +1,10 @@
+import functools as ft
 from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
 from numpy.polynomial import chebyshev
-from jaxtyping import Array, Inexact
+from jaxtyping import Array, Inexact, Int
 
 
 class PiecewisePolynomial:
@@ -27,13 +28,15 @@ class PiecewisePolynomial:
         self.edges = np.asarray(edges, np.float64)
         degree = node_values.shape[1] - 1
         self.coefficients = np.einsum(
-            "dn,pn...->pd...", _to_chebyshev(degree), node_values
+            "dn,pn...->pd...", to_chebyshev(degree), node_values
         )
 
+    def panel(self, x: Inexact[Array, ""]) -> Int[Array, ""]:
+        """The index of the panel of an argument; the first or last for one outside."""
+        return (x >= jnp.asarray(self.edges[1:-1], x.dtype)).sum()
+
     def __call__(self, x: Inexact[Array, ""]) -> Inexact[Array, "*value"]:
-        edges = jnp.asarray(self.edges, x.dtype)
-        # An argument outside belongs to the first or last panel.
-        panel = (x >= edges[1:-1]).sum()
+        edges, panel = jnp.asarray(self.edges, x.dtype), self.panel(x)
         left, right = edges[panel], edges[panel + 1]
         u = ((x - left) - (right - x)) / (right - left)
         coefficients = jnp.asarray(self.coefficients, x.dtype)[panel]
@@ -55,17 +58,19 @@ def nodes_of_panels(edges: np.ndarray, degree: int) -> np.ndarray:
     return left + (right - left) * (1 + panel_nodes(degree)) / 2
 
 
+@ft.cache
 def integration_matrix(degree: int) -> np.ndarray:
     """The matrix from values at `panel_nodes(degree)` to the integrals from -1 to each
     of those nodes and, in its last row, to 1."""
     nodes = panel_nodes(degree)
-    columns = _to_chebyshev(degree).T
+    columns = to_chebyshev(degree).T
     integrals = np.stack([chebyshev.chebint(column, lbnd=-1) for column in columns])
     ends = chebyshev.chebvander(np.append(nodes, 1.0), degree + 1)
     return ends @ integrals.T
 
 
-def _to_chebyshev(degree: int) -> np.ndarray:
+@ft.cache
+def to_chebyshev(degree: int) -> np.ndarray:
     """The matrix from values at `panel_nodes(degree)` to Chebyshev coefficients."""
     return np.linalg.inv(chebyshev.chebvander(panel_nodes(degree), degree))
 

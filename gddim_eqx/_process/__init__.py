@@ -5,6 +5,7 @@ from .base import (
 )
 from .bdm import BDM as BDM
 from .cld import CLD as CLD
+from .linear_sde import LinearSDE as LinearSDE
 from .schedule import (
     AbstractSchedule as AbstractSchedule,
     CosineSquared as CosineSquared,

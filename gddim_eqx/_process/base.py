@@ -12,7 +12,7 @@ from jaxtyping import Array, Inexact
 from .._basis import AbstractBasis, Identity
 from .._custom_types import Key, RealScalarLike, State
 from .._operator import BlockLinearOperator
-from .._state import check_state, join_components
+from .._state import check_state, coefficient_dtype, join_components
 
 
 if TYPE_CHECKING:
@@ -96,8 +96,8 @@ class AbstractProcess(eqx.Module):
         r"""$L_t$, the lower triangular square root of $\Sigma_t$."""
 
     @abc.abstractmethod
-    def prior_scale(self) -> tuple[float, ...]:
-        """The standard deviation of each component of the state at `t_max`."""
+    def prior_factor(self) -> BlockLinearOperator:
+        """A square root of the covariance of the prior, from which sampling starts."""
 
     def to_data(self, state: State) -> State:
         """From the basis in which states are kept to the data's coordinates."""
@@ -144,13 +144,10 @@ class AbstractProcess(eqx.Module):
 
         **Returns:** a state of shape `(*batch, *shape)`.
         """
-        keys = jr.split(key, self.num_components)
-        shape = (*batch, *self.shape)
-        draws = [
-            scale * jr.normal(k, shape, dtype)
-            for scale, k in zip(self.prior_scale(), keys)
-        ]
-        return join_components(draws)
+        dtype = jnp.result_type(float) if dtype is None else dtype
+        noise = [jnp.zeros((*batch, *self.shape), dtype)] * self.num_components
+        noise = normal_like(key, join_components(noise))
+        return self.prior_factor().astype(dtype).mv(noise)
 
     def perturb(
         self, key: Key, x: Inexact[Array, "..."], t: RealScalarLike
@@ -169,14 +166,20 @@ class AbstractProcess(eqx.Module):
         second from `to_data` of the first.
         """
         mean = self.encode(x)
-        leaves, treedef = jtu.tree_flatten(mean)
-        keys = jr.split(key, len(leaves))
-        noise = [jr.normal(k, y.shape, y.dtype) for k, y in zip(keys, leaves)]
-        noise = jtu.tree_unflatten(treedef, noise)
-        t = jnp.asarray(t, leaves[0].dtype)
-        mean = self.transition(t, jnp.zeros_like(t)).mv(mean)
-        spread = self.factor(t).mv(noise)
+        noise = normal_like(key, mean)
+        t = jnp.asarray(t, coefficient_dtype(mean))
+        dtype = jtu.tree_leaves(mean)[0].dtype
+        mean = self.transition(t, jnp.zeros_like(t)).astype(dtype).mv(mean)
+        spread = self.factor(t).astype(dtype).mv(noise)
         return jtu.tree_map(lambda a, b: a + b, mean, spread), noise
+
+
+def normal_like(key: Key, state: State) -> State:
+    """Independent standard normals of the structure, shape and dtype of a state."""
+    leaves, treedef = jtu.tree_flatten(state)
+    keys = jr.split(key, len(leaves))
+    draws = [jr.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves)]
+    return jtu.tree_unflatten(treedef, draws)
 
 
 class AbstractDiagonalProcess(AbstractProcess):

@@ -130,8 +130,8 @@ class BDM(AbstractDiagonalProcess):
     def _std(self, t):
         return self._sine(t)
 
-    def prior_scale(self):
-        return (1.0,)
+    def prior_factor(self):
+        return self._operator(jnp.ones(()))
 
 
 BDM.__init__.__doc__ = """**Arguments:**

@@ -140,8 +140,9 @@ class CLD(AbstractProcess):
         ]
         return self._operator(rows, 1, 0)
 
-    def prior_scale(self):
-        return (1.0, 1 / math.sqrt(self.mass_inverse))
+    def prior_factor(self):
+        one, zero = jnp.ones(()), jnp.zeros(())
+        return self._operator([[one, zero], [zero, one]], 1, 0)
 
 
 CLD.__init__.__doc__ = """**Arguments:**

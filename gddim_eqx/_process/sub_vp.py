@@ -48,8 +48,8 @@ class SubVP(AbstractScalarProcess):
     def _std(self, t):
         return self.schedule.variance(t)
 
-    def prior_scale(self):
-        return (1.0,)
+    def prior_factor(self):
+        return self._operator(jnp.ones(()))
 
 
 SubVP.__init__.__doc__ = """**Arguments:**

@@ -61,8 +61,8 @@ class VE(AbstractScalarProcess):
         rest = growth_rest * coarse + self._growth() * (t - coarse)
         return self.sigma_min * jnp.exp(growth * coarse) * jnp.exp(rest)
 
-    def prior_scale(self):
-        return (self.sigma_max**self.t_end * self.sigma_min ** (1 - self.t_end),)
+    def prior_factor(self):
+        return self.factor(self.t_max)
 
 
 VE.__init__.__doc__ = """**Arguments:**

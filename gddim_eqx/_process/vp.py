@@ -46,8 +46,8 @@ class VP(AbstractScalarProcess):
     def _std(self, t):
         return jnp.sqrt(self.schedule.variance(t))
 
-    def prior_scale(self):
-        return (1.0,)
+    def prior_factor(self):
+        return self._operator(jnp.ones(()))
 
 
 VP.__init__.__doc__ = """**Arguments:**
