@@ -163,7 +163,7 @@ class GDDIM(dfx.AbstractAdaptiveSolver[_History]):
 
     def init(
         self,
-        terms: ProbabilityFlow,
+        terms: dfx.AbstractTerm,
         t0: RealScalarLike,
         t1: RealScalarLike,
         y0: State,
@@ -171,6 +171,7 @@ class GDDIM(dfx.AbstractAdaptiveSolver[_History]):
     ) -> _History:
         del t1, args
         term, _ = unwrap(terms)
+        assert isinstance(term, ProbabilityFlow)
         process = term.process
         check_state(y0, process.num_components, process.shape, "The state `y0`")
         slots, dtype = self._slots, coefficient_dtype(y0)
@@ -184,7 +185,7 @@ class GDDIM(dfx.AbstractAdaptiveSolver[_History]):
 
     def step(
         self,
-        terms: ProbabilityFlow,
+        terms: dfx.AbstractTerm,
         t0: RealScalarLike,
         t1: RealScalarLike,
         y0: State,
@@ -193,6 +194,7 @@ class GDDIM(dfx.AbstractAdaptiveSolver[_History]):
         made_jump: BoolScalarLike,
     ) -> tuple[State, State, dict, _History, dfx.RESULTS]:
         term, direction = unwrap(terms)
+        assert isinstance(term, ProbabilityFlow)
         process, history, slots = term.process, solver_state, self._slots
         s, t = _real_times(process, t0, t1, direction, coefficient_dtype(y0))
         noise = term.noise(s, y0, args)
@@ -241,5 +243,7 @@ class GDDIM(dfx.AbstractAdaptiveSolver[_History]):
         )
         return y1, y_error, dense_info, history, dfx.RESULTS.successful
 
-    def func(self, terms, t0: RealScalarLike, y0: State, args: Args) -> State:
+    def func(
+        self, terms: dfx.AbstractTerm, t0: RealScalarLike, y0: State, args: Args
+    ) -> State:
         return terms.vf(t0, y0, args)

@@ -110,9 +110,7 @@ def test_mv_of_an_empty_batch_is_empty(n):
 @pytest.mark.parametrize("spectrum", [(1, 1, 1), (2, 1, 2), DATA], ids=str)
 def test_spectrum_may_broadcast_along_any_axis(spectrum):
     operator, state = random_operator(2, spectrum), random_state(2, (4,))
-    assert_close(
-        flat(operator.mv(state), (4,)), flat(state, (4,)) @ matrix(operator).T
-    )
+    assert_close(flat(operator.mv(state), (4,)), flat(state, (4,)) @ matrix(operator).T)
 
 
 @every_n
@@ -137,7 +135,9 @@ def test_gradient_flows_through_blocks_and_state(n):
     operator, state = random_operator(n, (2, 3, 1)), random_state(n)
     fn = lambda op, x: sum(y.sum() for y in jtu.tree_leaves(op.mv(x)))
     to_blocks = eqx.filter_grad(lambda op: fn(op, state))(operator).blocks
-    sums = np.stack([np.asarray(x).sum(-1, keepdims=True) for x in jtu.tree_leaves(state)])
+    sums = np.stack(
+        [np.asarray(x).sum(-1, keepdims=True) for x in jtu.tree_leaves(state)]
+    )
     assert_close(to_blocks, np.broadcast_to(sums[None], to_blocks.shape))
     to_state = jax.grad(lambda x: fn(operator, x))(state)
     assert_close(flat(to_state), matrix(operator).sum(0))
@@ -399,7 +399,9 @@ def test_blocks_that_are_not_square_raise_without_type_checks(shape):
     ids=["one leaf", "three leaves", "one wrong", "both wrong", "too few axes"],
 )
 def test_mv_of_a_state_that_does_not_fit_raises(state):
-    with pytest.raises(ValueError, match=r"2 component\(s\) of shape \(\*batch, 2, 3, 2"):
+    with pytest.raises(
+        ValueError, match=r"2 component\(s\) of shape \(\*batch, 2, 3, 2"
+    ):
         random_operator(2).mv(state)
 
 
