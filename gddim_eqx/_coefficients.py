@@ -43,62 +43,52 @@ def moments(
 
     **Returns:** the blocks of M_0, ..., M_{number - 1}.
     """
-    at_start = (process.transition(t, s) @ process.factor(s)).blocks
-    at_end, at_start = _same_rank(process.factor(t).blocks, at_start)
-    first = at_end - at_start
-    if number == 1:
-        return first[None]
-
     x, weight = _step_quadrature(process, s, t)
+    times = jnp.concatenate([s[None], s + (t - s) * x, t[None]])
+    if number == 1:
+        times = times[jnp.array([0, -1])]
 
-    def integrand(x):
-        tau = s + (t - s) * x
+    @jax.vmap
+    def carried(tau):
         return (process.transition(t, tau) @ process.factor(tau)).blocks
 
-    values = jax.vmap(integrand)(x)
+    values = carried(times)
+    first = values[-1] - values[0]
+    if number == 1:
+        return first[None]
     rule = jnp.stack([weight * i * x ** (i - 1) for i in range(1, number)])
     rule = rule.reshape(*rule.shape, *[1] * (values.ndim - 1))
-    higher = at_end[None] - (rule * values[None]).sum(1)
+    higher = values[-1:] - (rule * values[None, 1:-1]).sum(1)
     return jnp.concatenate([first[None], higher])
-
-
-def _same_rank(a, b):
-    rank = max(a.ndim, b.ndim)
-    a, b = (jnp.expand_dims(y, tuple(range(y.ndim, rank))) for y in (a, b))
-    shape = jnp.broadcast_shapes(a.shape, b.shape)
-    return jnp.broadcast_to(a, shape), jnp.broadcast_to(b, shape)
 
 
 def _step_quadrature(process, s, t):
     """Gauss-Legendre nodes and weights on x in [0, 1].
 
-    They are uniform in z, where t / (1 - t / t_vanish) = t_min * sinh(z)^2. Noise grows
-    like the square root of time at first, which is linear in z, and later changes with
-    the logarithm of time, which is linear in z too; so does the signal's logarithm where
-    the signal vanishes.
+    They are uniform in z, where t / (1 - t / t_vanish) = t_min * (exp(z) - 1)^2. Noise
+    grows like the square root of time at first, which is linear in z, and later changes
+    with the logarithm of time, which is linear in z too; so does the signal's logarithm
+    where the signal vanishes.
     """
-    dtype = s.dtype
-    nodes, weights = jnp.asarray(_NODES, dtype), jnp.asarray(_WEIGHTS, dtype)
+    nodes, weights = jnp.asarray(_NODES, s.dtype), jnp.asarray(_WEIGHTS, s.dtype)
+
+    def root(t):
+        """exp(z) - 1"""
+        return jnp.sqrt(t / (1 - t / process.t_vanish) / process.t_min)
+
+    root_s, root_t = root(s), root(t)
+    width = jnp.log1p((root_t - root_s) / (1 + root_s))
+    still = (width == 0) | (root_t + root_s == 0)
+    length = jnp.where(still, 1, jnp.expm1(width) * (root_t + root_s))
+    growth = jnp.expm1(width * nodes)
+    root_x = root_s + (1 + root_s) * growth
+    # Differences of squares, in a form that does not cancel.
+    y = growth * (root_x + root_s) / length
+    dy = 2 * width * (1 + growth) * root_x / length
+    # From fractions of t / (1 - t / t_vanish) to fractions of t.
     closeness = process.t_min / process.t_vanish
-
-    def to_z(t):
-        ratio = t / (1 - t / process.t_vanish)
-        return jnp.arcsinh(jnp.sqrt(ratio / process.t_min))
-
-    z_s, z_t = to_z(s), to_z(t)
-    width = z_t - z_s
-    z = z_s + width * nodes
-    # sinh(a)^2 - sinh(b)^2 = sinh(a - b) sinh(a + b), which does not cancel.
-    length = jnp.sinh(width) * jnp.sinh(z_s + z_t)
-    still = length == 0
-    length = jnp.where(still, 1, length)
-    y = jnp.sinh(width * nodes) * jnp.sinh(z_s + z) / length
-    dy = width * jnp.sinh(2 * z) / length
-    at_end, here, at_start = (
-        1 + closeness * jnp.sinh(r) ** 2 for r in (z_t, z, z_s)
-    )
-    # From fractions of the ratio to fractions of the time.
-    x, dx = y * at_end / here, dy * at_end * at_start / here**2
+    at_s, at_x, at_t = (1 + closeness * r**2 for r in (root_s, root_x, root_t))
+    x, dx = y * at_t / at_x, dy * at_t * at_s / at_x**2
     return jnp.where(still, nodes, x), jnp.where(still, weights, weights * dx)
 
 

@@ -18,7 +18,7 @@ def time_grid(
     t0: float | None = None,
     t1: float | None = None,
     dtype=None,
-) -> Real[Array, " num_steps+1"]:
+) -> Real[Array, " times"]:
     r"""The times to step to when sampling.
 
     Pass it as `diffrax.StepTo(ts)` together with `t0=ts[0], t1=ts[-1]`.
@@ -34,7 +34,7 @@ def time_grid(
         `t0 < t1` gives a grid that increases, for encoding.
     - `dtype`: of the times; by default JAX's default floating dtype. Use the states'.
 
-    **Returns:** strictly monotone times. The first and last are exactly `t0` and `t1`
+    **Returns:** `num_steps + 1` strictly monotone times. The first and last are exactly `t0` and `t1`
     in that dtype.
 
     **Raises:** `ValueError` if `num_steps` is not a positive integer, the times are not

@@ -29,9 +29,9 @@ class GaussianMixture(eqx.Module):
 
     def __init__(
         self,
-        means: ArrayLike,
+        means: ArrayLike | list,
         scale: float = 0.0,
-        weights: ArrayLike | None = None,
+        weights: ArrayLike | list | None = None,
     ):
         """**Arguments:**
 

@@ -3,6 +3,7 @@ from typing import ClassVar
 
 import diffrax as dfx
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Inexact, Int, PyTree, Real
@@ -84,7 +85,7 @@ def _slot(noises: PyTree, k: int) -> State:
 
 def _real_times(process, t0, t1, direction, dtype) -> tuple[Array, Array]:
     """The start and end of a step in the user's time, checked."""
-    tolerance = jnp.finfo(jnp.asarray(t1).dtype).eps
+    tolerance = float(jnp.finfo(jnp.asarray(t1).dtype).eps)
     s, t = (jnp.asarray(x * direction, dtype) for x in (t0, t1))
     inside = (jnp.minimum(s, t) >= 0) & (jnp.maximum(s, t) <= process.t_end + tolerance)
     return eqx.error_if(
@@ -209,15 +210,16 @@ class GDDIM(dfx.AbstractAdaptiveSolver[_History]):
         age = jnp.concatenate([jnp.zeros(1, jnp.int32), age])
         length = jnp.where(s == t, 1, t - s)
         nodes = jnp.concatenate([jnp.zeros_like(s)[None], (history.times - s) / length])
-        all_of_them = lagrange(nodes, age <= count)
-        one_fewer = lagrange(nodes, age < count)
-        polynomials = all_of_them if self.q > 1 else lagrange(nodes, age < 1)
+        # Those of all valid nodes; of all but the oldest; of the new one alone.
+        valid = jnp.stack([age <= count, age < count, age < 1])
+        wide, narrow, newest = jax.vmap(lagrange, (None, 0))(nodes, valid)
+        polynomials = wide if self.q > 1 else newest
 
         integrals = moments(process, s, t, slots + 1)
         values = [noise, *(_slot(history.noises, k) for k in range(slots))]
         coefficients = weights(polynomials, integrals)
         y1 = _advance(process, s, t, y0, list(zip(coefficients, values)))
-        coefficients = weights(all_of_them - one_fewer, integrals)
+        coefficients = weights(wide - narrow, integrals)
         y_error = _advance(process, s, t, None, list(zip(coefficients, values)))
 
         def polynomial(*leaves):
@@ -229,7 +231,7 @@ class GDDIM(dfx.AbstractAdaptiveSolver[_History]):
             y0=y0,
             y1=y1,
             polynomial=jtu.tree_map(polynomial, *values),
-            direction=jnp.asarray(direction),
+            direction=jnp.asarray(direction, s.dtype),
             process=process,
         )
         history = _History(

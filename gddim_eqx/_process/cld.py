@@ -158,12 +158,14 @@ CLD.__init__.__doc__ = """**Arguments:**
 
 def _exponential_tail(x, xp):
     """1 - exp(-x) (1 + x + x^2 / 2), to full relative precision for all x >= 0."""
-    small = xp.minimum(x, 3.0)
+    # Where cancellation costs less than one digit, and fewer terms than these do.
+    switch = 1.0 if x.dtype == np.float64 else 3.0
+    small = xp.minimum(x, switch)
     series = 0.0
-    for k in range(26, 3, -1):
+    for k in range(18, 3, -1):
         series = (1 + series) * small / k
     series = xp.exp(-small) * small**3 / 6 * (1 + series)
-    return xp.where(x < 3, series, 1 - xp.exp(-x) * (1 + x + x * x / 2))
+    return xp.where(x < switch, series, 1 - xp.exp(-x) * (1 + x + x * x / 2))
 
 
 def _covariance(y, a, b, xp=jnp):
@@ -190,11 +192,11 @@ def _rotation(clock_end: float, a: float, b: float) -> PiecewisePolynomial:
     Equation 17 of the paper with R = L Rot(angle) becomes d(angle)/dy = -L_22 / L_11:
     one quadrature.
     """
-    degree = 15
+    degree = 9
     # The rotation is fast while the noise of the first instants takes over from `a`,
     # and then runs with the logarithm of the clock: geometric panels.
     onset = min(math.sqrt(a / b), a ** (1 / 3))
-    panels = 16 + 6 * math.ceil(math.log2(1 + clock_end / onset))
+    panels = 40 + 14 * math.ceil(math.log2(1 + clock_end / onset))
     grid = np.linspace(0, np.arcsinh(clock_end / onset), panels + 1)
     edges = onset * np.sinh(grid)
 

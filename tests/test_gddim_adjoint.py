@@ -1,0 +1,140 @@
+"""Gradients through a solve with GDDIM, against finite differences on a fixed grid."""
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gddim_eqx as gd
+
+from .helpers import last
+
+
+_process = gd.VP((2,))
+_backsolve = dfx.BacksolveAdjoint(
+    solver=dfx.Tsit5(), stepsize_controller=dfx.PIDController(rtol=1e-8, atol=1e-8)
+)
+
+
+def _model(t, u, args):
+    return jnp.tanh(args * u) + 0.1 * t
+
+
+def _loss(inputs, ts, adjoint):
+    y0, args = inputs
+    sol = dfx.diffeqsolve(
+        gd.ProbabilityFlow(_process, _model),
+        gd.GDDIM(3),
+        ts[0],
+        ts[-1],
+        None,
+        y0,
+        args,
+        stepsize_controller=dfx.StepTo(ts),
+        adjoint=adjoint,
+        max_steps=len(ts) - 1,
+    )
+    return (last(sol.ys) ** 2).sum()
+
+
+def _inputs():
+    return jnp.asarray(np.array([0.4, -0.3])), jnp.asarray(0.7)
+
+
+def _finite_differences(fn, x, delta=1e-6):
+    flat, unravel = jax.flatten_util.ravel_pytree(x)
+    eye = jnp.eye(len(flat)) * delta
+    return unravel(
+        jnp.stack([(fn(unravel(flat + e)) - fn(unravel(flat - e))) for e in eye])
+        / (2 * delta)
+    )
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize(
+    "adjoint,steps,tolerance",
+    (
+        (dfx.RecursiveCheckpointAdjoint(), 12, 1e-7),
+        (dfx.DirectAdjoint(), 12, 1e-7),
+        # The continuous adjoint: the gradient of the flow, not of the steps.
+        (_backsolve, 300, 1e-4),
+    ),
+    ids=("recursive", "direct", "backsolve"),
+)
+def test_reverse_mode(adjoint, steps, tolerance):
+    ts = gd.time_grid(_process, steps)
+    loss = eqx.filter_jit(lambda x: _loss(x, ts, dfx.RecursiveCheckpointAdjoint()))
+    expected = _finite_differences(loss, _inputs())
+    gradient = jax.jit(jax.grad(lambda x: _loss(x, ts, adjoint)))(_inputs())
+    for got, want in zip(gradient, expected):
+        np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.x64
+def test_forward_mode_equals_reverse_mode():
+    ts = gd.time_grid(_process, 12)
+    y0, args = _inputs()
+    forward = jax.jacfwd(lambda a: _loss((y0, a), ts, dfx.ForwardMode()))(args)
+    reverse = jax.grad(lambda a: _loss((y0, a), ts, dfx.DirectAdjoint()))(args)
+    np.testing.assert_allclose(forward, reverse, rtol=1e-10)
+
+
+@pytest.mark.x64
+def test_gradient_in_the_times():
+    ts = gd.time_grid(_process, 6, t1=0.1)
+
+    @jax.jit
+    def loss(inner):
+        grid = jnp.concatenate([ts[:1], inner, ts[-1:]])
+        return _loss(_inputs(), grid, dfx.RecursiveCheckpointAdjoint())
+
+    gradient = jax.jit(jax.grad(loss))(ts[1:-1])
+    expected = _finite_differences(loss, ts[1:-1])
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.x64
+def test_vmap_of_grad_and_grad_of_vmap():
+    ts = gd.time_grid(_process, 8)
+    y0 = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2)))
+    args = jnp.asarray(0.7)
+
+    def loss(y):
+        return _loss((y, args), ts, dfx.RecursiveCheckpointAdjoint())
+
+    one_by_one = jnp.stack([jax.grad(loss)(y) for y in y0])
+    inside = jax.vmap(jax.grad(loss))(y0)
+    outside = jax.grad(lambda y: jax.vmap(loss)(y).sum())(y0)
+    np.testing.assert_allclose(inside, one_by_one, rtol=1e-10)
+    np.testing.assert_allclose(outside, one_by_one, rtol=1e-10)
+
+
+def test_gradients_are_finite_under_vmap_with_finished_lanes():
+    # Lanes that are done keep being stepped, over intervals of no length.
+    y0 = jnp.asarray(np.array([[0.1, 0.2], [5.0, -9.0]]))
+
+    def loss(y):
+        sol = dfx.diffeqsolve(
+            gd.ProbabilityFlow(_process, _model),
+            gd.GDDIM(3),
+            1.0,
+            0.1,
+            -0.3,
+            y,
+            jnp.asarray(0.7, y.dtype),
+            stepsize_controller=dfx.PIDController(rtol=1e-3, atol=1e-3),
+            max_steps=128,
+        )
+        return last(sol.ys).sum()
+
+    gradient = jax.grad(lambda y: jax.vmap(loss)(y).sum())(y0)
+    assert jnp.isfinite(gradient).all()
+
+
+def test_backsolve_without_its_own_solver_is_refused():
+    ts = gd.time_grid(_process, 4)
+    gradient = jax.grad(lambda x: _loss(x, ts, dfx.BacksolveAdjoint()))
+    with pytest.raises(ValueError, match="Terms are not compatible with solver"):
+        gradient(_inputs())

@@ -1,0 +1,112 @@
+"""Accuracy of whole solves, in every dtype."""
+
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import pytest
+
+import gddim_eqx as gd
+
+from .helpers import (
+    accurate,
+    last,
+    max_difference,
+    mixture_for,
+    prior_state,
+    processes,
+    solve,
+)
+
+
+@pytest.mark.x64
+def test_medians_of_the_error_on_a_mixture_under_cld():
+    process = gd.CLD((1,))
+    data = gd.GaussianMixture(jnp.array([[-1.0], [1.5]]), 0.3, jnp.array([0.4, 0.6]))
+    term = gd.ProbabilityFlow(process, data.model(process))
+    x, v = np.meshgrid([-1.5, -0.5, 0.5, 1.5], [-0.4, 0.4], indexing="ij")
+    u = gd.Phase(jnp.asarray(x.reshape(-1, 1)), jnp.asarray(v.reshape(-1, 1)))
+    exact = accurate(term, 1.0, 1e-3, u, rtol=1e-12).x
+    # From an independent implementation in NumPy.
+    expected = {
+        (1, 10): 1.7e-1,
+        (1, 50): 4.3e-2,
+        (3, 50): 3.2e-3,
+        (3, 100): 4.6e-4,
+        (4, 50): 9.8e-4,
+        (4, 100): 8.5e-5,
+    }
+    for (order, steps), median in expected.items():
+        y = solve(term, gd.GDDIM(order), gd.time_grid(process, steps), u)
+        assert abs(np.median(np.abs(y.x - exact)) / median - 1) < 0.1
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("steps", (10, 100))
+@pytest.mark.parametrize("name", ("vp", "cld", "bdm"))
+def test_single_precision_agrees_with_double(name, steps):
+    process = processes[name]()
+    data = mixture_for(process)
+    y0 = prior_state(process, (64,))
+
+    def run(dtype):
+        cast = lambda tree: jtu.tree_map(lambda x: x.astype(dtype), tree)
+        term = gd.ProbabilityFlow(process, cast(data).model(process))
+        ts = gd.time_grid(process, steps, dtype=dtype)
+        return solve(term, gd.GDDIM(3), ts, cast(y0))
+
+    single, double = run(jnp.float32), run(jnp.float64)
+    assert all(x.dtype == jnp.float32 for x in jtu.tree_leaves(single))
+    errors = [np.abs(a - b) for a, b in zip(*map(jtu.tree_leaves, (single, double)))]
+    # Paths that pass near the boundary between modes are sensitive: hence the median.
+    assert np.median(errors[0]) < 3e-6
+    assert np.quantile(errors[0], 0.99) < 1e-3
+
+
+@pytest.mark.parametrize("name", ("vp", "cld"))
+@pytest.mark.parametrize("dtype", (jnp.float16, jnp.bfloat16, jnp.float32))
+def test_states_keep_their_dtype(name, dtype):
+    process = processes[name]()
+    term = gd.ProbabilityFlow(process, lambda t, u, args: u)
+    y0 = process.prior(jax.random.key(0), (2,), dtype)
+    ts = gd.time_grid(process, 4, "uniform", t1=0.25, dtype=dtype)
+    y = solve(term, gd.GDDIM(), ts, y0)
+    assert all(x.dtype == dtype for x in jtu.tree_leaves(y))
+    exact = jnp.float32
+    y0 = jtu.tree_map(lambda x: x.astype(exact), y0)
+    expected = solve(term, gd.GDDIM(), ts.astype(exact), y0)
+    y = jtu.tree_map(lambda x: x.astype(exact), y)
+    tolerance = 1e-5 if dtype == exact else 30 * jnp.finfo(dtype).eps
+    assert max_difference(y, expected) < tolerance
+
+
+@pytest.mark.x64
+def test_times_may_be_narrower_than_states():
+    process = gd.VP((3,))
+    term = gd.ProbabilityFlow(process, mixture_for(process).model(process))
+    y0 = prior_state(process)
+    ts = gd.time_grid(process, 5, dtype=jnp.float32)
+    y = solve(term, gd.GDDIM(), ts, y0)
+    expected = solve(term, gd.GDDIM(), ts.astype(jnp.float64), y0)
+    assert y.dtype == jnp.float64
+    assert max_difference(y, expected) < 1e-12
+
+
+@pytest.mark.parametrize("t0,dt0", ((1, -0.2), (1.0, -0.2), (np.float32(1), -0.2)))
+def test_python_and_numpy_times(t0, dt0):
+    process = gd.CLD((3,))
+    term = gd.ProbabilityFlow(process, lambda t, u, args: u)
+    y0 = prior_state(process)
+    sol = dfx.diffeqsolve(term, gd.GDDIM(), t0, 0.2, dt0, y0)
+    assert jnp.isfinite(last(sol.ys).x).all()
+
+
+@pytest.mark.parametrize("batch", ((), (0,), (1,), (2, 3)))
+def test_any_batch_axes(batch):
+    process = gd.BDM((2, 3, 1))
+    term = gd.ProbabilityFlow(process, lambda t, u, args: u)
+    y0 = prior_state(process, batch)
+    y = solve(term, gd.GDDIM(), gd.time_grid(process, 4), y0)
+    assert y.shape == (*batch, 2, 3, 1)
+    assert process.decode(y).shape == (*batch, 2, 3, 1)

@@ -1,0 +1,154 @@
+import math
+
+import diffrax as dfx
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+
+import gddim_eqx as gd
+
+from .helpers import processes
+
+
+X64 = jax.config.jax_enable_x64
+EXACT = 1e-12 if X64 else 1e-5
+
+every_process = pytest.mark.parametrize("name", processes)
+every_grid = pytest.mark.parametrize(
+    "grid", ["uniform", "quadratic", "log", 0.5, 1.0, 5.0]
+)
+dtypes = pytest.mark.parametrize(
+    "dtype", [jnp.float32, pytest.param(jnp.float64, marks=pytest.mark.x64)]
+)
+
+
+@every_process
+@every_grid
+@dtypes
+def test_grid_goes_from_the_start_to_the_end_of_sampling(name, grid, dtype):
+    process = processes[name]()
+    ts = gd.time_grid(process, 7, grid, dtype=dtype)
+    assert ts.shape == (8,) and ts.dtype == dtype
+    assert (ts[0], ts[-1]) == (dtype(process.t_max), dtype(process.t_min))
+    assert (jnp.diff(ts) < 0).all()
+
+
+@every_process
+@every_grid
+def test_grid_for_encoding_is_the_same_in_reverse(name, grid):
+    process = processes[name]()
+    sampling = gd.time_grid(process, 7, grid)
+    encoding = gd.time_grid(process, 7, grid, t0=process.t_min, t1=process.t_max)
+    assert (jnp.diff(encoding) > 0).all()
+    np.testing.assert_allclose(encoding, sampling[::-1], rtol=EXACT)
+
+
+@given(
+    number=st.integers(1, 200),
+    power=st.floats(0.5, 8),
+    ends=st.tuples(st.floats(0, 1), st.floats(0, 1)).filter(
+        lambda ends: abs(ends[0] - ends[1]) > 0.01
+    ),
+)
+def test_any_grid_is_monotone_with_exact_ends(number, power, ends):
+    t0, t1 = ends
+    ts = gd.time_grid(gd.VP((3,)), number, power, t0=t0, t1=t1)
+    dtype = ts.dtype.type
+    assert ts.shape == (number + 1,)
+    assert (ts[0], ts[-1]) == (dtype(t0), dtype(t1))
+    assert (np.sign(np.diff(ts)) == np.sign(t1 - t0)).all()
+
+
+@every_grid
+def test_spacing_is_uniform_after_the_change_of_variable(grid):
+    process = gd.VP((3,))
+    ts = np.asarray(gd.time_grid(process, 20, grid), float)
+    power = {"uniform": 1.0, "quadratic": 2.0}.get(grid, grid)
+    clock = np.log(ts) if grid == "log" else ts ** (1 / power)
+    steps = np.diff(clock)
+    np.testing.assert_allclose(steps, steps.mean(), rtol=100 * EXACT)
+
+
+def test_default_is_the_authors_grid():
+    process = gd.CLD((3,))
+    by_hand = np.linspace(1, 1e-3**0.5, 21) ** 2
+    np.testing.assert_allclose(gd.time_grid(process, 20), by_hand, rtol=EXACT)
+
+
+def test_one_step_is_allowed():
+    ts = gd.time_grid(gd.VP((3,)), 1)
+    np.testing.assert_array_equal(ts, jnp.array([1.0, 1e-3]))
+
+
+def test_grid_may_reach_time_zero():
+    ts = gd.time_grid(gd.VP((3,)), 5, t1=0.0)
+    assert ts[-1] == 0 and (jnp.diff(ts) < 0).all()
+
+
+@jax.jit
+def times_stepped_to(ts):
+    return dfx.diffeqsolve(
+        dfx.ODETerm(lambda t, y, args: jnp.ones_like(y)),
+        dfx.Euler(),
+        ts[0],
+        ts[-1],
+        None,
+        jnp.zeros((), ts.dtype),
+        saveat=dfx.SaveAt(steps=True),
+        stepsize_controller=dfx.StepTo(ts),
+        max_steps=6,
+    ).ts
+
+
+@every_grid
+@dtypes
+@pytest.mark.parametrize("encode", [False, True], ids=["sampling", "encoding"])
+def test_diffrax_steps_to_exactly_these_times(grid, dtype, encode):
+    process = gd.VE((3,))
+    ends = dict(t0=process.t_min, t1=process.t_max) if encode else {}
+    ts = gd.time_grid(process, 6, grid, dtype=dtype, **ends)
+    np.testing.assert_array_equal(times_stepped_to(ts), ts[1:])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(num_steps=0), "num_steps.*0"),
+        (dict(num_steps=-3), "num_steps.*-3"),
+        (dict(num_steps=True), "num_steps.*True"),
+        (dict(num_steps=5, grid="cubic"), "'cubic'"),
+        (dict(num_steps=5, grid=0.0), "got 0.0"),
+        (dict(num_steps=5, grid=-2.0), "got -2.0"),
+        (dict(num_steps=5, grid=math.nan), "got nan"),
+        (dict(num_steps=5, grid=math.inf), "got inf"),
+        (dict(num_steps=5, t0=1.5), "t0.*1.5"),
+        (dict(num_steps=5, t1=-0.5), "t1.*-0.5"),
+        (dict(num_steps=5, t0=math.nan), "t0.*nan"),
+        (dict(num_steps=5, t0=0.5, t1=0.5), "both are 0.5"),
+        (dict(num_steps=5, grid="log", t1=0.0), "cannot reach time 0"),
+        (dict(num_steps=5, dtype=jnp.int32), "int32"),
+        (dict(num_steps=5000, dtype=jnp.float16), "5000 steps.*float16"),
+        (dict(num_steps=1000, dtype=jnp.bfloat16), "1000 steps.*bfloat16"),
+        (dict(num_steps=5, t0=0.5, t1=0.5 + 1e-9, dtype=jnp.float32), "float32"),
+    ],
+    ids=repr,
+)
+def test_bad_arguments_raise_and_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        gd.time_grid(gd.VP((3,)), **arguments)
+
+
+def test_the_time_axis_in_the_message_is_the_process_own():
+    with pytest.raises(ValueError, match=r"\[0, 0.9946\], the time axis of VP"):
+        gd.time_grid(gd.VP((3,), "cosine"), 5, t0=1.0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_holds_a_few_times(dtype):
+    ts = gd.time_grid(gd.VP((3,)), 10, dtype=dtype)
+    assert ts.dtype == dtype
+    assert (ts[0], ts[-1]) == (dtype(1.0), dtype(1e-3))
+    assert (np.diff(np.asarray(ts, float)) < 0).all()

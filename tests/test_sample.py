@@ -1,0 +1,77 @@
+import diffrax as dfx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gddim_eqx as gd
+
+
+_data = gd.GaussianMixture([[-1.0, 0.0], [1.0, 0.5]], 0.05, [0.3, 0.7])
+
+
+@pytest.mark.parametrize("process", (gd.VP((2,)), gd.CLD((2,)), gd.VE((2,))))
+def test_samples_have_the_distribution_of_the_data(process):
+    x, evaluations = gd.sample(
+        process, _data.model(process), jax.random.key(0), 4000, 30
+    )
+    assert x.shape == (4000, 2) and evaluations == 30
+    right = x[:, 0] > 0
+    # Four standard errors of a proportion, and of a mean.
+    assert abs(float(right.mean()) - 0.7) < 4 * np.sqrt(0.21 / 4000)
+    for mode, mean in ((right, _data.means[1]), (~right, _data.means[0])):
+        np.testing.assert_allclose(x[mode].mean(0), mean, atol=2e-2)
+        np.testing.assert_allclose(x[mode].std(0), 0.05, rtol=0.2)
+
+
+def test_evaluations_are_counted_for_every_solver():
+    process = gd.VP((2,))
+    model, key = _data.model(process), jax.random.key(0)
+    expected = ((dfx.Euler(), 7), (dfx.Heun(), 14), (dfx.Tsit5(), 43))
+    for solver, evaluations in expected:
+        assert gd.sample(process, model, key, 3, 7, solver).evaluations == evaluations
+
+
+def test_takes_a_grid_and_args_and_shows_progress(capfd):
+    process = gd.VP((2,))
+    exact = _data.model(process)
+    model = lambda t, u, args: args * exact(t, u, None)
+    ts = gd.time_grid(process, 5, "log")
+    one = jnp.asarray(1.0, ts.dtype)
+    meter = dfx.TextProgressMeter(minimum_increase=0.2)
+    x, evaluations = gd.sample(
+        process, model, jax.random.key(0), 3, ts=ts, args=one, progress_meter=meter
+    )
+    again = gd.sample(process, exact, jax.random.key(0), 3, ts=ts)
+    np.testing.assert_allclose(x, again.x, rtol=1e-5)
+    assert evaluations == 5
+    assert "100.00%" in capfd.readouterr().out
+
+
+def test_no_samples():
+    process = gd.CLD((2,))
+    x, _ = gd.sample(process, _data.model(process), jax.random.key(0), 0, 3)
+    assert x.shape == (0, 2)
+
+
+def test_what_is_not_finite_is_never_returned():
+    process = gd.VP((2,))
+    with pytest.raises(FloatingPointError, match="4 of 4 samples are not finite after 3"):
+        gd.sample(process, lambda t, u, args: u / 0, jax.random.key(0), 4, 3)
+
+
+def test_bad_arguments_are_refused():
+    process = gd.VP((2,))
+    model, key = _data.model(process), jax.random.key(0)
+    with pytest.raises(ValueError, match="`number` must be a non-negative integer"):
+        gd.sample(process, model, key, -1, 3)
+    with pytest.raises(ValueError, match="`num_steps` or `ts`, not both"):
+        gd.sample(process, model, key, 1, 3, ts=gd.time_grid(process, 3))
+    with pytest.raises(ValueError, match="strictly decreasing"):
+        gd.sample(process, model, key, 1, ts=jnp.array([1.0, 0.5, 0.6]))
+    with pytest.raises(ValueError, match=r"start at 1.0, which is `process.t_max`"):
+        gd.sample(process, model, key, 1, ts=jnp.array([0.9, 0.5]))
+    with pytest.raises(ValueError, match="at least two times"):
+        gd.sample(process, model, key, 1, ts=jnp.array([1.0]))
+    with pytest.raises(ValueError, match="cannot be traced"):
+        jax.jit(lambda k: gd.sample(process, model, k, 1, 3).x)(key)

@@ -1,0 +1,43 @@
+"""Sampling over several devices, simulated on the CPU."""
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import gddim_eqx as gd
+
+from .helpers import mixture_for
+
+
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
+def test_a_sharded_batch_stays_sharded():
+    process = gd.CLD((3,))
+    term = gd.ProbabilityFlow(process, mixture_for(process).model(process))
+    u = process.prior(jax.random.key(0), (8,))
+    ts = gd.time_grid(process, 5)
+
+    @eqx.filter_jit
+    def run(u):
+        return dfx.diffeqsolve(
+            term,
+            gd.GDDIM(),
+            ts[0],
+            ts[-1],
+            None,
+            u,
+            stepsize_controller=dfx.StepTo(ts),
+            max_steps=5,
+            throw=False,
+        ).ys
+
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("batch"))
+    sharded = run(jax.device_put(u, sharding))
+    assert not sharded.x.sharding.is_fully_replicated
+    assert {s.data.shape for s in sharded.x.addressable_shards} == {(1, 4, 3)}
+    np.testing.assert_allclose(sharded.x, run(u).x, atol=1e-5)
+    assert jnp.isfinite(sharded.x).all()
