@@ -42,7 +42,8 @@ Images = Float[Array, "batch 8 8 1"]
 
 
 def load_images(key: PRNGKeyArray) -> Images:
-    images = load_digits().images[..., None] / 8 - 1
+    pixels, _ = load_digits(return_X_y=True)
+    images = pixels.reshape(-1, 8, 8, 1) / 8 - 1  # From [0, 16] to [-1, 1].
     return jr.permutation(key, jnp.asarray(images, jnp.float32))
 
 
@@ -130,9 +131,7 @@ def train(
     def make_step(network, average, optimiser_state, step, key):
         choice_key, loss_key = jr.split(key)
         batch = jr.choice(choice_key, images, (batch_size,))
-        value, gradient = eqx.filter_value_and_grad(loss)(
-            network, process, batch, loss_key
-        )
+        value, gradient = eqx.filter_value_and_grad(loss)(network, process, batch, loss_key)
         updates, optimiser_state = optimiser.update(gradient, optimiser_state)
         network = eqx.apply_updates(network, updates)
         # A shorter memory at first, to forget the initial parameters.
@@ -275,8 +274,9 @@ def compare(
 
 
 def frechet_distance(a: ArrayLike, b: ArrayLike) -> float:
-    """Between normal distributions with the means and covariances of two sets of images:
-    the Frechet inception distance, but of pixels. NaN if an image is not finite."""
+    """Between normal distributions with the means and covariances of two sets of
+    images: the Frechet inception distance, but of pixels. NaN for images that are not
+    finite."""
     a, b = flatten(a), flatten(b)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         return math.nan

@@ -1,7 +1,11 @@
 import importlib.metadata
 
 from . import solvers as solvers
-from ._basis import AbstractBasis as AbstractBasis, Cosine as Cosine, Identity as Identity
+from ._basis import (
+    AbstractBasis as AbstractBasis,
+    Cosine as Cosine,
+    Identity as Identity,
+)
 from ._grid import time_grid as time_grid
 from ._mixture import GaussianMixture as GaussianMixture
 from ._operator import BlockLinearOperator as BlockLinearOperator

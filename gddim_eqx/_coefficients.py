@@ -126,4 +126,3 @@ def weights(
     rank = moments.ndim - 1
     polynomials = polynomials.reshape(*polynomials.shape, *[1] * rank)
     return (polynomials * moments[None]).sum(1)
-

@@ -34,8 +34,8 @@ def time_grid(
         `t0 < t1` gives a grid that increases, for encoding.
     - `dtype`: of the times; by default JAX's default floating dtype. Use the states'.
 
-    **Returns:** `num_steps + 1` strictly monotone times. The first and last are exactly `t0` and `t1`
-    in that dtype.
+    **Returns:** `num_steps + 1` strictly monotone times. The first and last are exactly
+    `t0` and `t1` in that dtype.
 
     **Raises:** `ValueError` if `num_steps` is not a positive integer, the times are not
     distinct or outside `[0, process.t_end]`, the grid is unknown, or the dtype cannot

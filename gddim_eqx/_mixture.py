@@ -127,20 +127,23 @@ class _MixtureModel(eqx.Module):
         n = process.num_components
         precise = precision.mv(process.from_data(u))
         a = [per_coordinate(direction[i]) for i in range(n)]
-        pull = sum(
-            _pad(ai, p) * p for ai, p in zip(a, jtu.tree_leaves(precise), strict=True)
-        )
-        stiffness = sum(
+        pulls = [_pad(ai, p) * p for ai, p in zip(a, jtu.tree_leaves(precise), strict=True)]
+        stiffness = [
             a[i] * a[j] * per_coordinate(precision.blocks[i, j])
             for i in range(n)
             for j in range(n)
-        )
+        ]
         size = math.prod(shape)
         batch = leaves[0].shape[: leaves[0].ndim - len(shape)]
         highest = jax.lax.Precision.HIGHEST
-        fit = jnp.matmul(pull.reshape(-1, size), means.T, precision=highest)
-        penalty = 0.5 * (stiffness.reshape(1, size) * means**2).sum(1)
-        logits = fit - penalty[None] + jnp.log(self.mixture.weights.astype(dtype))[None]
+        pull = sum(p.reshape(-1, size) for p in pulls)
+        fit = jnp.matmul(pull, means.T, precision=highest)
+        penalty = 0.5 * sum((k.reshape(1, size) * means**2).sum(1) for k in stiffness)
+        logits = (
+            fit
+            - jnp.asarray(penalty)[None]
+            + jnp.log(self.mixture.weights.astype(dtype))[None]
+        )
         posterior = jax.nn.softmax(logits, axis=-1)
         mean = jnp.matmul(posterior, means, precision=highest).reshape(*batch, *shape)
 

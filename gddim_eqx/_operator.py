@@ -1,4 +1,5 @@
 import math
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -69,7 +70,7 @@ class BlockLinearOperator(lx.AbstractLinearOperator):
     def num_components(self) -> int:
         return self.blocks.shape[0]
 
-    def _like(self, blocks, tags=frozenset()) -> "BlockLinearOperator":
+    def _like(self, blocks, tags: object = frozenset()) -> "BlockLinearOperator":
         return BlockLinearOperator(blocks, self.shape, tags)
 
     def astype(self, dtype) -> "BlockLinearOperator":
@@ -121,9 +122,7 @@ class BlockLinearOperator(lx.AbstractLinearOperator):
     def transpose(self) -> "BlockLinearOperator":
         if lx.is_symmetric(self):
             return self
-        return self._like(
-            jnp.swapaxes(self.blocks, 0, 1), lx.transpose_tags(self.tags)
-        )
+        return self._like(jnp.swapaxes(self.blocks, 0, 1), lx.transpose_tags(self.tags))
 
     def in_structure(self):
         leaf = jax.ShapeDtypeStruct(self.shape, self.blocks.dtype)
@@ -161,13 +160,13 @@ class BlockLinearOperator(lx.AbstractLinearOperator):
             factor = _last_to_first(jnp.linalg.cholesky(_first_to_last(b)))
         return self._like(factor, lx.lower_triangular_tag)
 
-    def __add__(self, other):
+    def __add__(self, other) -> Any:
         if not isinstance(other, BlockLinearOperator):
             return super().__add__(other)
         a, b = _same_rank(self, other)
         return self._like(a + b, self.tags & other.tags & _CLOSED_UNDER_SUM)
 
-    def __sub__(self, other):
+    def __sub__(self, other) -> Any:
         if not isinstance(other, BlockLinearOperator):
             return super().__sub__(other)
         return self + (-other)
@@ -187,7 +186,7 @@ class BlockLinearOperator(lx.AbstractLinearOperator):
     def __neg__(self):
         return self._like(-self.blocks, self.tags & _CLOSED_UNDER_SCALING)
 
-    def __matmul__(self, other):
+    def __matmul__(self, other) -> Any:
         if not isinstance(other, BlockLinearOperator):
             return super().__matmul__(other)
         a, b = _same_rank(self, other)
@@ -209,9 +208,7 @@ _CLOSED_UNDER_SCALING = _CLOSED_UNDER_SUM - {lx.positive_semidefinite_tag}
 _CLOSED_UNDER_PRODUCT = frozenset([lx.lower_triangular_tag, lx.upper_triangular_tag])
 
 
-def _same_rank(
-    one: BlockLinearOperator, other: BlockLinearOperator
-) -> tuple[Array, Array]:
+def _same_rank(one: BlockLinearOperator, other: BlockLinearOperator) -> tuple[Array, Array]:
     if one.num_components != other.num_components or one.shape != other.shape:
         raise ValueError(
             "Can only combine operators on the same states; got "

@@ -3,8 +3,8 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
-from numpy.polynomial import chebyshev
 from jaxtyping import Array, Inexact, Int
+from numpy.polynomial import chebyshev
 
 
 class PiecewisePolynomial:
@@ -27,9 +27,7 @@ class PiecewisePolynomial:
         """
         self.edges = np.asarray(edges, np.float64)
         degree = node_values.shape[1] - 1
-        self.coefficients = np.einsum(
-            "dn,pn...->pd...", to_chebyshev(degree), node_values
-        )
+        self.coefficients = np.einsum("dn,pn...->pd...", to_chebyshev(degree), node_values)
 
     def panel(self, x: Inexact[Array, ""]) -> Int[Array, ""]:
         """The index of the panel of an argument; the first or last for one outside."""

@@ -6,6 +6,7 @@ import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Real
 
 from ._custom_types import Args, Key
@@ -105,7 +106,7 @@ def sample(
     **Raises:** `ValueError` for arguments that do not fit, or if called while JAX is
     tracing. `FloatingPointError` if a sample is not finite.
     """
-    if isinstance(key, jax.core.Tracer):
+    if isinstance(key, Tracer):
         raise ValueError(
             "`sample` counts evaluations and checks its result, so it cannot be traced "
             "by `jax.jit`, `jax.vmap` or `jax.grad`. There, call "

@@ -48,8 +48,7 @@ def check_state(state: State, num_components: int, shape: tuple[int, ...], name:
     want = f"{kind} of shape ({axes})"
     if jtu.tree_structure(state) != jtu.tree_structure(expected):
         raise ValueError(
-            f"{name} must be {want}, but it has the structure "
-            f"{jtu.tree_structure(state)}."
+            f"{name} must be {want}, but it has the structure {jtu.tree_structure(state)}."
         )
     got = [tuple(leaf.shape) for leaf in jtu.tree_leaves(state)]
     for leaf_shape in got:

@@ -169,5 +169,3 @@ class ProbabilityFlow(dfx.AbstractTerm):
 def _apply(operator, state):
     dtype = jnp.result_type(*jtu.tree_leaves(state))
     return operator.astype(dtype).mv(jtu.tree_map(jnp.asarray, state))
-
-

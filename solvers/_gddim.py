@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Inexact, Int, PyTree, Real
+from jaxtyping import Array, Inexact, Int, PyTree, Real
 
 from gddim_eqx._coefficients import lagrange, moments, weights
 from gddim_eqx._custom_types import Args, BoolScalarLike, RealScalarLike, State
@@ -47,9 +47,7 @@ class _ExponentialInterpolation(dfx.AbstractLocalInterpolation):
     ) -> State:
         del left
         if t1 is not None:
-            return jtu.tree_map(
-                lambda a, b: a - b, self.evaluate(t1), self.evaluate(t0)
-            )
+            return jtu.tree_map(lambda a, b: a - b, self.evaluate(t1), self.evaluate(t0))
         dtype = coefficient_dtype(self.y0)
         start, end, t = (
             jnp.asarray(x * self.direction, dtype) for x in (self.t0, self.t1, t0)

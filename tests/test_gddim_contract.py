@@ -404,7 +404,7 @@ def test_progress_meter_and_events():
 
     sol = jax.vmap(one)(y0)
     assert (sol.ts[:, 0] <= 0.5 + 1e-6).all() and (sol.ts[:, 0] > 0.47).all()
-    gradient = jax.grad(lambda y: jax.vmap(one)(y).ys.sum())(y0)
+    gradient = jax.jit(jax.grad(lambda y: jax.vmap(one)(y).ys.sum()))(y0)
     assert jnp.isfinite(gradient).all()
 
 

@@ -91,9 +91,7 @@ def _solver(name, order, seeded):
 
         def step(i, carry):
             y, state = carry
-            y, _, _, state, _ = solver.step(
-                term, ts[i], ts[i + 1], y, None, state, False
-            )
+            y, _, _, state, _ = solver.step(term, ts[i], ts[i + 1], y, None, state, False)
             return y, state
 
         return jax.lax.fori_loop(before, before + number, step, (y, state))[0]

@@ -17,9 +17,7 @@ X64 = jax.config.jax_enable_x64
 EXACT = 1e-12 if X64 else 1e-5
 
 every_process = pytest.mark.parametrize("name", processes)
-every_grid = pytest.mark.parametrize(
-    "grid", ["uniform", "quadratic", "log", 0.5, 1.0, 5.0]
-)
+every_grid = pytest.mark.parametrize("grid", ["uniform", "quadratic", "log", 0.5, 1.0, 5.0])
 dtypes = pytest.mark.parametrize(
     "dtype", [jnp.float32, pytest.param(jnp.float64, marks=pytest.mark.x64)]
 )

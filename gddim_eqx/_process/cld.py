@@ -91,7 +91,7 @@ class CLD(AbstractProcess):
     def _initial_variances(self) -> tuple[float, float]:
         return self.epsilon, self.gamma + self.epsilon * self.mass_inverse
 
-    def _operator(self, rows, scale_rows, scale_columns, tags=frozenset()):
+    def _operator(self, rows, scale_rows, scale_columns, tags: object = frozenset()):
         """From blocks in (x, w) to (x, v): multiply the velocity's row or column by the
         power of sqrt(M) that is given."""
         root = 1 / math.sqrt(self.mass_inverse)

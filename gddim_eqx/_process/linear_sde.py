@@ -99,7 +99,7 @@ class LinearSDE(AbstractProcess):
         )
         self.num_components = self._solution.num_components
 
-    def _operator(self, blocks, tags=frozenset()) -> BlockLinearOperator:
+    def _operator(self, blocks, tags: object = frozenset()) -> BlockLinearOperator:
         return BlockLinearOperator(blocks, self.shape, tags)
 
     def drift(self, t):

@@ -51,9 +51,7 @@ class Linear(AbstractSchedule):
         return math.inf
 
     def _integral(self, t, s):
-        return (t - s) * (
-            self.beta_min + 0.5 * (self.beta_max - self.beta_min) * (t + s)
-        )
+        return (t - s) * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * (t + s))
 
     def rate(self, t):
         return self.beta_min + (self.beta_max - self.beta_min) * t
@@ -101,7 +99,7 @@ class CosineSquared(AbstractSchedule):
 
     def variance(self, t):
         unit = 0.5 * np.pi / (1 + self.offset)
-        start = np.cos(unit * self.offset)
+        start = math.cos(unit * self.offset)
         return jnp.sin(unit * t) * jnp.sin(unit * (t + 2 * self.offset)) / start**2
 
 

@@ -1,0 +1,145 @@
+"""Set-up time and accuracy of the coefficients of CLD, against the authors' procedure.
+
+The authors integrate R_t over a million Runge-Kutta steps in float32 and then sum each
+coefficient over 10,000 nodes from the left. That procedure is written out again here,
+for order 3 on the 50-step quadratic grid, in NumPy and float64 (so that what is measured
+is the method) and, as the authors have it, as a `jax.lax.scan` in float32.
+
+    python benchmarks/coefficients.py
+"""
+
+import time
+
+import jax
+
+
+jax.config.update("jax_enable_x64", True)
+
+import jax.numpy as jnp
+import numpy as np
+
+import gddim_eqx as gd
+from gddim_eqx._coefficients import lagrange, moments, weights
+
+
+_order = 3
+_process = gd.CLD(shape=(1,))
+
+
+def ours(ts: jax.Array) -> np.ndarray:
+    """The coefficients `(steps, order, 2, 2)` of all steps, and nothing prepared."""
+
+    @jax.jit
+    @jax.vmap
+    def step(s, t, times, valid):
+        nodes = (times - s) / (t - s)
+        return weights(lagrange(nodes, valid), moments(_process, s, t, _order))
+
+    number = len(ts) - 1
+    index = np.arange(number)[:, None] - np.arange(_order)
+    out = step(ts[:-1], ts[1:], ts[np.maximum(index, 0)], jnp.asarray(index >= 0))
+    return np.asarray(out)
+
+
+def authors(ts: jax.Array, rk_steps: int, nodes: int, dtype) -> np.ndarray:
+    """The same by a table of R_t and left Riemann sums of equation 19."""
+    beta, mass_inverse, friction = 4.0, 4.0, 1.0
+    drift = beta * jnp.array([[0, mass_inverse], [-1, -friction * mass_inverse]], dtype)
+    noise = jnp.diag(jnp.array([0, 2 * friction * beta], dtype))
+    dt = jnp.asarray(1 / rk_steps, dtype)
+
+    def rate(sigma, r):
+        turning = drift + 0.5 * noise @ jnp.linalg.inv(sigma)
+        return drift @ sigma + sigma @ drift.T + noise, turning @ r
+
+    def runge_kutta(carry, _):
+        sigma, r = carry
+        a = rate(sigma, r)
+        b = rate(*(x + dt / 2 * k for x, k in zip(carry, a)))
+        c = rate(*(x + dt / 2 * k for x, k in zip(carry, b)))
+        d = rate(*(x + dt * k for x, k in zip(carry, c)))
+        new = [
+            x + dt / 6 * (i + 2 * j + 2 * k + m) for x, i, j, k, m in zip(carry, a, b, c, d)
+        ]
+        return tuple(new), r
+
+    eps = 1e-6
+    start = jnp.diag(jnp.array([eps, 0.01 + eps], dtype))
+    _, table = jax.jit(
+        lambda: jax.lax.scan(runge_kutta, (start, jnp.sqrt(start)), length=rk_steps)
+    )()
+
+    @jax.jit
+    def integrand(tau, t):
+        place = jnp.clip(tau * rk_steps, 0, rk_steps - 2)
+        left = place.astype(int)
+        fraction = (place - left)[:, None, None]
+        r = (1 - fraction) * table[left] + fraction * table[left + 1]
+        psi = jax.vmap(lambda x: _process.transition(t, x).blocks)(tau)
+        return 0.5 * psi @ noise @ jnp.linalg.inv(r).swapaxes(1, 2)
+
+    out = np.zeros((len(ts) - 1, _order, 2, 2))
+    times = np.asarray(ts, np.float64)
+    for i, (s, t) in enumerate(zip(times[:-1], times[1:])):
+        tau = np.linspace(s, t, nodes, endpoint=False)
+        values = np.asarray(integrand(jnp.asarray(tau, dtype), jnp.asarray(t, dtype)))
+        known = times[max(0, i - _order + 1) : i + 1][::-1]
+        for j, node in enumerate(known):
+            others = np.delete(known, j)
+            basis = np.prod((tau[:, None] - others) / (node - others), axis=1)
+            out[i, j] = np.tensordot(basis, values, 1) * (t - s) / nodes
+    return out
+
+
+def exact(ts: jax.Array) -> np.ndarray:
+    """Equation 19 as printed, by composite Gauss-Legendre quadrature in float64."""
+    x, w = np.polynomial.legendre.leggauss(16)
+    times = np.asarray(ts)
+    out = np.zeros((len(ts) - 1, _order, 2, 2))
+
+    @jax.jit
+    @jax.vmap
+    def integrand(tau, t):
+        g, r = _process.diffusion(tau), _process.factor(tau)
+        return 0.5 * (_process.transition(t, tau) @ g @ g.T @ r.inverse().T).blocks
+
+    for i, (s, t) in enumerate(zip(times[:-1], times[1:])):
+        edges = np.linspace(s, t, 65)
+        half = np.diff(edges)[:, None] / 2
+        tau, weight = (edges[:-1, None] + half * (1 + x)).ravel(), (half * w).ravel()
+        values = np.asarray(integrand(jnp.asarray(tau), jnp.full(tau.shape, t)))
+        known = times[max(0, i - _order + 1) : i + 1][::-1]
+        for j, node in enumerate(known):
+            others = np.delete(known, j)
+            basis = np.prod((tau[:, None] - others) / (node - others), axis=1)
+            out[i, j] = np.tensordot(basis * weight, values, 1)
+    return out
+
+
+def main() -> None:
+    ts = gd.time_grid(_process, 50)
+    reference = exact(ts)
+
+    def report(name: str, fn) -> float:
+        fn()  # compile
+        start = time.perf_counter()
+        out = fn()
+        elapsed = time.perf_counter() - start
+        error = np.abs(out - reference).max()
+        relative = error / np.abs(reference).max()
+        print(f"{name:42s} {elapsed:10.2e} {error:14.1e} {relative:14.1e}")
+        return elapsed
+
+    print(f"{'CLD, order 3, 50 steps':42s} {'seconds':>10s}", end="")
+    print(f" {'max error':>14s} {'relative':>14s}")
+    fast = report("this library, float64", lambda: ours(ts))
+    report("this library, float32", lambda: ours(ts.astype(jnp.float32)))
+    theirs = "authors' procedure, "
+    million, many = 1_000_000, 10_000
+    slow = report(theirs + "float32", lambda: authors(ts, million, many, jnp.float32))
+    report(theirs + "float64", lambda: authors(ts, million, many, jnp.float64))
+    print(f"the authors' (float32) takes {slow / fast:.0f} times as long")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""The time of a step of GDDIM, without the network's.
+
+At a batch of 64 CLD states of 32 x 32 x 3 in float32, with a trivial network:
+
+- `diffeqsolve(GDDIM)`, which computes its coefficients in each step;
+- a hand-written `lax.scan` over coefficients computed beforehand;
+- reading and writing the same bytes once: the state and all stored predictions are read,
+  the state and the new prediction are written.
+
+    python benchmarks/step.py
+"""
+
+import time
+from collections.abc import Callable
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+
+import gddim_eqx as gd
+from gddim_eqx import Phase
+from gddim_eqx._coefficients import lagrange, moments, weights
+
+
+_process = gd.CLD(shape=(32, 32, 3))
+_steps = 100
+
+
+def network(t: jax.Array, u: Phase, args: None) -> Phase:
+    return Phase(0.1 * u.v, 0.1 * u.x)
+
+
+def with_diffrax(order: int) -> Callable:
+    term = gd.ProbabilityFlow(_process, network)
+
+    @eqx.filter_jit
+    def run(u, ts):
+        return dfx.diffeqsolve(
+            term,
+            gd.GDDIM(order),
+            ts[0],
+            ts[-1],
+            None,
+            u,
+            stepsize_controller=dfx.StepTo(ts),
+            max_steps=_steps,
+            throw=False,
+        ).ys
+
+    return run
+
+
+def by_hand(order: int, ts: jax.Array) -> Callable:
+    """What one would write for CLD alone, with all coefficients known."""
+    index = np.arange(_steps)[:, None] - np.arange(order)
+    valid, known = jnp.asarray(index >= 0), ts[np.maximum(index, 0)]
+
+    @jax.vmap
+    def prepare(s, t, times, valid):
+        coefficients = weights(
+            lagrange((times - s) / (t - s), valid), moments(_process, s, t, order)
+        )
+        return _process.transition(t, s).blocks, coefficients
+
+    table = jax.jit(prepare)(ts[:-1], ts[1:], known, valid)
+    times = ts[:-1]
+
+    @jax.jit
+    def run(u, ts):
+        def step(carry, inputs):
+            u, history = carry
+            t, psi, c = inputs
+            noises = [network(t, u, None), *history]
+
+            def row(i):
+                out = psi[i, 0] * u.x + psi[i, 1] * u.v
+                for cj, noise in zip(c, noises):
+                    out = out + cj[i, 0] * noise.x + cj[i, 1] * noise.v
+                return out
+
+            return (Phase(row(0), row(1)), noises[: order - 1]), None
+
+        zeros = [jtu.tree_map(jnp.zeros_like, u)] * (order - 1)
+        return jax.lax.scan(step, (u, zeros), (times, *table))[0][0]
+
+    return run
+
+
+def read_and_write(order: int) -> Callable:
+    """One pass over as many bytes as a step of the solver has to touch."""
+
+    @jax.jit
+    def run(buffers, ts):
+        def step(_, buffers):
+            u, *noises = buffers
+            new = jtu.tree_map(lambda *xs: sum(xs), u, *noises)
+            return [new, jtu.tree_map(lambda x: 0.5 * x, new), *noises[1:]]
+
+        return jax.lax.fori_loop(0, _steps, step, buffers)
+
+    return run
+
+
+def measure(candidates: dict[str, tuple]) -> dict[str, float]:
+    """The best time of each, run in turn so that all meet the same conditions."""
+    best = dict.fromkeys(candidates, np.inf)
+    for fn, arguments in candidates.values():
+        jax.block_until_ready(fn(*arguments))
+    for _ in range(30):
+        for name, (fn, arguments) in candidates.items():
+            start = time.perf_counter()
+            jax.block_until_ready(fn(*arguments))
+            best[name] = min(best[name], time.perf_counter() - start)
+    return {name: value / _steps for name, value in best.items()}
+
+
+def main() -> None:
+    device = jax.devices()[0]
+    print(f"{device.device_kind}, {_steps} steps, microseconds a step, best of 30")
+    columns = ("diffeqsolve", "scan", "ratio", "bytes once", "ratio")
+    print("order " + "".join(f"{c:>13s}" for c in columns))
+    ts = gd.time_grid(_process, _steps)
+    u = _process.prior(jax.random.key(0), (64,))
+    for order in (1, 2, 3, 4):
+        times = measure(
+            {
+                "diffrax": (with_diffrax(order), (u, ts)),
+                "scan": (by_hand(order, ts), (u, ts)),
+                "bytes": (read_and_write(order), ([u] * (order + 1), ts)),
+            }
+        )
+        ours, scan, once = (1e6 * times[k] for k in ("diffrax", "scan", "bytes"))
+        print(
+            f"{order:5d} {ours:12.1f} {scan:12.1f} {ours / scan:12.2f} "
+            f"{once:12.1f} {ours / once:12.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
