@@ -14,7 +14,7 @@ from gddim_eqx._coefficients import lagrange, moments, weights
 from .helpers import processes
 
 
-X64 = jax.config.jax_enable_x64
+X64 = jnp.result_type(float) == np.float64
 EXACT = 1e-12 if X64 else 1e-5
 # The most moments that are used, and one compilation for the steps of one grid.
 NUMBER, STEPS = 4, 20
@@ -91,7 +91,8 @@ def brute_force(name, s, t):
     """The moments of one step by 64 panels of 16 nodes, ever shorter towards time 0 and
     towards where the signal vanishes."""
     end = processes[name]().t_vanish
-    edges = np.exp(np.linspace(*(np.log(r / (1 - r / end)) for r in (s, t)), PANELS + 1))
+    first, last = np.log(s / (1 - s / end)), np.log(t / (1 - t / end))
+    edges = np.exp(np.linspace(first, last, PANELS + 1))
     edges = edges / (1 + edges / end)
     edges[0], edges[-1] = s, t
     half = np.diff(edges)[:, None] / 2

@@ -8,6 +8,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import lineax as lx
 import numpy as np
+import numpy.typing as npt
 import pytest
 import scipy.fft
 from hypothesis import given
@@ -18,7 +19,7 @@ import gddim_eqx as gd
 from .helpers import processes
 
 
-X64 = jax.config.jax_enable_x64
+X64 = jnp.result_type(float) == np.float64
 QUANTITIES = ("drift", "diffusion", "transition", "covariance", "factor", "cholesky")
 # Everything is evaluated for so many times at once: one compilation per dtype.
 BATCH = 64
@@ -57,7 +58,9 @@ def _compiled(name, rates):
     return jax.jit(jax.vmap(at))
 
 
-def evaluate(name, t, s=0.0, dtype=None, rates=False):
+def evaluate(
+    name, t, s: npt.ArrayLike = 0.0, dtype=None, rates=False
+) -> dict[str, np.ndarray]:
     """Every quantity of a process, or its derivative in time, at times `t`, computed in
     a dtype but as float64 matrices `(len(t), *spectrum, n, n)`."""
     dtype = jnp.result_type(float) if dtype is None else dtype
@@ -80,7 +83,8 @@ def times_of(process, number=BATCH):
     times = np.concatenate(
         [first * (last / first) ** fraction, last - (last - first) * fraction**2]
     )
-    return np.clip(times.astype(np.float32), *np.float32([first, last])).astype(float)
+    ends = np.array([first, last], np.float32)
+    return np.clip(times.astype(np.float32), *ends).astype(float)
 
 
 def assert_within(actual, expected, tolerance, size=None):
@@ -261,7 +265,8 @@ def oracle(name):
         return *moment_rates(t, Psi, S), rate
 
     times = times_of(process)[:: BATCH // 8]
-    times = np.unique(np.append(times, np.float32([process.t_min, process.t_max])))
+    ends = np.array([process.t_min, process.t_max], np.float32)
+    times = np.unique(np.append(times, ends))
     now, matrices = 0.0, np.stack([identity, covariance])
     if (covariance == 0).all():
         # There R starts from a singular matrix.
@@ -417,7 +422,7 @@ def test_encode_without_a_basis_is_the_data_and_no_velocity():
 def test_bdm_states_are_cosine_coefficients(shape):
     process = gd.BDM(shape)
     x = data_for(process, (2,))
-    coefficients = scipy.fft.dctn(np.asarray(x), type=2, norm="ortho", axes=(1, 2))
+    coefficients = np.asarray(scipy.fft.dctn(np.asarray(x), norm="ortho", axes=(1, 2)))
     np.testing.assert_allclose(process.from_data(x), coefficients, atol=10 * ROUNDING)
     signal = math.cos(math.pi / 2 * 0.004 / 1.008)
     np.testing.assert_allclose(process.encode(x), signal * coefficients, atol=10 * ROUNDING)
@@ -541,7 +546,7 @@ def test_perturb_in_half_precision_rounds_only_the_result(name, dtype):
     process = processes[name]()
     x = data_for(process, (2,), dtype=dtype)
     perturb = jax.jit(process.perturb)
-    for t in np.float32([process.t_min, 0.3, process.t_max]):
+    for t in np.array([process.t_min, 0.3, process.t_max], np.float32):
         state, noise = perturb(jr.key(0), x, jnp.asarray(t))
         expected, size = expected_state(name, x, noise, t, np.float32)
         # A basis mixes the coordinates of the data.
