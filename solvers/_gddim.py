@@ -108,10 +108,11 @@ class GDDIM(dfx.AbstractAdaptiveSolver[_History]):
     rejected or clipped, and time may run in either direction: backward to sample,
     forward to encode.
 
-    The first steps have fewer values to use and are of lower order, like the authors'.
-    Near the start of sampling noise predictions are all but constant, so this is seldom
-    felt; but the first step's error is of second order in its length, and thus so is the
-    error of the whole as all steps are shortened together.
+    The first steps have fewer values to use and are of lower order, like the authors'. As
+    all steps are shortened together the error of the whole is therefore of second order in
+    the end. But noise predictions hardly move near the start of sampling: against solves
+    that start with exact earlier values, 10 to 400 steps from the prior have, under CLD,
+    the same error to 1%, and under VP at most a quarter more up to 100 steps (order 4).
 
     The error estimate is the difference to the result of one order less. It costs no
     evaluation. (For order 1: one order more. On the very first step it is the whole

@@ -290,7 +290,8 @@ def test_quantities_agree_with_an_ode_solver(name, dtype):
     values = evaluate(name, times, dtype=dtype)
     assert_within(values["transition"], Psi, tolerance)
     assert_within(values["covariance"], S, tolerance)
-    assert_within(values["factor"], R, tolerance)
+    # The solver itself loses some digits of R where it starts from nearly nothing.
+    assert_within(values["factor"], R, 2 * tolerance)
     assert_within(values["cholesky"], np.linalg.cholesky(S), tolerance)
     values = evaluate(name, times, times[-1:], dtype=dtype)
     assert_within(values["transition"], Psi_from_end, tolerance)
