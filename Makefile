@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-float32 test-slow check clean
 
 # Installs the package with its extras once, and again when pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml
@@ -14,9 +14,12 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
 
-# The test-suite in double precision, then in single precision.
+# The test-suite, in double precision.
 test: $(VENV)/.installed
 	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+# The same with JAX's default of single precision.
+test-float32: $(VENV)/.installed
 	JAX_ENABLE_X64=0 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-slow: $(VENV)/.installed

@@ -316,7 +316,7 @@ def print_table(results: dict[int, list[Result]], references: list[Result]) -> N
                 f"  {result.frechet:9.3g}  {result.wasserstein:18.3g}"
                 f"{'  diverged' if result.diverged else ''}"
             )
-    print("\nDistances to real digits: lower is better. Diverged: farther than noise.")
+    print("\nDistances to real digits: lower is better. Diverged: as far as noise or more.")
 
 
 def draw(results: dict[int, list[Result]], real: np.ndarray, path: Path) -> None:

@@ -46,7 +46,7 @@ def _go(term, solver, ts, y0, **kwargs):
 def test_encoding_and_sampling_undo_each_other(name):
     term = _term(name, scale=0.5)
     y0 = prior_state(term.process, (2,))
-    down = gd.time_grid(term.process, 200, t1=0.02)
+    down = gd.time_grid(term.process, 400, t1=0.02)
     x = solve(term, gd.GDDIM(4), down, y0)
     back = solve(term, gd.GDDIM(4), down[::-1], x)
     assert max_difference(back, y0) < 2e-3

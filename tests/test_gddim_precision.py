@@ -82,7 +82,8 @@ def test_states_keep_their_dtype(name, dtype):
         return solve(term, gd.GDDIM(), ts.astype(dtype), y0)
 
     given = process.prior(jax.random.key(0), (2,), dtype)
-    ts = gd.time_grid(process, 6, "uniform", t1=0.25, dtype=dtype)
+    # Where rounding errors are hardly amplified.
+    ts = gd.time_grid(process, 6, "uniform", t0=0.5, t1=0.25, dtype=dtype)
     y = run(dtype)
     assert all(x.dtype == dtype for x in jtu.tree_leaves(y))
     assert all(jnp.isfinite(x).all() for x in jtu.tree_leaves(y))
