@@ -53,7 +53,7 @@ class GaussianMixture(eqx.Module):
             raise ValueError(f"`scale` must be finite and not negative; got {scale}.")
         number = means.shape[0]
         raw = np.ones(number) if weights is None else np.asarray(weights, np.float64)
-        if raw.shape != (number,) or not (raw > 0).all():
+        if raw.shape != (number,) or not ((raw > 0) & np.isfinite(raw)).all():
             raise ValueError(
                 f"`weights` must be {number} positive numbers, one per component; got "
                 f"{weights}."

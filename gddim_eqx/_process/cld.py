@@ -126,7 +126,8 @@ class CLD(AbstractProcess):
     def cholesky(self, t):
         y = self._clock(as_time(t))
         p, q, r = _cholesky(y, *self._initial_variances())
-        return self._operator([[p, jnp.zeros_like(p)], [q, r]], 1, 0)
+        rows = [[p, jnp.zeros_like(p)], [q, r]]
+        return self._operator(rows, 1, 0, lx.lower_triangular_tag)
 
     def factor(self, t):
         y = self._clock(as_time(t))
