@@ -68,6 +68,15 @@ class AbstractProcess(eqx.Module):
     """Where the signal would vanish if the time axis went on; infinity if nowhere. Only
     used to place quadrature nodes well."""
 
+    def __check_init__(self):
+        if any(size < 1 for size in self.shape):
+            raise ValueError(f"`shape` must be made of positive sizes; got {self.shape}.")
+        if not 0 < self.t_min < self.t_max <= self.t_end:
+            raise ValueError(
+                "Need 0 < `t_min` < `t_max` <= `t_end`; got "
+                f"{self.t_min}, {self.t_max} and {self.t_end}."
+            )
+
     @abc.abstractmethod
     def drift(self, t: RealScalarLike) -> BlockLinearOperator:
         """$F_t$."""

@@ -48,7 +48,12 @@ class BDM(AbstractDiagonalProcess):
                 f"and width; got {self.shape}."
             )
         check_positive(min_scale=self.min_scale, offset=self.offset)
-        if self.sigma_blur_max < 0:
+        if self.min_scale > 1 or self.t_end > 1:
+            raise ValueError(
+                "`min_scale` and `t_end` must be at most 1; got "
+                f"min_scale={self.min_scale} and t_end={self.t_end}."
+            )
+        if not self.sigma_blur_max >= 0:
             raise ValueError(
                 f"`sigma_blur_max` must not be negative; got {self.sigma_blur_max}."
             )

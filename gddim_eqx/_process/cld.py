@@ -52,7 +52,7 @@ class CLD(AbstractProcess):
         check_positive(
             mass_inverse=self.mass_inverse, epsilon=self.epsilon, t_end=self.t_end
         )
-        if self.gamma < 0:
+        if not self.gamma >= 0:
             raise ValueError(f"`gamma` must not be negative; got {self.gamma}.")
         if self.beta < 0 or not self.beta + self.beta_slope * self.t_end > 0:
             raise ValueError(

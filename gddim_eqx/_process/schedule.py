@@ -28,6 +28,13 @@ class AbstractSchedule(eqx.Module):
         r"""$1 - \exp(-\int_0^t \beta)$."""
 
 
+def _check_times(t_min: float, t_end: float) -> None:
+    if not 0 < t_min < t_end:
+        raise ValueError(
+            f"Need 0 < `t_min` < `t_end`; got t_min={t_min} and t_end={t_end}."
+        )
+
+
 class Linear(AbstractSchedule):
     r"""$\beta_t = \beta_\text{min} + (\beta_\text{max} - \beta_\text{min})\,t$ on [0, 1]
     (Song et al. 2021)."""
@@ -38,6 +45,7 @@ class Linear(AbstractSchedule):
     t_end: float = eqx.field(static=True, default=1.0, converter=float)
 
     def __check_init__(self):
+        _check_times(self.t_min, self.t_end)
         if not (0 <= self.beta_min and 0 < self.beta_min + self.beta_max):
             raise ValueError(
                 "`beta_min` must not be negative, and not both may be zero; got "
@@ -76,6 +84,7 @@ class CosineSquared(AbstractSchedule):
     t_end: float = eqx.field(static=True, default=0.9946, converter=float)
 
     def __check_init__(self):
+        _check_times(self.t_min, self.t_end)
         if not (self.offset > 0 and self.t_end < 1):
             raise ValueError(
                 "`offset` must be positive and `t_end` less than 1; got "

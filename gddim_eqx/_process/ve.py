@@ -31,7 +31,7 @@ class VE(AbstractScalarProcess):
 
     def __check_init__(self):
         check_positive(sigma_min=self.sigma_min)
-        if self.sigma_max <= self.sigma_min:
+        if not self.sigma_max > self.sigma_min:
             raise ValueError(
                 "`sigma_max` must be greater than `sigma_min`; got "
                 f"{self.sigma_max} and {self.sigma_min}."
