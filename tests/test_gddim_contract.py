@@ -327,7 +327,7 @@ def test_vmap_equals_a_loop_even_when_step_counts_differ():
             0.1,
             -0.3,
             y,
-            stepsize_controller=dfx.PIDController(rtol=1e-4, atol=1e-4),
+            stepsize_controller=dfx.PIDController(rtol=1e-3, atol=1e-3),
             saveat=dfx.SaveAt(t1=True, dense=True),
             max_steps=128,
         )
@@ -338,7 +338,9 @@ def test_vmap_equals_a_loop_even_when_step_counts_differ():
     for i in range(2):
         alone = one(y0[i])
         assert alone.stats["num_steps"] == counts[i]
-        np.testing.assert_allclose(batched.ys[i], alone.ys, atol=_tight())
+        # Float32's rounding errors pass through the error estimate to the step sizes.
+        atol = _tight() if jax.config.jax_enable_x64 else 1e-3
+        np.testing.assert_allclose(batched.ys[i], alone.ys, atol=atol)
 
 
 def test_vmap_over_grids():

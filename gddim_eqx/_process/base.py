@@ -228,7 +228,7 @@ class AbstractDiagonalProcess(AbstractProcess):
         return self._operator(self._diffusion(as_time(t)))
 
     def transition(self, t, s):
-        return self._operator(self._transition(as_time(t), as_time(s)))
+        return self._operator(self._transition(*as_times(t, s)))
 
     def covariance(self, t):
         std = self._std(as_time(t))
@@ -259,10 +259,17 @@ class AbstractScalarProcess(AbstractDiagonalProcess):
 
 def as_time(t: RealScalarLike) -> Array:
     """A time as an array of floating dtype."""
-    t = jnp.asarray(t)
+    t = jnp.asarray(float(t) if isinstance(t, int) else t)
     if not jnp.issubdtype(t.dtype, jnp.floating):
         t = t.astype(jnp.result_type(float))
     return t
+
+
+def as_times(*times: RealScalarLike) -> list[Array]:
+    """Several times as arrays of one floating dtype."""
+    arrays = [as_time(t) for t in times]
+    dtype = jnp.result_type(*arrays)
+    return [t if t.dtype == dtype else t.astype(dtype) for t in arrays]
 
 
 def coarse_and_rest(value: float) -> tuple[float, float]:

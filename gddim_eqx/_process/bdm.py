@@ -72,7 +72,7 @@ class BDM(AbstractDiagonalProcess):
         signal = self.data_scale
         ratio = signal / (80 + math.sqrt(1 - signal**2))
         unit = 0.5 * math.pi / (1 + 2 * self.offset)
-        return math.atan2(1.0, ratio) / unit - self.offset
+        return min(math.atan2(1.0, ratio) / unit - self.offset, self.t_end)
 
     @property
     def t_vanish(self) -> float:
@@ -146,7 +146,7 @@ BDM.__init__.__doc__ = """**Arguments:**
 - `min_scale`: what is left of the highest frequencies.
 - `offset`: of the noise schedule.
 - `t_min`, `t_end`: the end of sampling and of the time axis. Sampling starts at `t_max`,
-    where the noise is 80 times the signal.
+    where the noise is 80 times the signal, or at `t_end` if that is earlier.
 """
 
 

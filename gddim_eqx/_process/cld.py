@@ -10,7 +10,7 @@ from jaxtyping import Array
 from .._basis import AbstractBasis, Identity
 from .._operator import BlockLinearOperator
 from .._piecewise import cumulative_integral, PiecewisePolynomial
-from .base import AbstractProcess, as_shape, as_time, check_positive
+from .base import AbstractProcess, as_shape, as_time, as_times, check_positive
 
 
 class CLD(AbstractProcess):
@@ -113,7 +113,7 @@ class CLD(AbstractProcess):
         return self._operator([[zero, zero], [zero, 2 * jnp.sqrt(speed)]], 1, 0)
 
     def transition(self, t, s):
-        y = self._elapsed(as_time(t), as_time(s))
+        y = self._elapsed(*as_times(t, s))
         decay = jnp.exp(-y)
         rows = [[decay * (1 + y), decay * y], [-decay * y, decay * (1 - y)]]
         return self._operator(rows, 1, -1)

@@ -15,7 +15,7 @@ from .._piecewise import (
     PiecewisePolynomial,
     to_chebyshev,
 )
-from .base import AbstractProcess, as_shape, as_time, check_positive
+from .base import AbstractProcess, as_shape, as_time, as_times, check_positive
 
 
 class LinearSDE(AbstractProcess):
@@ -111,7 +111,7 @@ class LinearSDE(AbstractProcess):
         return self._operator(_blocks(self._solution.diffusion(t), t.dtype))
 
     def transition(self, t, s):
-        t, s = as_time(t), as_time(s)
+        t, s = as_times(t, s)
         within, between = self._solution.within, self._solution.between
         between = jnp.asarray(between, t.dtype)[within.panel(t), within.panel(s)]
         before = self._operator(within(s)).inverse()

@@ -59,7 +59,9 @@ class VE(AbstractScalarProcess):
         growth, growth_rest = coarse_and_rest(self._growth())
         coarse = jnp.round(t * 2**11) / 2**11
         rest = growth_rest * coarse + self._growth() * (t - coarse)
-        return self.sigma_min * jnp.exp(growth * coarse) * jnp.exp(rest)
+        at_coarse = self.sigma_min * jnp.exp(growth * coarse)
+        # Not a product of exponentials, which XLA may merge again.
+        return at_coarse + at_coarse * jnp.expm1(rest)
 
     def prior_factor(self):
         return self.factor(self.t_max)
