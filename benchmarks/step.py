@@ -54,9 +54,14 @@ def with_diffrax(order: int) -> Callable:
 
 
 def by_hand(order: int, ts: jax.Array) -> Callable:
-    """What one would write for CLD alone, with all coefficients known."""
-    index = np.arange(_steps)[:, None] - np.arange(order)
-    valid, known = jnp.asarray(index >= 0), ts[np.maximum(index, 0)]
+    """What one would write for CLD alone, with all coefficients known and the stored
+    predictions in a ring."""
+    slots = order - 1
+    step = np.arange(_steps)[:, None]
+    # Node 0 is the new prediction, node k + 1 is slot k, last written at this step:
+    written = step - 1 - (step - 1 - np.arange(slots)) % max(slots, 1)
+    written = np.concatenate([step, written], axis=1)
+    valid, known = jnp.asarray(written >= 0), ts[np.maximum(written, 0)]
 
     @jax.vmap
     def prepare(s, t, times, valid):
@@ -66,14 +71,15 @@ def by_hand(order: int, ts: jax.Array) -> Callable:
         return _process.transition(t, s).blocks, coefficients
 
     table = jax.jit(prepare)(ts[:-1], ts[1:], known, valid)
-    times = ts[:-1]
+    slot = jnp.asarray(step[:, 0] % max(slots, 1))
 
     @jax.jit
     def run(u, ts):
         def step(carry, inputs):
-            u, history = carry
-            t, psi, c = inputs
-            noises = [network(t, u, None), *history]
+            u, ring = carry
+            t, slot, psi, c = inputs
+            new = network(t, u, None)
+            noises = [new, *(jtu.tree_map(lambda x: x[k], ring) for k in range(slots))]
 
             def row(i):
                 out = psi[i, 0] * u.x + psi[i, 1] * u.v
@@ -81,25 +87,32 @@ def by_hand(order: int, ts: jax.Array) -> Callable:
                     out = out + cj[i, 0] * noise.x + cj[i, 1] * noise.v
                 return out
 
-            return (Phase(row(0), row(1)), noises[: order - 1]), None
+            if slots:
+                ring = jtu.tree_map(lambda x, y: x.at[slot].set(y), ring, new)
+            return (Phase(row(0), row(1)), ring), None
 
-        zeros = [jtu.tree_map(jnp.zeros_like, u)] * (order - 1)
-        return jax.lax.scan(step, (u, zeros), (times, *table))[0][0]
+        ring = jtu.tree_map(lambda x: jnp.zeros((slots, *x.shape)), u)
+        return jax.lax.scan(step, (u, ring), (ts[:-1], slot, *table))[0][0]
 
     return run
 
 
 def read_and_write(order: int) -> Callable:
-    """Passes over as many bytes as a step of the solver has to touch."""
+    """One pass a step over the bytes that a step has to touch: read the state and the
+    stored predictions, write the state and one prediction."""
+    slots = order - 1
 
     @jax.jit
-    def once(u, noises):
-        total = jtu.tree_map(lambda *xs: sum(xs), u, *noises)
-        return total, jtu.tree_map(lambda x: 0.5 * x, noises[0])
-
     def run(u, ts):
-        noises = [jtu.tree_map(jnp.copy, u) for _ in range(order)]
-        return [once(u, noises) for _ in range(_steps)][-1]
+        def step(carry, i):
+            u, ring = carry
+            new = jtu.tree_map(lambda x, y: sum(y, 0.5 * x), u, ring)
+            if slots:
+                ring = jtu.tree_map(lambda x, y: x.at[i % slots].set(0.1 * y), ring, u)
+            return (new, ring), None
+
+        ring = jtu.tree_map(lambda x: jnp.zeros((slots, *x.shape)), u)
+        return jax.lax.scan(step, (u, ring), jnp.arange(_steps))[0][0]
 
     return run
 

@@ -3,7 +3,6 @@ from typing import ClassVar
 
 import diffrax as dfx
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Inexact, Int, PyTree, Real
@@ -209,20 +208,22 @@ class GDDIM(dfx.AbstractAdaptiveSolver[_History]):
         age = jnp.concatenate([jnp.zeros(1, jnp.int32), age])
         length = jnp.where(s == t, 1, t - s)
         nodes = jnp.concatenate([jnp.zeros_like(s)[None], (history.times - s) / length])
-        # Those of all valid nodes; of all but the oldest; of the new one alone.
-        valid = jnp.stack([age <= count, age < count, age < 1])
-        wide, narrow, newest = jax.vmap(lagrange, (None, 0))(nodes, valid)
-        polynomials = wide if self.q > 1 else newest
-
-        integrals = moments(process, s, t, slots + 1)
+        polynomials = lagrange(nodes[: self.q], age[: self.q] <= count)
+        integrals = moments(process, s, t, self.q)
         values = [noise, *(_slot(history.noises, k) for k in range(slots))]
         coefficients = weights(polynomials, integrals)
         y1 = _advance(process, s, t, y0, list(zip(coefficients, values)))
+
+        # The estimate is one polynomial through all nodes less one through all but the
+        # oldest.
+        if self.q == 1:
+            integrals = moments(process, s, t, 2)
+        wide, narrow = (lagrange(nodes, age <= n) for n in (count, count - 1))
         coefficients = weights(wide - narrow, integrals)
         y_error = _advance(process, s, t, None, list(zip(coefficients, values)))
 
         def polynomial(*leaves):
-            rows = polynomials[:, : self.q].astype(leaves[0].dtype)
+            rows = polynomials.astype(leaves[0].dtype)
             columns = [sum(c * x for c, x in zip(row, leaves)) for row in rows.T]
             return jnp.stack(columns)
 
