@@ -25,8 +25,8 @@ test-float32: $(VENV)/.installed
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2
 
-# What continuous integration runs: tests, format, lint, types.
-check: test
+# What continuous integration runs: tests in both precisions, format, lint, types.
+check: test test-float32
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright

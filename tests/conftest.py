@@ -4,6 +4,12 @@ import os
 # The whole suite runs in double precision, and once more with JAX_ENABLE_X64=0.
 os.environ.setdefault("JAX_ENABLE_X64", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the suite's time is compilation, so compile with less optimisation. An XLA that
+# no longer knows one of these says so and stops: then drop it.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+)
 
 import equinox.internal as eqxi
 import hypothesis

@@ -183,7 +183,8 @@ def test_a_fixed_grid_reproduces_the_adaptive_solve():
         0.1,
         -0.5,
         y0,
-        stepsize_controller=dfx.PIDController(rtol=1e-3, atol=1e-3),
+        # Longer strides from close nodes would amplify rounding errors in float32.
+        stepsize_controller=dfx.PIDController(rtol=1e-3, atol=1e-3, factormax=2.0),
         saveat=dfx.SaveAt(t0=True, steps=True),
         max_steps=256,
     )
