@@ -29,8 +29,8 @@ every_process = pytest.mark.parametrize("name", processes)
 dtypes = pytest.mark.parametrize(
     "dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.x64)]
 )
-# What a sum of a few products may lose to rounding, and to float32's steep derivatives.
 EPS = float(jnp.finfo(jnp.result_type(float)).eps)
+# What a sum of a few products may lose to rounding, and to float32's steep derivatives.
 ROUNDING = 2e-13 if X64 else 4e-6
 DERIVATIVE = 2e-12 if X64 else 1e-4
 
