@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-float32 test-slow check clean
+.PHONY: demo test test-float32 test-slow lint check clean
 
 # Installs the package with its extras once, and again when pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml
@@ -25,11 +25,13 @@ test-float32: $(VENV)/.installed
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2
 
-# What continuous integration runs: tests in both precisions, format, lint, types.
-check: test test-float32
+lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+# What continuous integration runs: format, lint, types, and the tests in both precisions.
+check: lint test test-float32
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -43,24 +43,20 @@ def moments(
 
     **Returns:** the blocks of M_0, ..., M_{number - 1}.
     """
-    if number == 1:
-        times = jnp.stack([s, t])
-    else:
-        x, weight = _step_quadrature(process, s, t)
-        times = jnp.concatenate([s[None], s + (t - s) * x, t[None]])
 
     @jax.vmap
     def carried(tau):
         return (process.transition(t, tau) @ process.factor(tau)).blocks
 
-    values = carried(times)
-    first = values[-1:] - values[:1]
     if number == 1:
-        return first
-    rule = jnp.stack([weight * i * x ** (i - 1) for i in range(1, number)])
-    rule = rule.reshape(*rule.shape, *[1] * (values.ndim - 1))
-    higher = values[-1:] - (rule * values[None, 1:-1]).sum(1)
-    return jnp.concatenate([first, higher])
+        first, last = carried(jnp.stack([s, t]))
+        return (last - first)[None]
+    x, weight = _step_quadrature(process, s, t)
+    values = carried(jnp.concatenate([s[None], s + (t - s) * x, t[None]]))
+    powers = jnp.stack([weight * i * x ** (i - 1) for i in range(1, number)])
+    powers = powers.reshape(*powers.shape, *[1] * (values.ndim - 1))
+    higher = values[-1:] - (powers * values[None, 1:-1]).sum(1)
+    return jnp.concatenate([values[-1:] - values[:1], higher])
 
 
 def _step_quadrature(process, s, t):
