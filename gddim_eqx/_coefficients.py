@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Inexact
 from ._process import AbstractProcess
 
 
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(24)
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(48)
 _NODES, _WEIGHTS = (_NODES + 1) / 2, _WEIGHTS / 2
 
 
@@ -85,7 +85,8 @@ def _step_quadrature(process, s, t):
     # From fractions of t / (1 - t / t_vanish) to fractions of t.
     closeness = process.t_min / process.t_vanish
     at_s, at_x, at_t = (1 + closeness * r**2 for r in (root_s, root_x, root_t))
-    x, dx = y * at_t / at_x, dy * at_t * at_s / at_x**2
+    # Rounding must not take a node past the end: there may be no process before time 0.
+    x, dx = jnp.clip(y * at_t / at_x, 0, 1), dy * at_t * at_s / at_x**2
     return jnp.where(still, nodes, x), jnp.where(still, weights, weights * dx)
 
 

@@ -27,9 +27,9 @@ def authors_grid(process, number=STEPS, dtype=float):
     return jnp.asarray(np.linspace(first, last, number + 1) ** 2, dtype)
 
 
-def steps_of(process, direction=1, dtype=float):
+def steps_of(process, direction=1, dtype=float, number=STEPS):
     """Starts and ends of the steps of a grid."""
-    ts = authors_grid(process, dtype=dtype)[::direction]
+    ts = authors_grid(process, number, dtype)[::direction]
     return ts[:-1], ts[1:]
 
 
@@ -109,6 +109,16 @@ def test_moments_are_the_integrals_in_the_paper(name):
             expected = brute_force(name, float(s[k]), float(t[k]))
             assert values[k].shape == expected.shape
             assert np.abs(values[k] - expected).max() <= 1e-11 * size[k]
+
+
+@pytest.mark.x64
+@every_process
+def test_moments_of_long_steps(name):
+    s, t = steps_of(processes[name](), number=5)
+    values, size = all_moments(name, s, t)
+    for k in range(5):
+        expected = brute_force(name, float(s[k]), float(t[k]))
+        assert np.abs(values[k] - expected).max() <= 1e-11 * size[k]
 
 
 @pytest.mark.x64
