@@ -1,11 +1,9 @@
-import equinox as eqx
 import jax.numpy as jnp
 
-from .base import AbstractScalarProcess, as_shape
-from .schedule import AbstractSchedule, as_schedule
+from .scheduled import AbstractScheduledProcess, arguments
 
 
-class SubVP(AbstractScalarProcess):
+class SubVP(AbstractScheduledProcess):
     r"""The sub-variance-preserving process:
 
     $$\mathrm{d}x = -\tfrac{1}{2} \beta_t\,x\,\mathrm{d}t
@@ -20,41 +18,12 @@ class SubVP(AbstractScalarProcess):
         ICLR 2021.
     """
 
-    shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
-    schedule: AbstractSchedule = eqx.field(default="linear", converter=as_schedule)
-
-    @property
-    def t_min(self) -> float:
-        return self.schedule.t_min
-
-    @property
-    def t_end(self) -> float:
-        return self.schedule.t_end
-
-    @property
-    def t_vanish(self) -> float:
-        return self.schedule.t_vanish
-
-    def _drift(self, t):
-        return -0.5 * self.schedule.rate(t)
-
     def _diffusion(self, t):
         variance = self.schedule.variance(t)
         return jnp.sqrt(self.schedule.rate(t) * variance * (2 - variance))
 
-    def _transition(self, t, s):
-        return self.schedule.decay(t, s)
-
     def _std(self, t):
         return self.schedule.variance(t)
 
-    def prior_factor(self):
-        return self._operator(jnp.ones(()))
 
-
-SubVP.__init__.__doc__ = """**Arguments:**
-
-- `shape`: the shape of one data sample.
-- `schedule`: `"linear"` (the default: beta from 0.1 to 20), `"cosine"`, or a
-    [`gddim_eqx.Linear`][] or [`gddim_eqx.CosineSquared`][] with other constants.
-"""
+SubVP.__init__.__doc__ = arguments

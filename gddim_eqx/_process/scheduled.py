@@ -1,0 +1,41 @@
+import equinox as eqx
+import jax.numpy as jnp
+
+from .base import AbstractScalarProcess, as_shape
+from .schedule import AbstractSchedule, as_schedule
+
+
+class AbstractScheduledProcess(AbstractScalarProcess):
+    r"""A process with drift $-\frac{1}{2} \beta_t\,x$, which ends in standard normals."""
+
+    shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
+    schedule: AbstractSchedule = eqx.field(default="linear", converter=as_schedule)
+
+    @property
+    def t_min(self) -> float:
+        return self.schedule.t_min
+
+    @property
+    def t_end(self) -> float:
+        return self.schedule.t_end
+
+    @property
+    def t_vanish(self) -> float:
+        return self.schedule.t_vanish
+
+    def _drift(self, t):
+        return -0.5 * self.schedule.rate(t)
+
+    def _transition(self, t, s):
+        return self.schedule.decay(t, s)
+
+    def prior_factor(self):
+        return self._operator(jnp.ones(()))
+
+
+arguments = """**Arguments:**
+
+- `shape`: the shape of one data sample.
+- `schedule`: `"linear"` (the default: beta from 0.1 to 20), `"cosine"`, or a
+    [`gddim_eqx.Linear`][] or [`gddim_eqx.CosineSquared`][] with other constants.
+"""
