@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Real
 
-from ._process import AbstractProcess
+from ._process import AbstractProcess, check_process
 
 
 _POWERS = {"uniform": 1.0, "quadratic": 2.0}
@@ -41,6 +41,7 @@ def time_grid(
     distinct or outside `[0, process.t_end]`, the grid is unknown, or the dtype cannot
     hold so many different times.
     """
+    check_process(process)
     if isinstance(num_steps, bool) or int(num_steps) != num_steps or num_steps < 1:
         raise ValueError(f"`num_steps` must be a positive integer; got {num_steps!r}.")
     start = float(process.t_max if t0 is None else t0)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Real
 
 from ._custom_types import Args, Key
 from ._grid import time_grid
-from ._process import AbstractProcess
+from ._process import AbstractProcess, check_process
 from ._term import ProbabilityFlow
 from .solvers import GDDIM
 
@@ -112,6 +112,9 @@ def sample(
             "by `jax.jit`, `jax.vmap` or `jax.grad`. There, call "
             "`diffrax.diffeqsolve(ProbabilityFlow(process, model), GDDIM(), ...)`."
         )
+    check_process(process)
+    if not isinstance(solver, dfx.AbstractSolver | None):
+        raise ValueError(f"`solver` must be a solver such as `GDDIM()`; got {solver!r}.")
     if isinstance(number, bool) or int(number) != number or number < 0:
         raise ValueError(f"`number` must be a non-negative integer; got {number!r}.")
     if ts is None:

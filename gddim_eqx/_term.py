@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from ._custom_types import Args, RealScalarLike, State
-from ._process import AbstractDiagonalProcess, AbstractProcess
+from ._process import AbstractDiagonalProcess, AbstractProcess, check_process
 from ._state import check_state, coefficient_dtype
 
 
@@ -54,11 +54,7 @@ class ProbabilityFlow(dfx.AbstractTerm):
         it is not defined. When evaluated: if the state does not fit the process or the
         model returns another structure or shape.
         """
-        if not isinstance(process, AbstractProcess):
-            raise ValueError(
-                "`process` must be a forward process such as `CLD(shape=...)`; got "
-                f"{process!r}."
-            )
+        check_process(process)
         if not callable(model):
             raise ValueError(
                 f"`model` must be callable as `model(t, u, args)`; got {model!r}."

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
+import jaxtyping
 import lineax as lx
 import numpy as np
 import numpy.typing as npt
@@ -659,11 +660,16 @@ bad_arguments = {
     "bdm t_min": (lambda: gd.BDM(image, t_min=2.5), "t_min.*2.5"),
     "bdm t_end": (lambda: gd.BDM(image, t_end=1.5), "t_end.*1.5"),
     "negative shape": (lambda: gd.VP((-3,)), "shape.*-3"),
+    "fractional shape": (lambda: gd.VP(2.5), "shape.*2.5"),
+    "shape of a string": (lambda: gd.VP("3"), "shape.*'3'"),
+    "times of a batch": (lambda: gd.VP(3).factor(jnp.ones(2)), r"\(2,\).*jax.vmap"),
 }
 
 
 @pytest.mark.parametrize("case", bad_arguments)
-def test_bad_arguments_raise_and_are_named(case):
+def test_bad_arguments_raise_and_are_named(case, monkeypatch):
+    # Without the run-time type checks that only this test-suite has.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     build, message = bad_arguments[case]
     with pytest.raises(ValueError, match=message):
         build()

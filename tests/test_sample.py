@@ -1,6 +1,7 @@
 import diffrax as dfx
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -73,3 +74,18 @@ def test_bad_arguments_are_refused():
         gd.sample(process, model, key, 1, ts=jnp.array([1.0]))
     with pytest.raises(ValueError, match="cannot be traced"):
         jax.jit(lambda k: gd.sample(process, model, k, 1, 3).x)(key)
+
+
+@pytest.mark.parametrize(
+    "process, solver, message",
+    [
+        (gd.VP, None, "`process` must be a forward process.*gddim_eqx.*VP"),
+        (gd.VP((2,)), gd.GDDIM, "`solver` must be a solver.*GDDIM"),
+    ],
+    ids=["process", "solver"],
+)
+def test_classes_in_place_of_instances_are_refused(process, solver, message, monkeypatch):
+    # Without the run-time type checks that only this test-suite has.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=message):
+        gd.sample(process, lambda t, u, args: u, jax.random.key(0), 1, 3, solver)

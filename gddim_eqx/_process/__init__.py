@@ -2,6 +2,7 @@ from .base import (
     AbstractDiagonalProcess as AbstractDiagonalProcess,
     AbstractProcess as AbstractProcess,
     AbstractScalarProcess as AbstractScalarProcess,
+    check_process as check_process,
 )
 from .bdm import BDM as BDM
 from .cld import CLD as CLD

@@ -1,5 +1,7 @@
 import abc
 import math
+import operator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import equinox as eqx
@@ -260,6 +262,11 @@ class AbstractScalarProcess(AbstractDiagonalProcess):
 def as_time(t: RealScalarLike) -> Array:
     """A time as an array of floating dtype."""
     t = jnp.asarray(float(t) if isinstance(t, int) else t)
+    if t.ndim:
+        raise ValueError(
+            f"A time must be a scalar; got an array of shape {t.shape}. For one each in a "
+            "batch, use `jax.vmap`."
+        )
     if not jnp.issubdtype(t.dtype, jnp.floating):
         t = t.astype(jnp.result_type(float))
     return t
@@ -287,6 +294,20 @@ def check_positive(**values: float) -> None:
             raise ValueError(f"`{name}` must be positive; got {value}.")
 
 
+def check_process(process: object) -> None:
+    """Raise a `ValueError` unless given a process."""
+    if not isinstance(process, AbstractProcess):
+        raise ValueError(
+            "`process` must be a forward process such as `CLD(shape=...)`; got "
+            f"{process!r}."
+        )
+
+
 def as_shape(shape: tuple[int, ...] | int) -> tuple[int, ...]:
     """A data shape as a tuple of Python integers."""
-    return (int(shape),) if isinstance(shape, int) else tuple(int(n) for n in shape)
+    try:
+        return tuple(map(operator.index, shape if isinstance(shape, Iterable) else [shape]))
+    except TypeError:
+        raise ValueError(
+            f"`shape` must be an integer or a tuple of integers; got {shape!r}."
+        ) from None
