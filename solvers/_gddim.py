@@ -208,18 +208,20 @@ class GDDIM(dfx.AbstractAdaptiveSolver[_History]):
         age = jnp.concatenate([jnp.zeros(1, jnp.int32), age])
         length = jnp.where(s == t, 1, t - s)
         nodes = jnp.concatenate([jnp.zeros_like(s)[None], (history.times - s) / length])
+        # Order 1 uses its stored value for the error alone, so that XLA drops both where no
+        # error is used.
         polynomials = lagrange(nodes[: self.q], age[: self.q] <= count)
         integrals = moments(process, s, t, self.q)
         values = [noise, *(_slot(history.noises, k) for k in range(slots))]
         coefficients = weights(polynomials, integrals)
         y1 = _advance(process, s, t, y0, list(zip(coefficients, values)))
 
-        # The estimate is one polynomial through all nodes less one through all but the
+        # The estimate is the polynomial through all nodes less that through all but the
         # oldest.
+        wide = polynomials
         if self.q == 1:
-            integrals = moments(process, s, t, 2)
-        wide, narrow = (lagrange(nodes, age <= n) for n in (count, count - 1))
-        coefficients = weights(wide - narrow, integrals)
+            wide, integrals = lagrange(nodes, age <= count), moments(process, s, t, 2)
+        coefficients = weights(wide - lagrange(nodes, age < count), integrals)
         y_error = _advance(process, s, t, None, list(zip(coefficients, values)))
 
         def polynomial(*leaves):
