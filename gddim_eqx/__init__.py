@@ -23,10 +23,12 @@ from ._process import (
     VE as VE,
     VP as VP,
 )
+from ._reverse_sde import reverse_sde as reverse_sde
+from ._reverse_transition import reverse_transition as reverse_transition
 from ._sample import sample as sample, Samples as Samples
 from ._state import Phase as Phase
 from ._term import ProbabilityFlow as ProbabilityFlow
-from .solvers import GDDIM as GDDIM
+from .solvers import GDDIM as GDDIM, SSCS as SSCS
 
 
 __version__ = importlib.metadata.version("gddim_eqx")

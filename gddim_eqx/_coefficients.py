@@ -23,26 +23,31 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Inexact
 
+from ._operator import append_axes
 from ._process import AbstractProcess
 
 
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(48)
-_NODES, _WEIGHTS = (_NODES + 1) / 2, _WEIGHTS / 2
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(48)
+NODES, WEIGHTS = (NODES + 1) / 2, WEIGHTS / 2
 
 
 def moments(
-    process: AbstractProcess, s: Array, t: Array, number: int
+    process: AbstractProcess, s: Array, t: Array, number: int, factor: str = "R"
 ) -> Inexact[Array, "number n n *spectrum"]:
-    """The blocks of the first moments of a step.
+    r"""The blocks of the first moments of a step.
 
     **Arguments:**
 
     - `process`: the forward process.
     - `s`, `t`: where the step starts and ends. They may be equal.
     - `number`: how many moments.
+    - `factor`: `"R"`; or `"cholesky"` for predictions of noise with respect to $L_t$. Then
+        the integral is not of a total derivative, and is computed as it stands.
 
     **Returns:** the blocks of M_0, ..., M_{number - 1}.
     """
+    if factor == "cholesky" and process.num_components > 1:
+        return _cholesky_moments(process, s, t, number)
 
     @jax.vmap
     def carried(tau):
@@ -51,15 +56,29 @@ def moments(
     if number == 1:
         first, last = carried(jnp.stack([s, t]))
         return (last - first)[None]
-    x, weight = _step_quadrature(process, s, t)
+    x, weight = step_quadrature(process, s, t)
     values = carried(jnp.concatenate([s[None], s + (t - s) * x, t[None]]))
     powers = jnp.stack([weight * i * x ** (i - 1) for i in range(1, number)])
-    powers = powers.reshape(*powers.shape, *[1] * (values.ndim - 1))
+    powers = append_axes(powers, values.ndim + 1)
     higher = values[-1:] - (powers * values[None, 1:-1]).sum(1)
     return jnp.concatenate([values[-1:] - values[:1], higher])
 
 
-def _step_quadrature(process, s, t):
+def _cholesky_moments(process, s, t, number):
+    @jax.vmap
+    def integrand(tau):
+        diffusion, inverse = process.diffusion(tau), process.cholesky(tau).inverse()
+        return (
+            0.5 * (process.transition(t, tau) @ diffusion @ diffusion.T @ inverse.T).blocks
+        )
+
+    x, weight = step_quadrature(process, s, t)
+    values = integrand(jnp.where(s == t, process.t_min, s + (t - s) * x))
+    powers = (t - s) * jnp.stack([weight * x**i for i in range(number)])
+    return (append_axes(powers, values.ndim + 1) * values[None]).sum(1)
+
+
+def step_quadrature(process, s, t):
     """Gauss-Legendre nodes and weights on x in [0, 1].
 
     They are uniform in z, where t / (1 - t / t_vanish) = t_min * (exp(z) - 1)^2. Noise
@@ -67,7 +86,7 @@ def _step_quadrature(process, s, t):
     with the logarithm of time, which is linear in z too; so does the signal's logarithm
     where the signal vanishes.
     """
-    nodes, weights = jnp.asarray(_NODES, s.dtype), jnp.asarray(_WEIGHTS, s.dtype)
+    nodes, weights = jnp.asarray(NODES, s.dtype), jnp.asarray(WEIGHTS, s.dtype)
 
     def root(t):
         """exp(z) - 1"""
@@ -121,6 +140,4 @@ def weights(
     moments: Inexact[Array, "number n n *spectrum"],
 ) -> Inexact[Array, "nodes n n *spectrum"]:
     """The integrals of polynomials given by their coefficients, from the moments."""
-    rank = moments.ndim - 1
-    polynomials = polynomials.reshape(*polynomials.shape, *[1] * rank)
-    return (polynomials * moments[None]).sum(1)
+    return (append_axes(polynomials, moments.ndim + 1) * moments[None]).sum(1)

@@ -215,12 +215,13 @@ def _same_rank(one: BlockLinearOperator, other: BlockLinearOperator) -> tuple[Ar
             f"{one.num_components} component(s) of shape {one.shape} and "
             f"{other.num_components} of shape {other.shape}."
         )
-    rank = max(one.blocks.ndim, other.blocks.ndim)
+    ndim = max(one.blocks.ndim, other.blocks.ndim)
+    return append_axes(one.blocks, ndim), append_axes(other.blocks, ndim)
 
-    def pad(blocks):
-        return jnp.expand_dims(blocks, tuple(range(blocks.ndim, rank)))
 
-    return pad(one.blocks), pad(other.blocks)
+def append_axes(x: Array, ndim: int) -> Array:
+    """Give an array axes of size one at the end, until it has `ndim`."""
+    return jnp.expand_dims(x, tuple(range(x.ndim, ndim)))
 
 
 def _first_to_last(blocks):

@@ -6,12 +6,16 @@ import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
 from jax.core import Tracer
 from jaxtyping import Array, Float, Real
 
 from ._custom_types import Args, Key
 from ._grid import time_grid
 from ._process import AbstractProcess, check_process
+from ._reverse_sde import reverse_sde
+from ._reverse_transition import as_level
 from ._term import ProbabilityFlow
 from .solvers import GDDIM
 
@@ -44,10 +48,32 @@ class _Counted(eqx.Module):
 
 
 @eqx.filter_jit
-def _solve(process, model, predicts, factor, solver, ts, key, number, args, meter):
+def _solve(
+    process,
+    model,
+    predicts,
+    factor,
+    lam,
+    solver,
+    denoise,
+    ts,
+    key,
+    number,
+    args,
+    meter,
+):
     u = process.prior(key, (number,), ts.dtype)
+    flow = ProbabilityFlow(process, model, predicts, factor)
+    terms, adjoint = flow, dfx.RecursiveCheckpointAdjoint()
+    if lam != 0:
+        # Other than any key that the prior makes by splitting this one.
+        key = jr.fold_in(key, 2**31 - 1)
+        leaves = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), u)
+        path = dfx.UnsafeBrownianPath(leaves, key)
+        terms = reverse_sde(process, model, lam, path, predicts=predicts, factor=factor)
+        adjoint = dfx.DirectAdjoint()
     sol = dfx.diffeqsolve(
-        ProbabilityFlow(process, model, predicts, factor),
+        terms,
         solver,
         ts[0],
         ts[-1],
@@ -57,9 +83,16 @@ def _solve(process, model, predicts, factor, solver, ts, key, number, args, mete
         stepsize_controller=dfx.StepTo(ts),
         max_steps=ts.shape[0] - 1,
         progress_meter=meter,
+        adjoint=adjoint,
         throw=False,
     )
-    x = process.decode(sol.ys)[-1]
+    u = jtu.tree_map(lambda y: y[-1], sol.ys)
+    if denoise == "drift":
+        drift = flow.reverse_drift(ts[-1], u, args, 1.0)
+        u = jtu.tree_map(lambda y, d: y - ts[-1] * d, u, drift)
+    elif denoise == "exact":
+        u = flow.initial(ts[-1], u, args)
+    x = process.decode(u)
     return x, sol.result, jnp.isfinite(x).all(range(1, x.ndim)).sum()
 
 
@@ -71,6 +104,8 @@ def sample(
     num_steps: int | None = None,
     solver: dfx.AbstractSolver | None = None,
     *,
+    lam: float = 0.0,
+    denoise: Literal["drift", "exact"] | None = None,
     ts: Real[Array, " times"] | None = None,
     predicts: Literal["noise", "data", "score", "velocity"] = "noise",
     factor: Literal["R", "cholesky"] = "R",
@@ -92,8 +127,20 @@ def sample(
     - `number`: how many samples.
     - `num_steps`: the number of steps of the default grid; 50 if neither this nor `ts`
         is given.
-    - `solver`: any Diffrax solver for ordinary differential equations;
-        [`gddim_eqx.GDDIM`][] by default.
+    - `solver`: any Diffrax solver for ordinary differential equations, or for stochastic
+        ones if `lam` is not 0; [`gddim_eqx.GDDIM`][] by default.
+    - `lam`: the level of noise: 0 for the probability flow, else as in
+        [`gddim_eqx.reverse_sde`][]. The noise is drawn afresh at every step, so another
+        grid has other noise.
+    - `denoise`: what to do about the noise that is left at the last time. Each takes one
+        more evaluation.
+        - `None`: leave it.
+        - `"drift"`: the step of the authors' code, an Euler step of the drift of
+            `lam=1` to time 0. For a process with a velocity it cannot change the data by
+            what the model says there, as only the velocity is driven by the score: the
+            evaluation is spent for nothing.
+        - `"exact"`: the step of the exponential integrator to time 0, less the noise
+            that the process has there: the data that the model predicts.
     - `ts`: the times to step to instead, for example from [`gddim_eqx.time_grid`][]. The
         samples have their dtype. They must start at `process.t_max`, where the prior is.
     - `predicts`, `factor`: as in [`gddim_eqx.ProbabilityFlow`][].
@@ -117,12 +164,16 @@ def sample(
         raise ValueError(f"`solver` must be a solver such as `GDDIM()`; got {solver!r}.")
     if isinstance(number, bool) or int(number) != number or number < 0:
         raise ValueError(f"`number` must be a non-negative integer; got {number!r}.")
+    if denoise not in (None, "drift", "exact"):
+        raise ValueError(f"`denoise` must be None, 'drift' or 'exact'; got {denoise!r}.")
     if ts is None:
         ts = time_grid(process, 50 if num_steps is None else num_steps)
     elif num_steps is not None:
         raise ValueError("Give `num_steps` or `ts`, not both.")
     else:
         _check_times(ts, process)
+    if denoise is not None and float(ts[-1]) == 0:
+        raise ValueError("At time 0 nothing is left to denoise; leave out `denoise`.")
     call = next(_calls)
     _evaluations[call] = 0
     try:
@@ -131,7 +182,9 @@ def sample(
             _Counted(model),
             predicts,
             factor,
+            as_level(lam),
             GDDIM() if solver is None else solver,
+            denoise,
             ts,
             key,
             int(number),

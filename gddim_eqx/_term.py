@@ -11,7 +11,11 @@ from ._process import AbstractDiagonalProcess, AbstractProcess, check_process
 from ._state import check_state, coefficient_dtype
 
 
-class ProbabilityFlow(dfx.AbstractTerm):
+class AbstractReverseTerm(dfx.AbstractTerm):
+    """What generates samples: the probability flow, or the reverse diffusion."""
+
+
+class ProbabilityFlow(AbstractReverseTerm):
     r"""The probability flow of a diffusion model, as a Diffrax term:
 
     $$\frac{\mathrm{d}u}{\mathrm{d}t} = F_t\,u - \tfrac{1}{2} G_t G_t^\top
@@ -101,38 +105,59 @@ class ProbabilityFlow(dfx.AbstractTerm):
 
         return t, u, process.from_data(jtu.tree_map(same, prediction, u))
 
-    def noise(self, t: RealScalarLike, u: State, args: Args) -> State:
-        r"""The noise prediction with respect to $R_t$, in the basis of states, from one
-        evaluation of the model.
+    def noise(
+        self,
+        t: RealScalarLike,
+        u: State,
+        args: Args,
+        factor: Literal["R", "cholesky"] = "R",
+    ) -> State:
+        r"""The noise prediction $-K_t^\top \nabla \log p_t$ in the basis of states, from
+        one evaluation of the model.
 
         **Arguments:**
 
         - `t`: a time in (0, T].
         - `u`: a state, `(*batch, *shape)`.
         - `args`: passed to the model.
+        - `factor`: which $K_t$: `"R"` for $R_t$, `"cholesky"` for $L_t$.
 
         **Returns:** a state.
         """
         t, u, prediction = self._predict(t, u, args)
         process = self.process
+        if factor == "R" or isinstance(process, AbstractDiagonalProcess):
+            root = process.factor(t)
+        else:
+            root = process.cholesky(t)
         if self.predicts == "noise":
-            if self.factor == "R" or isinstance(process, AbstractDiagonalProcess):
+            if self.factor == factor or isinstance(process, AbstractDiagonalProcess):
                 return prediction
-            turn = process.factor(t).inverse() @ process.cholesky(t)
-            return _apply(turn, prediction)
+            other = process.cholesky(t) if factor == "R" else process.factor(t)
+            return _apply(root.inverse() @ other, prediction)
         if self.predicts == "score":
-            return _apply(-process.factor(t).T, prediction)
+            return _apply(-root.T, prediction)
         if self.predicts == "data":
             mean = _apply(self._mean(t), prediction)
             residual = jtu.tree_map(lambda a, b: a - b, u, mean)
-            return _apply(process.factor(t).inverse(), residual)
-        mean, std = self._mean(t), process.factor(t)
-        total = (mean @ mean + std @ std).inverse()
+            return _apply(root.inverse(), residual)
+        mean = self._mean(t)
+        total = (mean @ mean + root @ root).inverse()
         return jtu.tree_map(
             lambda a, b: a + b,
-            _apply(std @ total, u),
+            _apply(root @ total, u),
             _apply(mean @ total, prediction),
         )
+
+    def initial(self, t: RealScalarLike, u: State, args: Args) -> State:
+        r"""The prediction of the initial state, without the noise that the process has at
+        time 0: $\Psi(0, t) (u - R_t \epsilon)$. Arguments as
+        [`gddim_eqx.ProbabilityFlow.noise`][]."""
+        noise = self.noise(t, u, args)
+        t = jnp.asarray(t, coefficient_dtype(noise))
+        spread = _apply(self.process.factor(t), noise)
+        mean = jtu.tree_map(lambda a, b: a - b, u, spread)
+        return _apply(self.process.transition(jnp.zeros_like(t), t), mean)
 
     def _mean(self, t):
         """From data, in the basis of states, to the mean of the state at `t`."""
@@ -148,12 +173,18 @@ class ProbabilityFlow(dfx.AbstractTerm):
         t = jnp.asarray(t, coefficient_dtype(noise))
         return _apply(-self.process.factor(t).inverse().T, noise)
 
-    def vf(self, t: RealScalarLike, y: State, args: Args) -> State:
-        score = self.score(t, y, args)
+    def reverse_drift(self, t: RealScalarLike, u: State, args: Args, lam: float) -> State:
+        r"""$F_t\,u - \frac{1 + \lambda^2}{2} G_t G_t^\top \nabla \log p_t(u)$: paper,
+        equation 6. Arguments as [`gddim_eqx.ProbabilityFlow.noise`][], and the level of
+        noise."""
+        score = self.score(t, u, args)
         t = jnp.asarray(t, coefficient_dtype(score))
         drift, diffusion = self.process.drift(t), self.process.diffusion(t)
-        forcing = _apply(diffusion @ diffusion.T * (-0.5), score)
-        return jtu.tree_map(lambda a, b: a + b, _apply(drift, y), forcing)
+        forcing = _apply(diffusion @ diffusion.T * (-0.5 * (1 + lam**2)), score)
+        return jtu.tree_map(lambda a, b: a + b, _apply(drift, u), forcing)
+
+    def vf(self, t: RealScalarLike, y: State, args: Args) -> State:
+        return self.reverse_drift(t, y, args, 0.0)
 
     def contr(self, t0: RealScalarLike, t1: RealScalarLike, **kwargs) -> RealScalarLike:
         return t1 - t0

@@ -5,3 +5,4 @@ if __name__ != "gddim_eqx.solvers":
     )
 
 from ._gddim import GDDIM as GDDIM
+from ._sscs import SSCS as SSCS

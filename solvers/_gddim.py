@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import diffrax as dfx
 import equinox as eqx
@@ -9,11 +9,13 @@ from jaxtyping import Array, Inexact, Int, PyTree, Real
 
 from gddim_eqx._coefficients import lagrange, moments, weights
 from gddim_eqx._custom_types import Args, BoolScalarLike, RealScalarLike, State
-from gddim_eqx._diffrax_compat import unwrap
-from gddim_eqx._operator import BlockLinearOperator
 from gddim_eqx._process import AbstractProcess
+from gddim_eqx._reverse_sde import ReverseSDE, unwrap_reverse
 from gddim_eqx._state import check_state, coefficient_dtype
-from gddim_eqx._term import ProbabilityFlow
+from gddim_eqx._term import AbstractReverseTerm
+
+from ._step import advance, pick, real_times
+from ._stochastic import init_stochastic, stochastic_step, StochasticHistory
 
 
 class _History(eqx.Module):
@@ -39,7 +41,7 @@ class _ExponentialInterpolation(dfx.AbstractLocalInterpolation):
     # Coefficients of the noise prediction's polynomial in (t - t0) / (t1 - t0).
     polynomial: PyTree[Inexact[Array, "order ..."]]
     direction: RealScalarLike
-    process: AbstractProcess
+    frame: "_Frame"
 
     def evaluate(
         self, t0: RealScalarLike, t1: RealScalarLike | None = None, left: bool = True
@@ -53,47 +55,34 @@ class _ExponentialInterpolation(dfx.AbstractLocalInterpolation):
         )
         fraction = (t - start) / jnp.where(start == end, 1, end - start)
         order = jtu.tree_leaves(self.polynomial)[0].shape[0]
-        blocks = moments(self.process, start, t, order)
+        process = self.frame.process
+        blocks = moments(process, start, t, order, self.frame.factor)
         pairs = [
             (fraction**i * blocks[i], jtu.tree_map(lambda x: x[i], self.polynomial))
             for i in range(order)
         ]
-        y = _advance(self.process, start, t, self.y0, pairs)
+        y = advance(process, start, t, self.y0, pairs)
         at_end = t == end
         return jtu.tree_map(lambda a, b: jnp.where(at_end, a, b), self.y1, y)
 
 
-def _advance(
-    process: AbstractProcess, s: Array, t: Array, y: State | None, pairs: list
-) -> State:
-    """`Psi(t, s) y + sum(B value)` over the pairs of blocks and values; without the
-    first for no `y`."""
-    pairs = [(BlockLinearOperator(b, process.shape), value) for b, value in pairs]
-    if y is not None:
-        pairs = [(process.transition(t, s), y), *pairs]
-    dtype = jnp.result_type(*jtu.tree_leaves(pairs[0][1]))
-    products = [operator.astype(dtype).mv(value) for operator, value in pairs]
-    return jtu.tree_map(lambda *leaves: sum(leaves), *products)
+class _Frame(eqx.Module):
+    """In which frame of which process noise is predicted. It has no leaves."""
+
+    process: AbstractProcess
+    factor: str = eqx.field(static=True)
 
 
-def _slot(noises: PyTree, k: int) -> State:
-    return jtu.tree_map(lambda x: x[k], noises)
+def _interpolation(*, t0, t1, y0, y1, **flow) -> dfx.AbstractLocalInterpolation:
+    if flow:
+        return _ExponentialInterpolation(t0, t1, y0, y1, **flow)
+    return dfx.LocalLinearInterpolation(t0=t0, t1=t1, y0=y0, y1=y1)
 
 
-def _real_times(process, t0, t1, direction, dtype) -> tuple[Array, Array]:
-    """The start and end of a step in the user's time, checked."""
-    tolerance = float(jnp.finfo(jnp.asarray(t1).dtype).eps)
-    s, t = (jnp.asarray(x * direction, dtype) for x in (t0, t1))
-    inside = (jnp.minimum(s, t) >= 0) & (jnp.maximum(s, t) <= process.t_end + tolerance)
-    return eqx.error_if(
-        (s, t),
-        ~inside,
-        f"`GDDIM` was asked to step to a time outside [0, {process.t_end}], the time "
-        f"axis of {type(process).__name__}. Take times from `gddim_eqx.time_grid`.",
-    )
-
-
-class GDDIM(dfx.AbstractAdaptiveSolver[_History]):
+class GDDIM(
+    dfx.AbstractAdaptiveSolver[_History | StochasticHistory],
+    dfx.AbstractItoSolver[_History | StochasticHistory],
+):
     r"""Generalized DDIM, deterministic: an exponential multistep method for the
     probability flow of any linear diffusion.
 
@@ -131,29 +120,40 @@ class GDDIM(dfx.AbstractAdaptiveSolver[_History]):
     """
 
     q: int = eqx.field(static=True)
+    factor: Literal["R", "cholesky"] = eqx.field(static=True)
 
-    term_structure: ClassVar = ProbabilityFlow
-    interpolation_cls: ClassVar[Callable[..., _ExponentialInterpolation]] = (
-        _ExponentialInterpolation
+    term_structure: ClassVar = AbstractReverseTerm
+    interpolation_cls: ClassVar[Callable[..., dfx.AbstractLocalInterpolation]] = (
+        staticmethod(_interpolation)
     )
 
-    def __init__(self, order: int = 3):
-        """**Arguments:**
+    def __init__(self, order: int = 3, factor: Literal["R", "cholesky"] = "R"):
+        r"""**Arguments:**
 
         - `order`: the number of model evaluations that are combined, 1 to 4; the
             paper's q.
+        - `factor`: in which frame noise predictions are extrapolated: `"R"` for the
+            paper's $R_t$; `"cholesky"` for $L_t$, which the paper compares with, and
+            which is far worse for CLD. Only for the probability flow. It need not be the
+            frame in which the model predicts.
 
-        **Raises:** `ValueError` for another order.
+        **Raises:** `ValueError` for another order or factor.
         """
         if isinstance(order, bool) or order not in (1, 2, 3, 4):
             raise ValueError(f"`order` must be 1, 2, 3 or 4; got {order!r}.")
+        if factor not in ("R", "cholesky"):
+            raise ValueError(f"`factor` must be 'R' or 'cholesky'; got {factor!r}.")
         self.q = int(order)
+        self.factor = factor
 
     def order(self, terms):
         return self.q
 
+    def strong_order(self, terms):
+        return 1
+
     def error_order(self, terms):
-        return max(self.q, 2)
+        return 1.5 if unwrap_reverse(terms)[1] > 0 else max(self.q, 2)
 
     @property
     def _slots(self) -> int:
@@ -167,12 +167,19 @@ class GDDIM(dfx.AbstractAdaptiveSolver[_History]):
         t1: RealScalarLike,
         y0: State,
         args: Args,
-    ) -> _History:
+    ) -> _History | StochasticHistory:
         del t1, args
-        term, _ = unwrap(terms)
-        assert isinstance(term, ProbabilityFlow)
-        process = term.process
+        flow, lam, _ = unwrap_reverse(terms)
+        process = flow.process
         check_state(y0, process.num_components, process.shape, "The state `y0`")
+        if lam > 0:
+            if self.factor != "R":
+                raise ValueError(
+                    "`GDDIM(factor='cholesky')` is for the probability flow only, but "
+                    f"these terms have noise, lam={lam}. Use `GDDIM()`."
+                )
+            assert isinstance(terms, ReverseSDE)
+            return init_stochastic(self._slots, terms, t0, y0)
         slots, dtype = self._slots, coefficient_dtype(y0)
         return _History(
             times=jnp.zeros(slots, dtype),
@@ -189,14 +196,16 @@ class GDDIM(dfx.AbstractAdaptiveSolver[_History]):
         t1: RealScalarLike,
         y0: State,
         args: Args,
-        solver_state: _History,
+        solver_state: _History | StochasticHistory,
         made_jump: BoolScalarLike,
-    ) -> tuple[State, State, dict, _History, dfx.RESULTS]:
-        term, direction = unwrap(terms)
-        assert isinstance(term, ProbabilityFlow)
-        process, history, slots = term.process, solver_state, self._slots
-        s, t = _real_times(process, t0, t1, direction, coefficient_dtype(y0))
-        noise = term.noise(s, y0, args)
+    ) -> tuple[State, State, dict, _History | StochasticHistory, dfx.RESULTS]:
+        if isinstance(solver_state, StochasticHistory):
+            assert isinstance(terms, ReverseSDE)
+            return stochastic_step(self.q, terms, t0, t1, y0, args, solver_state, made_jump)
+        flow, _, direction = unwrap_reverse(terms)
+        process, history, slots = flow.process, solver_state, self._slots
+        s, t = real_times(process, t0, t1, direction, coefficient_dtype(y0))
+        noise = flow.noise(s, y0, args, self.factor)
 
         # What was stored before a jump, or along a solution that ended elsewhere, is no
         # history of this one.
@@ -211,18 +220,19 @@ class GDDIM(dfx.AbstractAdaptiveSolver[_History]):
         # Order 1 uses its stored value for the error alone, so that XLA drops both where no
         # error is used.
         polynomials = lagrange(nodes[: self.q], age[: self.q] <= count)
-        integrals = moments(process, s, t, self.q)
-        values = [noise, *(_slot(history.noises, k) for k in range(slots))]
+        integrals = moments(process, s, t, self.q, self.factor)
+        values = [noise, *(pick(history.noises, k) for k in range(slots))]
         coefficients = weights(polynomials, integrals)
-        y1 = _advance(process, s, t, y0, list(zip(coefficients, values)))
+        y1 = advance(process, s, t, y0, list(zip(coefficients, values)))
 
         # The estimate is the polynomial through all nodes less that through all but the
         # oldest.
         wide = polynomials
         if self.q == 1:
-            wide, integrals = lagrange(nodes, age <= count), moments(process, s, t, 2)
+            wide = lagrange(nodes, age <= count)
+            integrals = moments(process, s, t, 2, self.factor)
         coefficients = weights(wide - lagrange(nodes, age < count), integrals)
-        y_error = _advance(process, s, t, None, list(zip(coefficients, values)))
+        y_error = advance(process, s, t, None, list(zip(coefficients, values)))
 
         def polynomial(*leaves):
             rows = polynomials.astype(leaves[0].dtype)
@@ -234,7 +244,7 @@ class GDDIM(dfx.AbstractAdaptiveSolver[_History]):
             y1=y1,
             polynomial=jtu.tree_map(polynomial, *values),
             direction=jnp.asarray(direction, s.dtype),
-            process=process,
+            frame=_Frame(process, self.factor),
         )
         history = _History(
             times=history.times.at[history.slot].set(s),
@@ -249,5 +259,5 @@ class GDDIM(dfx.AbstractAdaptiveSolver[_History]):
 
     def func(
         self, terms: dfx.AbstractTerm, t0: RealScalarLike, y0: State, args: Args
-    ) -> State:
+    ) -> PyTree:
         return terms.vf(t0, y0, args)

@@ -2,6 +2,8 @@ from .base import (
     AbstractDiagonalProcess as AbstractDiagonalProcess,
     AbstractProcess as AbstractProcess,
     AbstractScalarProcess as AbstractScalarProcess,
+    as_times as as_times,
+    check_positive as check_positive,
     check_process as check_process,
 )
 from .bdm import BDM as BDM

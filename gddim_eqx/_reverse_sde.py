@@ -1,0 +1,196 @@
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+
+from ._custom_types import Args, Key, RealScalarLike, State
+from ._diffrax_compat import unwrap
+from ._operator import BlockLinearOperator
+from ._process import AbstractProcess, check_positive
+from ._reverse_transition import as_level
+from ._state import coefficient_dtype, join_components
+from ._term import AbstractReverseTerm, ProbabilityFlow
+
+
+class _ReverseDrift(dfx.AbstractTerm):
+    flow: ProbabilityFlow
+    lam: float = eqx.field(static=True)
+
+    def vf(self, t: RealScalarLike, y: State, args: Args) -> State:
+        return self.flow.reverse_drift(t, y, args, self.lam)
+
+    def contr(self, t0: RealScalarLike, t1: RealScalarLike, **kwargs) -> RealScalarLike:
+        return self.flow.contr(t0, t1)
+
+    def prod(self, vf: State, control: RealScalarLike) -> State:
+        return self.flow.prod(vf, control)
+
+
+class _ReverseDiffusion(dfx.AbstractTerm):
+    process: AbstractProcess
+    path: dfx.AbstractBrownianPath
+    lam: float = eqx.field(static=True)
+
+    def vf(self, t: RealScalarLike, y: State, args: Args) -> BlockLinearOperator:
+        self.check(y)
+        t = jnp.asarray(t, coefficient_dtype(y))
+        return self.process.diffusion(t) * self.lam
+
+    def contr(self, t0: RealScalarLike, t1: RealScalarLike, **kwargs):
+        if isinstance(self.path, dfx.VirtualBrownianTree):
+            length = abs(t1 - t0)
+            resolution = self.path.tol * (self.path.t1 - self.path.t0)
+            t0 = eqx.error_if(
+                t0,
+                (length > 0) & (length < resolution),
+                "A step is shorter than the tolerance of the Brownian path, so its noise "
+                "would have the wrong size. Pass a smaller `tol` to `reverse_sde`.",
+            )
+        return self.path.evaluate(t0, t1, **kwargs)
+
+    def prod(self, vf: BlockLinearOperator, control: State) -> State:
+        return vf.mv(jtu.tree_map(lambda w: w.astype(vf.blocks.dtype), control))
+
+    def check(self, y: State) -> None:
+        """Raise a `ValueError` unless the Brownian path fits a state."""
+        time = jax.ShapeDtypeStruct((), jnp.float32)
+        increments = eqx.filter_eval_shape(self.path.evaluate, time, time)
+        same = jtu.tree_structure(increments) == jtu.tree_structure(y)
+        shapes = [
+            [jnp.shape(leaf) for leaf in jtu.tree_leaves(tree)] for tree in (increments, y)
+        ]
+        if not same or shapes[0] != shapes[1]:
+            raise ValueError(
+                "The Brownian path must have increments of the states' structure and "
+                f"shape. States are {jtu.tree_structure(y)} of shapes {shapes[1]}, its "
+                f"increments {jtu.tree_structure(increments)} of shapes {shapes[0]}. For "
+                "states of shape (64, *shape), pass `batch=(64,)` to `reverse_sde`."
+            )
+
+
+class ReverseSDE(dfx.MultiTerm, AbstractReverseTerm):
+    """What [`gddim_eqx.reverse_sde`][] returns: a drift and a diffusion."""
+
+    def __init__(self, drift: _ReverseDrift, diffusion: _ReverseDiffusion):
+        self.terms = (drift, diffusion)
+
+    def normal(self, t0: RealScalarLike, t1: RealScalarLike, y: State) -> State:
+        """The Brownian increments over a step, in the time that a solver sees, divided by
+        the root of its length: standard normal, like the state `y`."""
+        diffusion, _ = unwrap(self.terms[1])
+        assert isinstance(diffusion, _ReverseDiffusion)
+        diffusion.check(y)
+        increments = self.terms[1].contr(t0, t1, use_levy=True)
+
+        def normalise(y, increment, length):
+            # The length is in the path's precision, as its increments are for that.
+            length = jnp.where(length == 0, 1, jnp.abs(length)).astype(increment.dtype)
+            return (increment / jnp.sqrt(length)).astype(y.dtype)
+
+        return jtu.tree_map(normalise, y, increments.W, increments.dt)
+
+
+def reverse_sde(
+    process: AbstractProcess,
+    model: Callable,
+    lam: float,
+    key: Key | dfx.AbstractBrownianPath,
+    batch: tuple[int, ...] = (),
+    *,
+    predicts: Literal["noise", "data", "score", "velocity"] = "noise",
+    factor: Literal["R", "cholesky"] = "R",
+    tol: float | None = None,
+) -> ReverseSDE:
+    r"""The reverse diffusions of a diffusion model, as Diffrax terms:
+
+    $$\mathrm{d}u = \left[F_t\,u - \tfrac{1 + \lambda^2}{2} G_t G_t^\top
+    \nabla \log p_t(u)\right] \mathrm{d}t + \lambda\,G_t\,\mathrm{d}w,$$
+
+    to be solved backward in time. Paper, equation 6. All have the same distribution at
+    every time, that of the data at time 0: $\lambda = 0$ is the probability flow,
+    $\lambda = 1$ the time reversal of the forward diffusion.
+
+    Any solver of Diffrax for stochastic equations takes these terms, and
+    [`gddim_eqx.GDDIM`][] does: `diffrax.Euler()` is the Euler-Maruyama scheme, `GDDIM(1)`
+    with `lam=1` ancestral sampling, which draws from the exact posterior given the
+    predicted data.
+
+    **Arguments:**
+
+    - `process`, `model`, `predicts`, `factor`: as in [`gddim_eqx.ProbabilityFlow`][].
+    - `lam`: the level of noise $\lambda$, at least 0. A Python number.
+    - `key`: a random key; or a Brownian path, such as `diffrax.VirtualBrownianTree`, whose
+        increments have the states' structure and shape.
+    - `batch`: the states' leading axes. Not needed under `jax.vmap`, or with a path.
+    - `tol`: no step may be shorter. By default $2^{-20}$ of the time axis. A shorter one
+        takes longer: each step draws noise about $2 \log_2(1 / \text{tol})$ times.
+
+    The path of a key is a `diffrax.VirtualBrownianTree` in single precision whatever the
+    precision of the states. So the same key gives the same path, and solves on different
+    grids, with different solvers or in different precision converge to one sample. Where
+    the draws take too long, for a small model and a large batch, pass a
+    `diffrax.UnsafeBrownianPath`, which draws once a step, and to `diffeqsolve`
+    `adjoint=diffrax.DirectAdjoint()`.
+
+    **Returns:** a `diffrax.MultiTerm` of drift and diffusion.
+
+    **Raises:** `ValueError` for a `lam` that is negative or not finite, and whatever
+    `ProbabilityFlow` raises. When evaluated: if the path does not fit the states or a step
+    is shorter than `tol`.
+
+    !!! example
+
+        ```python
+        import diffrax as dfx
+        import gddim_eqx as gd
+        import jax
+
+        process = gd.VP((2,))
+        model = gd.GaussianMixture([[-1.0, 0.0], [1.0, 0.5]], 0.05).model(process)
+        keys = jax.random.split(jax.random.key(0))
+        terms = gd.reverse_sde(process, model, 1.0, keys[0], (64,))
+        ts = gd.time_grid(process, 20)
+        u = process.prior(keys[1], (64,))
+        sol = dfx.diffeqsolve(
+            terms, gd.GDDIM(1), ts[0], ts[-1], None, u, stepsize_controller=dfx.StepTo(ts)
+        )
+        ```
+    """
+    flow = ProbabilityFlow(process, model, predicts, factor)
+    lam = as_level(lam)
+    if isinstance(key, dfx.AbstractBrownianPath):
+        if batch != () or tol is not None:
+            raise ValueError(
+                "`batch` and `tol` are for the path that is made from a key; here a path "
+                f"was given. Leave them out; got batch={batch} and tol={tol}."
+            )
+        path = key
+    else:
+        leaf = jax.ShapeDtypeStruct((*batch, *process.shape), jnp.float32)
+        # A power of two, so that times are scaled without rounding.
+        end = 2.0 ** math.ceil(math.log2(process.t_end))
+        tol = 2.0**-20 * end if tol is None else tol
+        check_positive(tol=tol)
+        path = dfx.VirtualBrownianTree(
+            0.0, end, tol, join_components([leaf] * process.num_components), key
+        )
+    return ReverseSDE(_ReverseDrift(flow, lam), _ReverseDiffusion(process, path, lam))
+
+
+def unwrap_reverse(
+    terms: dfx.AbstractTerm,
+) -> tuple[ProbabilityFlow, float, RealScalarLike]:
+    """From what a solver is given: the probability flow, the level of noise, and the
+    direction by which times are multiplied."""
+    if isinstance(terms, ReverseSDE):
+        drift, direction = unwrap(terms.terms[0])
+        assert isinstance(drift, _ReverseDrift)
+        return drift.flow, drift.lam, direction
+    flow, direction = unwrap(terms)
+    assert isinstance(flow, ProbabilityFlow)
+    return flow, 0.0, direction

@@ -1,0 +1,256 @@
+r"""The exact transition of the reverse diffusion of one data point.
+
+For data from a single point, or normal, the reverse diffusion (paper, equation 6) is
+linear, and in the frame $R_t$ the noise prediction follows
+
+$$\mathrm{d}\epsilon = \tfrac{\lambda^2}{2} K_t\,\epsilon\,\mathrm{d}t
++ \lambda\,R_t^{-1} G_t\,\mathrm{d}w, \qquad K = R^{-1} G G^\top R^{-\top}.$$
+
+Its solution operator $\Omega$ contracts backward in time, and gives both the transition
+$\hat\Psi(t, s) = R_t\,\Omega(t, s)\,R_s^{-1}$ of the paper's proposition 6 and its
+covariance (equation 23), which is $R_t (I - \Omega \Omega^\top) R_t^\top$. In
+
+$$I - \Omega \Omega^\top = \lambda^2 \int_t^s \Omega(t, \tau)\,K_\tau\,
+\Omega(t, \tau)^\top\,\mathrm{d}\tau$$
+
+nothing cancels, however short the step.
+"""
+
+import math
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+from jaxtyping import Array, Inexact, Real
+from numpy.polynomial import legendre
+
+from ._coefficients import NODES, step_quadrature, WEIGHTS
+from ._custom_types import RealScalarLike
+from ._operator import append_axes, BlockLinearOperator
+from ._process import AbstractProcess, as_times, check_process
+
+
+class Contraction(NamedTuple):
+    r"""$\Omega$ over a step from `s` to `t`, and what else the solver needs of it."""
+
+    # Omega(t, s).
+    omega: Inexact[Array, "n n *spectrum"]
+    # A square root of I - Omega Omega^T. Times Brownian increments over the root of their
+    # length it is the noise that these add to the noise prediction, or as near to that as
+    # any with the right covariance.
+    spread: Inexact[Array, "n n *spectrum"]
+    # Quadrature nodes and weights on (tau - s) / (t - s) in [0, 1], and Omega(t, tau).
+    nodes: Real[Array, " nodes"]
+    weights: Real[Array, " nodes"]
+    omegas: Inexact[Array, "nodes n n *spectrum"]
+
+
+def contraction(process: AbstractProcess, s: Array, t: Array, lam: float) -> Contraction:
+    """The contraction over a step backward in time.
+
+    **Arguments:**
+
+    - `process`: the forward process.
+    - `s`, `t`: where the step starts and ends, `t <= s`.
+    - `lam`: the level of noise.
+    """
+    nodes, weights = step_quadrature(process, s, t)
+    # A step of no length may be at time 0, where there may be no inverse.
+    tau = jnp.where(s == t, process.t_min, s + (t - s) * nodes)
+    loadings = jax.vmap(
+        lambda tau: (process.factor(tau).inverse() @ process.diffusion(tau)).blocks
+    )(tau)
+    durations = append_axes((s - t) * weights, loadings.ndim)
+    if process.num_components == 1:
+        exponents = _exponents(process, s, t, tau, loadings, durations, lam)
+        omegas, omega = (jnp.exp(x) for x in exponents)
+        increments = jnp.sqrt(durations) * lam * omegas * loadings
+        root = jnp.sqrt(-jnp.expm1(2 * exponents[1]))
+    else:
+        omegas, omega = _collocate(loadings, durations, lam)
+        increments = jnp.sqrt(durations) * lam * jax.vmap(_matmul)(omegas, loadings)
+        root = _square_root(increments)
+    # The integral of the noise against the increments of Brownian motion.
+    target = (jnp.sqrt(durations) * increments).sum(0)
+    spread = align(root, target)
+    return Contraction(omega, spread, nodes, weights, omegas)
+
+
+def _exponents(process, s, t, tau, loadings, durations, lam):
+    """The logarithms of Omega(t, tau) and Omega(t, s) where numbers take the place of
+    matrices: Omega is the power lam^2 of R_t / (Psi R_s)."""
+
+    def log_ratio(tau):
+        before = (process.transition(t, tau) @ process.factor(tau)).blocks
+        after = append_axes(process.factor(t).blocks, before.ndim)
+        regular = (before > 0) & (after > 0)
+        ratio = jnp.where(regular, after / jnp.where(before > 0, before, 1), 1)
+        # Without noise at time 0 the ratio is zero there. Not infinity, as lam may be 0.
+        return jnp.where(regular, jnp.minimum(jnp.log(ratio), 0), -1e9)
+
+    # The logarithm of a ratio near 1 has lost its digits; the integral has them.
+    whole, integral = log_ratio(s), -0.5 * (durations * loadings**2).sum(0)
+    whole = jnp.where(whole < -0.1, whole, integral)
+    return lam**2 * jax.vmap(log_ratio)(tau), lam**2 * whole
+
+
+def _collocate(loadings, durations, lam):
+    """Omega(t, tau) at the nodes and Omega(t, s), by Gauss collocation from t to s.
+
+    It preserves quadratic invariants, so that I - Omega Omega^T is equal to its
+    quadrature at the nodes.
+    """
+    number, n = loadings.shape[:2]
+    squares = jax.vmap(lambda x: _matmul(x, _T(x)))(loadings)
+    # The generator times the nodes' weights, against the quadrature's own variable.
+    change = 0.5 * lam**2 * durations * squares
+    generator = change / append_axes(jnp.asarray(WEIGHTS, change.dtype), change.ndim)
+    last = jnp.moveaxis(generator, (1, 2), (-2, -1))
+    system = jnp.einsum("ij,j...ab->...iajb", jnp.asarray(_BACKWARD, last.dtype), last)
+    system = system.reshape(*system.shape[:-4], number * n, number * n)
+    eye = jnp.eye(n, dtype=last.dtype)
+    right = jnp.broadcast_to(jnp.tile(eye, (number, 1)), (*system.shape[:-1], n))
+    solution = jnp.linalg.solve(jnp.eye(number * n, dtype=last.dtype) - system, right)
+    solution = solution.reshape(*solution.shape[:-2], number, n, n)
+    omegas = jnp.moveaxis(solution, (-3, -1, -2), (0, 1, 2))
+    # The generator is symmetric.
+    whole = jax.vmap(_matmul)(omegas, change).sum(0)
+    return omegas, append_axes(eye, whole.ndim) - whole
+
+
+def _integrals_from_the_end():
+    """The matrix from values at the nodes to the integrals from 1 back to each."""
+    number, x = len(NODES), 2 * NODES - 1
+    columns = np.linalg.inv(legendre.legvander(x, number - 1)).T
+    integrals = np.stack([legendre.legint(column, lbnd=1) for column in columns])
+    return legendre.legvander(x, number) @ integrals.T / 2
+
+
+_BACKWARD = _integrals_from_the_end()
+
+
+def reverse_transition(
+    process: AbstractProcess, t: RealScalarLike, s: RealScalarLike, lam: float = 1.0
+) -> tuple[BlockLinearOperator, BlockLinearOperator]:
+    r"""The transition of the reverse diffusion of one data point at the origin.
+
+    From `s` down to `t` it takes a state $u_s$ to the normal with mean $\hat\Psi u_s$ and
+    covariance $P$. With data at the origin states are distributed with covariance
+    $\Sigma_t$ whatever `lam` is: $\hat\Psi \Sigma_s \hat\Psi^\top + P = \Sigma_t$. For
+    `lam = 1` this is the posterior of $u_t$ given $u_s$. Paper, proposition 6.
+
+    **Arguments:**
+
+    - `process`: the forward process.
+    - `t`, `s`: times in [0, T] with `t <= s`, and `s > 0`.
+    - `lam`: the level of noise; 0 for the probability flow.
+
+    **Returns:** the transition $\hat\Psi(t, s)$, and its covariance $P$.
+
+    **Raises:** `ValueError` for a negative `lam`; at run time if `t > s`.
+    """
+    check_process(process)
+    lam = as_level(lam)
+    after, before = as_times(t, s)
+    after = eqx.error_if(
+        after,
+        after > before,
+        "The reverse diffusion runs backward in time: `t` must not exceed `s`.",
+    )
+    step = contraction(process, before, after, lam)
+    factor = process.factor(after)
+    omega, spread = (
+        BlockLinearOperator(x, process.shape) for x in (step.omega, step.spread)
+    )
+    root = factor @ spread
+    covariance = BlockLinearOperator(
+        (root @ root.T).blocks, process.shape, lx.positive_semidefinite_tag
+    )
+    return factor @ omega @ process.factor(before).inverse(), covariance
+
+
+def as_level(lam: float) -> float:
+    """A level of noise as a Python float, checked."""
+    try:
+        level = float(lam)
+    except (TypeError, ValueError) as e:  # Tracers too.
+        raise ValueError(f"`lam` must be a Python number; got {lam!r}.") from e
+    if not 0 <= level < math.inf:
+        raise ValueError(
+            "`lam` must be finite and not negative: 0 is the probability flow, 1 the "
+            f"reverse diffusion; got {lam}."
+        )
+    return level
+
+
+def _square_root(columns):
+    """The lower triangular square root of the sum of `column @ column.T`, by
+    orthogonalising the rows, so that no argument of a root can be negative."""
+    n = columns.shape[1]
+    root = jnp.zeros(columns.shape[1:], columns.dtype)
+    basis = []
+    for i in range(n):
+        row = columns[:, i]
+        for j, other in enumerate(basis):
+            along = (row * other).sum((0, 1))
+            root = root.at[i, j].set(along)
+            row = row - along * other
+        square = (row**2).sum((0, 1))
+        length = jnp.sqrt(jnp.where(square > 0, square, 1))
+        root = root.at[i, i].set(jnp.where(square > 0, length, 0))
+        basis.append(jnp.where(square > 0, row / length, 0))
+    return root
+
+
+def align(
+    root: Inexact[Array, "n n *spectrum"], target: Inexact[Array, "n n *spectrum"]
+) -> Inexact[Array, "n n *spectrum"]:
+    """Another square root of the same covariance, near to a target.
+
+    A step that draws noise by its exact covariance and is given the increments of a
+    Brownian path converges to the solution along that path only if the square root is
+    near to the one that multiplies the increments in the equation.
+
+    **Arguments:**
+
+    - `root`: blocks of a square root of the covariance.
+    - `target`: blocks of what to be near to, up to scale. Its last column counts first;
+        columns of zeros make no demand.
+
+    **Returns:** blocks: `root` times an orthogonal matrix.
+    """
+    return _matmul(root, _orthogonal_like(_matmul(_T(root), target)))
+
+
+def _orthogonal_like(target):
+    """The orthogonal matrix whose last column has the direction of the target's last, the
+    last two span the same plane as the target's, and so on."""
+    n = target.shape[0]
+    eye = jnp.eye(n, dtype=target.dtype).reshape(n, n, *[1] * (target.ndim - 2))
+    basis = jnp.broadcast_to(eye, target.shape)
+    for k in reversed(range(n)):
+        # In the basis so far the columns after k are done.
+        column = _matmul(_T(basis), target[:, k : k + 1])[:, 0]
+        column = jnp.where(append_axes(jnp.arange(n) <= k, column.ndim), column, 0)
+        square = (column**2).sum(0, keepdims=True)
+        column = jnp.where(square > 0, column, eye[k])
+        column = column / jnp.sqrt(jnp.where(square > 0, square, 1))
+        # Take the k-th axis to the column: rotate, or reflect if it is on the far side.
+        near = column[k][None] >= 0
+        normal = column + jnp.where(near, 1, -1) * eye[k]
+        turn = eye - normal[:, None] * normal[None] / (1 + jnp.abs(column[k]))[None, None]
+        turn = turn + jnp.where(near[None], 2 * column[:, None] * eye[k][None], 0)
+        basis = _matmul(basis, turn)
+    return basis
+
+
+def _matmul(a, b):
+    # Elementwise, as in `BlockLinearOperator`.
+    return (a[:, :, None] * b[None]).sum(1)
+
+
+def _T(blocks):
+    return jnp.swapaxes(blocks, 0, 1)

@@ -1,0 +1,49 @@
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Inexact, PyTree
+
+from gddim_eqx._custom_types import RealScalarLike, State
+from gddim_eqx._operator import BlockLinearOperator
+from gddim_eqx._process import AbstractProcess
+
+
+def advance(
+    process: AbstractProcess, s: Array, t: Array, y: State | None, pairs: list
+) -> State:
+    """`Psi(t, s) y + sum(B value)` over the pairs of blocks and values; without the
+    first for no `y`."""
+    pairs = [(BlockLinearOperator(b, process.shape), value) for b, value in pairs]
+    if y is not None:
+        pairs = [(process.transition(t, s), y), *pairs]
+    products = [apply(operator, value) for operator, value in pairs]
+    return jtu.tree_map(lambda *leaves: sum(leaves), *products)
+
+
+def apply(operator: BlockLinearOperator, state: State) -> State:
+    """The operator's product with a state, in the dtype of the state."""
+    return operator.astype(jnp.result_type(*jtu.tree_leaves(state))).mv(state)
+
+
+def pick(values: PyTree[Inexact[Array, "slots ..."]], k: int) -> State:
+    """One of several states that are stacked."""
+    return jtu.tree_map(lambda x: x[k], values)
+
+
+def real_times(
+    process: AbstractProcess,
+    t0: RealScalarLike,
+    t1: RealScalarLike,
+    direction: RealScalarLike,
+    dtype,
+) -> tuple[Array, Array]:
+    """The start and end of a step in the user's time, checked."""
+    tolerance = float(jnp.finfo(jnp.asarray(t1).dtype).eps)
+    s, t = (jnp.asarray(x * direction, dtype) for x in (t0, t1))
+    inside = (jnp.minimum(s, t) >= 0) & (jnp.maximum(s, t) <= process.t_end + tolerance)
+    return eqx.error_if(
+        (s, t),
+        ~inside,
+        f"The solver was asked to step to a time outside [0, {process.t_end}], the time "
+        f"axis of {type(process).__name__}. Take times from `gddim_eqx.time_grid`.",
+    )
