@@ -19,7 +19,7 @@ from ._term import AbstractReverseTerm, ProbabilityFlow
 
 class _ReverseDrift(dfx.AbstractTerm):
     flow: ProbabilityFlow
-    lam: float = eqx.field(static=True)
+    lam: RealScalarLike
 
     def vf(self, t: RealScalarLike, y: State, args: Args) -> State:
         return self.flow.reverse_drift(t, y, args, self.lam)
@@ -34,14 +34,20 @@ class _ReverseDrift(dfx.AbstractTerm):
 class _ReverseDiffusion(dfx.AbstractTerm):
     process: AbstractProcess
     path: dfx.AbstractBrownianPath
-    lam: float = eqx.field(static=True)
+    lam: RealScalarLike
 
     def vf(self, t: RealScalarLike, y: State, args: Args) -> BlockLinearOperator:
         self.check(y)
         t = jnp.asarray(t, coefficient_dtype(y))
-        return self.process.diffusion(t) * self.lam
+        return self.process.diffusion(t) * jnp.asarray(self.lam, t.dtype)
 
     def contr(self, t0: RealScalarLike, t1: RealScalarLike, **kwargs):
+        if kwargs.get("use_levy") and self.path.levy_area is not dfx.BrownianIncrement:
+            raise ValueError(
+                "Diffrax's stochastic Runge-Kutta methods, those that use Levy areas, give "
+                "wrong results backward in time (seen in Diffrax 0.7.2). Use `GDDIM`, or "
+                "`diffrax.Euler`, `Heun`, `EulerHeun` or `ItoMilstein`."
+            )
         if isinstance(self.path, dfx.VirtualBrownianTree):
             length = abs(t1 - t0)
             resolution = self.path.tol * (self.path.t1 - self.path.t0)
@@ -85,20 +91,20 @@ class ReverseSDE(dfx.MultiTerm, AbstractReverseTerm):
         diffusion, _ = unwrap(self.terms[1])
         assert isinstance(diffusion, _ReverseDiffusion)
         diffusion.check(y)
-        increments = self.terms[1].contr(t0, t1, use_levy=True)
 
-        def normalise(y, increment, length):
-            # The length is in the path's precision, as its increments are for that.
-            length = jnp.where(length == 0, 1, jnp.abs(length)).astype(increment.dtype)
+        def normalise(y, increment):
+            # In the path's precision, which is what the increments are for.
+            start, end = (jnp.asarray(t, increment.dtype) for t in (t0, t1))
+            length = jnp.where(start == end, 1, jnp.abs(end - start))
             return (increment / jnp.sqrt(length)).astype(y.dtype)
 
-        return jtu.tree_map(normalise, y, increments.W, increments.dt)
+        return jtu.tree_map(normalise, y, self.terms[1].contr(t0, t1))
 
 
 def reverse_sde(
     process: AbstractProcess,
     model: Callable,
-    lam: float,
+    lam: RealScalarLike,
     key: Key | dfx.AbstractBrownianPath,
     batch: tuple[int, ...] = (),
     *,
@@ -115,15 +121,16 @@ def reverse_sde(
     every time, that of the data at time 0: $\lambda = 0$ is the probability flow,
     $\lambda = 1$ the time reversal of the forward diffusion.
 
-    Any solver of Diffrax for stochastic equations takes these terms, and
-    [`gddim_eqx.GDDIM`][] does: `diffrax.Euler()` is the Euler-Maruyama scheme, `GDDIM(1)`
-    with `lam=1` ancestral sampling, which draws from the exact posterior given the
-    predicted data.
+    [`gddim_eqx.GDDIM`][] takes these terms, and so do Diffrax's solvers for stochastic
+    equations: `diffrax.Euler()` is the Euler-Maruyama scheme. (Those that use Levy areas
+    are refused: they are wrong backward in time.) `GDDIM(1)` with `lam=1` is ancestral
+    sampling, which draws from the exact posterior given the predicted data.
 
     **Arguments:**
 
     - `process`, `model`, `predicts`, `factor`: as in [`gddim_eqx.ProbabilityFlow`][].
-    - `lam`: the level of noise $\lambda$, at least 0. A Python number.
+    - `lam`: the level of noise $\lambda$, at least 0. A Python number is a constant of
+        the compiled program; for many levels without recompiling pass an array.
     - `key`: a random key; or a Brownian path, such as `diffrax.VirtualBrownianTree`, whose
         increments have the states' structure and shape.
     - `batch`: the states' leading axes. Not needed under `jax.vmap`, or with a path.
@@ -184,7 +191,7 @@ def reverse_sde(
 
 def unwrap_reverse(
     terms: dfx.AbstractTerm,
-) -> tuple[ProbabilityFlow, float, RealScalarLike]:
+) -> tuple[ProbabilityFlow, RealScalarLike, RealScalarLike]:
     """From what a solver is given: the probability flow, the level of noise, and the
     direction by which times are multiplied."""
     if isinstance(terms, ReverseSDE):

@@ -48,7 +48,9 @@ class Contraction(NamedTuple):
     omegas: Inexact[Array, "nodes n n *spectrum"]
 
 
-def contraction(process: AbstractProcess, s: Array, t: Array, lam: float) -> Contraction:
+def contraction(
+    process: AbstractProcess, s: Array, t: Array, lam: RealScalarLike
+) -> Contraction:
     """The contraction over a step backward in time.
 
     **Arguments:**
@@ -57,6 +59,7 @@ def contraction(process: AbstractProcess, s: Array, t: Array, lam: float) -> Con
     - `s`, `t`: where the step starts and ends, `t <= s`.
     - `lam`: the level of noise.
     """
+    lam = jnp.asarray(lam, s.dtype)
     nodes, weights = step_quadrature(process, s, t)
     # A step of no length may be at time 0, where there may be no inverse.
     tau = jnp.where(s == t, process.t_min, s + (t - s) * nodes)
@@ -89,7 +92,8 @@ def _exponents(process, s, t, tau, loadings, durations, lam):
         regular = (before > 0) & (after > 0)
         ratio = jnp.where(regular, after / jnp.where(before > 0, before, 1), 1)
         # Without noise at time 0 the ratio is zero there. Not infinity, as lam may be 0.
-        return jnp.where(regular, jnp.minimum(jnp.log(ratio), 0), -1e9)
+        logarithm = jnp.where(regular, jnp.minimum(jnp.log(ratio), 0), -1e9)
+        return jnp.where(tau == t, 0, logarithm)
 
     # The logarithm of a ratio near 1 has lost its digits; the integral has them.
     whole, integral = log_ratio(s), -0.5 * (durations * loadings**2).sum(0)
@@ -133,7 +137,10 @@ _BACKWARD = _integrals_from_the_end()
 
 
 def reverse_transition(
-    process: AbstractProcess, t: RealScalarLike, s: RealScalarLike, lam: float = 1.0
+    process: AbstractProcess,
+    t: RealScalarLike,
+    s: RealScalarLike,
+    lam: RealScalarLike = 1.0,
 ) -> tuple[BlockLinearOperator, BlockLinearOperator]:
     r"""The transition of the reverse diffusion of one data point at the origin.
 
@@ -172,12 +179,15 @@ def reverse_transition(
     return factor @ omega @ process.factor(before).inverse(), covariance
 
 
-def as_level(lam: float) -> float:
-    """A level of noise as a Python float, checked."""
+def as_level(lam: RealScalarLike) -> RealScalarLike:
+    """A level of noise, checked: a Python float, or an array, whose value may be traced."""
+    if isinstance(lam, (Array, np.ndarray)) and jnp.shape(lam) == ():
+        message = "`lam` must be finite and not negative."
+        return eqx.error_if(jnp.asarray(lam), ~((lam >= 0) & (lam < jnp.inf)), message)
     try:
         level = float(lam)
-    except (TypeError, ValueError) as e:  # Tracers too.
-        raise ValueError(f"`lam` must be a Python number; got {lam!r}.") from e
+    except (TypeError, ValueError):
+        raise ValueError(f"`lam` must be one number; got {lam!r}.") from None
     if not 0 <= level < math.inf:
         raise ValueError(
             "`lam` must be finite and not negative: 0 is the probability flow, 1 the "

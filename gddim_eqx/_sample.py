@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 from jax.core import Tracer
 from jaxtyping import Array, Float, Real
 
-from ._custom_types import Args, Key
+from ._custom_types import Args, Key, RealScalarLike
 from ._grid import time_grid
 from ._process import AbstractProcess, check_process
 from ._reverse_sde import reverse_sde
@@ -65,7 +65,7 @@ def _solve(
     u = process.prior(key, (number,), ts.dtype)
     flow = ProbabilityFlow(process, model, predicts, factor)
     terms, adjoint = flow, dfx.RecursiveCheckpointAdjoint()
-    if lam != 0:
+    if not isinstance(lam, float) or lam != 0:
         # Other than any key that the prior makes by splitting this one.
         key = jr.fold_in(key, 2**31 - 1)
         leaves = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), u)
@@ -104,7 +104,7 @@ def sample(
     num_steps: int | None = None,
     solver: dfx.AbstractSolver | None = None,
     *,
-    lam: float = 0.0,
+    lam: RealScalarLike = 0.0,
     denoise: Literal["drift", "exact"] | None = None,
     ts: Real[Array, " times"] | None = None,
     predicts: Literal["noise", "data", "score", "velocity"] = "noise",

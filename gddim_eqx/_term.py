@@ -173,14 +173,17 @@ class ProbabilityFlow(AbstractReverseTerm):
         t = jnp.asarray(t, coefficient_dtype(noise))
         return _apply(-self.process.factor(t).inverse().T, noise)
 
-    def reverse_drift(self, t: RealScalarLike, u: State, args: Args, lam: float) -> State:
+    def reverse_drift(
+        self, t: RealScalarLike, u: State, args: Args, lam: RealScalarLike
+    ) -> State:
         r"""$F_t\,u - \frac{1 + \lambda^2}{2} G_t G_t^\top \nabla \log p_t(u)$: paper,
         equation 6. Arguments as [`gddim_eqx.ProbabilityFlow.noise`][], and the level of
         noise."""
         score = self.score(t, u, args)
         t = jnp.asarray(t, coefficient_dtype(score))
         drift, diffusion = self.process.drift(t), self.process.diffusion(t)
-        forcing = _apply(diffusion @ diffusion.T * (-0.5 * (1 + lam**2)), score)
+        strength = -0.5 * (1 + jnp.asarray(lam, t.dtype) ** 2)
+        forcing = _apply(diffusion @ diffusion.T * strength, score)
         return jtu.tree_map(lambda a, b: a + b, _apply(drift, u), forcing)
 
     def vf(self, t: RealScalarLike, y: State, args: Args) -> State:

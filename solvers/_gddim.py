@@ -66,6 +66,11 @@ class _ExponentialInterpolation(dfx.AbstractLocalInterpolation):
         return jtu.tree_map(lambda a, b: jnp.where(at_end, a, b), self.y1, y)
 
 
+def _is_flow(lam: RealScalarLike) -> bool:
+    """Whether it is known, before running, that there is no noise."""
+    return isinstance(lam, float) and lam == 0
+
+
 class _Frame(eqx.Module):
     """In which frame of which process noise is predicted. It has no leaves."""
 
@@ -153,7 +158,7 @@ class GDDIM(
         return 1
 
     def error_order(self, terms):
-        return 1.5 if unwrap_reverse(terms)[1] > 0 else max(self.q, 2)
+        return max(self.q, 2) if _is_flow(unwrap_reverse(terms)[1]) else 1.5
 
     @property
     def _slots(self) -> int:
@@ -172,7 +177,7 @@ class GDDIM(
         flow, lam, _ = unwrap_reverse(terms)
         process = flow.process
         check_state(y0, process.num_components, process.shape, "The state `y0`")
-        if lam > 0:
+        if not _is_flow(lam):
             if self.factor != "R":
                 raise ValueError(
                     "`GDDIM(factor='cholesky')` is for the probability flow only, but "

@@ -60,7 +60,7 @@ class SSCS(dfx.AbstractItoSolver[None]):
                 "`SSCS` is for the phase-space process `CLD`, whose reversal it splits; "
                 f"got {type(process).__name__}. `GDDIM` is for every process."
             )
-        if lam != 1:
+        if not (isinstance(lam, float) and lam == 1):
             raise ValueError(
                 f"`SSCS` is for `reverse_sde(..., lam=1.0)`; got lam={lam}. Use `GDDIM`, "
                 "which is for every level of noise."

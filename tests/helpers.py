@@ -1,10 +1,12 @@
 import functools as ft
 
 import diffrax as dfx
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jaxtyping import PyTree
 
 import gddim_eqx as gd
 
@@ -83,3 +85,28 @@ class CountedModel:
     def __call__(self, t, u, args):
         jax.debug.callback(self._increment)
         return self.model(t, u, args)
+
+
+class NoNoise(dfx.AbstractBrownianPath):
+    """A path that stays where it is, for states like a given one."""
+
+    shape: PyTree[jax.ShapeDtypeStruct] = eqx.field(static=True)
+    levy_area: type = eqx.field(static=True)
+
+    def __init__(self, state):
+        struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+        self.shape = jtu.tree_map(struct, state)
+        self.levy_area = dfx.BrownianIncrement
+
+    @property
+    def t0(self):
+        return 0.0
+
+    @property
+    def t1(self):
+        return 1.0
+
+    def evaluate(self, t0, t1=None, left=True, use_levy=False):
+        still = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), self.shape)
+        length = jtu.tree_map(lambda x: jnp.asarray(t1 - t0, x.dtype), self.shape)
+        return dfx.BrownianIncrement(dt=length, W=still) if use_levy else still
