@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-float32 test-slow lint check clean
+.PHONY: demo tables test test-float32 test-slow lint check clean
 
 # Installs the package with its extras once, and again when pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml
@@ -13,6 +13,10 @@ $(VENV)/.installed: pyproject.toml
 # Trains a small diffusion model on handwritten digits and compares samplers.
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
+
+# The paper's tables and figures, with exact scores in place of networks: 40 minutes.
+tables: $(VENV)/.installed
+	$(BIN)/python benchmarks/paper_tables.py
 
 # The test-suite, in double precision.
 test: $(VENV)/.installed

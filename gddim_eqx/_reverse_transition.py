@@ -48,6 +48,8 @@ class Contraction(NamedTuple):
     omegas: Inexact[Array, "nodes n n *spectrum"]
 
 
+# Jitted so that it is traced once, not each time that Diffrax traces a step.
+@eqx.filter_jit
 def contraction(
     process: AbstractProcess, s: Array, t: Array, lam: RealScalarLike
 ) -> Contraction:

@@ -5,6 +5,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
@@ -15,9 +16,9 @@ from gddim_eqx import BlockLinearOperator
 from .helpers import last, max_difference, mixture_for, prior_state, processes, solve
 
 
-def _paper_step(process, times, noises, u, t):
+def _paper_step(process, times, noises, u, t, frame):
     """Equation 19 as printed: Psi(t, s) u + sum_j C_j eps_j with C_j the integral of
-    1/2 Psi(t, tau) G G^T R^-T l_j, by brute force in NumPy."""
+    1/2 Psi(t, tau) G G^T K^-T l_j, by brute force in NumPy."""
     s, nodes = times[0], np.asarray(times)
     edges = np.linspace(s, t, 201)
     x, w = np.polynomial.legendre.leggauss(8)
@@ -27,8 +28,9 @@ def _paper_step(process, times, noises, u, t):
 
     @jax.vmap
     def integrand(tau):
-        g, r = process.diffusion(tau), process.factor(tau)
-        return 0.5 * (process.transition(t, tau) @ g @ g.T @ r.inverse().T).blocks
+        g = process.diffusion(tau)
+        k = process.factor(tau) if frame == "R" else process.cholesky(tau)
+        return 0.5 * (process.transition(t, tau) @ g @ g.T @ k.inverse().T).blocks
 
     values = np.asarray(integrand(jnp.asarray(tau)))
     out = np.einsum("ij,jd->id", process.transition(t, s).blocks, u)
@@ -42,11 +44,11 @@ def _paper_step(process, times, noises, u, t):
 
 @pytest.mark.x64
 @pytest.mark.parametrize("order", (1, 2, 3, 4))
-@pytest.mark.parametrize("name", ("vp", "cld"))
-def test_steps_by_hand_are_those_of_the_paper(name, order):
+@pytest.mark.parametrize("name, frame", [("vp", "R"), ("cld", "R"), ("cld", "cholesky")])
+def test_steps_by_hand_are_those_of_the_paper(name, frame, order):
     process = processes[name]()
     term = gd.ProbabilityFlow(process, mixture_for(process).model(process))
-    solver = gd.GDDIM(order)
+    solver = gd.GDDIM(order, frame)
     ts = [0.9, 0.7, 0.62, 0.4, 0.3]
     y = prior_state(process)
     state = solver.init(term, ts[0], ts[1], y, None)
@@ -54,10 +56,10 @@ def test_steps_by_hand_are_those_of_the_paper(name, order):
     step = eqx.filter_jit(solver.step)
     for s, t in zip(ts[:-1], ts[1:]):
         times = [s, *times][:order]
-        noise = np.stack(jtu.tree_leaves(term.noise(s, y, None)))
+        noise = np.stack(jtu.tree_leaves(term.noise(s, y, None, frame)))
         noises = [noise, *noises][:order]
         before = np.stack(jtu.tree_leaves(y))
-        expected = _paper_step(process, times, noises, before, t)
+        expected = _paper_step(process, times, noises, before, t, frame)
         y, error, _, state, _ = step(
             term, jnp.asarray(s), jnp.asarray(t), y, None, state, False
         )
@@ -65,7 +67,7 @@ def test_steps_by_hand_are_those_of_the_paper(name, order):
         np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-10)
         lower = 1 if order == 1 and len(times) < 2 else len(times) - 1
         if lower >= 1 and order > 1:
-            fewer = _paper_step(process, times[:lower], noises[:lower], before, t)
+            fewer = _paper_step(process, times[:lower], noises[:lower], before, t, frame)
             difference = np.stack(jtu.tree_leaves(error)) - (expected - fewer)
             np.testing.assert_allclose(difference, 0, atol=1e-9)
 
@@ -182,6 +184,27 @@ def test_solves_nonlinear_problems_adaptively(order):
     )
     exact = [1 / np.sqrt(6.0), np.exp(np.sin(5.0))]
     np.testing.assert_allclose(last(sol.ys), exact, rtol=1e-5)
+
+
+def test_the_cholesky_frame_is_the_same_without_a_velocity_and_far_worse_with_one():
+    for process in (gd.VP((2,)), gd.CLD((2,))):
+        angle = np.pi / 4 * np.arange(8)
+        ring = gd.GaussianMixture(np.stack([np.cos(angle), np.sin(angle)], -1), 0.05)
+        term = gd.ProbabilityFlow(process, ring.model(process))
+        u, ts = process.prior(jax.random.key(0), (128,)), gd.time_grid(process, 10)
+        ys = [process.decode(solve(term, gd.GDDIM(3, f), ts, u)) for f in ("R", "cholesky")]
+        if isinstance(process, gd.VP):
+            np.testing.assert_array_equal(*ys)
+            continue
+        exact = process.decode(solve(term, gd.GDDIM(3), gd.time_grid(process, 500), u))
+        errors = [jnp.median(jnp.linalg.norm(y - exact, axis=-1)) for y in ys]
+        assert errors[1] > 100 * errors[0]
+
+
+def test_the_frame_must_be_known(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match="`factor` must be 'R' or 'cholesky'; got 'L'"):
+        gd.GDDIM(3, "L")
 
 
 def test_order_must_be_one_to_four():

@@ -26,29 +26,30 @@ def _terms(process, lam, batch=(), seed=0, **kwargs):
     return gd.reverse_sde(process, model, lam, key, batch, **kwargs)
 
 
-@pytest.mark.parametrize(
-    "name, order", [*(("cld", q) for q in (1, 2, 3, 4)), ("vp", 2), ("bdm", 3)]
-)
+@pytest.mark.parametrize("name, order", [("cld", 1), ("cld", 4), ("vp", 2), ("bdm", 3)])
 def test_without_noise_it_is_the_probability_flow(name, order):
     process = processes[name]()
     model = mixture_for(process, scale=0.6).model(process)
     u, ts = process.prior(jax.random.key(1), (3,)), gd.time_grid(process, 10)
     flow = _solve(gd.ProbabilityFlow(process, model), gd.GDDIM(order), ts, u)
-    assert (
-        max_difference(_solve(_terms(process, 0.0, (3,)), gd.GDDIM(order), ts, u), flow)
-        == 0
-    )
+
+    def change(lam):
+        terms = gd.reverse_sde(process, model, lam, _unsafe_path(u))
+        return max_difference(_solve_once(terms, gd.GDDIM(order), ts, u), flow)
+
+    assert change(0.0) == 0
     # And with little noise, by other formulas, little is changed.
-    changes = [
-        max_difference(
-            _solve(_terms(process, jnp.asarray(lam), (3,)), gd.GDDIM(order), ts, u), flow
-        )
-        for lam in (0.0, 1e-6, 1e-4)
-    ]
+    changes = [change(jnp.asarray(lam)) for lam in (0.0, 1e-6, 1e-4)]
     assert changes[0] < (1e-9 if jax.config.jax_enable_x64 else 1e-3)
     if jax.config.jax_enable_x64:
         assert 0 < changes[1] < 1e-4
         np.testing.assert_allclose(changes[2] / changes[1], 100, rtol=2e-2)
+
+
+def _unsafe_path(y, seed=1):
+    """A path that compiles and runs faster than the default."""
+    leaves = jtu.tree_map(lambda y: jax.ShapeDtypeStruct(y.shape, y.dtype), y)
+    return dfx.UnsafeBrownianPath(leaves, jax.random.key(seed))
 
 
 def _state(process, seed):
@@ -66,6 +67,7 @@ def _grid(process, kind):
     return jnp.asarray(times, jnp.result_type(float))
 
 
+@pytest.mark.skipif(jax.config.jax_enable_x64, reason="as good in single precision")
 @pytest.mark.parametrize("kind, order", [("one step", 1), ("random", 1), ("random", 4)])
 @pytest.mark.parametrize("name", _main)
 def test_samples_of_one_data_point_have_its_distribution(name, kind, order):
@@ -83,11 +85,7 @@ def test_samples_of_one_data_point_have_its_distribution(name, kind, order):
     covariance = process.covariance(ts[-1]).blocks
     covariance = np.asarray(covariance).reshape(n, n, *[1] * (mean.ndim - 1))
     for lam in (0.3, 1.0, 2.0):
-        path = dfx.UnsafeBrownianPath(
-            jtu.tree_map(lambda y: jax.ShapeDtypeStruct(y.shape, y.dtype), u),
-            jax.random.key(1),
-        )
-        terms = gd.reverse_sde(process, model, jnp.asarray(lam), path)
+        terms = gd.reverse_sde(process, model, jnp.asarray(lam), _unsafe_path(u))
         y = _solve_once(terms, gd.GDDIM(order), ts, u)
         error = np.stack(jtu.tree_leaves(y)) - mean[:, None]
         variance = np.stack([covariance[i, i] for i in range(n)])
@@ -209,6 +207,7 @@ def test_one_path_gives_one_sample_in_both_precisions(name):
         assert float(jnp.abs(samples[0] - samples[1]).max()) < 1e-4
 
 
+@pytest.mark.x64
 def test_vmap_and_jit_give_the_sample_of_a_loop():
     process = gd.CLD((3,))
     ts = gd.time_grid(process, 8)
@@ -229,7 +228,7 @@ def test_vmap_and_jit_give_the_sample_of_a_loop():
 @pytest.mark.x64
 def test_gradients():
     process = gd.CLD((2,))
-    ts, u = gd.time_grid(process, 6), process.prior(jax.random.key(1), (3,))
+    ts, u = gd.time_grid(process, 3), process.prior(jax.random.key(1), (3,))
     model = mixture_for(process, scale=0.6).model(process)
 
     @jax.jit
@@ -264,6 +263,7 @@ def test_adaptive_steps_converge_along_the_path(order):
     assert errors[1] < 0.05 and errors[1] < errors[0]
 
 
+@pytest.mark.x64
 def test_a_resumed_solve_equals_an_unbroken_one():
     process = gd.VP((3,))
     u, ts = process.prior(jax.random.key(1), (2,)), gd.time_grid(process, 10)
@@ -286,6 +286,7 @@ def test_a_resumed_solve_equals_an_unbroken_one():
     assert max_difference(solve(terms, solver, ts[5:], half), whole) > 1e-4
 
 
+@pytest.mark.x64
 def test_saved_states_are_those_of_the_steps():
     process = gd.VP((3,))
     u, ts = process.prior(jax.random.key(1), (2,)), gd.time_grid(process, 6)
@@ -312,8 +313,8 @@ def test_saved_states_are_those_of_the_steps():
     np.testing.assert_allclose(middle, 0.5 * (steps[1] + steps[2]), atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", (jnp.float16, jnp.bfloat16))
-@pytest.mark.parametrize("name", ("vp", "cld"))
+@pytest.mark.x64
+@pytest.mark.parametrize("name, dtype", [("vp", jnp.bfloat16), ("cld", jnp.float16)])
 def test_half_precision(name, dtype):
     process = processes[name]()
     u = process.prior(jax.random.key(1), (3,), dtype)
@@ -327,6 +328,7 @@ def test_half_precision(name, dtype):
         assert leaf.dtype == dtype and jnp.isfinite(leaf).all()
 
 
+@pytest.mark.x64
 def test_forward_in_time_is_refused():
     process = gd.VP((2,))
     u = process.prior(jax.random.key(1))
@@ -335,6 +337,7 @@ def test_forward_in_time_is_refused():
         solve(_terms(process, 1.0), gd.GDDIM(), ts, u)
 
 
+@pytest.mark.x64
 def test_the_cholesky_frame_is_refused():
     process = gd.CLD((2,))
     u, ts = process.prior(jax.random.key(1)), gd.time_grid(process, 3)

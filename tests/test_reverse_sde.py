@@ -55,6 +55,7 @@ def test_other_solvers_of_diffrax_converge_to_the_same_sample():
         assert max_difference(run(solver, ts), expected) < 4e-2, type(solver).__name__
 
 
+@pytest.mark.x64
 def test_solvers_that_are_wrong_backward_in_time_are_refused():
     process = gd.VP((2,))
     leaf, key = jax.ShapeDtypeStruct((2,), jnp.float32), jax.random.key(1)
@@ -91,6 +92,7 @@ def test_a_sharded_batch_has_the_same_sample_and_stays_sharded():
     np.testing.assert_allclose(sharded.x, run(u).x, atol=1e-5)
 
 
+@pytest.mark.x64
 def test_a_path_of_the_wrong_shape_is_refused():
     process = gd.CLD((3,))
     u, ts = process.prior(jax.random.key(0), (4,)), gd.time_grid(process, 3)
@@ -105,6 +107,7 @@ def test_a_path_of_the_wrong_shape_is_refused():
                 solve(terms, solver, ts, u)
 
 
+@pytest.mark.x64
 @pytest.mark.parametrize("solver", (gd.GDDIM(1), dfx.Euler()))
 def test_steps_shorter_than_the_path_resolves_are_refused(solver):
     process = gd.VP((3,))
@@ -125,6 +128,7 @@ def test_bad_levels_of_noise_are_refused(lam, monkeypatch):
         gd.reverse_sde(process, _model(process), lam, jax.random.key(0))
 
 
+@pytest.mark.x64
 def test_a_traced_negative_level_is_refused():
     process = gd.VP((2,))
     u, ts = process.prior(jax.random.key(0)), gd.time_grid(process, 2)

@@ -11,10 +11,23 @@ import gddim_eqx as gd
 _data = gd.GaussianMixture([[-1.0, 0.0], [1.0, 0.5]], 0.05, [0.3, 0.7])
 
 
-@pytest.mark.parametrize("process", (gd.VP((2,)), gd.CLD((2,)), gd.VE((2,))))
-def test_samples_have_the_distribution_of_the_data(process):
-    x, evaluations = gd.sample(process, _data.model(process), jax.random.key(0), 4000, 30)
-    assert x.shape == (4000, 2) and evaluations == 30
+@pytest.mark.parametrize(
+    "process, solver, lam",
+    [
+        (gd.VP((2,)), gd.GDDIM(), 0.0),
+        (gd.CLD((2,)), gd.GDDIM(), 0.0),
+        (gd.VE((2,)), gd.GDDIM(), 0.0),
+        (gd.VP((2,)), gd.GDDIM(2), 1.0),
+        (gd.CLD((2,)), gd.GDDIM(1), 0.5),
+        (gd.CLD((2,)), gd.SSCS(), 1.0),
+    ],
+)
+def test_samples_have_the_distribution_of_the_data(process, solver, lam):
+    steps = 30 if lam == 0 else 100
+    x, evaluations = gd.sample(
+        process, _data.model(process), jax.random.key(0), 4000, steps, solver, lam=lam
+    )
+    assert x.shape == (4000, 2) and evaluations == steps
     right = x[:, 0] > 0
     # Four standard errors of a proportion, and of a mean.
     assert abs(float(right.mean()) - 0.7) < 4 * np.sqrt(0.21 / 4000)
@@ -47,6 +60,44 @@ def test_takes_a_grid_and_args_and_shows_progress(capfd):
     assert "100.00%" in capfd.readouterr().out
 
 
+def test_denoising_to_time_0():
+    point = gd.GaussianMixture([[0.7, -0.3]])
+    key = jax.random.key(0)
+    for process in (gd.VP((2,)), gd.CLD((2,))):
+        model = point.model(process)
+
+        def draw(denoise, model=model):
+            return gd.sample(process, model, key, 5, 20, denoise=denoise)
+
+        x, evaluations = draw(None)
+        assert evaluations == 20 and float(jnp.abs(x - point.means).max()) > 1e-3
+        x, evaluations = draw("exact")
+        assert evaluations == 21
+        np.testing.assert_allclose(x - point.means, 0, atol=1e-5)
+
+        # Another model for the last evaluation only.
+        def changed(t, u, args):
+            last = (t <= 1.01 * process.t_min).astype(t.dtype)
+            return jax.tree_util.tree_map(lambda e: (1 + last) * e, model(t, u, None))
+
+        x, evaluations = draw("drift")
+        assert evaluations == 21
+        difference = float(jnp.abs(draw("drift", changed).x - x).max())
+        assert (difference < 1e-6) == isinstance(process, gd.CLD)
+
+
+def test_denoising_is_a_step_of_the_reverse_drift():
+    process = gd.VP((2,))
+    model, key = _data.model(process), jax.random.key(0)
+    before = gd.sample(process, model, key, 5, 20).x
+    t = gd.time_grid(process, 20)[-1]
+    beta = process.diffusion(t).blocks[0, 0] ** 2
+    score = gd.ProbabilityFlow(process, model).score(t, before, None)
+    expected = before - t * (-0.5 * beta * before - beta * score)
+    got = gd.sample(process, model, key, 5, 20, denoise="drift").x
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
+
+
 def test_no_samples():
     process = gd.CLD((2,))
     x, _ = gd.sample(process, _data.model(process), jax.random.key(0), 0, 3)
@@ -72,8 +123,19 @@ def test_bad_arguments_are_refused():
         gd.sample(process, model, key, 1, ts=jnp.array([0.9, 0.5]))
     with pytest.raises(ValueError, match="at least two times"):
         gd.sample(process, model, key, 1, ts=jnp.array([1.0]))
+    with pytest.raises(ValueError, match="nothing is left to denoise"):
+        gd.sample(process, model, key, 1, ts=jnp.array([1.0, 0.5, 0.0]), denoise="exact")
+    with pytest.raises(ValueError, match="`lam` must be finite and not negative.*-1"):
+        gd.sample(process, model, key, 1, 3, lam=-1.0)
     with pytest.raises(ValueError, match="cannot be traced"):
         jax.jit(lambda k: gd.sample(process, model, k, 1, 3).x)(key)
+
+
+def test_an_unknown_way_of_denoising_is_refused(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    process = gd.VP((2,))
+    with pytest.raises(ValueError, match="`denoise` must be None, 'drift' or 'exact'"):
+        gd.sample(process, _data.model(process), jax.random.key(0), 1, 3, denoise="yes")
 
 
 @pytest.mark.parametrize(
