@@ -150,15 +150,15 @@ class Bench:
     def adaptive(self, solver: dfx.AbstractSolver, tolerance: float):
         """The samples and the number of evaluations of an adaptive solver."""
 
-        def counted(t, u, args):
+        def counted(t, u, model):
             jax.debug.callback(self._count)
-            return self.model(t, u, args)
+            return model(t, u, None)
 
         if type(solver) not in self._adaptive:
             term = gd.ProbabilityFlow(self.process, counted)
 
             @eqx.filter_jit
-            def run(tolerance):
+            def run(model, tolerance):
                 u = self.process.prior(_key, (self.data.number,))
                 sol = dfx.diffeqsolve(
                     term,
@@ -167,6 +167,7 @@ class Bench:
                     self.process.t_min,
                     None,
                     u,
+                    model,
                     stepsize_controller=dfx.PIDController(rtol=tolerance, atol=tolerance),
                     max_steps=10_000,
                 )
@@ -174,7 +175,8 @@ class Bench:
 
             self._adaptive[type(solver)] = run
         self._evaluations = 0
-        x = jax.block_until_ready(self._adaptive[type(solver)](jnp.asarray(tolerance)))
+        run = self._adaptive[type(solver)]
+        x = jax.block_until_ready(run(self.model, jnp.asarray(tolerance)))
         jax.effects_barrier()
         return x, self._evaluations
 
