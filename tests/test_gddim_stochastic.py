@@ -67,8 +67,10 @@ def _grid(process, kind):
     return jnp.asarray(times, jnp.result_type(float))
 
 
-@pytest.mark.skipif(jax.config.jax_enable_x64, reason="as good in single precision")
-@pytest.mark.parametrize("kind, order", [("one step", 1), ("random", 1), ("random", 4)])
+# In single precision rounding errors, of data that are hardly there at first, exceed the
+# standard errors.
+@pytest.mark.x64
+@pytest.mark.parametrize("kind, order", [("one step", 1), ("random", 4)])
 @pytest.mark.parametrize("name", _main)
 def test_samples_of_one_data_point_have_its_distribution(name, kind, order):
     number = 20_000
@@ -99,8 +101,7 @@ def test_samples_of_one_data_point_have_its_distribution(name, kind, order):
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("order", (2, 3, 4))
-@pytest.mark.parametrize("name", _main)
+@pytest.mark.parametrize("name, order", [("vp", 2), ("cld", 3), ("cld", 4), ("bdm", 4)])
 def test_extrapolates_polynomials_exactly(name, order):
     """Along d(eps) = lam^2 / 2 K eps dt + p(t) dt with p of degree order - 2, and without
     noise, a step after enough others is exact."""
@@ -179,10 +180,10 @@ def test_converges_along_the_path_to_the_limit_of_euler(name):
         squares = jtu.tree_map(lambda a, b: ((a - b) ** 2).mean(), a, b)
         return float(jnp.sqrt(sum(jtu.tree_leaves(squares))))
 
-    accurate = run(gd.GDDIM(2), 1024)
+    accurate = run(gd.GDDIM(2), 512)
     # Euler's own error is of the first order.
-    euler = [distance(run(dfx.Euler(), n), accurate) for n in (64, 512)]
-    assert euler[1] < euler[0] / 6
+    euler = [distance(run(dfx.Euler(), n), accurate) for n in (64, 256)]
+    assert euler[1] < euler[0] / 3
     errors = [distance(run(gd.GDDIM(1), n), accurate) for n in (8, 64)]
     assert 6 < errors[0] / errors[1] < 12
     assert errors[1] < 0.7 * euler[0]
@@ -267,8 +268,9 @@ def test_adaptive_steps_converge_along_the_path(order):
 def test_a_resumed_solve_equals_an_unbroken_one():
     process = gd.VP((3,))
     u, ts = process.prior(jax.random.key(1), (2,)), gd.time_grid(process, 10)
-    terms, solver = _terms(process, 0.6, (2,)), gd.GDDIM(3)
-    whole = solve(terms, solver, ts, u)
+    model = mixture_for(process).model(process)
+    terms, solver = gd.reverse_sde(process, model, 0.6, _unsafe_path(u)), gd.GDDIM(3)
+    whole = _solve_once(terms, solver, ts, u)
     first = dfx.diffeqsolve(
         terms,
         solver,
@@ -278,12 +280,14 @@ def test_a_resumed_solve_equals_an_unbroken_one():
         u,
         stepsize_controller=dfx.StepTo(ts[:6]),
         saveat=dfx.SaveAt(t1=True, solver_state=True),
+        adjoint=dfx.DirectAdjoint(),
     )
     half = jtu.tree_map(lambda y: y[-1], first.ys)
-    rest = solve(terms, solver, ts[5:], half, solver_state=first.solver_state)
+    state = dict(solver_state=first.solver_state, adjoint=dfx.DirectAdjoint())
+    rest = solve(terms, solver, ts[5:], half, **state)
     assert max_difference(rest, whole) < 1e-5
     # Without its history it is another.
-    assert max_difference(solve(terms, solver, ts[5:], half), whole) > 1e-4
+    assert max_difference(_solve_once(terms, solver, ts[5:], half), whole) > 1e-4
 
 
 @pytest.mark.x64
@@ -291,9 +295,11 @@ def test_saved_states_are_those_of_the_steps():
     process = gd.VP((3,))
     u, ts = process.prior(jax.random.key(1), (2,)), gd.time_grid(process, 6)
 
+    model = mixture_for(process).model(process)
+
     def run(**saveat):
         return dfx.diffeqsolve(
-            _terms(process, 1.0, (2,)),
+            gd.reverse_sde(process, model, 1.0, _unsafe_path(u)),
             gd.GDDIM(2),
             ts[0],
             ts[-1],
@@ -301,6 +307,7 @@ def test_saved_states_are_those_of_the_steps():
             u,
             stepsize_controller=dfx.StepTo(ts),
             saveat=dfx.SaveAt(**saveat),
+            adjoint=dfx.DirectAdjoint(),
             max_steps=6,
         )
 

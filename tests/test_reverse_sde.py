@@ -19,8 +19,7 @@ def _model(process):
     return mixture_for(process, scale=0.6).model(process)
 
 
-@pytest.mark.parametrize("lam", (0.0, 0.5, 1.0))
-@pytest.mark.parametrize("name", ("vp", "cld", "bdm"))
+@pytest.mark.parametrize("name, lam", [("vp", 1.0), ("cld", 0.5), ("bdm", 0.5)])
 def test_euler_is_the_scheme_of_euler_and_maruyama(name, lam):
     process = processes[name]()
     s, t = (jnp.asarray(x, jnp.result_type(float)) for x in (0.5, 0.45))
@@ -50,7 +49,7 @@ def test_other_solvers_of_diffrax_converge_to_the_same_sample():
     ts = jnp.linspace(0.8, 0.3, 129)
     terms = gd.reverse_sde(process, _model(process), 0.7, jax.random.key(1), batch)
     run = eqx.filter_jit(lambda solver, ts: solve(terms, solver, ts, u))
-    expected = run(gd.GDDIM(2), jnp.linspace(0.8, 0.3, 1025))
+    expected = run(gd.GDDIM(2), jnp.linspace(0.8, 0.3, 513))
     for solver in (dfx.Heun(), dfx.EulerHeun(), dfx.ItoMilstein()):
         assert max_difference(run(solver, ts), expected) < 4e-2, type(solver).__name__
 
@@ -89,7 +88,7 @@ def test_a_sharded_batch_has_the_same_sample_and_stays_sharded():
     mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
     sharded = run(jax.device_put(u, NamedSharding(mesh, PartitionSpec("batch"))))
     assert {s.data.shape for s in sharded.x.addressable_shards} == {(4, 3)}
-    np.testing.assert_allclose(sharded.x, run(u).x, atol=1e-5)
+    np.testing.assert_allclose(sharded.x, run(u).x, atol=1e-4)
 
 
 @pytest.mark.x64

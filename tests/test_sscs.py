@@ -83,6 +83,7 @@ def test_distributions_converge_with_the_first_order():
     assert 0.95 < observed < 1.15
 
 
+@pytest.mark.slow
 @pytest.mark.x64
 def test_follows_the_path_of_the_other_solvers():
     process = gd.CLD((2,))
