@@ -219,6 +219,12 @@ def _same_rank(one: BlockLinearOperator, other: BlockLinearOperator) -> tuple[Ar
     return append_axes(one.blocks, ndim), append_axes(other.blocks, ndim)
 
 
+def apply(operator: BlockLinearOperator, state: State) -> State:
+    """The operator's product with a state, in the dtype of the state."""
+    state = jtu.tree_map(jnp.asarray, state)
+    return operator.astype(jnp.result_type(*jtu.tree_leaves(state))).mv(state)
+
+
 def append_axes(x: Array, ndim: int) -> Array:
     """Give an array axes of size one at the end, until it has `ndim`."""
     return jnp.expand_dims(x, tuple(range(x.ndim, ndim)))

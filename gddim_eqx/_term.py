@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from ._custom_types import Args, RealScalarLike, State
+from ._operator import apply
 from ._process import AbstractDiagonalProcess, AbstractProcess, check_process
 from ._state import check_state, coefficient_dtype
 
@@ -134,19 +135,19 @@ class ProbabilityFlow(AbstractReverseTerm):
             if self.factor == factor or isinstance(process, AbstractDiagonalProcess):
                 return prediction
             other = process.cholesky(t) if factor == "R" else process.factor(t)
-            return _apply(root.inverse() @ other, prediction)
+            return apply(root.inverse() @ other, prediction)
         if self.predicts == "score":
-            return _apply(-root.T, prediction)
+            return apply((-root).transpose(), prediction)
         if self.predicts == "data":
-            mean = _apply(self._mean(t), prediction)
+            mean = apply(self._mean(t), prediction)
             residual = jtu.tree_map(lambda a, b: a - b, u, mean)
-            return _apply(root.inverse(), residual)
+            return apply(root.inverse(), residual)
         mean = self._mean(t)
         total = (mean @ mean + root @ root).inverse()
         return jtu.tree_map(
             lambda a, b: a + b,
-            _apply(root @ total, u),
-            _apply(mean @ total, prediction),
+            apply(root @ total, u),
+            apply(mean @ total, prediction),
         )
 
     def initial(self, t: RealScalarLike, u: State, args: Args) -> State:
@@ -155,9 +156,9 @@ class ProbabilityFlow(AbstractReverseTerm):
         [`gddim_eqx.ProbabilityFlow.noise`][]."""
         noise = self.noise(t, u, args)
         t = jnp.asarray(t, coefficient_dtype(noise))
-        spread = _apply(self.process.factor(t), noise)
+        spread = apply(self.process.factor(t), noise)
         mean = jtu.tree_map(lambda a, b: a - b, u, spread)
-        return _apply(self.process.transition(jnp.zeros_like(t), t), mean)
+        return apply(self.process.transition(jnp.zeros_like(t), t), mean)
 
     def _mean(self, t):
         """From data, in the basis of states, to the mean of the state at `t`."""
@@ -171,7 +172,7 @@ class ProbabilityFlow(AbstractReverseTerm):
             return self._predict(t, u, args)[2]
         noise = self.noise(t, u, args)
         t = jnp.asarray(t, coefficient_dtype(noise))
-        return _apply(-self.process.factor(t).inverse().T, noise)
+        return apply((-self.process.factor(t).inverse()).transpose(), noise)
 
     def reverse_drift(
         self, t: RealScalarLike, u: State, args: Args, lam: RealScalarLike
@@ -183,8 +184,8 @@ class ProbabilityFlow(AbstractReverseTerm):
         t = jnp.asarray(t, coefficient_dtype(score))
         drift, diffusion = self.process.drift(t), self.process.diffusion(t)
         strength = -0.5 * (1 + jnp.asarray(lam, t.dtype) ** 2)
-        forcing = _apply(diffusion @ diffusion.T * strength, score)
-        return jtu.tree_map(lambda a, b: a + b, _apply(drift, u), forcing)
+        forcing = apply(diffusion @ diffusion.T * strength, score)
+        return jtu.tree_map(lambda a, b: a + b, apply(drift, u), forcing)
 
     def vf(self, t: RealScalarLike, y: State, args: Args) -> State:
         return self.reverse_drift(t, y, args, 0.0)
@@ -194,8 +195,3 @@ class ProbabilityFlow(AbstractReverseTerm):
 
     def prod(self, vf: State, control: RealScalarLike) -> State:
         return jtu.tree_map(lambda v: jnp.asarray(control, v.dtype) * v, vf)
-
-
-def _apply(operator, state):
-    dtype = jnp.result_type(*jtu.tree_leaves(state))
-    return operator.astype(dtype).mv(jtu.tree_map(jnp.asarray, state))

@@ -14,7 +14,7 @@ from gddim_eqx._reverse_sde import ReverseSDE, unwrap_reverse
 from gddim_eqx._state import check_state, coefficient_dtype
 from gddim_eqx._term import AbstractReverseTerm
 
-from ._step import advance, pick, real_times
+from ._step import advance, continued, pick, real_times
 from ._stochastic import init_stochastic, stochastic_step, StochasticHistory
 
 
@@ -220,11 +220,7 @@ class GDDIM(
         s, t = real_times(process, t0, t1, direction, coefficient_dtype(y0))
         noise = flow.noise(s, y0, args, self.factor)
 
-        # What was stored before a jump, or along a solution that ended elsewhere, is no
-        # history of this one.
-        count = jnp.where(history.end == t0, history.count, 0)
-        if made_jump is not False:
-            count = jnp.where(made_jump, 0, count)
+        count = continued(history.count, history.end, t0, made_jump)
         # Node 0 is the new prediction; the others are the slots.
         age = (history.slot - 1 - jnp.arange(slots, dtype=jnp.int32)) % slots + 1
         age = jnp.concatenate([jnp.zeros(1, jnp.int32), age])

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from gddim_eqx._custom_types import Args, BoolScalarLike, RealScalarLike, State
-from gddim_eqx._operator import BlockLinearOperator
+from gddim_eqx._operator import apply, BlockLinearOperator
 from gddim_eqx._process import CLD
 from gddim_eqx._reverse_sde import ReverseSDE, unwrap_reverse
 from gddim_eqx._reverse_transition import align
 from gddim_eqx._state import check_state, coefficient_dtype
 
-from ._step import apply, real_times
+from ._step import real_times
 
 
 class SSCS(dfx.AbstractItoSolver[None]):

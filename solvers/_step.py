@@ -1,10 +1,10 @@
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Inexact, PyTree
+from jaxtyping import Array, Inexact, Int, PyTree, Real
 
-from gddim_eqx._custom_types import RealScalarLike, State
-from gddim_eqx._operator import BlockLinearOperator
+from gddim_eqx._custom_types import BoolScalarLike, RealScalarLike, State
+from gddim_eqx._operator import apply, BlockLinearOperator
 from gddim_eqx._process import AbstractProcess
 
 
@@ -18,11 +18,6 @@ def advance(
         pairs = [(process.transition(t, s), y), *pairs]
     products = [apply(operator, value) for operator, value in pairs]
     return jtu.tree_map(lambda *leaves: sum(leaves), *products)
-
-
-def apply(operator: BlockLinearOperator, state: State) -> State:
-    """The operator's product with a state, in the dtype of the state."""
-    return operator.astype(jnp.result_type(*jtu.tree_leaves(state))).mv(state)
 
 
 def pick(values: PyTree[Inexact[Array, "slots ..."]], k: int) -> State:
@@ -47,3 +42,15 @@ def real_times(
         f"The solver was asked to step to a time outside [0, {process.t_end}], the time "
         f"axis of {type(process).__name__}. Take times from `gddim_eqx.time_grid`.",
     )
+
+
+def continued(
+    count: Int[Array, ""],
+    end: Real[Array, ""],
+    t0: RealScalarLike,
+    made_jump: BoolScalarLike,
+) -> Int[Array, ""]:
+    """How many of `count` stored values are history of a step from `t0`: none, if they
+    were stored before a jump, or along a solution that ended elsewhere."""
+    count = jnp.where(end == t0, count, 0)
+    return count if made_jump is False else jnp.where(made_jump, 0, count)

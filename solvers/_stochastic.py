@@ -30,12 +30,12 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Inexact, Int, PyTree, Real
 
 from gddim_eqx._custom_types import Args, BoolScalarLike, RealScalarLike, State
-from gddim_eqx._operator import append_axes, BlockLinearOperator
+from gddim_eqx._operator import append_axes, apply, BlockLinearOperator
 from gddim_eqx._reverse_sde import ReverseSDE, unwrap_reverse
 from gddim_eqx._reverse_transition import contraction
 from gddim_eqx._state import coefficient_dtype
 
-from ._step import advance, apply, pick, real_times
+from ._step import advance, continued, pick, real_times
 
 
 class StochasticHistory(eqx.Module):
@@ -98,9 +98,7 @@ def stochastic_step(
     )
     noise = flow.noise(s, y0, args)
 
-    count = jnp.where(history.end == t0, history.count, 0)
-    if made_jump is not False:
-        count = jnp.where(made_jump, 0, count)
+    count = continued(history.count, history.end, t0, made_jump)
     # By age, the slots; by slot, the ages.
     order_of_age = (history.slot - 1 - jnp.arange(slots, dtype=jnp.int32)) % slots
     last = order_of_age[0]
