@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
 
-# The paper's tables and figures, with exact scores in place of networks: 40 minutes.
+# The paper's tables and figures, with exact scores in place of networks: an hour.
 tables: $(VENV)/.installed
 	$(BIN)/python benchmarks/paper_tables.py
 
