@@ -126,7 +126,7 @@ def exact(ts: jax.Array) -> np.ndarray:
 
 
 def main() -> None:
-    ts = gd.time_grid(_process, 50)
+    ts = gd.time_grid(_process, 50, "quadratic")
     reference = exact(ts)
 
     def seconds(fn) -> float:

@@ -137,9 +137,9 @@ class Bench:
                     self.model,
                     _key,
                     self.data.number,
-                    evaluations // per_step,
-                    solver,
+                    solver=solver,
                     lam=lam,
+                    ts=gd.time_grid(self.process, evaluations // per_step, "quadratic"),
                 )
             except FloatingPointError:
                 return Cell(evaluations, {name: np.inf for name in _metrics})
@@ -262,7 +262,7 @@ def table_1(data: Data) -> str:
     rows = [
         Row(
             f"{name}, order {order}",
-            bench.fixed(gd.GDDIM(order, factor=factor)),
+            bench.fixed(gd.GDDIM(order, "noise", factor=factor)),
             paper[factor] if order == 3 else None,
         )
         for factor, name in frames
@@ -280,9 +280,9 @@ def table_2(data: Data) -> str:
         return Row(name, run, paper)
 
     rows = [
-        row("gDDIM, order 1", gd.GDDIM(1), (5.17, 5.51, 12.13, 33, 41, 49)),
-        row("gDDIM, order 2", gd.GDDIM(2)),
-        row("gDDIM, order 3", gd.GDDIM(3)),
+        row("gDDIM, order 1", gd.GDDIM(1, "noise"), (5.17, 5.51, 12.13, 33, 41, 49)),
+        row("gDDIM, order 2", gd.GDDIM(2, "noise")),
+        row("gDDIM, order 3", gd.GDDIM(3, "noise")),
         row("EM", dfx.Euler(), (346, 168, 137, 89, 45, 57)),
     ]
     columns = (0.0, 0.1, 0.3, 0.5, 0.7, 1.0)
@@ -298,8 +298,11 @@ def table_3(data: Data, most: int) -> str:
             continue
         bench = Bench(data, processes[name])
         em, heun = bench.fixed(dfx.Euler(), 1.0), bench.fixed(dfx.Heun(), per_step=2)
-        order_1, order_3 = bench.fixed(gd.GDDIM(1)), bench.fixed(gd.GDDIM(3))
-        ancestral = bench.fixed(gd.GDDIM(1), 1.0)
+        order_1, order_3 = (
+            bench.fixed(gd.GDDIM(1, "noise")),
+            bench.fixed(gd.GDDIM(3, "noise")),
+        )
+        ancestral = bench.fixed(gd.GDDIM(1, "noise"), 1.0)
         big = ">100"
         rows = {
             "DDPM": [
@@ -351,7 +354,7 @@ def figure_1(data: Data, path: Path) -> None:
     but not the one with respect to R_t; and what samples come of it."""
     process = data.processes()["CLD"]
     bench = Bench(data, process)
-    ts = gd.time_grid(process, 400)
+    ts = gd.time_grid(process, 400, "quadratic")
     ys = _along_the_flow(bench, process.prior(_key), ts)
     flow = gd.ProbabilityFlow(process, bench.model)
     frames = {
@@ -376,8 +379,8 @@ def figure_1(data: Data, path: Path) -> None:
     methods: list[tuple[str, dfx.AbstractSolver, tuple[int, int]]] = [
         ("Euler", dfx.Euler(), (500, 1000)),
         ("$L_t$, order 1", gd.GDDIM(1, factor="cholesky"), (100, 200)),
-        ("$R_t$, order 1", gd.GDDIM(1), (10, 50)),
-        ("$R_t$, order 3", gd.GDDIM(3), (10, 20)),
+        ("$R_t$, order 1", gd.GDDIM(1, "noise"), (10, 50)),
+        ("$R_t$, order 3", gd.GDDIM(3, "noise"), (10, 20)),
     ]
     rows = [
         (f"{name}\n{n} evaluations", gd.sample(process, bench.model, _key, 12, n, solver).x)
@@ -405,7 +408,7 @@ def figure_2(path: Path) -> None:
     process = gd.VP((1,))
     data = Data("two points", np.array([[-1.0], [1.0]]), 0.0, 1)
     bench = Bench(data, process)
-    ts = gd.time_grid(process, 400)
+    ts = gd.time_grid(process, 400, "quadratic")
     starts = jnp.asarray([[-1.6], [-0.5], [-0.08], [0.03], [0.3], [1.2]])
     ys = _along_the_flow(bench, starts, ts)
     flow = gd.ProbabilityFlow(process, bench.model)

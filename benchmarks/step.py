@@ -40,7 +40,7 @@ def with_diffrax(order: int) -> Callable:
     def run(u, ts):
         return dfx.diffeqsolve(
             term,
-            gd.GDDIM(order),
+            gd.GDDIM(order, "noise"),
             ts[0],
             ts[-1],
             None,
@@ -135,7 +135,7 @@ def main() -> None:
     print(f"{device.device_kind}, {_steps} steps, microseconds a step, best of 30")
     columns = ("diffeqsolve", "scan", "ratio", "bytes once", "ratio")
     print("order " + "".join(f"{c:>13s}" for c in columns))
-    ts = gd.time_grid(_process, _steps)
+    ts = gd.time_grid(_process, _steps, "quadratic")
     u = _process.prior(jax.random.key(0), (64,))
     for order in (1, 2, 3, 4):
         times = measure(

@@ -197,7 +197,7 @@ def sample(
     return term.process.decode(solution.ys)[0]
 
 
-Grid = Literal["quadratic", "uniform"]
+Grid = Literal["clock", "quadratic", "uniform"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,8 +211,8 @@ class Method:
 
 
 METHODS = [
-    Method("GDDIM, order 3", gd.GDDIM(order=3), grids=("quadratic",)),
-    Method("GDDIM, order 1", gd.GDDIM(order=1), grids=("quadratic",)),
+    Method("GDDIM", gd.GDDIM(), grids=("clock",)),
+    Method("GDDIM as in the paper", gd.GDDIM(3, "noise"), grids=("quadratic",)),
     Method("Diffrax Heun", dfx.Heun(), 2),
     Method("Diffrax Tsit5", dfx.Tsit5(), 6, evaluations_at_start=1),
     Method("Diffrax Euler", dfx.Euler()),

@@ -1,21 +1,21 @@
-r"""The coefficients of the exponential integrator, computed from the times of the step.
+r"""The coefficients of the exponential integrators, computed from the times of the step.
 
 Over a step from $s$ to $t$ the probability flow is, exactly,
 
-$$u_t = \Psi(t, s)\,u_s + \int_s^t \epsilon(\tau)\,\mathrm{d}_\tau
-\left[\Psi(t, \tau) R_\tau\right].$$
+$$u_t = \Psi(t, s)\,u_s + \int_s^t \mathrm{d}_\tau \left[\Psi(t, \tau) R_\tau\right]
+\epsilon(\tau) = R_t R_s^{-1} u_s + \int_s^t \mathrm{d}_\tau
+\left[R_t R_\tau^{-1} \Psi(\tau, 0)\right] U(\tau)$$
 
-With the noise prediction $\epsilon$ replaced by a polynomial in
-$x = (\tau - s) / (t - s)$ through stored evaluations, all that is needed of the process
-are the moments
+with the prediction of noise $\epsilon$, or that of the initial state $U = \Psi(0, \tau)
+(u - R_\tau \epsilon)$. With either replaced by a polynomial in a variable $x$ that runs
+from 0 to 1, all that is needed of the process are the moments of what is in brackets,
 
-$$M_i = \int_s^t x^i\,\mathrm{d}_\tau \left[\Psi(t, \tau) R_\tau\right]
-= R_t - [i = 0]\,\Psi(t, s) R_s - \int_0^1 i\,x^{i-1}\,\Psi(t, \tau) R_\tau\,
-\mathrm{d}x,$$
+$$M_i = \int_s^t x^i\,\mathrm{d}[\cdot]
+= [\cdot]_t - [i = 0]\,[\cdot]_s - \int_0^1 i\,x^{i-1}\,[\cdot]\,\mathrm{d}x,$$
 
-in which neither $G$ nor an inverse occurs and the integrand is bounded and smooth. (The
-paper's equations 18 and 19 have the integrand $\frac{1}{2} \Psi G G^\top R^{-\top}$,
-which is the same derivative.)
+in which $G$ does not occur and the integrand is bounded and smooth. (The paper's equations
+18 and 19 have the integrand $\frac{1}{2} \Psi G G^\top R^{-\top}$, which is the
+derivative of the first bracket.)
 """
 
 import jax
@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Inexact
 
-from ._operator import append_axes
+from ._clock import progress, Variable
+from ._operator import append_axes, BlockLinearOperator
 from ._process import AbstractProcess
 
 
@@ -32,9 +33,14 @@ NODES, WEIGHTS = (NODES + 1) / 2, WEIGHTS / 2
 
 
 def moments(
-    process: AbstractProcess, s: Array, t: Array, number: int, factor: str = "R"
+    process: AbstractProcess,
+    s: Array,
+    t: Array,
+    number: int,
+    factor: str = "R",
+    variable: Variable = "time",
 ) -> Inexact[Array, "number n n *spectrum"]:
-    r"""The blocks of the first moments of a step.
+    r"""The blocks of the first moments of a step, for predictions of noise.
 
     **Arguments:**
 
@@ -43,28 +49,90 @@ def moments(
     - `number`: how many moments.
     - `factor`: `"R"`; or `"cholesky"` for predictions of noise with respect to $L_t$. Then
         the integral is not of a total derivative, and is computed as it stands.
+    - `variable`: the variable x.
 
     **Returns:** the blocks of M_0, ..., M_{number - 1}.
     """
     if factor == "cholesky" and process.num_components > 1:
-        return _cholesky_moments(process, s, t, number)
+        return _cholesky_moments(process, s, t, number, variable)
 
-    @jax.vmap
     def carried(tau):
         return (process.transition(t, tau) @ process.factor(tau)).blocks
 
     if number == 1:
-        first, last = carried(jnp.stack([s, t]))
+        first, last = jax.vmap(carried)(jnp.stack([s, t]))
         return (last - first)[None]
-    x, weight = step_quadrature(process, s, t)
-    values = carried(jnp.concatenate([s[None], s + (t - s) * x, t[None]]))
+    tau, x, weight = _quadrature(process, s, t, variable)
+    return _by_parts(jax.vmap(carried)(tau), x, weight, number)
+
+
+def data_step(
+    process: AbstractProcess,
+    s: Array,
+    t: Array,
+    number: int,
+    variable: Variable = "time",
+    omegas: Inexact[Array, "times n n *spectrum"] | None = None,
+) -> tuple[Inexact[Array, "n n *factors"], Inexact[Array, "number n n *spectrum"]]:
+    r"""What a step does with the state, and the same moments, for predictions of the
+    initial state.
+
+    **Arguments:**
+
+    - `process`, `s`, `t`, `number`, `variable`: as in `moments`.
+    - `omegas`: for the reverse diffusions, $\Omega(t, \tau)$ at `s`, at the nodes of
+        `step_quadrature`, and at `t`. The bracket is $R_t \Omega(t, \tau) R_\tau^{-1}
+        \Psi(\tau, 0)$ then.
+
+    **Returns:** the blocks of $R_t \Omega(t, s) R_s^{-1}$, and of M_0, ..., M_{number - 1}.
+    """
+    tau, x, weight = _quadrature(process, s, t, variable)
+    after = process.factor(t)
+
+    def carried(tau, omega=None):
+        back = process.factor(tau).inverse()
+        if omega is not None:
+            back = BlockLinearOperator(omega, process.shape) @ back
+        back = after @ back
+        return back.blocks, (back @ process.transition(tau, jnp.zeros_like(tau))).blocks
+
+    # At the end this is known, also if there is no noise and R has no inverse.
+    at = slice(0, 1 if number == 1 else -1)
+    if omegas is None:
+        back, values = jax.vmap(carried)(tau[at])
+    else:
+        back, values = jax.vmap(carried)(tau[at], omegas[at])
+    last = append_axes(process.transition(t, jnp.zeros_like(t)).blocks, values.ndim - 1)
+    values = jnp.concatenate([values, last[None]])
+    return back[0], _by_parts(values, x, weight, number)
+
+
+def _quadrature(process, s, t, variable):
+    """Times: the start, nodes, and the end; and at the nodes the variable and the weights
+    of integrals over it."""
+    fraction, weight = step_quadrature(process, s, t)
+    tau = s + (t - s) * fraction
+    if variable == "time":
+        x = fraction
+    else:
+        x, slope = progress(process, variable, s, t, jnp.where(s == t, process.t_min, tau))
+        weight = weight * slope
+    return jnp.concatenate([s[None], tau, t[None]]), x, weight
+
+
+def _by_parts(values, x, weight, number):
+    """Moments, from what is in brackets at the times of `_quadrature`."""
+    whole = values[-1:] - values[:1]
+    if number == 1:
+        return whole
     powers = jnp.stack([weight * i * x ** (i - 1) for i in range(1, number)])
     powers = append_axes(powers, values.ndim + 1)
-    higher = values[-1:] - (powers * values[None, 1:-1]).sum(1)
-    return jnp.concatenate([values[-1:] - values[:1], higher])
+    # The weights of all powers add up to one.
+    higher = (powers * (values[-1:] - values[1:-1])[None]).sum(1)
+    return jnp.concatenate([whole, higher])
 
 
-def _cholesky_moments(process, s, t, number):
+def _cholesky_moments(process, s, t, number, variable):
     @jax.vmap
     def integrand(tau):
         diffusion, inverse = process.diffusion(tau), process.cholesky(tau).inverse()
@@ -72,8 +140,10 @@ def _cholesky_moments(process, s, t, number):
             0.5 * (process.transition(t, tau) @ diffusion @ diffusion.T @ inverse.T).blocks
         )
 
-    x, weight = step_quadrature(process, s, t)
-    values = integrand(jnp.where(s == t, process.t_min, s + (t - s) * x))
+    fraction, weight = step_quadrature(process, s, t)
+    tau = jnp.where(s == t, process.t_min, s + (t - s) * fraction)
+    values = integrand(tau)
+    x = fraction if variable == "time" else progress(process, variable, s, t, tau)[0]
     powers = (t - s) * jnp.stack([weight * x**i for i in range(number)])
     return (append_axes(powers, values.ndim + 1) * values[None]).sum(1)
 
@@ -126,9 +196,8 @@ def lagrange(
     coefficients = jnp.zeros((number, number), nodes.dtype)
     coefficients = coefficients.at[:, 0].set(jnp.where(valid, 1, 0))
     for k in range(number):
-        distance = nodes - nodes[k]
-        use = valid[k] & (distance != 0)
-        distance = jnp.where(use, distance, 1)[:, None]
+        use = valid & valid[k] & (np.arange(number) != k)
+        distance = jnp.where(use, nodes - nodes[k], 1)[:, None]
         shifted = jnp.pad(coefficients[:, :-1], ((0, 0), (1, 0)))
         product = (shifted - nodes[k] * coefficients) / distance
         coefficients = jnp.where(use[:, None], product, coefficients)

@@ -154,11 +154,25 @@ class ProbabilityFlow(AbstractReverseTerm):
         r"""The prediction of the initial state, without the noise that the process has at
         time 0: $\Psi(0, t) (u - R_t \epsilon)$. Arguments as
         [`gddim_eqx.ProbabilityFlow.noise`][]."""
-        noise = self.noise(t, u, args)
-        t = jnp.asarray(t, coefficient_dtype(noise))
-        spread = apply(self.process.factor(t), noise)
-        mean = jtu.tree_map(lambda a, b: a - b, u, spread)
-        return apply(self.process.transition(jnp.zeros_like(t), t), mean)
+        t, u, prediction = self._predict(t, u, args)
+        process = self.process
+        if self.predicts == "data":
+            return jtu.tree_map(lambda x: process.data_scale * x, prediction)
+        if self.predicts == "velocity":
+            mean, root = self._mean(t), process.factor(t)
+            total = (mean @ mean + root @ root).inverse() * process.data_scale
+            return jtu.tree_map(
+                lambda a, b: a - b,
+                apply(mean @ total, u),
+                apply(root @ total, prediction),
+            )
+        if self.predicts == "score":
+            spread = apply(process.covariance(t), prediction)
+        else:
+            root = process.factor(t) if self.factor == "R" else process.cholesky(t)
+            spread = apply(-root, prediction)
+        mean = jtu.tree_map(lambda a, b: a + b, u, spread)
+        return apply(process.transition(jnp.zeros_like(t), t), mean)
 
     def _mean(self, t):
         """From data, in the basis of states, to the mean of the state at `t`."""

@@ -8,15 +8,12 @@ from gddim_eqx._operator import apply, BlockLinearOperator
 from gddim_eqx._process import AbstractProcess
 
 
-def advance(
-    process: AbstractProcess, s: Array, t: Array, y: State | None, pairs: list
+def combine(
+    process: AbstractProcess,
+    pairs: list[tuple[Inexact[Array, "n n *_"], State]],
 ) -> State:
-    """`Psi(t, s) y + sum(B value)` over the pairs of blocks and values; without the
-    first for no `y`."""
-    pairs = [(BlockLinearOperator(b, process.shape), value) for b, value in pairs]
-    if y is not None:
-        pairs = [(process.transition(t, s), y), *pairs]
-    products = [apply(operator, value) for operator, value in pairs]
+    """`sum(B value)` over pairs of blocks and values."""
+    products = [apply(BlockLinearOperator(b, process.shape), value) for b, value in pairs]
     return jtu.tree_map(lambda *leaves: sum(leaves), *products)
 
 
@@ -41,6 +38,16 @@ def real_times(
         ~inside,
         f"The solver was asked to step to a time outside [0, {process.t_end}], the time "
         f"axis of {type(process).__name__}. Take times from `gddim_eqx.time_grid`.",
+    )
+
+
+def backward(s: Array, t: Array) -> tuple[Array, Array]:
+    """The start and end of a step of a reverse diffusion, checked."""
+    return eqx.error_if(
+        (s, t),
+        t > s,
+        "`reverse_sde` must be solved backward in time, from `process.t_max` down. To "
+        "encode data, solve `ProbabilityFlow` forward.",
     )
 
 

@@ -35,7 +35,7 @@ from gddim_eqx._reverse_sde import ReverseSDE, unwrap_reverse
 from gddim_eqx._reverse_transition import contraction
 from gddim_eqx._state import coefficient_dtype
 
-from ._step import advance, continued, pick, real_times
+from ._step import backward, combine, continued, pick, real_times
 
 
 class StochasticHistory(eqx.Module):
@@ -90,12 +90,7 @@ def stochastic_step(
     flow, lam, direction = unwrap_reverse(terms)
     process, slots = flow.process, history.starts.shape[0]
     s, t = real_times(process, t0, t1, direction, coefficient_dtype(y0))
-    t = eqx.error_if(
-        t,
-        t > s,
-        "`reverse_sde` must be solved backward in time, from `process.t_max` down. To "
-        "encode data, solve `ProbabilityFlow` forward.",
-    )
+    s, t = backward(s, t)
     noise = flow.noise(s, y0, args)
 
     count = continued(history.count, history.end, t0, made_jump)
@@ -118,7 +113,11 @@ def stochastic_step(
         process.factor(t),
     )
     linear = (factor @ omega - process.transition(t, s) @ process.factor(s)).blocks
-    pairs = [(linear, noise), ((factor @ spread).blocks, normal)]
+    pairs = [
+        (process.transition(t, s).blocks, y0),
+        (linear, noise),
+        ((factor @ spread).blocks, normal),
+    ]
     responses, own_moments = _integrals(process, s, t, step, slots)
     system = _past(history, s, t)[order_of_age]
     by_slot = [
@@ -128,14 +127,12 @@ def stochastic_step(
     past = [pick(changes, k) for k in range(slots)]
     if order > 1:
         pairs += list(zip(by_slot[0], past))
-    y1 = advance(process, s, t, y0, pairs)
+    y1 = combine(process, pairs)
 
     # The estimate is what the oldest step changes; before there is one, all of the model's
     # contribution.
     first = jnp.where(count == 0, linear, 0)
-    y_error = advance(
-        process, s, t, None, [(first, noise), *zip(by_slot[0] - by_slot[1], past)]
-    )
+    y_error = combine(process, [(first, noise), *zip(by_slot[0] - by_slot[1], past)])
 
     expected = jtu.tree_map(lambda a, b: a + b, apply(omega, noise), apply(spread, normal))
     slot = history.slot

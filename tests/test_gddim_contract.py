@@ -139,7 +139,8 @@ def test_the_state_of_a_solve_that_ended_elsewhere_is_not_used():
     for grid in (ts[::-1], ts):
         fresh = solve(term, gd.GDDIM(), grid, y0)
         given = solve(term, gd.GDDIM(), grid, y0, solver_state=first.solver_state)
-        assert max_difference(fresh, given) == 0
+        # Other slots of the history, hence another order of sums.
+        assert max_difference(fresh, given) < _tight()
 
 
 # Step sizes

@@ -48,7 +48,7 @@ def _paper_step(process, times, noises, u, t, frame):
 def test_steps_by_hand_are_those_of_the_paper(name, frame, order):
     process = processes[name]()
     term = gd.ProbabilityFlow(process, mixture_for(process).model(process))
-    solver = gd.GDDIM(order, frame)
+    solver = gd.GDDIM(order, "noise", factor=frame)
     ts = [0.9, 0.7, 0.62, 0.4, 0.3]
     y = prior_state(process)
     state = solver.init(term, ts[0], ts[1], y, None)
@@ -99,12 +99,12 @@ def test_one_step_is_exact_for_one_data_point(name):
     span = process.t_max - process.t_min
     fraction = st.floats(0, 1)
 
-    @given(fraction, fraction, st.sampled_from((1, 4)))
-    def check(a, b, order):
+    @given(fraction, fraction, st.sampled_from(("noise", "data")))
+    def check(a, b, space):
         s, t = (jnp.asarray(process.t_min + span * f**3) for f in (a, b))
         if abs(a - b) < 0.02:
             return
-        got = _exact_step(term, gd.GDDIM(order), jnp.stack([s, t]), exact(s))
+        got = _exact_step(term, gd.GDDIM(4, space), jnp.stack([s, t]), exact(s))
         # Rounding errors grow backward from where little of the data is left, and forward
         # from where there is little noise.
         growth = _size(process.transition(t, s)) * _size(process.factor(s))
@@ -154,7 +154,7 @@ def test_is_adams_bashforth_on_a_process_without_drift():
     term = gd.ProbabilityFlow(Trivial((2,)), field)
     y0, h = jnp.array([1.0, 0.5]), 0.1
     ts = 1 + h * np.arange(21)
-    got = solve(term, gd.GDDIM(3), jnp.asarray(ts), y0, args=jnp.asarray(2.0))
+    got = solve(term, gd.GDDIM(3, "noise"), jnp.asarray(ts), y0, args=jnp.asarray(2.0))
     rules = [[1], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12]]
     y, history = np.asarray(y0), []
     for t in ts[:-1]:
@@ -174,7 +174,7 @@ def test_solves_nonlinear_problems_adaptively(order):
     controller = dfx.PIDController(rtol=1e-8, atol=1e-8)
     sol = dfx.diffeqsolve(
         term,
-        gd.GDDIM(order),
+        gd.GDDIM(order, "noise"),
         1.0,
         6.0,
         1e-4,
@@ -191,12 +191,18 @@ def test_the_cholesky_frame_is_the_same_without_a_velocity_and_far_worse_with_on
         angle = np.pi / 4 * np.arange(8)
         ring = gd.GaussianMixture(np.stack([np.cos(angle), np.sin(angle)], -1), 0.05)
         term = gd.ProbabilityFlow(process, ring.model(process))
-        u, ts = process.prior(jax.random.key(0), (128,)), gd.time_grid(process, 10)
-        ys = [process.decode(solve(term, gd.GDDIM(3, f), ts, u)) for f in ("R", "cholesky")]
+        u, ts = (
+            process.prior(jax.random.key(0), (128,)),
+            gd.time_grid(process, 10, "quadratic"),
+        )
+        ys = [
+            process.decode(solve(term, gd.GDDIM(3, "noise", factor=f), ts, u))
+            for f in ("R", "cholesky")
+        ]
         if isinstance(process, gd.VP):
             np.testing.assert_array_equal(*ys)
             continue
-        exact = process.decode(solve(term, gd.GDDIM(3), gd.time_grid(process, 500), u))
+        exact = process.decode(solve(term, gd.GDDIM(), gd.time_grid(process, 500), u))
         errors = [jnp.median(jnp.linalg.norm(y - exact, axis=-1)) for y in ys]
         assert errors[1] > 100 * errors[0]
 
@@ -204,7 +210,7 @@ def test_the_cholesky_frame_is_the_same_without_a_velocity_and_far_worse_with_on
 def test_the_frame_must_be_known(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match="`factor` must be 'R' or 'cholesky'; got 'L'"):
-        gd.GDDIM(3, "L")
+        gd.GDDIM(3, "noise", factor="L")
 
 
 def test_order_must_be_one_to_four():

@@ -18,7 +18,8 @@ X64 = jnp.result_type(float) == np.float64
 EXACT = 1e-12 if X64 else 1e-5
 
 every_process = pytest.mark.parametrize("name", processes)
-every_grid = pytest.mark.parametrize("grid", ["uniform", "quadratic", "log", 0.5, 1.0, 5.0])
+grids = ["clock", "uniform", "quadratic", "log", 0.5, 1.0, 5.0]
+every_grid = pytest.mark.parametrize("grid", grids)
 dtypes = pytest.mark.parametrize(
     "dtype", [jnp.float32, pytest.param(jnp.float64, marks=pytest.mark.x64)]
 )
@@ -65,6 +66,13 @@ def test_any_grid_is_monotone_with_exact_ends(number, power, ends):
 def test_spacing_is_uniform_after_the_change_of_variable(grid):
     process = gd.VP((3,))
     ts = np.asarray(gd.time_grid(process, 20, grid), float)
+    if grid == "clock":
+        half = 9.95 * ts**2 + 0.1 * ts
+        log_snr = -0.5 * half - 0.5 * np.log(-np.expm1(-half))
+        clock = sum((c - c[0]) / (c[-1] - c[0]) for c in (log_snr, np.sqrt(ts)))
+        steps = np.diff(clock)
+        np.testing.assert_allclose(steps, steps.mean(), rtol=1e-4)
+        return
     if grid == "log":
         clock = np.log(ts)
     else:
@@ -74,10 +82,16 @@ def test_spacing_is_uniform_after_the_change_of_variable(grid):
     np.testing.assert_allclose(steps, steps.mean(), rtol=100 * EXACT)
 
 
-def test_default_is_the_authors_grid():
+def test_quadratic_is_the_authors_grid():
     process = gd.CLD((3,))
     by_hand = np.linspace(1, 1e-3**0.5, 21) ** 2
-    np.testing.assert_allclose(gd.time_grid(process, 20), by_hand, rtol=EXACT)
+    np.testing.assert_allclose(gd.time_grid(process, 20, "quadratic"), by_hand, rtol=EXACT)
+
+
+def test_a_grid_can_be_made_while_jax_is_tracing():
+    process = gd.CLD((3,))
+    inside = jax.jit(lambda x: x * gd.time_grid(process, 5))(1.0)
+    np.testing.assert_allclose(inside, gd.time_grid(process, 5), rtol=EXACT)
 
 
 def test_one_step_is_allowed():

@@ -630,6 +630,27 @@ def test_bdm_sampling_starts_before_its_time_axis_ends(t_end):
 
 
 image = (4, 4, 1)
+
+
+@every_process
+def test_log_snr_is_that_of_the_mean_in_the_covariance(name):
+    process = processes[name]()
+    for fraction in (0.01, 0.3, 0.9):
+        t = process.t_min + fraction * (process.t_max - process.t_min)
+        n, rank = process.num_components, len(process.shape)
+        covariance, transition = (
+            np.asarray(x.blocks, np.float64).reshape(
+                n, n, *(x.blocks.shape[2:] or (1,) * rank)
+            )
+            for x in (process.covariance(t), process.transition(t, 0.0))
+        )
+        signal = np.moveaxis(transition[:, 0], 0, -1)[..., None]
+        precision = np.linalg.inv(np.moveaxis(covariance, (0, 1), (-2, -1)))
+        snr = np.swapaxes(signal, -1, -2) @ precision @ signal
+        expected = 0.5 * np.log(snr).mean()
+        np.testing.assert_allclose(process.log_snr(t), expected, rtol=2e-4, atol=2e-4)
+
+
 bad_arguments = {
     "schedule": (lambda: gd.VP((3,), "linaer"), "linaer"),
     "schedule of sub_vp": (lambda: gd.SubVP((3,), "quadratic"), "quadratic"),

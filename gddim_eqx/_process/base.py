@@ -118,6 +118,20 @@ class AbstractProcess(eqx.Module):
         """From the data's coordinates to the basis in which states are kept."""
         return jtu.tree_map(self.basis.forward, state)
 
+    def log_snr(self, t: RealScalarLike) -> Inexact[Array, ""]:
+        r"""Half the logarithm of the signal-to-noise ratio, $\frac{1}{2} \log a_t^\top
+        \Sigma_t^{-1} a_t$, where $a_t$ is how data enters the mean of the state: for
+        VP, the logarithm of the signal over the noise. Where frequencies differ, their
+        mean.
+
+        **Arguments:**
+
+        - `t`: a time in (0, T].
+        """
+        t = as_time(t)
+        carried = self.cholesky(t).inverse() @ self.transition(t, jnp.zeros_like(t))
+        return 0.5 * jnp.log((carried.blocks[:, 0] ** 2).sum(0)).mean()
+
     def encode(self, x: Inexact[Array, "..."]) -> State:
         """The mean of the state at time 0 given data.
 

@@ -1,0 +1,226 @@
+"""The error of few steps, with `GDDIM()` and `time_grid` as they come.
+
+Data are mixtures of normals, whose scores are exact: eight on a ring in 2-D, forty in 5-D,
+and one around each of 500 real images (`--fashion-mnist`: an IDX file), under VP, CLD and
+BDM (images only), each with the exact noise prediction and with one that is off by 5%, as
+that of a trained network would be. Errors are medians over samples of the distance to the
+end of the exact flow of the same model, RMS per coordinate, and are divided by those of
+the paper's sampler: `GDDIM(3, "noise")` on the quadratic grid, with as many evaluations.
+`--others` takes other data instead, with which no default was chosen.
+
+    python benchmarks/few_steps.py
+"""
+
+import argparse
+import gzip
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+
+
+jax.config.update("jax_enable_x64", True)
+
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Float
+from tqdm import tqdm
+
+import gddim_eqx as gd
+from gddim_eqx import AbstractProcess
+
+
+Grid = Literal["clock", "quadratic"]
+
+_evaluations = (5, 8, 10, 15, 20, 30, 50)
+_methods: list[tuple[str, gd.GDDIM, Grid]] = [
+    ("GDDIM()", gd.GDDIM(), "clock"),
+    ("the paper's", gd.GDDIM(3, "noise"), "quadratic"),
+]
+
+
+class Perturbed(eqx.Module):
+    """A noise prediction plus smooth random sines of state and time."""
+
+    model: Callable
+    size: float
+    waves: Float[Array, "size 16"]
+    speeds: Float[Array, " 16"]
+    directions: Float[Array, "16 size"]
+
+    def __init__(self, model: Callable, process: AbstractProcess, size: float):
+        rng = np.random.default_rng(9)
+        number = process.num_components * int(np.prod(process.shape))
+        self.model, self.size = model, size
+        self.waves = jnp.asarray(rng.standard_normal((number, 16)))
+        self.speeds = jnp.asarray(rng.standard_normal(16))
+        self.directions = jnp.asarray(rng.standard_normal((16, number)) / 4)
+
+    def __call__(self, t, u, args):
+        leaves, treedef = jtu.tree_flatten(u)
+        flat = jnp.stack(leaves, -1).reshape(leaves[0].shape[0], -1)
+        phases = flat @ self.waves + (6 * t * self.speeds)[None]
+        change = (jnp.sin(phases) @ self.directions).reshape(*leaves[0].shape, -1)
+        parts = [self.size * change[..., i] for i in range(len(leaves))]
+        change = jtu.tree_unflatten(treedef, parts)
+        noise = self.model(t, u, args)
+        return jtu.tree_map(lambda a, b: a + b, noise, change)
+
+
+class Counted(eqx.Module):
+    """A model that says whenever it is evaluated."""
+
+    model: Callable
+    call: Callable = eqx.field(static=True)
+
+    def __call__(self, t, u, args):
+        jax.debug.callback(self.call)
+        return self.model(t, u, args)
+
+
+def mixtures(path: Path, others: bool) -> dict[str, tuple[gd.GaussianMixture, int]]:
+    """The data, and how many samples to take of each."""
+    if others:
+        lattice = np.stack(np.meshgrid(*[np.linspace(-1.5, 1.5, 5)] * 2), -1).reshape(-1, 2)
+        weights = np.random.default_rng(5).uniform(0.5, 2, 25)
+        small = {
+            "25 in 2-D": (gd.GaussianMixture(lattice, 0.1, weights), 512),
+            "2 in 1-D": (gd.GaussianMixture([[-1.0], [1.5]], 0.3, [0.4, 0.6]), 256),
+        }
+    else:
+        angle = np.pi / 4 * np.arange(8)
+        ring = np.stack([np.cos(angle), np.sin(angle)], -1)
+        cloud = np.random.default_rng(1).uniform(-1, 1, (40, 5))
+        small = {
+            "8 in 2-D": (gd.GaussianMixture(ring, 0.05), 512),
+            "40 in 5-D": (gd.GaussianMixture(cloud, 0.05), 512),
+        }
+    if not path.exists():
+        print(f"No images: {path} is not there (Debian: dataset-fashion-mnist).")
+        return small
+    with gzip.open(path) as file:
+        raw = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 28, 28, 1)
+    first = 10_000 if others else 0
+    images = raw[first : first + 500] / 127.5 - 1
+    return small | {"images": (gd.GaussianMixture(images, 0.02), 64)}
+
+
+def cases(path: Path, others: bool):
+    """All cases: a name, the process, the model and how many samples to take."""
+    for size in (0.0, 0.05):
+        for name, (mixture, number) in mixtures(path, others).items():
+            shape = mixture.means.shape[1:]
+            kinds = [gd.VP, gd.CLD, gd.BDM] if name == "images" else [gd.VP, gd.CLD]
+            for kind in kinds:
+                process = kind(shape)
+                model = mixture.model(process)
+                label = f"{kind.__name__}, {name}"
+                if size:
+                    model, label = Perturbed(model, process, size), f"{label}, 5% off"
+                yield label, process, model, number
+
+
+def exact_flow(process: AbstractProcess, model: Callable, u) -> jax.Array:
+    """The data at the end of the flow, by another solver."""
+    tolerance = 1e-9 if u_size(u) < 10_000 else 1e-7
+    sol = dfx.diffeqsolve(
+        gd.ProbabilityFlow(process, model),
+        dfx.Dopri8(),
+        process.t_max,
+        process.t_min,
+        None,
+        u,
+        stepsize_controller=dfx.PIDController(rtol=tolerance, atol=tolerance),
+        max_steps=100_000,
+    )
+    return process.decode(sol.ys)[-1]
+
+
+def u_size(u) -> int:
+    return sum(leaf.size for leaf in jtu.tree_leaves(u))
+
+
+class Runner:
+    """Takes any number of steps of one solver, compiled once."""
+
+    def __init__(self, process: AbstractProcess, model: Callable, solver: gd.GDDIM):
+        self.process, self.solver, self.evaluations = process, solver, 0
+        self.term = gd.ProbabilityFlow(process, Counted(model, self._count))
+
+        @eqx.filter_jit
+        def run(term, u, ts, number):
+            def step(i, carry):
+                y, state = carry
+                y, _, _, state, _ = solver.step(
+                    term, ts[i], ts[i + 1], y, None, state, False
+                )
+                return y, state
+
+            state = solver.init(term, ts[0], ts[1], u, None)
+            y, _ = jax.lax.fori_loop(0, number, step, (u, state))
+            return process.decode(y)
+
+        self._run = run
+
+    def _count(self) -> None:
+        self.evaluations += 1
+
+    def __call__(self, u, number: int, grid: Grid) -> jax.Array:
+        ts = np.asarray(gd.time_grid(self.process, number, grid))
+        ts = np.pad(ts, (0, max(_evaluations) - number), mode="edge")
+        self.evaluations = 0
+        x = jax.block_until_ready(self._run(self.term, u, jnp.asarray(ts), number))
+        jax.effects_barrier()
+        assert self.evaluations == number
+        return x
+
+
+def main():
+    parser = argparse.ArgumentParser(description="The error of few steps.")
+    parser.add_argument(
+        "--fashion-mnist",
+        type=Path,
+        default=Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz"),
+    )
+    parser.add_argument("--others", action="store_true", help="other data")
+    arguments = parser.parse_args()
+    names, errors = [], []
+    for name, process, model, number in tqdm(
+        list(cases(arguments.fashion_mnist, arguments.others)), unit="case"
+    ):
+        u = process.prior(jax.random.key(0), (number,))
+        exact = eqx.filter_jit(exact_flow)(process, model, u)
+        rows = []
+        for _, solver, grid in _methods:
+            run = Runner(process, model, solver)
+            rows.append([])
+            for evaluations in _evaluations:
+                square = (run(u, evaluations, grid) - exact) ** 2
+                distance = jnp.sqrt(square.reshape(number, -1).mean(1))
+                rows[-1].append(float(jnp.median(distance)))
+        names.append(name)
+        errors.append(rows)
+    # By case, method and number of evaluations.
+    table = np.array(errors)
+    header = " | ".join(str(n) for n in _evaluations)
+    print(f"\n| median error | | {header} |\n| --- | --- |{' --- |' * len(_evaluations)}")
+    for name, rows in zip(names, table):
+        for (method, _, _), row in zip(_methods, rows):
+            print(f"| {name} | {method} | " + " | ".join(f"{e:.1e}" for e in row) + " |")
+    ratios = table[:, 0] / table[:, 1]
+    print(f"\n| ratio to the paper's | {header} |\n| --- |{' --- |' * len(_evaluations)}")
+    summary = [
+        ("geometric mean", np.exp(np.log(ratios).mean(0))),
+        ("worst case", ratios.max(0)),
+        *zip(names, ratios),
+    ]
+    for name, row in summary:
+        print(f"| {name} | " + " | ".join(f"{r:.2f}" for r in row) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Inexact
+
+from gddim_eqx._clock import reading, Variable
+from gddim_eqx._coefficients import data_step, moments
+from gddim_eqx._custom_types import Args, State
+from gddim_eqx._process import AbstractProcess
+from gddim_eqx._reverse_transition import Contraction
+from gddim_eqx._term import ProbabilityFlow
+
+
+class Splitting(eqx.Module):
+    """Which part of the equation a step solves exactly, and of what it takes polynomials
+    in which variable. It has no leaves."""
+
+    process: AbstractProcess
+    space: Literal["data", "noise"] = eqx.field(static=True)
+    factor: Literal["R", "cholesky"] = eqx.field(static=True)
+    variable: Variable = eqx.field(static=True)
+
+    def read(self, times: Inexact[Array, " times"]) -> Inexact[Array, " times"]:
+        """The variable at some times."""
+        return jax.vmap(reading(self.process, self.variable))(times)
+
+    def predict(self, flow: ProbabilityFlow, t: Array, y: State, args: Args) -> State:
+        """One evaluation of the model."""
+        if self.space == "data":
+            return flow.initial(t, y, args)
+        return flow.noise(t, y, args, self.factor)
+
+    def step(
+        self, s: Array, t: Array, number: int, noise: Contraction | None = None
+    ) -> tuple[Inexact[Array, "n n *factors"], Inexact[Array, "number n n *spectrum"]]:
+        """The blocks of what multiplies the state, and of what multiplies the coefficients
+        of the polynomial, lowest power first."""
+        process = self.process
+        if self.space == "noise":
+            linear = process.transition(t, s).blocks
+            values = moments(process, s, t, number, self.factor, self.variable)
+            return linear, jnp.where(s == t, 0, values)
+        omegas = None
+        if noise is not None:
+            whole = noise.omega[None]
+            one = jnp.broadcast_to(_eye_like(noise.omega), whole.shape)
+            omegas = jnp.concatenate([whole, noise.omegas, one])
+        # A step of no length may be at time 0, where the factor may have no inverse.
+        start, end = (jnp.where(s == t, process.t_min, x) for x in (s, t))
+        linear, values = data_step(process, start, end, number, self.variable, omegas)
+        linear = eqx.error_if(
+            linear,
+            ~jnp.isfinite(linear).all(),
+            "`GDDIM` cannot start where there is no noise, at time 0. To encode data, "
+            "start from `process.t_min`, or use `GDDIM(space='noise')`.",
+        )
+        return linear, jnp.where(s == t, 0, values)
+
+
+def _eye_like(blocks):
+    eye = jnp.eye(blocks.shape[0], dtype=blocks.dtype)
+    return jnp.expand_dims(eye, tuple(range(2, blocks.ndim)))
