@@ -31,26 +31,23 @@ def _readings(variable, process, times):
     times = np.asarray(times, float)
     if variable == "time":
         return times
-    log_snr = np.vectorize(lambda t: float(process.log_snr(t)))
-    ends = np.array([process.t_max, process.t_min])
+    all_times = np.concatenate([[process.t_max, process.t_min], times])
     clock = 0.0
-    for fn in (log_snr, np.sqrt):
-        first, end = fn(ends)
-        clock += 0.5 * (fn(times) - first) / (end - first)
+    for readings in (np.asarray(_log_snr(process, all_times)), np.sqrt(all_times)):
+        first, end = readings[:2]
+        clock += 0.5 * (readings[2:] - first) / (end - first)
     return np.exp(-10 * clock)
 
 
-def _by_hand(process, variable, lam, times, predictions, u, s, t):
-    """The exact solution of the equation in which the prediction of the initial state is
-    the polynomial in the variable through those at some times, by brute force."""
-    x, w = np.polynomial.legendre.leggauss(8)
-    edges = np.linspace(s, t, 41)
-    half = np.diff(edges)[:, None] / 2
-    tau = (edges[:-1, None] + half * (1 + x)).ravel()
-    weight = (half * w).ravel()
+@eqx.filter_jit
+def _log_snr(process, times):
+    return jax.vmap(process.log_snr)(times)
 
-    @jax.jit
-    @jax.vmap
+
+@eqx.filter_jit
+def _integrand(process, lam, t, taus):
+    """What multiplies the prediction of the initial state under the integral."""
+
     def integrand(tau):
         g = process.diffusion(tau)
         back = gd.reverse_transition(process, t, tau, lam)[0]
@@ -58,7 +55,20 @@ def _by_hand(process, variable, lam, times, predictions, u, s, t):
         data = process.transition(tau, jnp.zeros_like(tau))
         return (back @ score @ data * (-0.5 * (1 + lam**2))).blocks
 
-    values = np.asarray(integrand(jnp.asarray(tau)))
+    return jax.vmap(integrand)(taus)
+
+
+def _by_hand(process, variable, lam, times, predictions, u, s, t):
+    """The exact solution of the equation in which the prediction of the initial state is
+    the polynomial in the variable through those at some times, by brute force."""
+    x, w = np.polynomial.legendre.leggauss(8)
+    edges = np.linspace(s, t, 13)
+    half = np.diff(edges)[:, None] / 2
+    tau = (edges[:-1, None] + half * (1 + x)).ravel()
+    weight = (half * w).ravel()
+
+    lam, t = jnp.asarray(lam), jnp.asarray(t)
+    values = np.asarray(_integrand(process, lam, t, jnp.asarray(tau)))
     linear = gd.reverse_transition(process, t, s, lam)[0].blocks
     out = np.einsum("ij...,j...->i...", linear, u)
     at_nodes = _readings(variable, process, times)
