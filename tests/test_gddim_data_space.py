@@ -177,6 +177,7 @@ def test_all_predictions_of_one_model_give_the_same_initial_state(name):
         assert max_difference(other, initial) < tolerance * (1 + max_difference(initial, u))
 
 
+@pytest.mark.x64
 def test_samples_are_more_accurate_than_the_papers():
     angle = np.pi / 4 * np.arange(8)
     ring = gd.GaussianMixture(np.stack([np.cos(angle), np.sin(angle)], -1), 0.05)

@@ -26,6 +26,7 @@ def _terms(process, lam, batch=(), seed=0, **kwargs):
     return gd.reverse_sde(process, model, lam, key, batch, **kwargs)
 
 
+@pytest.mark.x64
 @pytest.mark.parametrize("space", ("noise", "data"))
 @pytest.mark.parametrize("name, order", [("cld", 1), ("cld", 4), ("vp", 2), ("bdm", 3)])
 def test_without_noise_it_is_the_probability_flow(name, order, space):
