@@ -127,7 +127,8 @@ def lagrange(
     coefficients = coefficients.at[:, 0].set(jnp.where(valid, 1, 0))
     for k in range(number):
         distance = nodes - nodes[k]
-        use = valid[k] & (distance != 0)
+        # Not by the distance alone: XLA may compute both sides differently.
+        use = valid[k] & (np.arange(number) != k) & (distance != 0)
         distance = jnp.where(use, distance, 1)[:, None]
         shifted = jnp.pad(coefficients[:, :-1], ((0, 0), (1, 0)))
         product = (shifted - nodes[k] * coefficients) / distance
