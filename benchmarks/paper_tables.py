@@ -4,7 +4,7 @@ The data are mixtures of normals, whose scores are known exactly: a ring of eigh
 dimensions, and mixtures around real images. So what is measured is the samplers alone. The
 paper's numbers, FID on CIFAR10 with trained networks, stand beside for comparison of shape.
 
-    python benchmarks/paper_tables.py            # everything; about 40 minutes on 2 cores
+    python benchmarks/paper_tables.py            # everything; about an hour on 2 cores
     python benchmarks/paper_tables.py --data ring
     python benchmarks/paper_tables.py --help
 """
