@@ -7,6 +7,26 @@ from ._basis import (
     Identity as Identity,
 )
 from ._grid import time_grid as time_grid
+from ._guidance import (
+    ClassifierFreeGuidance as ClassifierFreeGuidance,
+    ClassifierGuidance as ClassifierGuidance,
+    Clip as Clip,
+    DataGuidance as DataGuidance,
+    DynamicThreshold as DynamicThreshold,
+)
+from ._inversion import (
+    generate as generate,
+    Inversion as Inversion,
+    invert as invert,
+)
+from ._likelihood import (
+    bits_per_dimension as bits_per_dimension,
+    dequantise as dequantise,
+    Likelihood as Likelihood,
+    log_density as log_density,
+    log_likelihood as log_likelihood,
+    log_likelihood_bound as log_likelihood_bound,
+)
 from ._mixture import GaussianMixture as GaussianMixture
 from ._operator import BlockLinearOperator as BlockLinearOperator
 from ._process import (

@@ -3,6 +3,7 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact
@@ -14,7 +15,7 @@ Variable = Literal["time", "sqrt", "log", "clock"]
 
 VARIABLES = ("time", "sqrt", "log", "clock")
 
-# By how much the variable "clock" slows down from noise to data.
+# By how much the variable "clock" slows down between noise and data.
 _SLOWING = 10.0
 
 
@@ -38,24 +39,31 @@ def clock(
 @functools.lru_cache(maxsize=64)
 def _range_of_log_snr(process: AbstractProcess) -> tuple[float, float]:
     with jax.ensure_compile_time_eval():
-        return float(process.log_snr(process.t_max)), float(process.log_snr(process.t_min))
+        ends = jnp.asarray([process.t_max, process.t_min])
+        first, last = eqx.filter_jit(jax.vmap(process.log_snr))(ends)
+        return float(first), float(last)
 
 
 def reading(
-    process: AbstractProcess, variable: Variable
+    process: AbstractProcess,
+    variable: Variable,
+    s: Inexact[Array, ""],
+    t: Inexact[Array, ""],
 ) -> Callable[[Inexact[Array, ""]], Inexact[Array, ""]]:
-    """The variable in which predictions are polynomials, as a function of time.
+    """The variable in which predictions are polynomials over a step from `s` to `t`, as a
+    function of time.
 
-    `"clock"` runs ever slower in terms of [`gddim_eqx._clock.clock`][], by the same
-    factor over each of equal steps, the less the more there are. So a prediction is
-    extrapolated by less than what was seen over the step before, with the caution that
+    `"clock"` runs ever slower, as steps go, in terms of [`gddim_eqx._clock.clock`][]: by
+    the same factor over each of equal steps, the less the more there are. So a prediction
+    is extrapolated by less than what was seen over the step before, with the caution that
     few steps need, and without spoiling the order of convergence of many.
     """
+    rate = jnp.where(t > s, _SLOWING, -_SLOWING).astype(s.dtype)
     return {
         "time": lambda t: t,
         "sqrt": jnp.sqrt,
         "log": jnp.log,
-        "clock": lambda t: jnp.exp(-_SLOWING * clock(process, t)),
+        "clock": lambda t: jnp.exp(rate * clock(process, t)),
     }[variable]
 
 
@@ -68,7 +76,7 @@ def progress(
 ) -> tuple[Inexact[Array, " times"], Inexact[Array, " times"]]:
     """The variable at some times, scaled to 0 at `s` and 1 at `t`, and its derivative with
     respect to the fraction of time."""
-    read, length = reading(process, variable), t - s
+    read, length = reading(process, variable, s, t), t - s
     start, end = jax.vmap(read)(jnp.stack([s, t]))
     values, slopes = jax.vmap(lambda x: jax.jvp(read, (x,), (length,)))(tau)
     # A step too short to be told apart by the variable leaves it at 0.

@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Inexact
 
 from ._custom_types import Key
 from ._process import AbstractProcess
-from ._state import check_state
+from ._state import batch_axes, check_state
 
 
 class GaussianMixture(eqx.Module):
@@ -134,7 +134,7 @@ class _MixtureModel(eqx.Module):
             for j in range(n)
         ]
         size = math.prod(shape)
-        batch = leaves[0].shape[: leaves[0].ndim - len(shape)]
+        batch = batch_axes(u, shape)
         highest = jax.lax.Precision.HIGHEST
         pull = sum(p.reshape(-1, size) for p in pulls)
         fit = jnp.matmul(pull, means.T, precision=highest)

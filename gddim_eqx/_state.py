@@ -37,6 +37,12 @@ def coefficient_dtype(state: State):
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
+def batch_axes(state: State, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The leading axes of a state for data of `shape`."""
+    leaf = jtu.tree_leaves(state)[0]
+    return leaf.shape[: leaf.ndim - len(shape)]
+
+
 def check_state(state: State, num_components: int, shape: tuple[int, ...], name: str):
     """Raise a `ValueError` unless `state` is one for `num_components` components of
     `shape`, with equal leading batch axes."""

@@ -150,6 +150,34 @@ class ProbabilityFlow(AbstractReverseTerm):
             apply(mean @ total, prediction),
         )
 
+    def prediction(self, t: RealScalarLike, u: State, noise: State) -> State:
+        r"""What the model would have to predict for a certain noise: the inverse of
+        [`gddim_eqx.ProbabilityFlow.noise`][].
+
+        **Arguments:**
+
+        - `t`: a time in (0, T].
+        - `u`: a state, `(*batch, *shape)`.
+        - `noise`: $-R_t^\top \nabla \log p_t$, in the basis of states.
+
+        **Returns:** what `model` returns: `predicts`, in the data's coordinates.
+        """
+        process, t = self.process, jnp.asarray(t, coefficient_dtype(u))
+        root = process.factor(t)
+        if self.predicts == "noise":
+            if self.factor == "cholesky":
+                noise = apply(process.cholesky(t).inverse() @ root, noise)
+            return process.to_data(noise)
+        if self.predicts == "score":
+            return process.to_data(apply((-root.inverse()).transpose(), noise))
+        mean = jtu.tree_map(lambda a, b: a - b, u, apply(root, noise))
+        data = apply(self._mean(t).inverse(), mean)
+        if self.predicts == "velocity":
+            data = jtu.tree_map(
+                lambda a, b: a - b, apply(self._mean(t), noise), apply(root, data)
+            )
+        return process.to_data(data)
+
     def initial(self, t: RealScalarLike, u: State, args: Args) -> State:
         r"""The prediction of the initial state, without the noise that the process has at
         time 0: $\Psi(0, t) (u - R_t \epsilon)$. Arguments as

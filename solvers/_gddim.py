@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 from typing import ClassVar, Literal
 
@@ -63,7 +64,7 @@ class _ExponentialInterpolation(dfx.AbstractLocalInterpolation):
         start, end, t = (
             jnp.asarray(x * self.direction, dtype) for x in (self.t0, self.t1, t0)
         )
-        readings = splitting.read(jnp.stack([start, end, t]))
+        readings = splitting.read(jnp.stack([start, end, t]), start, end)
         fraction = scaled(readings[2:], *readings[:2])[0]
         number = jtu.tree_leaves(self.polynomial)[0].shape[0]
         linear, blocks = splitting.step(start, t, number)
@@ -113,7 +114,7 @@ class GDDIM(
         best sampler.
 
     Few steps are safe because predictions are polynomials in a variable that slows down
-    from noise to data, so that none is extrapolated by more than was seen before.
+    on the way, so that none is extrapolated by more than was seen before.
 
     All coefficients are computed in the step, from its own time and those of the stored
     evaluations, so steps may be uneven, rejected or clipped, and time may run in either
@@ -184,7 +185,7 @@ class GDDIM(
             it is unstable for few steps.
         - `variable`: the variable in which predictions are polynomials: `"time"` (the
             paper's, and the default in noise space), `"sqrt"` or `"log"` of it, or
-            `"clock"` (the default in data space), which slows down from noise to data.
+            `"clock"` (the default in data space), which slows down on the way.
         - `factor`: in which frame noise predictions are extrapolated: `"R"` for the
             paper's $R_t$; `"cholesky"` for $L_t$, which the paper compares with, and
             which is far worse for CLD. Only for the probability flow in noise space. It
@@ -316,18 +317,17 @@ class GDDIM(
         age = jnp.concatenate([jnp.zeros(1, jnp.int32), age])
         times = jnp.concatenate([s[None], jnp.where(age[1:] <= count, history.times, s)])
         values = [value, *(pick(history.values, k) for k in range(slots))]
-        readings = splitting.read(jnp.concatenate([times, t[None]]))
+        readings = splitting.read(jnp.concatenate([times, t[None]]), s, t)
         now, readings, then = readings[0], readings[:-1], readings[-1]
 
-        # By node and power: of the corrector of the last step, of this step, and of the
-        # same with one node less, for the error.
+        # By node and power: of the corrector of the last step, and of this step.
         used, number = jnp.minimum(count, max(self.q - 1, 1)), self._number
         before = readings[(history.slot - 1) % slots + 1]
         before = jnp.where(count > 0, before, then)
         nodes = scaled(readings, now, then)
-        corrector, wide, narrow = jax.vmap(lagrange)(
-            jnp.stack([scaled(readings, before, now), nodes, nodes]),
-            jnp.stack([age <= jnp.minimum(count, self.corrector), age <= used, age < used]),
+        corrector, wide = jax.vmap(lagrange)(
+            jnp.stack([scaled(readings, before, now), nodes]),
+            jnp.stack([age <= jnp.minimum(count, self.corrector), age <= used]),
         )
 
         start = y0
@@ -372,10 +372,15 @@ class GDDIM(
             y_error = jtu.tree_map(lambda a, b: a - b, corrected, y1)
             y1 = corrected
         else:
-            # Where no error is used XLA drops it, and with order 1 what is stored for it.
-            if number <= slots:
-                _, integrals = splitting.step(s, t, slots + 1, step)
-            coefficients = weights(wide - narrow, integrals)
+            # Where no error is used XLA drops all this, and what order 1 stores for it. In
+            # a variable that slows down long steps would seem accurate, so it is time.
+            in_time = dataclasses.replace(splitting, variable="time")
+            _, blocks = in_time.step(s, t, max(self.q, 2), step)
+            all_used, fewer = jax.vmap(lagrange, (None, 0))(
+                scaled(times, s, t), jnp.stack([age <= used, age < used])
+            )
+            polynomials_of_error = (all_used - fewer)[:, : max(self.q, 2)]
+            coefficients = weights(polynomials_of_error, blocks)
             y_error = combine(process, list(zip(coefficients, values)))
 
         dense_info = dict(y0=y0, y1=y1)

@@ -22,9 +22,11 @@ class Splitting(eqx.Module):
     factor: Literal["R", "cholesky"] = eqx.field(static=True)
     variable: Variable = eqx.field(static=True)
 
-    def read(self, times: Inexact[Array, " times"]) -> Inexact[Array, " times"]:
-        """The variable at some times."""
-        return jax.vmap(reading(self.process, self.variable))(times)
+    def read(
+        self, times: Inexact[Array, " times"], s: Array, t: Array
+    ) -> Inexact[Array, " times"]:
+        """The variable of a step from `s` to `t` at some times."""
+        return jax.vmap(reading(self.process, self.variable, s, t))(times)
 
     def predict(self, flow: ProbabilityFlow, t: Array, y: State, args: Args) -> State:
         """One evaluation of the model."""

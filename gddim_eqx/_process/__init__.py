@@ -2,9 +2,11 @@ from .base import (
     AbstractDiagonalProcess as AbstractDiagonalProcess,
     AbstractProcess as AbstractProcess,
     AbstractScalarProcess as AbstractScalarProcess,
+    as_shape as as_shape,
     as_times as as_times,
     check_positive as check_positive,
     check_process as check_process,
+    normal_like as normal_like,
 )
 from .bdm import BDM as BDM
 from .cld import CLD as CLD

@@ -13,7 +13,7 @@ from jaxtyping import Array, Inexact
 
 from .._basis import AbstractBasis, Identity
 from .._custom_types import Key, RealScalarLike, State
-from .._operator import BlockLinearOperator
+from .._operator import apply, BlockLinearOperator
 from .._state import check_state, coefficient_dtype, join_components
 
 
@@ -173,6 +173,25 @@ class AbstractProcess(eqx.Module):
         noise = [jnp.zeros((*batch, *self.shape), dtype)] * self.num_components
         noise = normal_like(key, join_components(noise))
         return self.prior_factor().astype(dtype).mv(noise)
+
+    def prior_log_density(self, u: State) -> Inexact[Array, "*batch"]:
+        """The log density of states under the distribution that `prior` draws from.
+
+        **Arguments:**
+
+        - `u`: a state of shape `(*batch, *shape)`.
+
+        **Returns:** one number per sample.
+        """
+        check_state(u, self.num_components, self.shape, "The state `u`")
+        factor, axes = self.prior_factor(), tuple(range(-len(self.shape), 0))
+        squares = jtu.tree_map(lambda x: (x**2).sum(axes), apply(factor.inverse(), u))
+        squares = jnp.stack(jtu.tree_leaves(squares)).sum(0)
+        volume = jnp.linalg.slogdet(jnp.moveaxis(factor.blocks, (0, 1), (-2, -1)))[1]
+        volume = jnp.broadcast_to(volume, self.shape).sum()
+        size = self.num_components * math.prod(self.shape)
+        constant = volume + 0.5 * size * math.log(2 * math.pi)
+        return -0.5 * squares - constant.astype(squares.dtype)
 
     def perturb(
         self, key: Key, x: Inexact[Array, "..."], t: RealScalarLike

@@ -1,0 +1,115 @@
+from typing import NamedTuple
+
+import diffrax as dfx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Inexact, Real
+
+from ._custom_types import Args, State
+from ._grid import time_grid
+from ._state import coefficient_dtype
+from ._term import ProbabilityFlow
+from .solvers import GDDIM
+
+
+class Inversion(NamedTuple):
+    """What [`gddim_eqx.invert`][] returns."""
+
+    latent: State
+    """Latent codes: states at the last time, `(*batch, *shape)`."""
+    error: Inexact[Array, "*batch"] | None
+    """How far data are from what their codes are decoded to: the root mean square over
+    that of the data. None if this was not asked for."""
+
+
+def invert(
+    flow: ProbabilityFlow,
+    x: Inexact[Array, "..."],
+    num_steps: int = 50,
+    solver: dfx.AbstractSolver = GDDIM(),
+    *,
+    ts: Real[Array, " times"] | None = None,
+    check: bool = True,
+    args: Args = None,
+) -> Inversion:
+    """Encode data: find the noise that the sampler turns into them.
+
+    Solves the probability flow forward in time. For a process with a velocity data are
+    taken to be at rest.
+
+    **Arguments:**
+
+    - `flow`: the probability flow of the model.
+    - `x`: data, `(*batch, *shape)`.
+    - `num_steps`: the number of steps.
+    - `solver`: any Diffrax solver for ordinary differential equations.
+    - `ts`: the times to step to instead of those of [`gddim_eqx.time_grid`][], increasing
+        from a time later than 0, where `x` is taken to be, to that of the codes.
+    - `check`: whether to decode the codes again, by as many steps through the same times,
+        and report the error.
+    - `args`: passed to the model.
+
+    **Returns:** [`gddim_eqx.Inversion`][]: codes, and the error of the round trip.
+
+    **Raises:** `ValueError` for arguments that do not fit.
+    """
+    process = flow.process
+    u = process.encode(x)
+    if ts is None:
+        dtype = coefficient_dtype(u)
+        ts = time_grid(process, num_steps, t0=process.t_min, t1=process.t_max, dtype=dtype)
+    latent = _solve(flow, u, ts, solver, args)
+    if not check:
+        return Inversion(latent, None)
+    decoded = generate(flow, latent, solver=solver, ts=ts[::-1], args=args)
+    axes = tuple(range(-len(process.shape), 0))
+    error = jnp.sqrt(((decoded - x) ** 2).mean(axes) / (x**2).mean(axes))
+    return Inversion(latent, error)
+
+
+def generate(
+    flow: ProbabilityFlow,
+    latent: State,
+    num_steps: int = 50,
+    solver: dfx.AbstractSolver = GDDIM(),
+    *,
+    ts: Real[Array, " times"] | None = None,
+    args: Args = None,
+) -> Inexact[Array, "..."]:
+    """Decode latent codes: the samples that the probability flow makes of given noise.
+
+    Unlike [`gddim_eqx.sample`][], which draws the noise, this can be jitted, mapped and
+    differentiated.
+
+    **Arguments:**
+
+    - `flow`: the probability flow of the model.
+    - `latent`: states at the first time, `(*batch, *shape)`, for example from
+        `process.prior` or [`gddim_eqx.invert`][].
+    - `num_steps`: the number of steps.
+    - `solver`: any Diffrax solver for ordinary differential equations.
+    - `ts`: the times to step to instead of those of [`gddim_eqx.time_grid`][].
+    - `args`: passed to the model.
+
+    **Returns:** data, `(*batch, *shape)`.
+
+    **Raises:** `ValueError` for arguments that do not fit.
+    """
+    if ts is None:
+        ts = time_grid(flow.process, num_steps, dtype=coefficient_dtype(latent))
+    return flow.process.decode(_solve(flow, latent, ts, solver, args))
+
+
+def _solve(flow, u, ts, solver, args):
+    sol = dfx.diffeqsolve(
+        flow,
+        solver,
+        ts[0],
+        ts[-1],
+        None,
+        u,
+        args,
+        stepsize_controller=dfx.StepTo(ts),
+        max_steps=ts.shape[0] - 1,
+    )
+    return jtu.tree_map(lambda y: y[-1], sol.ys)

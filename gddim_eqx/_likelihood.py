@@ -1,0 +1,378 @@
+import math
+from typing import Literal, NamedTuple
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+from jaxtyping import Array, Inexact, Integer
+
+from ._custom_types import Args, Key, RealScalarLike, State
+from ._operator import apply
+from ._process import normal_like
+from ._state import batch_axes, check_state, coefficient_dtype, join_components
+from ._term import ProbabilityFlow
+from .solvers import GDDIM
+
+
+Divergence = Literal["exact", "rademacher", "gaussian"]
+
+
+class Likelihood(NamedTuple):
+    """What [`gddim_eqx.log_likelihood`][], [`gddim_eqx.log_likelihood_bound`][] and
+    [`gddim_eqx.log_density`][] return."""
+
+    value: Inexact[Array, "*batch"]
+    """One number per sample, in nats."""
+    latent: State
+    """Where the probability flow takes the state: its latent code."""
+    stats: dict
+    """Diffrax's statistics of the solve, among them `num_steps`."""
+
+
+def log_density(
+    flow: ProbabilityFlow,
+    u: State,
+    key: Key | None = None,
+    *,
+    divergence: Divergence = "exact",
+    num_probes: int = 1,
+    solver: dfx.AbstractSolver = dfx.Tsit5(),
+    stepsize_controller: dfx.AbstractStepSizeController | None = None,
+    t0: float | None = None,
+    t1: float | None = None,
+    dt0: RealScalarLike | None = None,
+    max_steps: int | None = 4096,
+    adjoint: dfx.AbstractAdjoint = dfx.RecursiveCheckpointAdjoint(),
+    prior_log_density=None,
+    args: Args = None,
+) -> Likelihood:
+    r"""The log density of states under a diffusion model: for CLD, of position and
+    velocity jointly.
+
+    The state is carried forward along the probability flow together with its log density,
+    which changes by the divergence: $\log p_{t_0}(u_0) = \log p_{t_1}(u_1) +
+    \int_{t_0}^{t_1} \nabla \cdot f(t, u_t)\,\mathrm{d}t$. Samples of a batch must not
+    depend on each other in the model. Everything can be differentiated and jitted.
+
+    **Arguments:**
+
+    - `flow`: the probability flow of the model.
+    - `u`: states at `t0`, `(*batch, *shape)`, in the basis in which the process keeps them.
+    - `key`: a random key, for the probes.
+    - `divergence`: how the model's part of the divergence is computed; that of the drift
+        is always exact.
+        - `"exact"`: one derivative of the model for each coordinate of the state.
+        - `"rademacher"`, `"gaussian"`: Hutchinson's unbiased estimate, with random signs
+            or normals, one derivative for each of `num_probes`. Random signs are exact
+            for what is diagonal. The same probes serve all times.
+    - `num_probes`: how many random probes to average.
+    - `solver`: any of Diffrax's for ordinary differential equations.
+    - `stepsize_controller`: by default adaptive steps with tolerances of 1e-5, where the
+        log density per coordinate counts as much as all of the state.
+    - `t0`, `t1`: the states' time, and that of the latents; by default `process.t_min`
+        and `process.t_max`. `t0=0` needs a model that predicts the score, as the score is
+        not defined by a prediction of noise where there is none.
+    - `dt0`, `max_steps`, `adjoint`: as in `diffrax.diffeqsolve`.
+    - `prior_log_density`: what the log density of states at `t1` is, where it is not that
+        of `process.prior`: a function of states.
+    - `args`: passed to the model.
+
+    **Returns:** [`gddim_eqx.Likelihood`][], with values of shape `(*batch,)`.
+
+    **Raises:** `ValueError` for arguments that do not fit.
+
+    ??? cite "Reference"
+
+        Y. Song, J. Sohl-Dickstein, D. Kingma, A. Kumar, S. Ermon, B. Poole, *Score-Based
+        Generative Modeling through Stochastic Differential Equations*, ICLR 2021, section
+        4.3 and appendix D.2.
+    """
+    process = flow.process
+    u = jtu.tree_map(jnp.asarray, u)
+    check_state(u, process.num_components, process.shape, "The state `u`")
+    if isinstance(solver, GDDIM):
+        raise ValueError(
+            "`GDDIM` solves for states only, and a log density needs the divergence along "
+            "the way as well. Take a solver such as `diffrax.Tsit5()`; for latent codes "
+            "alone, `gddim_eqx.invert`."
+        )
+    t0 = process.t_min if t0 is None else t0
+    t1 = process.t_max if t1 is None else t1
+    if not 0 <= t0 < t1 <= process.t_end:
+        raise ValueError(
+            f"Need 0 <= `t0` < `t1` <= {process.t_end}, the end of the time axis of "
+            f"{type(process).__name__}; got {t0} and {t1}."
+        )
+    if stepsize_controller is None:
+        stepsize_controller = dfx.PIDController(rtol=1e-5, atol=1e-5, norm=_norm)
+    probes = _probes(divergence, num_probes, key, u)
+    dtype = jnp.result_type(*jtu.tree_leaves(u))
+    batch = batch_axes(u, process.shape)
+    sol = dfx.diffeqsolve(
+        dfx.ODETerm(_Augmented(flow)),
+        solver,
+        jnp.asarray(t0, coefficient_dtype(u)),
+        jnp.asarray(t1, coefficient_dtype(u)),
+        dt0,
+        (u, jnp.zeros(batch, dtype)),
+        (args, probes),
+        stepsize_controller=stepsize_controller,
+        max_steps=max_steps,
+        adjoint=adjoint,
+    )
+    latent, change = jtu.tree_map(lambda x: x[-1], sol.ys)
+    prior = process.prior_log_density if prior_log_density is None else prior_log_density
+    return Likelihood(prior(latent) + _size(process) * change, latent, sol.stats)
+
+
+def log_likelihood(
+    flow: ProbabilityFlow,
+    x: Inexact[Array, "..."],
+    key: Key | None = None,
+    **kwargs,
+) -> Likelihood:
+    r"""The log density of data under a diffusion model, $\log p(x)$.
+
+    Data are taken for states at `t0`: the density is that of data with the little noise
+    of `process.t_min`. For a process with a velocity this density is not known: see
+    [`gddim_eqx.log_likelihood_bound`][], and for position and velocity jointly
+    [`gddim_eqx.log_density`][].
+
+    For images see [`gddim_eqx.dequantise`][] and [`gddim_eqx.bits_per_dimension`][].
+
+    **Arguments:**
+
+    - `flow`: the probability flow of the model.
+    - `x`: data, `(*batch, *shape)`.
+    - `key`: a random key, for the probes.
+    - `**kwargs`: as in [`gddim_eqx.log_density`][], to begin with `divergence`.
+
+    **Returns:** [`gddim_eqx.Likelihood`][], with values of shape `(*batch,)`.
+
+    **Raises:** `ValueError` for arguments that do not fit, or a process with more than one
+    component.
+    """
+    process = flow.process
+    if process.num_components > 1:
+        raise ValueError(
+            f"The states of {type(process).__name__} have {process.num_components} "
+            "components, so the density of data alone is not known. Take "
+            "`log_likelihood_bound`, or `log_density` for all components jointly."
+        )
+    joint = log_density(flow, process.encode(x), key, **kwargs)
+    return joint._replace(value=joint.value + _log_volume(process))
+
+
+def log_likelihood_bound(
+    flow: ProbabilityFlow,
+    x: Inexact[Array, "..."],
+    key: Key,
+    *,
+    num_velocities: int = 1,
+    **kwargs,
+) -> Likelihood:
+    r"""An estimate of a lower bound on the log density of data under a process with a
+    velocity,
+
+    $$\log p(x) \geq \mathbb{E}_{v \sim q}[\log p(x, v)] + H(q),$$
+
+    where $q$ is the distribution of the initial velocity, given data, and $H$ its
+    entropy. The gap is the divergence of $q$ from the model's distribution of the velocity
+    given `x`.
+
+    **Arguments:**
+
+    - `flow`: the probability flow of the model.
+    - `x`: data, `(*batch, *shape)`.
+    - `key`: a random key, for the velocities and the probes.
+    - `num_velocities`: over how many velocities for each sample to average.
+    - `**kwargs`: as in [`gddim_eqx.log_density`][], to begin with `divergence`.
+
+    **Returns:** [`gddim_eqx.Likelihood`][]: unbiased estimates of the bound, `(*batch,)`,
+    and latent codes, `(num_velocities, *batch, *shape)`.
+
+    **Raises:** `ValueError` for arguments that do not fit, for a process without a
+    velocity, or one that starts with a certain velocity.
+
+    ??? cite "Reference"
+
+        T. Dockhorn, A. Vahdat, K. Kreis, *Score-Based Generative Modeling with
+        Critically-Damped Langevin Diffusion*, ICLR 2022, appendix B.3.
+    """
+    process = flow.process
+    if process.num_components == 1:
+        raise ValueError(
+            f"The states of {type(process).__name__} are data alone, whose density is "
+            "known. Take `log_likelihood`."
+        )
+    _check_count("num_velocities", num_velocities)
+    x = jnp.asarray(x)
+    mean = process.encode(jnp.broadcast_to(x[None], (num_velocities, *x.shape)))
+    initial = process.covariance(jnp.zeros((), coefficient_dtype(mean))).blocks[1:, 1:]
+    root = jnp.linalg.cholesky(jnp.moveaxis(initial, (0, 1), (-2, -1)))
+    logarithms = jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1)).sum(-1)
+    logarithms = eqx.error_if(
+        logarithms,
+        ~jnp.isfinite(logarithms).all(),
+        "The bound needs a random initial velocity, but that of this process is certain.",
+    )
+    velocity_key, probe_key = jr.split(key)
+    position, *means = jtu.tree_leaves(mean)
+    normal = jtu.tree_leaves(normal_like(velocity_key, tuple(means)))
+    spread = jnp.moveaxis(root, (-2, -1), (0, 1)).astype(position.dtype)
+    velocities = [
+        m + sum(spread[i, j] * normal[j] for j in range(i + 1)) for i, m in enumerate(means)
+    ]
+    joint = log_density(flow, join_components([position, *velocities]), probe_key, **kwargs)
+    rest = _size(process) - math.prod(process.shape)
+    entropy = _sum(logarithms, process) + 0.5 * rest * math.log(2 * math.pi * math.e)
+    bound = joint.value.mean(0) + entropy.astype(joint.value.dtype) + _log_volume(process)
+    return joint._replace(value=bound)
+
+
+def dequantise(
+    key: Key, levels: Integer[Array, "*shape"], num_levels: int = 256, dtype=None
+) -> Inexact[Array, "*shape"]:
+    """Turn the levels of pixels into continuous data: add uniform noise that fills each
+    level, and scale to [-1, 1].
+
+    A density of integers is not defined. With this noise the mean of the log density is a
+    lower bound on the log probability of the levels.
+
+    **Arguments:**
+
+    - `key`: a random key.
+    - `levels`: integers from 0 to `num_levels - 1`.
+    - `num_levels`: how many levels there are.
+    - `dtype`: of the result; by default JAX's default floating dtype.
+
+    **Returns:** numbers in [-1, 1], of the same shape.
+
+    **Raises:** `ValueError` if the levels are not integers.
+    """
+    levels = jnp.asarray(levels)
+    if not jnp.issubdtype(levels.dtype, jnp.integer):
+        raise ValueError(f"`levels` must be integers; got {levels.dtype}.")
+    _check_count("num_levels", num_levels)
+    dtype = jnp.result_type(float) if dtype is None else dtype
+    noise = jr.uniform(key, levels.shape, dtype)
+    return 2 * (levels.astype(dtype) + noise) / num_levels - 1
+
+
+def bits_per_dimension(
+    log_likelihood: Inexact[Array, "*batch"], shape: tuple[int, ...], num_levels: int = 256
+) -> Inexact[Array, "*batch"]:
+    """The negative log likelihood of dequantised data, in bits per pixel and channel.
+
+    **Arguments:**
+
+    - `log_likelihood`: in nats, of data from [`gddim_eqx.dequantise`][]: on [-1, 1].
+    - `shape`: the shape of one data sample.
+    - `num_levels`: how many levels there are.
+
+    **Returns:** bits per dimension; log2 of `num_levels` for pure chance.
+
+    **Raises:** `ValueError` if `num_levels` is not a positive integer.
+    """
+    _check_count("num_levels", num_levels)
+    nats = -log_likelihood / math.prod(shape) + math.log(num_levels / 2)
+    return nats / math.log(2)
+
+
+class _Augmented(eqx.Module):
+    """The vector field of the probability flow, and its divergence per coordinate."""
+
+    flow: ProbabilityFlow
+
+    def __call__(self, t: RealScalarLike, y: tuple, args: Args) -> tuple:
+        (u, _), (args, probes) = y, args
+        process = self.flow.process
+        t = jnp.asarray(t, coefficient_dtype(u))
+        drift, diffusion = process.drift(t), process.diffusion(t)
+        strength = diffusion @ diffusion.T * -0.5
+        forcing, push = jax.linearize(
+            lambda u: apply(strength, self.flow.score(t, u, args)), u
+        )
+
+        def quadratic(probe):
+            products = jtu.tree_map(lambda a, b: a * b, probe, push(probe))
+            axes = tuple(range(-len(process.shape), 0))
+            return jnp.stack([x.sum(axes) for x in jtu.tree_leaves(products)]).sum(0)
+
+        if probes is None:
+            trace = _over_coordinates(quadratic, u, process.shape)
+        else:
+            trace = jax.vmap(quadratic)(probes).mean(0)
+        diagonal = jnp.diagonal(drift.blocks).sum(-1)
+        trace = trace + _sum(diagonal, process).astype(trace.dtype)
+        velocity = jtu.tree_map(lambda a, b: a + b, apply(drift, u), forcing)
+        return velocity, trace / _size(process)
+
+
+def _over_coordinates(quadratic, u, shape):
+    """The sum of a quadratic form over all unit vectors."""
+    leaves, treedef = jtu.tree_flatten(u)
+    number = len(leaves) * math.prod(shape)
+
+    def one(index):
+        units = (jnp.arange(number) == index).reshape(len(leaves), *shape)
+        probe = [
+            jnp.broadcast_to(unit.astype(x.dtype), x.shape)
+            for unit, x in zip(units, leaves)
+        ]
+        return quadratic(jtu.tree_unflatten(treedef, probe))
+
+    # Some at a time; but an empty batch cannot be mapped so.
+    together = min(number, 16) if leaves[0].size else None
+    return jax.lax.map(one, jnp.arange(number), batch_size=together).sum(0)
+
+
+def _probes(divergence, num_probes, key, u):
+    if divergence == "exact":
+        return None
+    if divergence not in ("rademacher", "gaussian"):
+        raise ValueError(
+            f"`divergence` must be 'exact', 'rademacher' or 'gaussian'; got {divergence!r}."
+        )
+    if key is None:
+        raise ValueError(f"Give a `key`: `divergence={divergence!r}` draws probes.")
+    _check_count("num_probes", num_probes)
+    draw = jr.rademacher if divergence == "rademacher" else jr.normal
+    leaves, treedef = jtu.tree_flatten(u)
+    keys = jr.split(key, len(leaves))
+    draws = [draw(k, (num_probes, *x.shape), x.dtype) for k, x in zip(keys, leaves)]
+    return jtu.tree_unflatten(treedef, draws)
+
+
+def _norm(y):
+    """The root mean square of the state, or of the log density per coordinate, whichever
+    is larger: among all the coordinates of the state it would not count."""
+
+    def root_mean_square(part):
+        leaves = [jnp.ravel(x) for x in jtu.tree_leaves(jax.lax.stop_gradient(part))]
+        values = jnp.concatenate(leaves)
+        return jnp.sqrt((values**2).sum() / max(values.size, 1))
+
+    return jnp.maximum(root_mean_square(y[0]), root_mean_square(y[1]))
+
+
+def _size(process) -> int:
+    return process.num_components * math.prod(process.shape)
+
+
+def _sum(spectrum, process):
+    """The sum over all coordinates of data of a number that may depend on them."""
+    return jnp.broadcast_to(spectrum, process.shape).sum()
+
+
+def _log_volume(process) -> float:
+    """By how much `encode` stretches volumes, as a logarithm."""
+    return math.prod(process.shape) * math.log(process.data_scale)
+
+
+def _check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or int(value) != value or value < 1:
+        raise ValueError(f"`{name}` must be a positive integer; got {value!r}.")

@@ -1,0 +1,208 @@
+"""Models that wrap models: guidance, and changes of the predicted data."""
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import jaxtyping
+import numpy as np
+import pytest
+
+import gddim_eqx as gd
+
+from .helpers import max_difference, mixture_for, prior_state, processes, solve
+
+
+_names = ("vp", "ve", "cld", "bdm")
+_predictions = ("noise", "data", "score", "velocity")
+
+
+def _predicting(process, predicts, factor="R"):
+    """A model of that kind, and its flow."""
+    noise = gd.ProbabilityFlow(process, mixture_for(process, scale=0.4).model(process))
+    kind = gd.ProbabilityFlow(process, noise.model, predicts, factor)
+
+    def model(t, u, args):
+        u = process.from_data(u)
+        return kind.prediction(t, u, noise.noise(t, u, args))
+
+    return model, noise
+
+
+@pytest.mark.parametrize("name", _names)
+@pytest.mark.parametrize("predicts", _predictions)
+def test_predictions_are_the_inverse_of_noise(name, predicts):
+    process = processes[name]()
+    if process.num_components > 1 and predicts == "velocity":
+        pytest.skip("not defined")
+    t, u = jnp.asarray(0.4 * process.t_max), prior_state(process, (2,))
+    for factor in ("R", "cholesky"):
+        model, noise = _predicting(process, predicts, factor)
+        flow = gd.ProbabilityFlow(process, model, predicts, factor)
+        tolerance = 1e-9 if jax.config.jax_enable_x64 else 2e-3
+        expected = noise.noise(t, u, None)
+        assert max_difference(flow.noise(t, u, None), expected) < tolerance
+
+
+def test_classifier_free_guidance_is_linear_in_the_scale():
+    process = gd.CLD((3,))
+    one, other = (mixture_for(process, seed=k).model(process) for k in (0, 1))
+    t, u = jnp.asarray(0.5), prior_state(process, (2,))
+    a, b = one(t, u, None), other(t, u, None)
+    for scale in (0.0, 1.0, 2.5, lambda t: 5 * t):
+        got = gd.ClassifierFreeGuidance(one, other, scale)(t, u, None)
+        number = 2.5 if callable(scale) else scale
+        expected = jtu.tree_map(lambda x, y, w=number: w * x + (1 - w) * y, a, b)
+        assert max_difference(got, expected) < 1e-4
+
+
+@pytest.mark.parametrize("predicts", _predictions)
+@pytest.mark.parametrize("name", _names)
+def test_classifier_guidance_adds_a_gradient_to_the_score(name, predicts):
+    process = processes[name]()
+    if process.num_components > 1 and predicts == "velocity":
+        pytest.skip("not defined")
+    model, noise = _predicting(process, predicts)
+    t, u = jnp.asarray(0.3 * process.t_max), prior_state(process, (2,))
+    weights = jax.random.normal(jax.random.key(3), process.shape)
+
+    def log_likelihood(t, u, args):
+        x = jtu.tree_leaves(u)[-1]
+        axes = tuple(range(-len(process.shape), 0))
+        return -0.5 * (args[None] * x**2).sum(axes)
+
+    guided = gd.ClassifierGuidance(process, model, log_likelihood, 1.5, predicts)
+    score = gd.ProbabilityFlow(process, guided, predicts).score(t, u, weights)
+    *rest, last = jtu.tree_leaves(process.to_data(u))
+    gradient = [*map(jnp.zeros_like, rest), -1.5 * weights[None] * last]
+    gradient = jtu.tree_unflatten(jtu.tree_structure(u), gradient)
+    expected = jtu.tree_map(
+        lambda a, b: a + b, noise.score(t, u, None), process.from_data(gradient)
+    )
+    size = max(float(jnp.abs(x).max()) for x in jtu.tree_leaves(expected))
+    tolerance = (1e-9 if jax.config.jax_enable_x64 else 3e-3) * size
+    assert max_difference(score, expected) < tolerance
+
+
+@pytest.mark.x64
+def test_guidance_by_a_likelihood_samples_the_posterior():
+    # Normal data and a linear measurement with noise: at every time the likelihood of the
+    # noised state is known.
+    process, noise = gd.VP((1,)), 0.3
+    mixture = gd.GaussianMixture([[0.5]], 0.7)
+    flow = gd.ProbabilityFlow(process, mixture.model(process))
+
+    def log_likelihood(t, u, args):
+        mean, std = (
+            process.transition(t, jnp.zeros_like(t)).blocks[0, 0],
+            process.factor(t).blocks[0, 0],
+        )
+        total = mean**2 * 0.49 + std**2
+        x = flow.initial(t, u, None)
+        variance = 0.49 * std**2 / total + noise**2
+        return -0.5 * (x[..., 0] - args) ** 2 / variance
+
+    model = gd.ClassifierGuidance(process, flow.model, log_likelihood)
+    u, ts = process.prior(jax.random.key(0), (4000,)), gd.time_grid(process, 40)
+    term = gd.ProbabilityFlow(process, model)
+    x = solve(term, gd.GDDIM(), ts, u, args=jnp.asarray(-0.4))
+    variance = 1 / (1 / 0.49 + 1 / noise**2)
+    mean = variance * (0.5 / 0.49 - 0.4 / noise**2)
+    assert abs(float(x.mean()) - mean) < 4 * np.sqrt(variance / 4000)
+    np.testing.assert_allclose(x.std(), np.sqrt(variance), rtol=0.05)
+
+
+@pytest.mark.parametrize("predicts", _predictions)
+@pytest.mark.parametrize("name", _names)
+def test_predicted_data_are_changed(name, predicts):
+    process = processes[name]()
+    if process.num_components > 1 and predicts == "velocity":
+        pytest.skip("not defined")
+    model, noise = _predicting(process, predicts)
+    t, u = jnp.asarray(0.3 * process.t_max), prior_state(process, (2,))
+    before = noise.initial(t, u, None)
+    guided = gd.DataGuidance(process, model, lambda t, x, args: 0.5 * x + 1, predicts)
+    after = gd.ProbabilityFlow(process, guided, predicts).initial(t, u, None)
+    tolerance = 1e-8 if jax.config.jax_enable_x64 else 5e-3
+    expected = 0.5 * process.decode(before) + 1
+    np.testing.assert_allclose(process.decode(after), expected, atol=tolerance)
+    for a, b in zip(jtu.tree_leaves(before)[1:], jtu.tree_leaves(after)[1:]):
+        np.testing.assert_allclose(a, b, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ("vp", "cld", "bdm"))
+def test_known_data_are_reached(name):
+    process = processes[name]()
+    mask = np.zeros(process.shape, bool)
+    mask[..., 0] = True
+    known = jnp.full(process.shape, 0.25)
+    function = lambda t, x, args: jnp.where(mask, args, x)
+    model = gd.DataGuidance(process, mixture_for(process).model(process), function)
+    ts, u = gd.time_grid(process, 10), prior_state(process, (3,))
+    y = solve(gd.ProbabilityFlow(process, model), gd.GDDIM(), ts, u, args=known)
+    x = process.decode(y)
+    left = float(process.covariance(process.t_min).as_matrix()[0, 0]) ** 0.5
+    np.testing.assert_allclose(x[..., mask], 0.25, atol=5 * left + 1e-3)
+    assert (jnp.abs(x[..., ~mask] - 0.25) > 0.01).all()
+
+
+def test_clipping():
+    x = jnp.array([-3.0, -0.5, 2.0])
+    np.testing.assert_allclose(gd.Clip()(0.5, x, None), [-1, -0.5, 1])
+    np.testing.assert_allclose(gd.Clip(0.0, 4.0)(0.5, x, None), [0, 0, 2])
+
+
+def test_dynamic_thresholds_are_those_of_each_sample():
+    threshold = gd.DynamicThreshold((2, 2), 0.75)
+    x = jnp.array([[[0.1, -0.2], [0.3, 0.4]], [[1.0, -2.0], [3.0, 4.0]]])
+    got = threshold(0.5, x, None)
+    # Within the bound nothing changes.
+    np.testing.assert_array_equal(got[0], x[0])
+    limit = np.quantile(np.abs(np.asarray(x[1])), 0.75)
+    np.testing.assert_allclose(got[1], np.clip(x[1], -limit, limit) / limit, rtol=1e-6)
+    assert threshold(0.5, x[1], None).shape == (2, 2)
+
+
+def test_wrappers_nest_and_are_differentiated():
+    process = gd.VP((2,))
+    exact = mixture_for(process).model(process)
+    model = gd.ClassifierFreeGuidance(
+        exact, lambda t, u, args: 0.9 * exact(t, u, args), 2.0
+    )
+    model = gd.DataGuidance(process, model, gd.Clip())
+    model = gd.ClassifierGuidance(process, model, lambda t, u, args: -(u**2).sum(-1), 0.1)
+    ts, u = gd.time_grid(process, 4), prior_state(process, (3,))
+    loss = lambda u: (
+        solve(gd.ProbabilityFlow(process, model), gd.GDDIM(), ts, u) ** 2
+    ).sum()
+    assert jnp.isfinite(jax.grad(loss)(u)).all()
+
+
+_process = gd.VP((2,))
+_model = mixture_for(_process).model(_process)
+_u = np.zeros((3, 2), np.float32)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: gd.ClassifierFreeGuidance(_model, 3, 1.0), "`unconditional` must be call"),
+        (lambda: gd.ClassifierGuidance(_process, _model, 3), "`log_likelihood` must be c"),
+        (lambda: gd.DataGuidance(_process, _model, None), "`function` must be callable"),
+        (
+            lambda: gd.ClassifierGuidance(_process, _model, lambda t, u, a: u.sum())(
+                0.5, _u, None
+            ),
+            r"one number per sample, of shape \(3,\); it returned \(\)",
+        ),
+        (
+            lambda: gd.DataGuidance(_process, _model, lambda t, x, a: x[0])(0.5, _u, None),
+            r"must return data of shape \(3, 2\); it returned \(2,\)",
+        ),
+        (lambda: gd.Clip(1.0, 1.0), "Need `low` < `high`; got 1.0 and 1.0"),
+        (lambda: gd.DynamicThreshold((2,), 1.5), "Need 0 < `quantile` <= 1"),
+    ],
+)
+def test_bad_input_is_refused(call, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=message):
+        call()
