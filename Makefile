@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo tables test test-float32 test-slow lint check clean
+.PHONY: demo tables few-steps work-precision test test-float32 test-slow lint check clean
 
 # Installs the package with its extras once, and again when pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml
@@ -17,6 +17,14 @@ demo: $(VENV)/.installed
 # The paper's tables and figures, with exact scores in place of networks: an hour.
 tables: $(VENV)/.installed
 	$(BIN)/python benchmarks/paper_tables.py
+
+# The error of few steps on fourteen cases: half an hour.
+few-steps: $(VENV)/.installed
+	$(BIN)/python benchmarks/few_steps.py
+
+# Error against evaluations and time, all samplers, with a picture: minutes.
+work-precision: $(VENV)/.installed
+	$(BIN)/python benchmarks/work_precision.py
 
 # The test-suite, in double precision.
 test: $(VENV)/.installed

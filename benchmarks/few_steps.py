@@ -36,6 +36,8 @@ from gddim_eqx import AbstractProcess
 
 Grid = Literal["clock", "quadratic"]
 
+fashion_mnist = Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz")
+
 _evaluations = (5, 8, 10, 15, 20, 30, 50)
 _methods: list[tuple[str, gd.GDDIM, Grid]] = [
     ("GDDIM()", gd.GDDIM(), "clock"),
@@ -181,11 +183,7 @@ class Runner:
 
 def main():
     parser = argparse.ArgumentParser(description="The error of few steps.")
-    parser.add_argument(
-        "--fashion-mnist",
-        type=Path,
-        default=Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz"),
-    )
+    parser.add_argument("--fashion-mnist", type=Path, default=fashion_mnist)
     parser.add_argument("--others", action="store_true", help="other data")
     arguments = parser.parse_args()
     names, errors = [], []

@@ -1,6 +1,10 @@
 import importlib.metadata
 
 from . import solvers as solvers
+from ._adapted_grid import (
+    adapted_grid as adapted_grid,
+    AdaptedGrid as AdaptedGrid,
+)
 from ._basis import (
     AbstractBasis as AbstractBasis,
     Cosine as Cosine,

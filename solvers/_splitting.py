@@ -22,6 +22,8 @@ class Splitting(eqx.Module):
     factor: Literal["R", "cholesky"] = eqx.field(static=True)
     variable: Variable = eqx.field(static=True)
 
+    # Compiled by themselves because Diffrax traces each step several times.
+    @eqx.filter_jit
     def read(
         self, times: Inexact[Array, " times"], s: Array, t: Array
     ) -> Inexact[Array, " times"]:
@@ -34,6 +36,7 @@ class Splitting(eqx.Module):
             return flow.initial(t, y, args)
         return flow.noise(t, y, args, self.factor)
 
+    @eqx.filter_jit
     def step(
         self, s: Array, t: Array, number: int, noise: Contraction | None = None
     ) -> tuple[Inexact[Array, "n n *factors"], Inexact[Array, "number n n *spectrum"]]:

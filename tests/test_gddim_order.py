@@ -125,12 +125,19 @@ _variants = {
     "data3_reevaluate2": (gd.GDDIM(3, reevaluate=True), 3),
 }
 
+# Between others that are tested always.
+_slow = ("noise2", "noise3", "data2", "data3", "noise3_sqrt", "data3_corrector1")
+
 
 @pytest.mark.x64
 @pytest.mark.parametrize(
     "name, variant",
-    [("vp", v) for v in _variants]
-    + [(n, v) for n in ("cld", "bdm") for v in ("noise4", "data4")],
+    [pytest.param("vp", v, marks=pytest.mark.slow if v in _slow else ()) for v in _variants]
+    + [("cld", "data4")]
+    + [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (("bdm", "data4"), ("bdm", "noise4"), ("cld", "noise4"))
+    ],
 )
 def test_multistep_formula_has_its_order(name, variant):
     solver, order = _variants[variant]

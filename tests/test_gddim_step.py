@@ -186,6 +186,7 @@ def test_solves_nonlinear_problems_adaptively(order):
     np.testing.assert_allclose(last(sol.ys), exact, rtol=1e-5)
 
 
+@pytest.mark.x64
 def test_the_cholesky_frame_is_the_same_without_a_velocity_and_far_worse_with_one():
     for process in (gd.VP((2,)), gd.CLD((2,))):
         angle = np.pi / 4 * np.arange(8)

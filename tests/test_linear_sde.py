@@ -51,6 +51,7 @@ def test_closed_forms_agree_with_the_differential_equations(name):
             assert (np.abs(got - expected) / scale).max() < 2 * tolerance, method
 
 
+@pytest.mark.x64
 def test_third_order_langevin_dynamics():
     def drift(t):
         return 6 * jnp.array([[0, 1.0, 0], [-1, 0, 1.5], [0, -1.5, -3]], t.dtype)

@@ -1,0 +1,264 @@
+"""Error against evaluations of the model, and against time: who wins?
+
+Eight normals on a ring under VP and CLD, and one around each of 500 real images under VP,
+with exact models. `GDDIM()` on its default grid and on one from `gddim_eqx.adapted_grid`
+(learnt from other samples), the paper's sampler and DDIM, against Diffrax's solvers with
+fixed steps, on the better of two grids, and adaptive ones, on the better of several ratios
+of tolerances (Kvaerno5: in 2-D, with steps of its own for each sample).
+
+Errors are distances to the end of the exact flow, root mean square over the coordinates:
+their median over samples in the picture, `benchmarks/work_precision.png`. The tables have
+the fewest evaluations, counted as they run, that reach an error: the median, and in
+brackets the root mean square over samples, which a few decide that end elsewhere. About
+eight minutes on two CPU cores.
+
+    make work-precision
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import diffrax as dfx
+import equinox as eqx
+import few_steps
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import matplotlib
+import numpy as np
+from tqdm import tqdm
+
+import gddim_eqx as gd
+
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+
+
+_steps = (3, 5, 8, 10, 12, 15, 20, 25, 30, 40, 50, 70, 100, 150)
+_most = 200
+_tolerances = tuple(10.0**-k for k in np.arange(1, 8, 0.5))
+_targets = (1e-2, 1e-3, 1e-4)
+
+
+class Point(NamedTuple):
+    evaluations: int
+    median: float
+    mean_square: float
+    seconds: float
+
+
+class Case:
+    def __init__(self, process, mixture, number):
+        self.process, self.number = process, number
+        self.model = mixture.model(process)
+        self.u = process.prior(jax.random.key(0), (number,))
+        self.pilot = process.prior(jax.random.key(1), (min(number, 128),))
+        self.exact = eqx.filter_jit(few_steps.exact_flow)(process, self.model, self.u)
+        self.count = 0
+
+    def _increment(self):
+        self.count += 1
+
+    def measure(self, run: Callable, *arguments, one_by_one: bool = False) -> Point:
+        """One solve that is counted, and the fastest of some that are not."""
+        self.count, some = 0, 8 if one_by_one else 1
+        u = jtu.tree_map(lambda x: x[:some], self.u) if one_by_one else self.u
+        counted = few_steps.Counted(self.model, self._increment)
+        jax.block_until_ready(run(counted, u, *arguments))
+        jax.effects_barrier()
+        x = run(self.model, self.u, *arguments)
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            jax.block_until_ready(run(self.model, self.u, *arguments))
+            seconds.append(time.perf_counter() - start)
+        square = ((x - self.exact) ** 2).reshape(self.number, -1).mean(1)
+        square = jnp.where(jnp.isfinite(square), square, jnp.inf)
+        return Point(
+            self.count // some,
+            float(jnp.sqrt(jnp.median(square))),
+            float(jnp.sqrt(square.mean())),
+            min(seconds),
+        )
+
+    def fixed(self, solver: dfx.AbstractSolver, grid: Callable, steps=_steps):
+        """Points of a solver on a grid of any number of steps: compiled once."""
+
+        @eqx.filter_jit
+        def run(model, u, ts, number):
+            term = gd.ProbabilityFlow(self.process, model)
+
+            def step(i, carry):
+                y, state = carry
+                y, _, _, state, _ = solver.step(
+                    term, ts[i], ts[i + 1], y, None, state, False
+                )
+                return y, state
+
+            start = u, solver.init(term, ts[0], ts[1], u, None)
+            return self.process.decode(jax.lax.fori_loop(0, number, step, start)[0])
+
+        points = []
+        for number in steps:
+            ts = np.pad(np.asarray(grid(number)), (0, _most - number), mode="edge")
+            points.append(self.measure(run, jnp.asarray(ts), number))
+        return points
+
+    def adaptive(self, solver: dfx.AbstractSolver, ratio: float, one_by_one=False):
+        """Points of a solver with adaptive steps, by tolerance. One by one, samples have
+        steps of their own, and implicit solvers small equations."""
+
+        @eqx.filter_jit
+        def run(model, u, tolerance):
+            solve = lambda u: one(model, u, tolerance)
+            return jax.vmap(solve)(u) if one_by_one else solve(u)
+
+        def one(model, u, tolerance):
+            sol = dfx.diffeqsolve(
+                gd.ProbabilityFlow(self.process, model),
+                solver,
+                self.process.t_max,
+                self.process.t_min,
+                None,
+                u,
+                stepsize_controller=dfx.PIDController(tolerance, ratio * tolerance),
+                throw=False,
+            )
+            return self.process.decode(jtu.tree_map(lambda y: y[-1], sol.ys))
+
+        return [self.measure(run, t, one_by_one=one_by_one) for t in _tolerances]
+
+
+def samplers(case: Case) -> dict[str, Callable[[], list[Point]]]:
+    process = case.process
+    grid = lambda name: lambda number: gd.time_grid(process, number, name)
+    flow = gd.ProbabilityFlow(process, case.model)
+
+    def adapted(number):
+        return gd.adapted_grid(flow, case.pilot, number).ts
+
+    def both(solver):
+        return lambda: [
+            *case.fixed(solver, grid("quadratic")),
+            *case.fixed(solver, grid("clock")),
+        ]
+
+    def tolerances(solver):
+        return lambda: [p for r in (1.0, 0.1, 0.01) for p in case.adaptive(solver, r)]
+
+    found = {
+        "GDDIM(), adapted_grid": lambda: case.fixed(
+            gd.GDDIM(), adapted, (5, 8, 10, 15, 20, 30)
+        ),
+        "GDDIM()": lambda: case.fixed(gd.GDDIM(), grid("clock")),
+        'GDDIM(3, "noise"): the paper': lambda: case.fixed(
+            gd.GDDIM(3, "noise"), grid("quadratic")
+        ),
+        'GDDIM(1, "noise"): DDIM': lambda: case.fixed(
+            gd.GDDIM(1, "noise"), grid("quadratic")
+        ),
+        "GDDIM(), adaptive": tolerances(gd.GDDIM()),
+        "Diffrax Heun": both(dfx.Heun()),
+        "Diffrax Tsit5": both(dfx.Tsit5()),
+        "Diffrax Tsit5, adaptive": tolerances(dfx.Tsit5()),
+        "Diffrax Dopri8": both(dfx.Dopri8()),
+        "Diffrax Dopri8, adaptive": tolerances(dfx.Dopri8()),
+    }
+    if process.shape == (2,):
+        found["Diffrax Kvaerno5, adaptive"] = lambda: case.adaptive(
+            dfx.Kvaerno5(), 1.0, one_by_one=True
+        )
+    return found
+
+
+def cheapest(points: list[Point], target: float, error: Callable) -> int | None:
+    reached = [p.evaluations for p in points if error(p) <= target]
+    return min(reached, default=None)
+
+
+def front(points: list[Point], cost: Callable) -> list[Point]:
+    """The points that no cheaper one beats."""
+    best, kept = np.inf, []
+    for point in sorted(points, key=cost):
+        if point.median < best:
+            best = point.median
+            kept.append(point)
+    return kept
+
+
+def table(name: str, results: dict[str, list[Point]]) -> str:
+    lines = [
+        f"| {name} | " + " | ".join(f"{t:.0e}" for t in _targets) + " |",
+        "| --- |" + " --- |" * len(_targets),
+    ]
+    for sampler, points in results.items():
+        cells = []
+        for target in _targets:
+            found = [
+                cheapest(points, target, error)
+                for error in (lambda p: p.median, lambda p: p.mean_square)
+            ]
+            median, mean_square = ("-" if n is None else str(n) for n in found)
+            cells.append(f"{median} ({mean_square})")
+        lines.append(f"| {sampler} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(everything: dict[str, dict[str, list[Point]]], path: Path) -> None:
+    figure, axes = plt.subplots(
+        2, len(everything), figsize=(4.6 * len(everything), 8), layout="constrained"
+    )
+    costs = [
+        ("evaluations of the model", lambda p: p.evaluations),
+        ("milliseconds", lambda p: 1e3 * p.seconds),
+    ]
+    for column, (name, results) in zip(axes.T, everything.items()):
+        for axis, (label, cost) in zip(column, costs):
+            for sampler, points in results.items():
+                points = front(points, cost)
+                ours = sampler.startswith("GDDIM()")
+                axis.loglog(
+                    [cost(p) for p in points],
+                    [p.median for p in points],
+                    "o-" if ours else ".--",
+                    linewidth=2 if ours else 1,
+                    markersize=4,
+                    label=sampler,
+                )
+            axis.set(xlabel=label, ylabel="median error", ylim=(1e-6, 2))
+            axis.grid(alpha=0.3)
+        column[0].set_title(name)
+        column[0].set_xlim(2.5, 1500)
+    axes[0, 0].legend(fontsize=7)
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--fashion-mnist", type=Path, default=few_steps.fashion_mnist)
+    arguments = parser.parse_args()
+    data = few_steps.mixtures(arguments.fashion_mnist, others=False)
+    cases = [("ring, VP", gd.VP, "8 in 2-D"), ("ring, CLD", gd.CLD, "8 in 2-D")]
+    if "images" in data:
+        cases.append(("images, VP", gd.VP, "images"))
+    everything = {}
+    for name, kind, which in cases:
+        mixture, number = data[which]
+        case = Case(kind(mixture.means.shape[1:]), mixture, number)
+        everything[name] = {
+            sampler: run() for sampler, run in tqdm(samplers(case).items(), desc=name)
+        }
+        print("\n" + table(name, everything[name]), flush=True)
+    path = arguments.output / "work_precision.png"
+    draw(everything, path)
+    print(f"\nPicture: {path}")
+
+
+if __name__ == "__main__":
+    main()
