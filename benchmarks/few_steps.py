@@ -6,7 +6,8 @@ BDM (images only), each with the exact noise prediction and with one that is off
 that of a trained network would be. Errors are medians over samples of the distance to the
 end of the exact flow of the same model, RMS per coordinate, and are divided by those of
 the paper's sampler: `GDDIM(3, "noise")` on the quadratic grid, with as many evaluations.
-`--others` takes other data instead, with which no default was chosen.
+`--others` takes other data instead, with which no default was chosen, and `--float32`
+samples in single precision.
 
     python benchmarks/few_steps.py
 """
@@ -65,8 +66,11 @@ class Perturbed(eqx.Module):
     def __call__(self, t, u, args):
         leaves, treedef = jtu.tree_flatten(u)
         flat = jnp.stack(leaves, -1).reshape(leaves[0].shape[0], -1)
-        phases = flat @ self.waves + (6 * t * self.speeds)[None]
-        change = (jnp.sin(phases) @ self.directions).reshape(*leaves[0].shape, -1)
+        waves, speeds, directions = (
+            x.astype(flat.dtype) for x in (self.waves, self.speeds, self.directions)
+        )
+        phases = flat @ waves + (6 * t * speeds)[None]
+        change = (jnp.sin(phases) @ directions).reshape(*leaves[0].shape, -1)
         parts = [self.size * change[..., i] for i in range(len(leaves))]
         change = jtu.tree_unflatten(treedef, parts)
         noise = self.model(t, u, args)
@@ -172,7 +176,8 @@ class Runner:
         self.evaluations += 1
 
     def __call__(self, u, number: int, grid: Grid) -> jax.Array:
-        ts = np.asarray(gd.time_grid(self.process, number, grid))
+        dtype = jtu.tree_leaves(u)[0].dtype
+        ts = np.asarray(gd.time_grid(self.process, number, grid, dtype=dtype))
         ts = np.pad(ts, (0, max(_evaluations) - number), mode="edge")
         self.evaluations = 0
         x = jax.block_until_ready(self._run(self.term, u, jnp.asarray(ts), number))
@@ -185,6 +190,7 @@ def main():
     parser = argparse.ArgumentParser(description="The error of few steps.")
     parser.add_argument("--fashion-mnist", type=Path, default=fashion_mnist)
     parser.add_argument("--others", action="store_true", help="other data")
+    parser.add_argument("--float32", action="store_true", help="sample in float32")
     arguments = parser.parse_args()
     names, errors = [], []
     for name, process, model, number in tqdm(
@@ -192,6 +198,8 @@ def main():
     ):
         u = process.prior(jax.random.key(0), (number,))
         exact = eqx.filter_jit(exact_flow)(process, model, u)
+        if arguments.float32:
+            u = jtu.tree_map(lambda x: x.astype(jnp.float32), u)
         rows = []
         for _, solver, grid in _methods:
             run = Runner(process, model, solver)

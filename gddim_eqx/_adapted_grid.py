@@ -78,15 +78,14 @@ def adapted_grid(
         ts = time_grid(process, num_steps, dtype=coefficient_dtype(u))
     number, ends = max(200, 8 * (len(ts) - 1)), dict(t0=float(ts[0]), t1=float(ts[-1]))
     fine = time_grid(process, number, **ends, dtype=ts.dtype)
-    optimiser = optax.chain(
-        optax.zero_nans(),
-        optax.adam(optax.cosine_decay_schedule(learning_rate, num_iterations)),
-    )
-    return _adapt(flow, u, ts, fine, solver, args, optimiser, int(num_iterations))
+    learning_rate = float(learning_rate)
+    return _adapt(flow, u, ts, fine, solver, args, int(num_iterations), learning_rate)
 
 
 @eqx.filter_jit
-def _adapt(flow, u, ts, fine, solver, args, optimiser, num_iterations):
+def _adapt(flow, u, ts, fine, solver, args, num_iterations, learning_rate):
+    schedule = optax.cosine_decay_schedule(learning_rate, num_iterations)
+    optimiser = optax.chain(optax.zero_nans(), optax.adam(schedule))
     exact = generate(flow, u, ts=fine, args=args)
     axes = tuple(range(exact.ndim - len(flow.process.shape), exact.ndim))
     # A coordinate in which the default grid is uniform; and time, so that it can be

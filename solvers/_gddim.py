@@ -127,10 +127,11 @@ class GDDIM(
     noise space, solves from the prior that are given exact earlier values have the same
     error to 1% under CLD, and to a quarter under VP.
 
-    The error estimate is the difference to the result of one order less. It costs no
-    evaluation. (For order 1: one order more. On the very first step it is the whole
-    contribution of the model, which is safe but coarse.) Dense output is of the same
-    order as the solver.
+    The error estimate is the difference between polynomials in time through all values
+    and through one less. It costs no evaluation. (For order 1: through one more. On the
+    very first step it is the whole contribution of the model, which is safe but coarse.)
+    Dense output is of the same order as the solver. To spend few evaluations well, rather
+    than to keep a tolerance, take fixed steps: [`gddim_eqx.adapted_grid`][] finds some.
 
     On [`gddim_eqx.reverse_sde`][] this is stochastic gDDIM (paper, proposition 6), with
     the exact mean and covariance of every step, the last one included: for one data point
