@@ -42,6 +42,7 @@ def _go(term, solver, ts, y0, **kwargs):
 # Time and its direction
 
 
+@pytest.mark.x64
 @pytest.mark.parametrize("name", ("vp", "cld"))
 def test_encoding_and_sampling_undo_each_other(name):
     term = _term(name, scale=0.5)

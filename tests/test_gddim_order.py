@@ -126,7 +126,17 @@ _variants = {
 }
 
 # Between others that are tested always.
-_slow = ("noise2", "noise3", "data2", "data3", "noise3_sqrt", "data3_corrector1")
+_slow = (
+    "noise2",
+    "noise3",
+    "noise3_sqrt",
+    "noise3_log",
+    "noise2_corrector2",
+    "data2",
+    "data3",
+    "data3_corrector1",
+    "data3_time",
+)
 
 
 @pytest.mark.x64

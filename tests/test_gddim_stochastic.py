@@ -17,7 +17,6 @@ _solve = eqx.filter_jit(lambda terms, solver, ts, y: solve(terms, solver, ts, y)
 _solve_once = eqx.filter_jit(
     lambda *args: solve(*args, adjoint=dfx.DirectAdjoint())  # for `UnsafeBrownianPath`
 )
-_main = ("vp", "cld", "bdm")
 
 
 def _terms(process, lam, batch=(), seed=0, **kwargs):
@@ -76,14 +75,16 @@ def _grid(process, kind):
 # standard errors.
 @pytest.mark.x64
 @pytest.mark.parametrize(
-    "kind, solver",
+    "name, kind, solver",
     [
-        ("one step", gd.GDDIM(1)),
-        ("random", gd.GDDIM(4, "noise")),
-        ("random", gd.GDDIM()),
+        ("vp", "one step", gd.GDDIM(1)),
+        ("cld", "one step", gd.GDDIM(1)),
+        ("cld", "random", gd.GDDIM(4, "noise")),
+        ("bdm", "random", gd.GDDIM(4, "noise")),
+        ("cld", "random", gd.GDDIM()),
+        ("bdm", "random", gd.GDDIM()),
     ],
 )
-@pytest.mark.parametrize("name", _main)
 def test_samples_of_one_data_point_have_its_distribution(name, kind, solver):
     number = 20_000
     process = processes[name]()

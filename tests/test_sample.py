@@ -11,6 +11,7 @@ import gddim_eqx as gd
 _data = gd.GaussianMixture([[-1.0, 0.0], [1.0, 0.5]], 0.05, [0.3, 0.7])
 
 
+@pytest.mark.x64
 @pytest.mark.parametrize(
     "process, solver, lam",
     [
