@@ -139,7 +139,7 @@ def test_known_data_are_reached(name):
     x = process.decode(y)
     left = float(process.covariance(process.t_min).as_matrix()[0, 0]) ** 0.5
     np.testing.assert_allclose(x[..., mask], 0.25, atol=5 * left + 1e-3)
-    assert (jnp.abs(x[..., ~mask] - 0.25) > 0.01).all()
+    assert float(jnp.median(jnp.abs(x[..., ~mask] - 0.25))) > 0.1
 
 
 def test_clipping():
