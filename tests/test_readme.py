@@ -19,7 +19,7 @@ def test_the_usage_example_runs_as_written():
 
 
 def test_everything_in_the_tables_exists():
-    names = re.findall(r"^\| `([A-Za-z]+)", _readme, re.MULTILINE)
+    names = re.findall(r"^\| `([A-Za-z_]+)", _readme, re.MULTILINE)
     assert {"VP", "LinearSDE", "GDDIM"} < set(names)
     assert all(hasattr(gd, name) for name in names if name != "dfx")
 
