@@ -18,11 +18,11 @@ demo: $(VENV)/.installed
 tables: $(VENV)/.installed
 	$(BIN)/python benchmarks/paper_tables.py
 
-# The error of few steps on fourteen cases: half an hour.
+# The error of few steps on fourteen cases: one to two minutes a case.
 few-steps: $(VENV)/.installed
 	$(BIN)/python benchmarks/few_steps.py
 
-# Error against evaluations and time, all samplers, with a picture: minutes.
+# Error against evaluations and time, all samplers, with a picture: several minutes a case.
 work-precision: $(VENV)/.installed
 	$(BIN)/python benchmarks/work_precision.py
 

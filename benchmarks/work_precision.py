@@ -9,8 +9,8 @@ of tolerances (Kvaerno5: in 2-D, with steps of its own for each sample).
 Errors are distances to the end of the exact flow, root mean square over the coordinates:
 their median over samples in the picture, `benchmarks/work_precision.png`. The tables have
 the fewest evaluations, counted as they run, that reach an error: the median, and in
-brackets the root mean square over samples, which a few decide that end elsewhere. About
-eight minutes on two CPU cores.
+brackets the root mean square over samples, which a few decide that end elsewhere. Several
+minutes a case on two CPU cores, most of it compilation.
 
     make work-precision
 """
