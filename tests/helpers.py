@@ -46,6 +46,28 @@ def solve(term, solver, ts, y0, **kwargs):
     return last(sol.ys)
 
 
+_most_steps = 512
+
+
+@eqx.filter_jit
+def _step_through(term, solver, ts, number, y0):
+    def body(i, carry):
+        y, state = carry
+        y, _, _, state, _ = solver.step(term, ts[i], ts[i + 1], y, None, state, False)
+        return y, state
+
+    state = solver.init(term, ts[0], ts[1], y0, None)
+    return jax.lax.fori_loop(0, number, body, (y0, state))[0]
+
+
+def step_through(term, solver, ts, y0):
+    """As `solve`, by a bare loop over the solver's steps that is compiled once for grids
+    of all lengths, and sooner."""
+    number = len(ts) - 1
+    padded = np.pad(np.asarray(ts), (0, _most_steps - number), mode="edge")
+    return _step_through(term, solver, jnp.asarray(padded), jnp.asarray(number), y0)
+
+
 def accurate(term, t0, t1, y0, rtol=1e-11):
     """The state at `t1` by another solver, to high accuracy."""
     sol = dfx.diffeqsolve(

@@ -17,7 +17,10 @@ _ring = gd.GaussianMixture(np.stack([np.cos(_angle), np.sin(_angle)], -1), 0.05)
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("solver, gain", [(gd.GDDIM(), 2), (dfx.Heun(), 1.2)])
+@pytest.mark.parametrize(
+    "solver, gain",
+    [(gd.GDDIM(), 2), pytest.param(dfx.Heun(), 1.2, marks=pytest.mark.slow)],
+)
 def test_other_samples_are_more_accurate_than_on_any_power(solver, gain):
     process = gd.VP((2,))
     flow = gd.ProbabilityFlow(process, _ring.model(process))

@@ -121,7 +121,7 @@ def test_no_time_passes_between_equal_times():
 
 @pytest.mark.x64
 def test_a_resumed_solve_equals_an_unbroken_one():
-    term = _term("cld")
+    term = _term("vp")
     y0 = prior_state(term.process)
     ts = gd.time_grid(term.process, 20)
     whole = solve(term, gd.GDDIM(4), ts, y0)
@@ -388,10 +388,10 @@ def test_what_diffrax_can_know_statically_stays_static():
 def test_runs_without_jit():
     term = _term()
     y0 = prior_state(term.process)
-    ts = gd.time_grid(term.process, 4)
-    compiled = solve(term, gd.GDDIM(), ts, y0)
+    ts = gd.time_grid(term.process, 2)
+    compiled = solve(term, gd.GDDIM(2), ts, y0)
     with jax.disable_jit():
-        plain = solve(term, gd.GDDIM(), ts, y0)
+        plain = solve(term, gd.GDDIM(2), ts, y0)
     np.testing.assert_allclose(plain, compiled, atol=_tight())
 
 

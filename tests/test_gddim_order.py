@@ -143,10 +143,10 @@ _slow = (
 @pytest.mark.parametrize(
     "name, variant",
     [pytest.param("vp", v, marks=pytest.mark.slow if v in _slow else ()) for v in _variants]
-    + [("cld", "data4")]
     + [
-        pytest.param(*case, marks=pytest.mark.slow)
-        for case in (("bdm", "data4"), ("bdm", "noise4"), ("cld", "noise4"))
+        pytest.param(name, variant, marks=pytest.mark.slow)
+        for name in ("cld", "bdm")
+        for variant in ("data4", "noise4")
     ],
 )
 def test_multistep_formula_has_its_order(name, variant):

@@ -28,7 +28,11 @@ def _terms(process, lam, batch=(), seed=0, **kwargs):
 @pytest.mark.x64
 @pytest.mark.parametrize(
     "name, order, space",
-    [("cld", 1, "noise"), ("vp", 4, "noise"), ("cld", 4, "data"), ("bdm", 1, "data")],
+    [("vp", 4, "noise"), ("cld", 4, "data")]
+    + [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (("cld", 1, "noise"), ("bdm", 1, "data"))
+    ],
 )
 def test_without_noise_it_is_the_probability_flow(name, order, space):
     process = processes[name]()
@@ -87,7 +91,7 @@ def _grid(process, kind):
 )
 def test_samples_of_one_data_point_have_its_distribution(name, kind, solver):
     number = 20_000
-    process = processes[name]()
+    process = gd.BDM((2, 3, 1)) if name == "bdm" else processes[name]()
     n = process.num_components
     x = jnp.asarray(np.random.default_rng(0).normal(size=process.shape))
     model = gd.GaussianMixture(x[None]).model(process)
@@ -206,7 +210,7 @@ def test_converges_along_the_path_to_the_limit_of_euler(name):
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("name", ("vp", "cld"))
+@pytest.mark.parametrize("name", ("vp", pytest.param("cld", marks=pytest.mark.slow)))
 def test_one_path_gives_one_sample_in_both_precisions(name):
     process = processes[name]()
     u = process.prior(jax.random.key(1), (4,), jnp.float32)
@@ -224,7 +228,7 @@ def test_one_path_gives_one_sample_in_both_precisions(name):
 
 @pytest.mark.x64
 def test_vmap_and_jit_give_the_sample_of_a_loop():
-    process = gd.CLD((3,))
+    process = gd.VP((3,))
     ts = gd.time_grid(process, 8)
     u = process.prior(jax.random.key(1), (4,))
     keys = jax.random.split(jax.random.key(2), 4)

@@ -62,30 +62,37 @@ def test_takes_a_grid_and_args_and_shows_progress(capfd):
 
 
 @pytest.mark.x64
-def test_denoising_to_time_0():
-    point = gd.GaussianMixture([[0.7, -0.3]])
-    key = jax.random.key(0)
-    for process in [gd.CLD((2,))]:
-        model = point.model(process)
+@pytest.mark.parametrize("kind", (gd.VP, gd.CLD))
+def test_denoising_to_time_0(kind):
+    process, point = kind((2,)), gd.GaussianMixture([[0.7, -0.3]])
+    model = point.model(process)
 
-        def draw(denoise, model=model):
-            return gd.sample(process, model, key, 5, 20, denoise=denoise)
+    # Another model for the last evaluation only, where `args` is not 0.
+    def changed(t, u, args):
+        last = args * (t <= 1.01 * process.t_min).astype(t.dtype)
+        return jax.tree_util.tree_map(lambda e: (1 + last) * e, model(t, u, None))
 
-        x, evaluations = draw(None)
-        assert evaluations == 20 and float(jnp.abs(x - point.means).max()) > 1e-3
-        x, evaluations = draw("exact")
-        assert evaluations == 21
-        np.testing.assert_allclose(x - point.means, 0, atol=1e-5)
+    def draw(denoise, change=0.0):
+        return gd.sample(
+            process,
+            changed,
+            jax.random.key(0),
+            5,
+            20,
+            gd.GDDIM(1),
+            denoise=denoise,
+            args=jnp.asarray(change),
+        )
 
-        # Another model for the last evaluation only.
-        def changed(t, u, args):
-            last = (t <= 1.01 * process.t_min).astype(t.dtype)
-            return jax.tree_util.tree_map(lambda e: (1 + last) * e, model(t, u, None))
-
-        x, evaluations = draw("drift")
-        assert evaluations == 21
-        difference = float(jnp.abs(draw("drift", changed).x - x).max())
-        assert (difference < 1e-6) == isinstance(process, gd.CLD)
+    x, evaluations = draw(None)
+    assert evaluations == 20 and float(jnp.abs(x - point.means).max()) > 1e-3
+    x, evaluations = draw("exact")
+    assert evaluations == 21
+    np.testing.assert_allclose(x - point.means, 0, atol=1e-5)
+    x, evaluations = draw("drift")
+    assert evaluations == 21
+    difference = float(jnp.abs(draw("drift", 1.0).x - x).max())
+    assert (difference < 1e-6) == isinstance(process, gd.CLD)
 
 
 def test_denoising_is_a_step_of_the_reverse_drift():
