@@ -150,40 +150,42 @@ def u_size(u) -> int:
     return sum(leaf.size for leaf in jtu.tree_leaves(u))
 
 
-class Runner:
-    """Takes any number of steps of one solver, compiled once."""
+@eqx.filter_jit
+def _through(term: gd.ProbabilityFlow, solver: dfx.AbstractSolver, u, ts, number):
+    def step(i, carry):
+        y, state = carry
+        y, _, _, state, _ = solver.step(term, ts[i], ts[i + 1], y, None, state, False)
+        return y, state
 
-    def __init__(self, process: AbstractProcess, model: Callable, solver: gd.GDDIM):
-        self.process, self.solver, self.evaluations = process, solver, 0
-        self.term = gd.ProbabilityFlow(process, Counted(model, self._count))
+    state = solver.init(term, ts[0], ts[1], u, None)
+    y, _ = jax.lax.fori_loop(0, number, step, (u, state))
+    return term.process.decode(y)
 
-        @eqx.filter_jit
-        def run(term, u, ts, number):
-            def step(i, carry):
-                y, state = carry
-                y, _, _, state, _ = solver.step(
-                    term, ts[i], ts[i + 1], y, None, state, False
-                )
-                return y, state
 
-            state = solver.init(term, ts[0], ts[1], u, None)
-            y, _ = jax.lax.fori_loop(0, number, step, (u, state))
-            return process.decode(y)
+def step_through(process: AbstractProcess, model: Callable, solver, u, ts) -> jax.Array:
+    """The data at the end of a grid of up to 300 steps, compiled once for all of these."""
+    number = len(ts) - 1
+    padded = np.pad(np.asarray(ts), (0, 300 - number), mode="edge")
+    term = gd.ProbabilityFlow(process, model)
+    return _through(term, solver, u, jnp.asarray(padded), jnp.asarray(number))
 
-        self._run = run
 
-    def _count(self) -> None:
-        self.evaluations += 1
+class Counter:
+    """Counts the evaluations of a model as they run."""
 
-    def __call__(self, u, number: int, grid: Grid) -> jax.Array:
-        dtype = jtu.tree_leaves(u)[0].dtype
-        ts = np.asarray(gd.time_grid(self.process, number, grid, dtype=dtype))
-        ts = np.pad(ts, (0, max(_evaluations) - number), mode="edge")
-        self.evaluations = 0
-        x = jax.block_until_ready(self._run(self.term, u, jnp.asarray(ts), number))
+    def __init__(self, model: Callable):
+        self.count = 0
+        self.model = Counted(model, self._increment)
+
+    def _increment(self) -> None:
+        self.count += 1
+
+    def __call__(self, run: Callable, *arguments) -> tuple[jax.Array, int]:
+        """What `run(model, *arguments)` returns, and how many evaluations it took."""
+        self.count = 0
+        x = jax.block_until_ready(run(self.model, *arguments))
         jax.effects_barrier()
-        assert self.evaluations == number
-        return x
+        return x, self.count
 
 
 def main():
@@ -200,12 +202,16 @@ def main():
         exact = eqx.filter_jit(exact_flow)(process, model, u)
         if arguments.float32:
             u = jtu.tree_map(lambda x: x.astype(jnp.float32), u)
-        rows = []
+        rows, counter = [], Counter(model)
+        dtype = jtu.tree_leaves(u)[0].dtype
         for _, solver, grid in _methods:
-            run = Runner(process, model, solver)
             rows.append([])
             for evaluations in _evaluations:
-                square = (run(u, evaluations, grid) - exact) ** 2
+                ts = gd.time_grid(process, evaluations, grid, dtype=dtype)
+                run = lambda model, u: step_through(process, model, solver, u, ts)
+                x, count = counter(run, u)
+                assert count == evaluations
+                square = (x - exact) ** 2
                 distance = jnp.sqrt(square.reshape(number, -1).mean(1))
                 rows[-1].append(float(jnp.median(distance)))
         names.append(name)

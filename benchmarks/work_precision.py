@@ -41,7 +41,6 @@ import matplotlib.pyplot as plt
 
 
 _steps = (3, 5, 8, 10, 12, 15, 20, 25, 30, 40, 50, 70, 100, 150)
-_most = 200
 _tolerances = tuple(10.0**-k for k in range(1, 8))
 _targets = (1e-2, 1e-3, 1e-4)
 
@@ -60,18 +59,13 @@ class Case:
         self.u = process.prior(jax.random.key(0), (number,))
         self.pilot = process.prior(jax.random.key(1), (min(number, 128),))
         self.exact = eqx.filter_jit(few_steps.exact_flow)(process, self.model, self.u)
-        self.count = 0
-
-    def _increment(self):
-        self.count += 1
+        self.counter = few_steps.Counter(self.model)
 
     def measure(self, run: Callable, *arguments, one_by_one: bool = False) -> Point:
         """One solve that is counted, and the fastest of some that are not."""
-        self.count, some = 0, 8 if one_by_one else 1
+        some = 8 if one_by_one else 1
         u = jtu.tree_map(lambda x: x[:some], self.u) if one_by_one else self.u
-        counted = few_steps.Counted(self.model, self._increment)
-        jax.block_until_ready(run(counted, u, *arguments))
-        jax.effects_barrier()
+        _, count = self.counter(run, u, *arguments)
         x = run(self.model, self.u, *arguments)
         seconds = []
         for _ in range(3):
@@ -81,7 +75,7 @@ class Case:
         square = ((x - self.exact) ** 2).reshape(self.number, -1).mean(1)
         square = jnp.where(jnp.isfinite(square), square, jnp.inf)
         return Point(
-            self.count // some,
+            count // some,
             float(jnp.sqrt(jnp.median(square))),
             float(jnp.sqrt(square.mean())),
             min(seconds),
@@ -90,26 +84,10 @@ class Case:
     def fixed(self, solver: dfx.AbstractSolver, *grids: Callable, steps=_steps):
         """Points of a solver on grids of any number of steps: compiled once."""
 
-        @eqx.filter_jit
-        def run(model, u, ts, number):
-            term = gd.ProbabilityFlow(self.process, model)
+        def run(model, u, ts):
+            return few_steps.step_through(self.process, model, solver, u, ts)
 
-            def step(i, carry):
-                y, state = carry
-                y, _, _, state, _ = solver.step(
-                    term, ts[i], ts[i + 1], y, None, state, False
-                )
-                return y, state
-
-            start = u, solver.init(term, ts[0], ts[1], u, None)
-            return self.process.decode(jax.lax.fori_loop(0, number, step, start)[0])
-
-        points = []
-        for grid in grids:
-            for number in steps:
-                ts = np.pad(np.asarray(grid(number)), (0, _most - number), mode="edge")
-                points.append(self.measure(run, jnp.asarray(ts), number))
-        return points
+        return [self.measure(run, grid(n)) for grid in grids for n in steps]
 
     def adaptive(self, solver: dfx.AbstractSolver, *ratios: float, one_by_one=False):
         """Points of a solver with adaptive steps, by tolerance. One by one, samples have

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Inexact, Real
 
+from ._check import check_count
 from ._custom_types import Args, State
 from ._grid import time_grid
 from ._inversion import generate
@@ -68,10 +69,7 @@ def adapted_grid(
     process = flow.process
     u = jax.tree.map(jnp.asarray, u)
     check_state(u, process.num_components, process.shape, "The states `u`")
-    if isinstance(num_iterations, bool) or num_iterations < 1:
-        raise ValueError(
-            f"`num_iterations` must be a positive integer; got {num_iterations!r}."
-        )
+    check_count("num_iterations", num_iterations)
     if 0 in batch_axes(u, process.shape):
         raise ValueError("`u` holds no states to learn from; give some tens.")
     if ts is None:
@@ -86,7 +84,7 @@ def adapted_grid(
 def _adapt(flow, u, ts, fine, solver, args, num_iterations, learning_rate):
     schedule = optax.cosine_decay_schedule(learning_rate, num_iterations)
     optimiser = optax.chain(optax.zero_nans(), optax.adam(schedule))
-    exact = generate(flow, u, ts=fine, args=args)
+    exact = generate(flow, u, solver=GDDIM(), ts=fine, args=args)
     axes = tuple(range(exact.ndim - len(flow.process.shape), exact.ndim))
     # A coordinate in which the default grid is uniform; and time, so that it can be
     # interpolated.

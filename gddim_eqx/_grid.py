@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Real
 
+from ._check import check_count
 from ._clock import clock
 from ._process import AbstractProcess, check_process
 
@@ -47,8 +48,7 @@ def time_grid(
     hold so many different times.
     """
     check_process(process)
-    if isinstance(num_steps, bool) or int(num_steps) != num_steps or num_steps < 1:
-        raise ValueError(f"`num_steps` must be a positive integer; got {num_steps!r}.")
+    check_count("num_steps", num_steps)
     start = float(process.t_max if t0 is None else t0)
     end = float(process.t_min if t1 is None else t1)
     for name, value in (("t0", start), ("t1", end)):

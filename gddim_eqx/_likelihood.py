@@ -9,6 +9,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Inexact, Integer
 
+from ._check import check_count
 from ._custom_types import Args, Key, RealScalarLike, State
 from ._operator import apply
 from ._process import normal_like
@@ -208,7 +209,7 @@ def log_likelihood_bound(
             f"The states of {type(process).__name__} are data alone, whose density is "
             "known. Take `log_likelihood`."
         )
-    _check_count("num_velocities", num_velocities)
+    check_count("num_velocities", num_velocities)
     x = jnp.asarray(x)
     mean = process.encode(jnp.broadcast_to(x[None], (num_velocities, *x.shape)))
     initial = process.covariance(jnp.zeros((), coefficient_dtype(mean))).blocks[1:, 1:]
@@ -256,7 +257,7 @@ def dequantise(
     levels = jnp.asarray(levels)
     if not jnp.issubdtype(levels.dtype, jnp.integer):
         raise ValueError(f"`levels` must be integers; got {levels.dtype}.")
-    _check_count("num_levels", num_levels)
+    check_count("num_levels", num_levels)
     dtype = jnp.result_type(float) if dtype is None else dtype
     noise = jr.uniform(key, levels.shape, dtype)
     return 2 * (levels.astype(dtype) + noise) / num_levels - 1
@@ -277,7 +278,7 @@ def bits_per_dimension(
 
     **Raises:** `ValueError` if `num_levels` is not a positive integer.
     """
-    _check_count("num_levels", num_levels)
+    check_count("num_levels", num_levels)
     nats = -log_likelihood / math.prod(shape) + math.log(num_levels / 2)
     return nats / math.log(2)
 
@@ -339,7 +340,7 @@ def _probes(divergence, num_probes, key, u):
         )
     if key is None:
         raise ValueError(f"Give a `key`: `divergence={divergence!r}` draws probes.")
-    _check_count("num_probes", num_probes)
+    check_count("num_probes", num_probes)
     draw = jr.rademacher if divergence == "rademacher" else jr.normal
     leaves, treedef = jtu.tree_flatten(u)
     keys = jr.split(key, len(leaves))
@@ -371,8 +372,3 @@ def _sum(spectrum, process):
 def _log_volume(process) -> float:
     """By how much `encode` stretches volumes, as a logarithm."""
     return math.prod(process.shape) * math.log(process.data_scale)
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or int(value) != value or value < 1:
-        raise ValueError(f"`{name}` must be a positive integer; got {value!r}.")

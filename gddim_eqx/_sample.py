@@ -16,6 +16,7 @@ from ._grid import time_grid
 from ._process import AbstractProcess, check_process
 from ._reverse_sde import reverse_sde
 from ._reverse_transition import as_level
+from ._solve import last, solve
 from ._term import ProbabilityFlow
 from .solvers import GDDIM
 
@@ -72,21 +73,9 @@ def _solve(
         path = dfx.UnsafeBrownianPath(leaves, key)
         terms = reverse_sde(process, model, lam, path, predicts=predicts, factor=factor)
         adjoint = dfx.DirectAdjoint()
-    sol = dfx.diffeqsolve(
-        terms,
-        solver,
-        ts[0],
-        ts[-1],
-        None,
-        u,
-        args,
-        stepsize_controller=dfx.StepTo(ts),
-        max_steps=ts.shape[0] - 1,
-        progress_meter=meter,
-        adjoint=adjoint,
-        throw=False,
-    )
-    u = jtu.tree_map(lambda y: y[-1], sol.ys)
+    options = dict(progress_meter=meter, adjoint=adjoint, throw=False)
+    sol = solve(terms, solver, ts, u, args, **options)
+    u = last(sol)
     if denoise == "drift":
         drift = flow.reverse_drift(ts[-1], u, args, 1.0)
         u = jtu.tree_map(lambda y, d: y - ts[-1] * d, u, drift)

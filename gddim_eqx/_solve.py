@@ -1,0 +1,33 @@
+import diffrax as dfx
+import jax.tree_util as jtu
+from jaxtyping import Array, Real
+
+from ._custom_types import Args, State
+
+
+def solve(
+    terms: dfx.AbstractTerm,
+    solver: dfx.AbstractSolver,
+    ts: Real[Array, " times"],
+    u: State,
+    args: Args,
+    **kwargs,
+) -> dfx.Solution:
+    """`diffrax.diffeqsolve` through some times. It saves the state at the last."""
+    return dfx.diffeqsolve(
+        terms,
+        solver,
+        ts[0],
+        ts[-1],
+        None,
+        u,
+        args,
+        stepsize_controller=dfx.StepTo(ts),
+        max_steps=ts.shape[0] - 1,
+        **kwargs,
+    )
+
+
+def last(sol: dfx.Solution) -> State:
+    """The state at the last time, where nothing else was saved."""
+    return jtu.tree_map(lambda y: y[-1], sol.ys)
