@@ -28,11 +28,11 @@ work-precision: $(VENV)/.installed
 
 # The test-suite, in double precision.
 test: $(VENV)/.installed
-	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 # The same with JAX's default of single precision.
 test-float32: $(VENV)/.installed
-	JAX_ENABLE_X64=0 $(BIN)/python -m pytest -n 2 -m "not slow"
+	JAX_ENABLE_X64=0 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2

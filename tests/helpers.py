@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+import pytest
 from jaxtyping import PyTree
 
 import gddim_eqx as gd
@@ -22,6 +23,17 @@ processes = {
     "bdm": ft.partial(gd.BDM, (4, 6, 2)),
 }
 solvers = {f"gddim{q}": ft.partial(gd.GDDIM, q) for q in (1, 2, 3, 4)}
+
+
+def slow(*cases):
+    """Cases of a parametrised test that only `make test-slow` runs, between or beside
+    others that always run."""
+    return [
+        pytest.param(
+            *(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow
+        )
+        for case in cases
+    ]
 
 
 def mixture_for(process, *, scale=0.3, components=3, seed=0):

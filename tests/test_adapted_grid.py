@@ -9,7 +9,7 @@ import pytest
 
 import gddim_eqx as gd
 
-from .helpers import mixture_for
+from .helpers import mixture_for, slow
 
 
 _angle = np.pi / 4 * np.arange(8)
@@ -19,7 +19,7 @@ _ring = gd.GaussianMixture(np.stack([np.cos(_angle), np.sin(_angle)], -1), 0.05)
 @pytest.mark.x64
 @pytest.mark.parametrize(
     "solver, gain",
-    [(gd.GDDIM(), 2), pytest.param(dfx.Heun(), 1.2, marks=pytest.mark.slow)],
+    [(gd.GDDIM(), 2), *slow((dfx.Heun(), 1.2))],
 )
 def test_other_samples_are_more_accurate_than_on_any_power(solver, gain):
     process = gd.VP((2,))
@@ -38,6 +38,7 @@ def test_other_samples_are_more_accurate_than_on_any_power(solver, gain):
     assert gain * error(grid.ts) < min(*powers, error(gd.time_grid(process, 10)))
 
 
+@pytest.mark.x64
 def test_other_grids_other_directions_and_other_precisions():
     process = gd.VP((2,))
     flow = gd.ProbabilityFlow(process, mixture_for(process, scale=0.5).model(process))

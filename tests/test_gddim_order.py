@@ -12,7 +12,7 @@ import pytest
 
 import gddim_eqx as gd
 
-from .helpers import accurate, mixture_for
+from .helpers import accurate, mixture_for, slow
 
 
 # Where the flow bends, away from either end.
@@ -136,18 +136,17 @@ _slow = (
     "data3",
     "data3_corrector1",
     "data3_time",
+    "data2_corrector2",
+    "noise2_reevaluate2",
 )
 
 
 @pytest.mark.x64
 @pytest.mark.parametrize(
     "name, variant",
-    [pytest.param("vp", v, marks=pytest.mark.slow if v in _slow else ()) for v in _variants]
-    + [
-        pytest.param(name, variant, marks=pytest.mark.slow)
-        for name in ("cld", "bdm")
-        for variant in ("data4", "noise4")
-    ],
+    [("vp", v) for v in _variants if v not in _slow]
+    + slow(*(("vp", v) for v in _slow))
+    + slow(*((name, v) for name in ("cld", "bdm") for v in ("data4", "noise4"))),
 )
 def test_multistep_formula_has_its_order(name, variant):
     solver, order = _variants[variant]

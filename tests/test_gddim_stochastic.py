@@ -10,7 +10,7 @@ import pytest
 
 import gddim_eqx as gd
 
-from .helpers import max_difference, mixture_for, NoNoise, processes, solve
+from .helpers import max_difference, mixture_for, NoNoise, processes, slow, solve
 
 
 _solve = eqx.filter_jit(lambda terms, solver, ts, y: solve(terms, solver, ts, y))
@@ -28,10 +28,10 @@ def _terms(process, lam, batch=(), seed=0, **kwargs):
 @pytest.mark.x64
 @pytest.mark.parametrize(
     "name, order, space",
-    [("vp", 4, "noise"), ("cld", 4, "data")]
-    + [
-        pytest.param(*case, marks=pytest.mark.slow)
-        for case in (("cld", 1, "noise"), ("bdm", 1, "data"))
+    [
+        ("vp", 4, "noise"),
+        ("cld", 4, "data"),
+        *slow(("cld", 1, "noise"), ("bdm", 1, "data")),
     ],
 )
 def test_without_noise_it_is_the_probability_flow(name, order, space):
@@ -118,7 +118,9 @@ def test_samples_of_one_data_point_have_its_distribution(name, kind, solver):
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("name, order", [("vp", 2), ("cld", 3), ("cld", 4), ("bdm", 4)])
+@pytest.mark.parametrize(
+    "name, order", [("vp", 2), ("cld", 4), ("bdm", 4), *slow(("cld", 3))]
+)
 def test_extrapolates_polynomials_exactly(name, order):
     """Along d(eps) = lam^2 / 2 K eps dt + p(t) dt with p of degree order - 2, and without
     noise, a step after enough others is exact."""
@@ -210,7 +212,7 @@ def test_converges_along_the_path_to_the_limit_of_euler(name):
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("name", ("vp", pytest.param("cld", marks=pytest.mark.slow)))
+@pytest.mark.parametrize("name", ["vp", *slow("cld")])
 def test_one_path_gives_one_sample_in_both_precisions(name):
     process = processes[name]()
     u = process.prior(jax.random.key(1), (4,), jnp.float32)
@@ -262,7 +264,7 @@ def test_gradients():
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("solver", (gd.GDDIM(1), gd.GDDIM(3)))
+@pytest.mark.parametrize("solver", [gd.GDDIM(3), *slow(gd.GDDIM(1))])
 def test_adaptive_steps_converge_along_the_path(solver):
     process = gd.VP((2,))
     u, terms = process.prior(jax.random.key(1)), _terms(process, 0.3)

@@ -126,6 +126,7 @@ def test_predicted_data_are_changed(name, predicts):
         np.testing.assert_allclose(a, b, atol=tolerance)
 
 
+@pytest.mark.x64
 @pytest.mark.parametrize("name", ("vp", "cld", "bdm"))
 def test_known_data_are_reached(name):
     process = processes[name]()
@@ -159,6 +160,7 @@ def test_dynamic_thresholds_are_those_of_each_sample():
     assert threshold(0.5, x[1], None).shape == (2, 2)
 
 
+@pytest.mark.x64
 def test_wrappers_nest_and_are_differentiated():
     process = gd.VP((2,))
     exact = mixture_for(process).model(process)

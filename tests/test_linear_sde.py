@@ -26,6 +26,7 @@ def _like(process):
     )
 
 
+@pytest.mark.x64
 @pytest.mark.parametrize("name", processes)
 def test_closed_forms_agree_with_the_differential_equations(name):
     process = processes[name]()

@@ -19,6 +19,7 @@ def _model(process):
     return mixture_for(process, scale=0.6).model(process)
 
 
+@pytest.mark.x64
 @pytest.mark.parametrize("name, lam", [("vp", 1.0), ("cld", 0.5), ("bdm", 0.5)])
 def test_euler_is_the_scheme_of_euler_and_maruyama(name, lam):
     process = processes[name]()

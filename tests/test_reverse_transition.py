@@ -14,7 +14,7 @@ import gddim_eqx as gd
 from gddim_eqx._reverse_transition import align, contraction
 from gddim_eqx._state import join_components
 
-from .helpers import last, max_difference, processes
+from .helpers import last, max_difference, processes, slow
 
 
 def _third_order():
@@ -81,7 +81,10 @@ def test_marginals_are_kept(name):
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("name", _all)
+@pytest.mark.parametrize(
+    "name",
+    ["vp", "ve", "cld", "bdm", *slow("vp_cosine", "sub_vp", "cld_sloped", "third_order")],
+)
 def test_solves_the_differential_equation_of_the_paper(name):
     """Proposition 6, with a general solver."""
     process = _all[name]()

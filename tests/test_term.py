@@ -75,6 +75,7 @@ def _evaluated(name):
     return jax.jit(fn)
 
 
+@pytest.mark.x64
 @every_process
 def test_every_kind_of_prediction_gives_the_same_probability_flow(name):
     process = processes[name]()
@@ -187,6 +188,7 @@ def one_point(process, batch=(2,)):
     return gd.ProbabilityFlow(process, model), flow, noise
 
 
+@pytest.mark.x64
 @pytest.mark.parametrize("name", ["vp", "cld", "bdm"])
 def test_noise_prediction_is_constant_along_the_flow_of_one_point(name):
     process = processes[name]()
@@ -214,6 +216,7 @@ def test_noise_prediction_is_constant_along_the_flow_of_one_point(name):
     assert max(jtu.tree_leaves(error)) <= (1e-4 if X64 else 1e-2)
 
 
+@pytest.mark.x64
 @pytest.mark.parametrize(
     "solver, dt0, controller, tolerance",
     [
