@@ -18,6 +18,7 @@ from .helpers import (
     NoNoise,
     prior_state,
     processes,
+    slow,
     solve,
     step_through,
 )
@@ -87,10 +88,10 @@ def _by_hand(process, variable, lam, times, predictions, u, s, t):
 @pytest.mark.parametrize(
     "name, variable, order, corrector",
     [
-        ("vp", "time", 3, 0),
         ("vp", "clock", 2, 2),
         ("cld", "time", 1, 1),
         ("cld", "clock", 3, 2),
+        *slow(("vp", "time", 3, 0)),
     ],
 )
 def test_steps_by_hand(name, variable, order, corrector, lam):

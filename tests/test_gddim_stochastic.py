@@ -311,6 +311,7 @@ def test_a_resumed_solve_equals_an_unbroken_one():
 
 
 @pytest.mark.x64
+@pytest.mark.slow
 def test_saved_states_are_those_of_the_steps():
     process = gd.VP((3,))
     u, ts = process.prior(jax.random.key(1), (2,)), gd.time_grid(process, 6)

@@ -44,6 +44,7 @@ def test_euler_is_the_scheme_of_euler_and_maruyama(name, lam):
 
 
 @pytest.mark.x64
+@pytest.mark.slow
 def test_other_solvers_of_diffrax_converge_to_the_same_sample():
     process, batch = gd.VP((2,)), (16,)
     u = process.prior(jax.random.key(0), batch)
