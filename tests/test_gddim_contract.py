@@ -121,8 +121,9 @@ def test_no_time_passes_between_equal_times():
 
 
 @pytest.mark.x64
-def test_a_resumed_solve_equals_an_unbroken_one():
-    term = _term("vp")
+@pytest.mark.parametrize("name", ["vp", *slow("cld")])
+def test_a_resumed_solve_equals_an_unbroken_one(name):
+    term = _term(name)
     y0 = prior_state(term.process)
     ts = gd.time_grid(term.process, 20)
     whole = solve(term, gd.GDDIM(4), ts, y0)

@@ -87,6 +87,12 @@ def _grid(process, kind):
         ("bdm", "random", gd.GDDIM(4, "noise")),
         ("cld", "random", gd.GDDIM()),
         ("bdm", "random", gd.GDDIM()),
+        *slow(
+            ("vp", "random", gd.GDDIM(4, "noise")),
+            ("vp", "random", gd.GDDIM()),
+            ("bdm", "one step", gd.GDDIM(1)),
+            ("cld", "random", gd.GDDIM(1)),
+        ),
     ],
 )
 def test_samples_of_one_data_point_have_its_distribution(name, kind, solver):
@@ -229,8 +235,9 @@ def test_one_path_gives_one_sample_in_both_precisions(name):
 
 
 @pytest.mark.x64
-def test_vmap_and_jit_give_the_sample_of_a_loop():
-    process = gd.VP((3,))
+@pytest.mark.parametrize("name", ["vp", *slow("cld")])
+def test_vmap_and_jit_give_the_sample_of_a_loop(name):
+    process = processes[name]()
     ts = gd.time_grid(process, 8)
     u = process.prior(jax.random.key(1), (4,))
     keys = jax.random.split(jax.random.key(2), 4)
@@ -285,8 +292,9 @@ def test_adaptive_steps_converge_along_the_path(solver):
 
 
 @pytest.mark.x64
-def test_a_resumed_solve_equals_an_unbroken_one():
-    process = gd.VP((3,))
+@pytest.mark.parametrize("name", ["vp", *slow("cld")])
+def test_a_resumed_solve_equals_an_unbroken_one(name):
+    process = processes[name]()
     u, ts = process.prior(jax.random.key(1), (2,)), gd.time_grid(process, 10)
     model = mixture_for(process).model(process)
     terms, solver = gd.reverse_sde(process, model, 0.6, _unsafe_path(u)), gd.GDDIM(3)

@@ -43,7 +43,6 @@ def test_the_half_step_is_exact_and_keeps_the_prior(process):
     assert jnp.isfinite(short).all() and short[0, 0] > 0
 
 
-@pytest.mark.x64
 @pytest.mark.skipif(jax.config.jax_enable_x64, reason="as good in single precision")
 @pytest.mark.parametrize("process", _clds)
 def test_is_exact_where_the_prior_is_the_distribution(process):
