@@ -1,6 +1,6 @@
 import importlib.metadata
 
-from . import solvers as solvers
+from . import checkpoints as checkpoints, nn as nn, solvers as solvers
 from ._adapted_grid import (
     adapted_grid as adapted_grid,
     AdaptedGrid as AdaptedGrid,

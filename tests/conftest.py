@@ -14,6 +14,7 @@ os.environ.setdefault(
 import equinox.internal as eqxi
 import hypothesis
 import jax
+import jaxtyping
 import pytest
 
 
@@ -37,3 +38,9 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture
 def getkey():
     return eqxi.GetKey()
+
+
+@pytest.fixture
+def without_type_checks(monkeypatch):
+    """As users have it, who see the library's own errors."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -1,0 +1,2 @@
+from ._authors import load_authors as load_authors
+from ._file import load as load, save as save

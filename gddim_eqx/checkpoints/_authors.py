@@ -1,0 +1,282 @@
+"""The authors' checkpoints: what Flax 0.3 wrote, of the training state of NCSN++."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+
+from ..nn import NCSNpp
+from ..nn._embedding import Fourier
+
+
+def load_authors(
+    path: str | Path,
+    config: Mapping[str, Any] | Callable[..., NCSNpp] | NCSNpp,
+    *,
+    size: tuple[int, int] | None = None,
+) -> NCSNpp:
+    """Read a checkpoint of the authors' code.
+
+    Needs the package `msgpack` (`pip install "gddim_eqx[checkpoints]"`), but not Flax.
+
+    **Arguments:**
+
+    - `path`: of the file, as `checkpoint_15`.
+    - `config`: which network it is: the entries of the authors' `config.model` as a
+        mapping, with `image_size` of `config.data` if it is at hand; or one of
+        [`gddim_eqx.nn.presets`][]; or a network, whose parameters are not used.
+    - `size`: the height and width of images, for a mapping without `image_size`. By
+        default it is found from where the checkpoint has attention; where that leaves a
+        choice, 32x32 is preferred.
+
+    **Returns:** the network with the running averages of its parameters, in single
+    precision. It predicts noise with respect to `factor="R"`. The rest of the training
+    state, such as the optimiser's, is not read.
+
+    **Raises:** `ValueError` for a file that is no such checkpoint, or is of another
+    network than `config`. It names the first array that does not fit.
+    """
+    path = Path(path)
+    arrays = _read(path)
+    if isinstance(config, NCSNpp):
+        network = config
+    elif isinstance(config, Mapping):
+        network = _from_config(config, arrays, size)
+    else:
+        network = eqx.filter_eval_shape(config, key=jax.random.key(0))
+    leaves, treedef = jtu.tree_flatten(network)
+    for name, index, axes in _arrays(treedef.unflatten(range(len(leaves)))):
+        shape = _theirs(leaves[index].shape, axes)
+        if name not in arrays:
+            raise ValueError(
+                f"{path}: there is no array {name!r} of shape {shape}, which this network "
+                f"has. {_other}"
+            )
+        value = arrays.pop(name)
+        if value.shape != shape or value.dtype != np.float32:
+            raise ValueError(
+                f"{path}: the array {name!r} is {value.dtype} of shape {value.shape}, but "
+                f"this network has float32 of shape {shape}. {_other}"
+            )
+        value = value.transpose(axes).reshape(leaves[index].shape)
+        leaves[index] = jnp.asarray(value)
+    if arrays:
+        name, value = next(iter(arrays.items()))
+        raise ValueError(
+            f"{path}: there is an array {name!r} of shape {value.shape}, which this "
+            f"network does not have. {_other}"
+        )
+    return treedef.unflatten(leaves)
+
+
+_other = "The checkpoint is of another network than `config`."
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of the averaged parameters, by names such as `Dense_0/kernel`."""
+    try:
+        import msgpack
+    except ImportError as error:
+        raise ImportError(
+            "To read the authors' checkpoints, install `gddim_eqx[checkpoints]`."
+        ) from error
+
+    def array(code, data):
+        # An array, and a scalar; 2 would be a complex number.
+        if code not in (1, 3):
+            raise ValueError(f"unknown extension type {code}")
+        shape, dtype, buffer = msgpack.unpackb(data)
+        return np.frombuffer(buffer, jnp.dtype(dtype)).reshape(shape)
+
+    try:
+        state = msgpack.unpackb(path.read_bytes(), ext_hook=array, strict_map_key=False)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise ValueError(
+            f"{path} is not a whole checkpoint as Flax writes it: {error}. Fetch or copy "
+            "it again."
+        ) from error
+    average = state.get("params_ema") if isinstance(state, dict) else None
+    if not isinstance(average, dict):
+        keys = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
+        raise ValueError(
+            f"{path} has no averaged parameters, `params_ema`, as the authors' checkpoints "
+            f"have. It holds {keys}."
+        )
+    arrays = {}
+
+    def collect(tree, prefix):
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                collect(value, f"{prefix}{key}/")
+            elif isinstance(value, np.ndarray):
+                arrays[f"{prefix}{key}"] = value
+            else:
+                raise ValueError(
+                    f"{path}: {prefix}{key!s} is not an array but {type(value).__name__}."
+                )
+
+    collect(average, "")
+    return arrays
+
+
+# A name in a checkpoint, an array of a network, and how the axes there are to be ordered.
+_Array = tuple[str, Any, tuple[int, ...]]
+
+
+def _theirs(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in a checkpoint of an array that has `shape` here. Here it may have more
+    axes, of length 1, at its end."""
+    return tuple(shape[axis] for axis in np.argsort(axes))
+
+
+def _arrays(network: NCSNpp) -> Iterator[_Array]:
+    """Every array of a network. Flax numbers layers of one kind within a module in the
+    order of their use."""
+    if network.time_layers is not None:
+        if isinstance(network.time_features, Fourier):
+            yield "GaussianFourierProjection_0/W", network.time_features.frequencies, (0,)
+        for i, layer in enumerate(network.time_layers):
+            yield from _dense(f"Dense_{i}", layer)
+    yield from _convolution("Conv_0", network.first)
+    kind = {"biggan": "BigGAN", "ddpm": "DDPM"}[network.block]
+    for i, block in enumerate(network.blocks):
+        name = f"ResnetBlock{kind}pp_{i}"
+        yield from _normalisation(f"{name}/GroupNorm_0", block.first_normalisation)
+        yield from _convolution(f"{name}/Conv_0", block.first_convolution)
+        if block.embedding is not None:
+            yield from _dense(f"{name}/Dense_0", block.embedding)
+        yield from _normalisation(f"{name}/GroupNorm_1", block.second_normalisation)
+        yield from _convolution(f"{name}/Conv_1", block.second_convolution)
+        if block.shortcut is not None and network.block == "biggan":
+            yield from _convolution(f"{name}/Conv_2", block.shortcut)
+        elif block.shortcut is not None:
+            yield from _pointwise(f"{name}/NIN_0", block.shortcut)
+    for i, attention in enumerate(network.attentions):
+        name = f"AttnBlockpp_{i}"
+        yield from _normalisation(f"{name}/GroupNorm_0", attention.normalisation)
+        layers = (attention.query, attention.key, attention.value, attention.output)
+        for j, layer in enumerate(layers):
+            yield from _pointwise(f"{name}/NIN_{j}", layer)
+    for kind in ("Downsample", "Upsample"):
+        for i, layer in enumerate(getattr(network, f"{kind.lower()}s")):
+            if layer.convolution is None:
+                continue
+            if layer.taps is None:
+                yield from _convolution(f"{kind}_{i}/Conv_0", layer.convolution)
+            else:
+                name = f"{kind}_{i}/Conv2d_0"
+                yield from _convolution(name, layer.convolution, "weight")
+    yield from _normalisation("GroupNorm_0", network.normalisation)
+    yield from _convolution("Conv_1", network.last)
+
+
+def _dense(name: str, layer: eqx.nn.Linear) -> Iterator[_Array]:
+    yield f"{name}/kernel", layer.weight, (1, 0)
+    yield f"{name}/bias", layer.bias, (0,)
+
+
+def _normalisation(name: str, layer: eqx.nn.GroupNorm) -> Iterator[_Array]:
+    yield f"{name}/scale", layer.weight, (0,)
+    yield f"{name}/bias", layer.bias, (0,)
+
+
+def _convolution(
+    name: str, layer: eqx.nn.Conv2d, weight: str = "kernel"
+) -> Iterator[_Array]:
+    yield f"{name}/{weight}", layer.weight, (3, 2, 0, 1)
+    yield f"{name}/bias", layer.bias, (0,)
+
+
+def _pointwise(name: str, layer: eqx.nn.Conv2d) -> Iterator[_Array]:
+    yield f"{name}/W", layer.weight, (1, 0)
+    yield f"{name}/b", layer.bias, (0,)
+
+
+# What entries of the authors' `config.model` are called here.
+_options = {
+    "nf": "features",
+    "ch_mult": "multipliers",
+    "num_res_blocks": "num_blocks",
+    "resblock_type": "block",
+    "resamp_with_conv": "resample_with_convolution",
+    "progressive_input": "progressive_input",
+    "embedding_type": "embedding",
+    "fourier_scale": "fourier_scale",
+    "dropout": "dropout",
+    "skip_rescale": "skip_rescale",
+    "init_scale": "init_scale",
+}
+# Entries with one value that is known here.
+_fixed = {
+    "normalization": "GroupNorm",
+    "nonlinearity": "swish",
+    "progressive": "none",
+    "scale_by_sigma": False,
+    "conv_size": 3,
+    "attention_type": "ddpm",
+}
+# Entries that change nothing about the network, or are read by `_from_config`.
+_other_entries = {
+    *("name", "ema_rate", "num_scales", "sigma_min", "sigma_max", "beta_min", "beta_max"),
+    *("progressive_combine", "conditional", "fir", "fir_kernel", "attn_resolutions"),
+    *("image_size", "mixed_score", "m_inv", "beta_0", "beta_1", "vv_gamma"),
+    *("is_R_rk", "R_dt", "used_cache", "x64"),
+}
+
+
+def _from_config(
+    config: Mapping[str, Any], arrays: dict[str, np.ndarray], size: tuple[int, int] | None
+) -> NCSNpp:
+    """The network, without values, that a configuration of the authors' means."""
+    for name, value in _fixed.items():
+        if config.get(name, value) != value:
+            raise ValueError(
+                f"`config` has {name}={config[name]!r}; only {value!r} is supported."
+            )
+    unknown = set(config) - {*_options, *_fixed, *_other_entries}
+    if unknown:
+        raise ValueError(f"`config` has unknown entries: {sorted(unknown)}.")
+    missing = {*_options, "fir", "attn_resolutions"} - {*config, "fourier_scale"}
+    if missing:
+        raise ValueError(f"`config` lacks the entries {sorted(missing)}.")
+    options = {
+        ours: config[theirs] for theirs, ours in _options.items() if theirs in config
+    }
+    options["filter_taps"] = (
+        config.get("fir_kernel", (1, 3, 3, 1)) if config["fir"] else None
+    )
+    if not config.get("conditional", True):
+        options["embedding"] = None
+    kernel = arrays.get("Conv_0/kernel")
+    if kernel is None or kernel.ndim != 4:
+        raise ValueError(f"The checkpoint has no convolution Conv_0/kernel. {_other}")
+
+    def network(height: int, width: int) -> NCSNpp:
+        heights = [height // 2**i for i in range(len(options["multipliers"]))]
+        attention = [h for h in config["attn_resolutions"] if h in heights]
+        make = partial(
+            NCSNpp, (height, width, kernel.shape[2]), attention=attention, **options
+        )
+        return eqx.filter_eval_shape(make, key=jax.random.key(0))
+
+    if size is None and "image_size" in config:
+        size = (config["image_size"], config["image_size"])
+    if size is not None:
+        return network(*size)
+    networks = [network(n, n) for n in (32, 64, 128, 256, 16, 8)]
+    fitting = (n for n in networks if _attends_as(n, arrays))
+    return next(fitting, networks[0])
+
+
+def _attends_as(network: NCSNpp, arrays: dict[str, np.ndarray]) -> bool:
+    """Whether the attention of a network has the sizes of the checkpoint's."""
+    theirs = {n: x.shape for n, x in arrays.items() if n.startswith("AttnBlockpp")}
+    ours = {n: _theirs(x.shape, axes) for n, x, axes in _arrays(network)}
+    ours = {n: shape for n, shape in ours.items() if n.startswith("AttnBlockpp")}
+    return ours == theirs

@@ -1,0 +1,4 @@
+from . import presets as presets
+from ._mlp import TimeMLP as TimeMLP
+from ._ncsnpp import NCSNpp as NCSNpp
+from ._network_model import NetworkModel as NetworkModel

@@ -1,0 +1,248 @@
+"""The layers of NCSN++, channels first as Equinox's: `(channels, height, width)`."""
+
+import functools as ft
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Inexact
+
+from .._custom_types import Key
+from .._state import coefficient_dtype
+
+
+Image = Inexact[Array, "_ _ _"]
+Taps = tuple[float, ...]
+
+# A box: an image is enlarged by repeating its pixels, and made smaller by their means.
+BOX = (1.0, 1.0)
+
+
+def _scaled(layer, key: Key, scale: float):
+    """The layer with the initial weights of Ho et al. 2020: uniform, of variance `scale`
+    over the mean of the numbers of inputs and outputs. A scale of 0 means almost 0, so
+    that gradients pass. Its bias is 0."""
+    initial = jax.nn.initializers.variance_scaling(
+        scale or 1e-10, "fan_avg", "uniform", in_axis=1, out_axis=0
+    )
+    weight = initial(key, layer.weight.shape, layer.weight.dtype)
+    zeros = jnp.zeros_like(layer.bias)
+    return eqx.tree_at(lambda x: (x.weight, x.bias), layer, (weight, zeros))
+
+
+def convolution(
+    channels: int,
+    out_channels: int,
+    size: int = 3,
+    *,
+    key: Key,
+    scale: float = 1.0,
+    stride: int = 1,
+    padding: str | int | Sequence[tuple[int, int]] = "SAME",
+) -> eqx.nn.Conv2d:
+    layer = eqx.nn.Conv2d(channels, out_channels, size, stride, padding, key=key)
+    return _scaled(layer, key, scale)
+
+
+def dense(size: int, out_size: int, *, key: Key, scale: float = 1.0) -> eqx.nn.Linear:
+    return _scaled(eqx.nn.Linear(size, out_size, key=key), key, scale)
+
+
+def normalisation(channels: int) -> eqx.nn.GroupNorm:
+    groups = min(channels // 4, 32)
+    if groups == 0 or channels % groups:
+        raise ValueError(
+            f"A layer would have {channels} channels, which are to be normalised in "
+            f"{groups} equal groups. Let `features` be a multiple of 4, and of 32 if "
+            "there are layers of more than 128 channels."
+        )
+    return eqx.nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+def _filtered(
+    x: Image, taps: Taps, total: int, *, up: int = 1, down: int = 1, gain: int = 1
+) -> Image:
+    """An image with zeros put between its pixels, convolved with the taps along both axes,
+    of which every `down`-th pixel is kept. `total` zeros go around it, beside those that
+    follow each pixel."""
+    low, high = (total + 1) // 2 + gain - 1, total // 2
+    for axis in (1, 2):
+        padding = [(0, 0, 0)] * 3
+        padding[axis] = (low, high + gain - 1, up - 1)
+        x = jax.lax.pad(x, jnp.zeros((), x.dtype), padding)
+        end = x.shape[axis] - len(taps) + 1
+        parts = (
+            gain * tap / sum(taps) * jax.lax.slice_in_dim(x, i, i + end, down, axis)
+            for i, tap in enumerate(reversed(taps))
+        )
+        x = ft.reduce(jnp.add, parts)
+    return x
+
+
+def enlarge(x: Image, taps: Taps) -> Image:
+    """An image of twice the height and width."""
+    return _filtered(x, taps, len(taps) - 2, up=2, gain=2)
+
+
+def reduce(x: Image, taps: Taps) -> Image:
+    """An image of half the height and width."""
+    return _filtered(x, taps, len(taps) - 2, down=2)
+
+
+class Downsample(eqx.Module):
+    """Halve height and width, with or without a filter and a convolution."""
+
+    convolution: eqx.nn.Conv2d | None
+    taps: Taps | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        taps: Taps | None,
+        convolve: bool,
+        *,
+        key: Key,
+    ):
+        # Pixels start at the first as in TensorFlow.
+        padding = ((0, 1), (0, 1)) if taps is None else 0
+        self.convolution = (
+            convolution(channels, out_channels, key=key, stride=2, padding=padding)
+            if convolve
+            else None
+        )
+        self.taps = taps
+
+    def __call__(self, x: Image) -> Image:
+        if self.convolution is None:
+            return reduce(x, BOX if self.taps is None else self.taps)
+        if self.taps is not None:
+            x = _filtered(x, self.taps, len(self.taps))
+        return self.convolution(x)
+
+
+class Upsample(eqx.Module):
+    """Double height and width, with or without a filter and a convolution."""
+
+    convolution: eqx.nn.Conv2d | None
+    taps: Taps | None = eqx.field(static=True)
+
+    def __init__(self, channels: int, taps: Taps | None, convolve: bool, *, key: Key):
+        # With a filter, it comes after a transposed convolution.
+        self.convolution = convolution(channels, channels, key=key) if convolve else None
+        self.taps = taps
+
+    def __call__(self, x: Image) -> Image:
+        if self.convolution is None or self.taps is None:
+            x = enlarge(x, BOX if self.taps is None else self.taps)
+            return x if self.convolution is None else self.convolution(x)
+        weight, bias = self.convolution.weight, self.convolution.bias
+        x = jax.lax.conv_general_dilated(
+            x[None], weight, (1, 1), [(2, 2), (2, 2)], lhs_dilation=(2, 2)
+        )[0]
+        x = _filtered(x, self.taps, len(self.taps) - 4, gain=2)
+        return x if bias is None else x + bias
+
+
+def add(x: Image, y: Image, rescale: bool) -> Image:
+    """The sum of two branches, of the variance of one if rescaled."""
+    return (x + y) / math.sqrt(2) if rescale else x + y
+
+
+class ResidualBlock(eqx.Module):
+    """Two convolutions with the time embedding between them, beside a shortcut. A BigGAN
+    block may also double or halve height and width."""
+
+    first_normalisation: eqx.nn.GroupNorm
+    first_convolution: eqx.nn.Conv2d
+    embedding: eqx.nn.Linear | None
+    second_normalisation: eqx.nn.GroupNorm
+    second_convolution: eqx.nn.Conv2d
+    shortcut: eqx.nn.Conv2d | None
+    dropout: eqx.nn.Dropout
+    resample: Literal["up", "down"] | None = eqx.field(static=True)
+    taps: Taps = eqx.field(static=True)
+    rescale: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        embedding_size: int | None,
+        *,
+        key: Key,
+        dropout: float,
+        rescale: bool,
+        init_scale: float,
+        shortcut_scale: float,
+        resample: Literal["up", "down"] | None = None,
+        taps: Taps = BOX,
+    ):
+        keys = jr.split(key, 4)
+        self.first_normalisation = normalisation(channels)
+        self.first_convolution = convolution(channels, out_channels, key=keys[0])
+        self.embedding = (
+            None
+            if embedding_size is None
+            else dense(embedding_size, out_channels, key=keys[1])
+        )
+        self.second_normalisation = normalisation(out_channels)
+        self.second_convolution = convolution(
+            out_channels, out_channels, key=keys[2], scale=init_scale
+        )
+        self.shortcut = (
+            None
+            if channels == out_channels and resample is None
+            else convolution(channels, out_channels, 1, key=keys[3], scale=shortcut_scale)
+        )
+        self.dropout = eqx.nn.Dropout(dropout)
+        self.resample, self.taps, self.rescale = resample, taps, rescale
+
+    def __call__(
+        self, x: Image, embedding: Float[Array, " size"] | None, key: Key | None
+    ) -> Image:
+        h = jax.nn.silu(self.first_normalisation(x))
+        if self.resample is not None:
+            change = {"up": enlarge, "down": reduce}[self.resample]
+            h, x = change(h, self.taps), change(x, self.taps)
+        h = self.first_convolution(h)
+        if self.embedding is not None and embedding is not None:
+            h = h + self.embedding(jax.nn.silu(embedding))[:, None, None]
+        h = jax.nn.silu(self.second_normalisation(h))
+        h = self.dropout(h, key=key, inference=key is None)
+        h = self.second_convolution(h)
+        return add(x if self.shortcut is None else self.shortcut(x), h, self.rescale)
+
+
+class AttentionBlock(eqx.Module):
+    """Attention of every pixel to every other, with one head."""
+
+    normalisation: eqx.nn.GroupNorm
+    query: eqx.nn.Conv2d
+    key: eqx.nn.Conv2d
+    value: eqx.nn.Conv2d
+    output: eqx.nn.Conv2d
+    rescale: bool = eqx.field(static=True)
+
+    def __init__(self, channels: int, *, key: Key, rescale: bool, init_scale: float):
+        keys = jr.split(key, 4)
+        scales = (0.1, 0.1, 0.1, init_scale)
+        self.normalisation = normalisation(channels)
+        self.query, self.key, self.value, self.output = (
+            convolution(channels, channels, 1, key=k, scale=s) for k, s in zip(keys, scales)
+        )
+        self.rescale = rescale
+
+    def __call__(self, x: Image) -> Image:
+        h = self.normalisation(x)
+        query, key, value = (
+            layer(h).reshape(h.shape[0], -1) for layer in (self.query, self.key, self.value)
+        )
+        scores = jnp.matmul(query.T, key, preferred_element_type=coefficient_dtype(h))
+        weights = jax.nn.softmax(scores / math.sqrt(h.shape[0]))
+        h = (value @ weights.astype(h.dtype).T).reshape(h.shape)
+        return add(x, self.output(h), self.rescale)

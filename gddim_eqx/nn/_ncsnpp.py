@@ -1,0 +1,351 @@
+import itertools
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, Inexact
+
+from .._check import check_count
+from .._custom_types import Key
+from .._process import as_shape
+from ._embedding import Fourier, Positional
+from ._layers import (
+    add,
+    AttentionBlock,
+    BOX,
+    convolution,
+    dense,
+    Downsample,
+    normalisation,
+    ResidualBlock,
+    Upsample,
+)
+
+
+class NCSNpp(eqx.Module):
+    r"""The U-Nets NCSN++ and DDPM++ of Song et al. 2021, as the paper uses them.
+
+    Called as `network(t, x)` on one sample, or as `network(t, x, key=key)` with dropout;
+    [`gddim_eqx.nn.NetworkModel`][] makes it the model of a process.
+
+    The network sees $999 t$, as the authors' do, and with `embedding="fourier"` its
+    logarithm, so that time 0 is not to be given.
+
+    **Arguments:**
+
+    - `shape`: of one input: `(height, width, channels)`. For a process with a velocity
+        the channels of the data come first, then those of the velocity.
+    - `out_channels`: by default as many as the input has.
+    - `features`: the number of channels at full resolution.
+    - `multipliers`: of the number of channels, for each resolution. Each has half the
+        height and width of the one before.
+    - `num_blocks`: of residual blocks at each resolution on the way down; on the way up
+        there is one more.
+    - `attention`: the heights of images at which there is attention. There always is in
+        the middle.
+    - `block`: `"biggan"` blocks also halve and double resolution; between `"ddpm"` blocks
+        there are layers for that.
+    - `filter_taps`: of the finite impulse response that images are filtered with when
+        their resolution changes, `(1, 3, 3, 1)` in the paper's; `None` for means of four
+        pixels on the way down and for repeated ones on the way up.
+    - `resample_with_convolution`: whether layers that halve or double the resolution
+        between `"ddpm"` blocks also convolve.
+    - `progressive_input`: with `"residual"` the input, made smaller, is added at every
+        resolution.
+    - `embedding`: of time: `"fourier"`, `"positional"`, or `None` for a network that is
+        the same at all times.
+    - `fourier_scale`: the standard deviation of the frequencies of `"fourier"`.
+    - `dropout`: the rate.
+    - `skip_rescale`: whether sums of two branches are divided by $\sqrt{2}$.
+    - `init_scale`: of the last layer of every block and of the network. At 0, initial
+        weights there are almost 0.
+    - `dtype`: what to compute in, for example `jnp.bfloat16`; by default the parameters'.
+        Normalisation and time features stay in single precision, and so do parameters.
+    - `checkpoint`: whether to keep no values within blocks for gradients, but to compute
+        them again: less memory for a third more time.
+    - `key`: a random key, for the initial parameters.
+
+    **Raises:** `ValueError` for options that are not known, or that do not fit together.
+
+    ??? cite "References"
+
+        Song et al., "Score-Based Generative Modeling through Stochastic Differential
+        Equations", 2021, appendix H. The paper: Table 4.
+    """
+
+    time_features: Fourier | Positional | None
+    time_layers: tuple[eqx.nn.Linear, eqx.nn.Linear] | None
+    first: eqx.nn.Conv2d
+    # In the order of their use.
+    blocks: tuple[ResidualBlock, ...]
+    attentions: tuple[AttentionBlock, ...]
+    downsamples: tuple[Downsample, ...]
+    upsamples: tuple[Upsample, ...]
+    normalisation: eqx.nn.GroupNorm
+    last: eqx.nn.Conv2d
+    shape: tuple[int, ...] = eqx.field(static=True)
+    out_channels: int = eqx.field(static=True)
+    features: int = eqx.field(static=True)
+    multipliers: tuple[int, ...] = eqx.field(static=True)
+    num_blocks: int = eqx.field(static=True)
+    attention: tuple[int, ...] = eqx.field(static=True)
+    block: Literal["biggan", "ddpm"] = eqx.field(static=True)
+    filter_taps: tuple[float, ...] | None = eqx.field(static=True)
+    resample_with_convolution: bool = eqx.field(static=True)
+    progressive_input: Literal["none", "residual"] = eqx.field(static=True)
+    embedding: Literal["fourier", "positional"] | None = eqx.field(static=True)
+    fourier_scale: float = eqx.field(static=True)
+    dropout: float = eqx.field(static=True)
+    skip_rescale: bool = eqx.field(static=True)
+    init_scale: float = eqx.field(static=True)
+    dtype: jnp.dtype | None = eqx.field(static=True)
+    checkpoint: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        out_channels: int | None = None,
+        *,
+        key: Key,
+        features: int = 128,
+        multipliers: Sequence[int] = (1, 2, 2, 2),
+        num_blocks: int = 4,
+        attention: Sequence[int] = (16,),
+        block: Literal["biggan", "ddpm"] = "biggan",
+        filter_taps: Sequence[float | int] | None = (1, 3, 3, 1),
+        resample_with_convolution: bool = True,
+        progressive_input: Literal["none", "residual"] = "residual",
+        embedding: Literal["fourier", "positional"] | None = "fourier",
+        fourier_scale: float | int = 16.0,
+        dropout: float | int = 0.1,
+        skip_rescale: bool = True,
+        init_scale: float | int = 0.0,
+        dtype=None,
+        checkpoint: bool = False,
+    ):
+        self.shape = as_shape(tuple(shape))
+        self.out_channels = self.shape[-1] if out_channels is None else out_channels
+        self.features, self.num_blocks = features, num_blocks
+        self.multipliers, self.attention = tuple(multipliers), tuple(attention)
+        self.block, self.progressive_input = block, progressive_input
+        self.filter_taps = None if filter_taps is None else tuple(map(float, filter_taps))
+        self.resample_with_convolution = resample_with_convolution
+        self.embedding, self.fourier_scale = embedding, float(fourier_scale)
+        self.dropout, self.skip_rescale = float(dropout), skip_rescale
+        self.init_scale, self.checkpoint = float(init_scale), checkpoint
+        self.dtype = None if dtype is None else jnp.dtype(dtype)
+        self._check()
+        channels = self.shape[-1]
+
+        keys = (jr.fold_in(key, i) for i in itertools.count())
+        blocks, attentions, downsamples, upsamples = [], [], [], []
+        embedding_size = None if embedding is None else 4 * features
+        options: Any = dict(rescale=skip_rescale, init_scale=self.init_scale)
+        taps = self.filter_taps
+
+        def add_block(channels, out_channels, resample=None):
+            blocks.append(
+                ResidualBlock(
+                    channels,
+                    out_channels,
+                    embedding_size,
+                    key=next(keys),
+                    dropout=self.dropout,
+                    resample=resample,
+                    taps=BOX if taps is None else taps,
+                    # The authors' two kinds of blocks start like this.
+                    shortcut_scale=1.0 if block == "biggan" else 0.1,
+                    **options,
+                )
+            )
+            return out_channels
+
+        def add_attention(channels):
+            attentions.append(AttentionBlock(channels, key=next(keys), **options))
+
+        self.time_features = {
+            "fourier": lambda: Fourier(features, self.fourier_scale, key=next(keys)),
+            "positional": lambda: Positional(features),
+            None: lambda: None,
+        }[embedding]()
+        self.time_layers = (
+            None
+            if self.time_features is None
+            else (
+                dense(self.time_features.size, 4 * features, key=next(keys)),
+                dense(4 * features, 4 * features, key=next(keys)),
+            )
+        )
+        self.first = convolution(channels, features, key=next(keys))
+        size, pyramid = features, channels
+        # The channels of values that are kept for the way up.
+        skips = [size]
+        for level, multiplier in enumerate(self.multipliers):
+            for _ in range(num_blocks):
+                size = add_block(size, features * multiplier)
+                if self._attends(level):
+                    add_attention(size)
+                skips.append(size)
+            if level < len(self.multipliers) - 1:
+                if block == "biggan":
+                    add_block(size, size, "down")
+                else:
+                    convolve = resample_with_convolution
+                    downsamples.append(
+                        Downsample(size, size, taps, convolve, key=next(keys))
+                    )
+                if progressive_input == "residual":
+                    downsamples.append(
+                        Downsample(pyramid, size, taps, True, key=next(keys))
+                    )
+                    pyramid = size
+                skips.append(size)
+        add_block(size, size)
+        add_attention(size)
+        add_block(size, size)
+        for level, multiplier in reversed(list(enumerate(self.multipliers))):
+            for _ in range(num_blocks + 1):
+                size = add_block(size + skips.pop(), features * multiplier)
+            if self._attends(level):
+                add_attention(size)
+            if level > 0:
+                if block == "biggan":
+                    add_block(size, size, "up")
+                else:
+                    convolve = resample_with_convolution
+                    upsamples.append(Upsample(size, taps, convolve, key=next(keys)))
+        self.blocks, self.attentions = tuple(blocks), tuple(attentions)
+        self.downsamples, self.upsamples = tuple(downsamples), tuple(upsamples)
+        self.normalisation = normalisation(size)
+        self.last = convolution(
+            size, self.out_channels, key=next(keys), scale=self.init_scale
+        )
+
+    def _attends(self, level: int) -> bool:
+        return self.shape[0] // 2**level in self.attention
+
+    def _check(self) -> None:
+        if len(self.shape) != 3:
+            raise ValueError(
+                f"`shape` must be (height, width, channels); got {self.shape}."
+            )
+        check_count("features", self.features)
+        check_count("num_blocks", self.num_blocks)
+        check_count("out_channels", self.out_channels)
+        if not self.multipliers:
+            raise ValueError("`multipliers` must hold a number for each resolution.")
+        for multiplier in self.multipliers:
+            check_count("multipliers", multiplier)
+        times = 2 ** (len(self.multipliers) - 1)
+        if self.shape[0] % times or self.shape[1] % times:
+            raise ValueError(
+                f"Height and width must be multiples of {times} to be halved "
+                f"{len(self.multipliers) - 1} times, as {len(self.multipliers)} "
+                f"`multipliers` ask for; got {self.shape}. Pad the images, or give fewer."
+            )
+        for name, known in _known.items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"`{name}` must be one of {known}; got {getattr(self, name)!r}."
+                )
+        resolutions = [self.shape[0] // 2**i for i in range(len(self.multipliers))]
+        if not set(self.attention) <= set(resolutions):
+            raise ValueError(
+                f"`attention` must be among the heights {resolutions} of images at the "
+                f"resolutions of this network; got {self.attention}."
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"`dropout` must be in [0, 1); got {self.dropout}.")
+        taps = self.filter_taps
+        if taps is not None and (len(taps) < 2 or sum(taps) == 0):
+            raise ValueError(
+                f"`filter_taps` must be two or more numbers with a sum; got {taps}."
+            )
+
+    def __call__(
+        self,
+        t: Inexact[Array, ""],
+        x: Inexact[Array, "height width channels"],
+        *,
+        key: Key | None = None,
+    ) -> Inexact[Array, "height width out_channels"]:
+        """**Arguments:**
+
+        - `t`: the time, as the process has it: in [0, 1].
+        - `x`: the input. It and the output have the same dtype, whatever is computed in.
+        - `key`: a random key for dropout; without it there is none.
+
+        **Returns:** an array of the shape of `x`, but for the number of channels.
+
+        **Raises:** `ValueError` for an input of another shape.
+        """
+        if x.shape != self.shape:
+            raise ValueError(
+                f"This network is for inputs of shape {self.shape}; got {x.shape}. For a "
+                "batch, use `jax.vmap`."
+            )
+        embedding = self._embed(t)
+        dtype = self.first.weight.dtype if self.dtype is None else self.dtype
+        cast = lambda y: y.astype(dtype) if eqx.is_inexact_array(y) else y
+        network, h, embedding = jtu.tree_map(
+            cast, (self, jnp.moveaxis(x, -1, 0), embedding)
+        )
+        return jnp.moveaxis(network._run(h, embedding, key), 0, -1).astype(x.dtype)
+
+    def _embed(self, t: Inexact[Array, ""]) -> Float[Array, " size"] | None:
+        if self.time_features is None or self.time_layers is None:
+            return None
+        first, second = self.time_layers
+        label = 999 * t.astype(first.weight.dtype)
+        if self.embedding == "fourier":
+            label = jnp.log(label)
+        return second(jax.nn.silu(first(self.time_features(label))))
+
+    def _run(self, h, embedding, key):
+        blocks, attentions = iter(self.blocks), iter(self.attentions)
+        downsamples, upsamples = iter(self.downsamples), iter(self.upsamples)
+        keys = [None] * len(self.blocks) if key is None else jr.split(key, len(self.blocks))
+        keys = iter(keys)
+        run = eqx.filter_checkpoint if self.checkpoint else lambda block: block
+
+        def through_block(h):
+            return run(next(blocks))(h, embedding, next(keys))
+
+        def through_attention(h):
+            return run(next(attentions))(h)
+
+        biggan = self.block == "biggan"
+        pyramid = h
+        h = self.first(h)
+        skips = [h]
+        for level in range(len(self.multipliers)):
+            for _ in range(self.num_blocks):
+                h = through_block(h)
+                if self._attends(level):
+                    h = through_attention(h)
+                skips.append(h)
+            if level < len(self.multipliers) - 1:
+                h = through_block(h) if biggan else next(downsamples)(h)
+                if self.progressive_input == "residual":
+                    h = pyramid = add(next(downsamples)(pyramid), h, self.skip_rescale)
+                skips.append(h)
+        h = through_block(through_attention(through_block(h)))
+        for level in reversed(range(len(self.multipliers))):
+            for _ in range(self.num_blocks + 1):
+                h = through_block(jnp.concatenate([h, skips.pop()]))
+            if self._attends(level):
+                h = through_attention(h)
+            if level > 0:
+                h = through_block(h) if biggan else next(upsamples)(h)
+        return self.last(jax.nn.silu(self.normalisation(h)))
+
+
+_known = {
+    "block": ("biggan", "ddpm"),
+    "progressive_input": ("none", "residual"),
+    "embedding": ("fourier", "positional", None),
+}

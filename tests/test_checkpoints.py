@@ -1,0 +1,233 @@
+"""The authors' checkpoints, and our own files."""
+
+import json
+import pathlib
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import pytest
+
+import gddim_eqx as gd
+
+from .ncsnpp_oracle import authors_network, config, Oracle, write_checkpoint
+
+
+_fixture = pathlib.Path(__file__).parent / "fixtures" / "ncsnpp_fourier_fir"
+
+
+def test_a_checkpoint_of_the_authors_gives_their_predictions():
+    # Random parameters; inputs and outputs were computed by the authors' network.
+    settings = json.loads((_fixture / "config.json").read_text())
+    network = gd.checkpoints.load_authors(_fixture / "checkpoint_7", settings)
+    with np.load(_fixture / "io.npz") as arrays:
+        u, times, eps = (jnp.asarray(arrays[name]) for name in ("u", "t", "eps"))
+    model = gd.nn.NetworkModel(gd.CLD((32, 32, 3)), network)
+    run = eqx.filter_jit(lambda t, u: model(t, u))
+    for i, t in enumerate(times):
+        got = run(t, gd.Phase(u[i, ..., 0], u[i, ..., 1]))
+        difference = jnp.stack([got.x, got.v], -1) - eps[i]
+        assert jnp.linalg.norm(difference) < 2e-6 * jnp.linalg.norm(eps[i])
+        assert float(jnp.abs(difference).max()) < 2e-5 * float(jnp.abs(eps[i]).max())
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    oracle = Oracle(config)
+    oracle(0.5, np.zeros((16, 16, 2)))
+    return oracle
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("height, attention", [(16, [8]), (64, [32]), (8, [4])])
+def test_the_size_of_images_is_found(tmp_path, oracle, height, attention):
+    write_checkpoint(tmp_path / "checkpoint", oracle.parameters)
+    settings = config | dict(attn_resolutions=attention)
+    network = gd.checkpoints.load_authors(tmp_path / "checkpoint", settings)
+    assert network.shape == (height, height, 2)
+    settings |= dict(image_size=height)
+    network = gd.checkpoints.load_authors(tmp_path / "checkpoint", settings)
+    assert network.shape == (height, height, 2)
+
+
+def _changed(parameters, **changes):
+    changed = dict(parameters)
+    for name, value in changes.items():
+        if value is None:
+            del changed[name]
+        else:
+            changed[name] = value
+    return changed
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"Dense_1/bias": None}, r"no array 'Dense_1/bias' of shape \(32,\)"),
+        ({"Dense_2/bias": np.zeros(3, "f4")}, r"an array 'Dense_2/bias' of shape \(3,\)"),
+        (
+            {"Conv_1/kernel": np.zeros((3, 3, 8, 3), "f4")},
+            r"'Conv_1/kernel' is float32 of shape \(3, 3, 8, 3\).*\(3, 3, 8, 2\)",
+        ),
+        ({"Conv_1/bias": np.zeros(2, "i4")}, "'Conv_1/bias' is int32"),
+        ({"Conv_0/kernel": None}, "no convolution Conv_0/kernel"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_named(tmp_path, oracle, change, message):
+    path = tmp_path / "checkpoint_3"
+    write_checkpoint(path, _changed(oracle.parameters, **change))
+    with pytest.raises(ValueError, match=message) as error:
+        gd.checkpoints.load_authors(path, config, size=(16, 16))
+    if "Conv_0" not in message:
+        assert str(path) in str(error.value)
+
+
+@pytest.mark.x64
+def test_broken_files_are_refused(tmp_path, oracle):
+    path = tmp_path / "checkpoint"
+    write_checkpoint(path, oracle.parameters)
+    whole = path.read_bytes()
+    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="checkpoint is not a whole checkpoint"):
+            gd.checkpoints.load_authors(path, config)
+    for text in (b"not a checkpoint", b"\x93\x01\x02\x03", whole + b"more"):
+        path.write_bytes(text)
+        with pytest.raises(ValueError, match="checkpoint "):
+            gd.checkpoints.load_authors(path, config)
+    write_checkpoint(path, oracle.parameters, params_ema=None)
+    with pytest.raises(ValueError, match="no averaged parameters.*'rng', 'step'"):
+        gd.checkpoints.load_authors(path, config)
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"progressive": "output_skip"}, "progressive='output_skip'; only 'none'"),
+        ({"nonlinearity": "relu"}, "nonlinearity='relu'; only 'swish'"),
+        ({"depth": 3}, r"unknown entries: \['depth'\]"),
+        ({"num_res_blocks": 2}, "of another network than `config`"),
+        ({"ch_mult": [1, 2, 2]}, "of another network than `config`"),
+        ({"resblock_type": "ddpm"}, "of another network than `config`"),
+        ({"embedding_type": "positional"}, "of another network than `config`"),
+    ],
+)
+def test_another_architecture_is_refused(tmp_path, oracle, changes, message):
+    write_checkpoint(tmp_path / "checkpoint", oracle.parameters)
+    with pytest.raises(ValueError, match=message):
+        gd.checkpoints.load_authors(tmp_path / "checkpoint", config | changes)
+    lacking = {key: value for key, value in config.items() if key != "nf"}
+    with pytest.raises(ValueError, match=r"lacks the entries \['nf'\]"):
+        gd.checkpoints.load_authors(tmp_path / "checkpoint", lacking)
+
+
+# Our own files
+
+
+def _models():
+    key = jax.random.key(0)
+    small = gd.nn.presets.small((8, 8, 2), key=key, features=8)
+    half = gd.nn.NCSNpp(
+        (8, 8, 1),
+        features=8,
+        multipliers=(1,),
+        num_blocks=1,
+        attention=(8,),
+        embedding="positional",
+        dtype=jnp.bfloat16,
+        key=key,
+    )
+    points = gd.nn.presets.points(2, key=key)
+    cosine = gd.VP((2,), gd.CosineSquared(offset=0.01))
+    return {
+        "cld": gd.nn.NetworkModel(gd.CLD((8, 8, 1), gamma=0.1), small, mixed_score=True),
+        "bdm": gd.nn.NetworkModel(gd.BDM((8, 8, 1)), half),
+        "flow": gd.ProbabilityFlow(cosine, gd.nn.NetworkModel(cosine, points), "velocity"),
+        "network": points,
+    }
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("name", ("cld", "bdm", "flow", "network"))
+def test_what_is_saved_is_loaded(tmp_path, name):
+    model = _models()[name]
+    gd.checkpoints.save(tmp_path / "model", model)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    loaded = gd.checkpoints.load(tmp_path / "model")
+    assert eqx.tree_equal(model, loaded)
+    assert type(loaded) is type(model)
+
+
+@pytest.mark.x64
+def test_a_failed_save_leaves_the_file_before(tmp_path):
+    path, model = tmp_path / "model", _models()["network"]
+    gd.checkpoints.save(path, model)
+    before = path.read_bytes()
+    process = gd.LinearSDE((2,), lambda t: -t, lambda t: t + 1.0)
+    with pytest.raises(ValueError, match="Cannot save LinearSDE"):
+        gd.checkpoints.save(path, gd.nn.NetworkModel(process, model))
+    with pytest.raises(ValueError, match="Cannot save <function"):
+        gd.checkpoints.save(path, gd.nn.NetworkModel(gd.VP((2,)), lambda t, x: x))
+    half = jtu.tree_map(
+        lambda x: x.astype(jnp.bfloat16) if eqx.is_inexact_array(x) else x, model
+    )
+    with pytest.raises(ValueError, match="NumPy cannot save.*bfloat16"):
+        gd.checkpoints.save(path, half)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def _rewritten(path, change):
+    """The file with another header or other arrays."""
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    header = json.loads(arrays.pop("header").tobytes())
+    change(header, arrays)
+    header = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    with path.open("wb") as file:
+        np.savez(file, header=header, **arrays)
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda h, a: h.update(version=2), "version 2 of the format.*Update"),
+        (lambda h, a: h.update(format="x"), "was not written by"),
+        (lambda h, a: h["model"].update({"class": "DiT"}), "has a DiT, which this.*Update"),
+        (lambda h, a: h["model"]["arguments"].update(x=1), r"arguments \['x'\] of TimeMLP"),
+        (lambda h, a: a.pop(".first.bias"), "no array .first.bias, which"),
+        (lambda h, a: a.update(more=np.zeros(2)), "an array more, which has no place"),
+        (
+            lambda h, a: a.update({".first.bias": np.zeros(3, "f4")}),
+            r"array .first.bias has shape \(3,\), but its network needs \(256,\)",
+        ),
+    ],
+)
+def test_files_that_are_not_understood_are_refused(tmp_path, change, message):
+    path = tmp_path / "model.npz"
+    gd.checkpoints.save(path, _models()["network"])
+    _rewritten(path, change)
+    with pytest.raises(ValueError, match=message):
+        gd.checkpoints.load(path)
+
+
+@pytest.mark.x64
+def test_cut_files_are_refused(tmp_path):
+    path = tmp_path / "model.npz"
+    gd.checkpoints.save(path, _models()["network"])
+    whole = path.read_bytes()
+    for length in (0, 10, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="not a whole file of"):
+            gd.checkpoints.load(path)
+
+
+@pytest.mark.x64
+def test_authors_parameters_in_our_files(tmp_path):
+    network, _ = authors_network(tmp_path)
+    gd.checkpoints.save(tmp_path / "ours", network)
+    assert eqx.tree_equal(gd.checkpoints.load(tmp_path / "ours"), network)

@@ -1,0 +1,77 @@
+"""Networks of arrays as models of states."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import pytest
+
+import gddim_eqx as gd
+
+from .helpers import max_difference
+
+
+def _network(t, x, key=None):
+    """Tells channels apart."""
+    weights = jnp.arange(1, x.shape[-1] + 1, dtype=x.dtype)
+    y = x * weights[(None,) * (x.ndim - 1)] + t.astype(x.dtype)
+    return y if key is None else y + jax.random.normal(key, x.shape, x.dtype)
+
+
+def test_all_channels_of_the_data_come_first():
+    model = gd.nn.NetworkModel(gd.CLD((4, 4, 2)), _network)
+    x, v = np.random.default_rng(0).normal(size=(2, 3, 4, 4, 2))
+    got = model(jnp.asarray(0.5), gd.Phase(jnp.asarray(x), jnp.asarray(v)))
+    np.testing.assert_allclose(got.x, x * [1, 2] + 0.5, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(got.v, v * [3, 4] + 0.5, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [(), (0,), (1,), (2, 3)])
+@pytest.mark.parametrize("process", [gd.VP((2,)), gd.BDM((4, 4, 1)), gd.CLD((2,))])
+def test_any_batch(process, batch):
+    model = gd.nn.NetworkModel(process, _network)
+    u, t = process.to_data(process.prior(jax.random.key(0), batch)), jnp.asarray(0.5)
+    got = jax.jit(model)(t, u)
+    assert jtu.tree_map(jnp.shape, got) == jtu.tree_map(jnp.shape, u)
+    if batch == (2, 3):
+        one = model(t, jtu.tree_map(lambda x: x[1, 2], u))
+        assert max_difference(one, jtu.tree_map(lambda x: x[1, 2], got)) < 1e-6
+        # Dropout is another for each sample.
+        noisy = model(t, u, key=jax.random.key(1))
+        noise = jtu.tree_leaves(jtu.tree_map(jnp.subtract, noisy, got))[0]
+        assert float(jnp.abs(noise[0, 0] - noise[0, 1]).min()) > 1e-4
+
+
+def test_a_mixed_score_adds_the_noise_of_the_velocity_alone():
+    process = gd.CLD((3,))
+    model = gd.nn.NetworkModel(process, _network, mixed_score=True)
+    bare = gd.nn.NetworkModel(process, _network)
+    u, t = process.prior(jax.random.key(0), (2,)), jnp.asarray(0.3)
+    # R (change) = (0, v).
+    change = jtu.tree_map(jnp.subtract, model(t, u), bare(t, u))
+    back = process.factor(t).mv(change)
+    np.testing.assert_allclose(back.x, 0, atol=1e-5)
+    np.testing.assert_allclose(back.v, u.v, atol=1e-5)
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("process", [gd.VP((8, 8, 1)), gd.CLD((8, 8, 1))])
+def test_sampling_with_a_network(process):
+    shape = (8, 8, process.num_components)
+    network = gd.nn.presets.small(shape, key=jax.random.key(0), features=8)
+    model = gd.nn.NetworkModel(process, network)
+    samples = gd.sample(process, model, jax.random.key(1), 3, 4)
+    assert samples.x.shape == (3, 8, 8, 1) and samples.evaluations == 4
+
+
+def test_bad_input_is_refused(without_type_checks):
+    with pytest.raises(ValueError, match="`mixed_score` is for .*; got VP"):
+        gd.nn.NetworkModel(gd.VP((2,)), _network, mixed_score=True)
+    with pytest.raises(ValueError, match="`network` must be callable; got 3"):
+        gd.nn.NetworkModel(gd.VP((2,)), 3)
+    model = gd.nn.NetworkModel(gd.VP((2,)), lambda t, x: x[:1])
+    with pytest.raises(ValueError, match=r"of shape \(2,\), like.*returned \(1,\)"):
+        model(jnp.asarray(0.5), jnp.zeros((3, 2)))
+    with pytest.raises(ValueError, match=r"must be an array of shape \(\*batch, 2\)"):
+        eqx.filter_jit(model)(jnp.asarray(0.5), jnp.zeros((3, 3)))
