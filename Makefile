@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 tables: $(VENV)/.installed
 	$(BIN)/python benchmarks/paper_tables.py
 
-# The error of few steps on fourteen cases: one to two minutes a case.
+# The error of few steps on fourteen cases: a minute or two a case.
 few-steps: $(VENV)/.installed
 	$(BIN)/python benchmarks/few_steps.py
 

@@ -109,6 +109,17 @@ def test_dropout_needs_a_key(network):
         assert float(jnp.abs(a - b).max()) > 1e-3
 
 
+@pytest.mark.x64
+def test_mirrored_kernels_see_a_mirror_image(network):
+    # Nothing between the kernels may shift the image, such as padding of one side.
+    mirror = lambda w: w[..., ::-1] if eqx.is_array(w) and w.ndim == 4 else w
+    x, t = _input(network), jnp.asarray(0.3, jnp.float32)
+    y = _run(network, t, x)
+    mirrored = _run(jtu.tree_map(mirror, network), t, x[:, ::-1])
+    np.testing.assert_allclose(mirrored[:, ::-1], y, rtol=0, atol=1e-4)
+    assert float(jnp.abs(mirrored - y).max()) > 0.1
+
+
 @eqx.filter_jit
 def _gradient(network, x):
     loss = lambda network: (network(jnp.asarray(0.3, x.dtype), x) ** 2).sum()

@@ -1,0 +1,73 @@
+"""Time and memory of the paper's network for CIFAR10 under CLD, on one image.
+
+Forward, and the gradient of a mean square with respect to all parameters, with and without
+gradient checkpointing, in single precision and with bfloat16 inside. Each case is a
+process of its own, so that its peak memory is known.
+
+    python benchmarks/network.py
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+import gddim_eqx as gd
+
+
+_cases = [
+    (mode, dtype, checkpoint)
+    for mode, checkpoints in (("forward", ("",)), ("gradient", ("", "checkpoint")))
+    for dtype in ("float32", "bfloat16")
+    for checkpoint in checkpoints
+]
+
+
+def measure(mode: str, dtype: str, checkpoint: str, repeats: int) -> str:
+    key = jax.random.key(0)
+    network = gd.nn.presets.cifar10_cld(
+        key=key, dtype=jnp.dtype(dtype), checkpoint=bool(checkpoint)
+    )
+    x = jax.random.normal(key, network.shape)
+
+    def loss(network, t):
+        return jnp.mean(network(t, x) ** 2)
+
+    run = eqx.filter_jit(
+        {"forward": loss, "gradient": eqx.filter_value_and_grad(loss)}[mode]
+    )
+    seconds = []
+    for t in jnp.linspace(0.1, 0.9, repeats + 1):
+        begin = time.perf_counter()
+        jax.block_until_ready(run(network, t))
+        seconds.append(time.perf_counter() - begin)
+    call = min(seconds[1:])
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    else:
+        peak = (device.memory_stats() or {})["peak_bytes_in_use"]
+    name = mode + (", checkpoints" if checkpoint else "")
+    cells = [name, dtype, f"{seconds[0] - call:.0f} s", f"{call:.2f} s"]
+    return f"| {' | '.join(cells)} | {peak / 2**30:.1f} GiB |"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        mode, dtype, checkpoint = options.case
+        print(measure(mode, dtype, checkpoint, options.repeats))
+        sys.exit()
+    print("| | inside | compilation | a call | peak memory |")
+    print("| --- | --- | --- | --- | --- |")
+    for case in _cases:
+        command = [sys.executable, __file__, "--repeats", str(options.repeats)]
+        subprocess.run([*command, "--case", *case], check=True)
