@@ -87,7 +87,8 @@ def test_saved_states_of_all_kinds_agree():
     assert sol.ts is not None and sol.ys is not None
     steps, at_ts, between, final, skipped = sol.ys
     np.testing.assert_allclose(sol.ts[0], ts)
-    assert max_difference(steps, at_ts) == 0
+    # At the end of a step the interpolation may round otherwise than the step.
+    assert max_difference(steps, at_ts) < _tight()
     assert max_difference(jtu.tree_map(lambda y: y[0], steps), y0) == 0
     np.testing.assert_allclose(final[0], ts[-1] * last(steps).x, rtol=1e-6)
     assert max_difference(skipped, jtu.tree_map(lambda y: y[3::3], steps)) == 0
