@@ -2,7 +2,8 @@
 
 Forward, and the gradient of a mean square with respect to all parameters, with and without
 gradient checkpointing, in single precision and with bfloat16 inside. Each case is a
-process of its own, so that its peak memory is known.
+process of its own, so that its peak memory is known. `kept` is what JAX keeps from the
+forward pass for the gradient, with the parameters.
 
     python benchmarks/network.py
 """
@@ -16,6 +17,7 @@ import time
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 
 import gddim_eqx as gd
 
@@ -52,9 +54,21 @@ def measure(mode: str, dtype: str, checkpoint: str, repeats: int) -> str:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     else:
         peak = (device.memory_stats() or {})["peak_bytes_in_use"]
+    kept = f"{_kept(network, x) / 2**30:.2f} GiB" if mode == "gradient" else ""
     name = mode + (", checkpoints" if checkpoint else "")
     cells = [name, dtype, f"{seconds[0] - call:.0f} s", f"{call:.2f} s"]
-    return f"| {' | '.join(cells)} | {peak / 2**30:.1f} GiB |"
+    return f"| {' | '.join(cells)} | {peak / 2**30:.1f} GiB | {kept} |"
+
+
+def _kept(network, x) -> int:
+    parameters, static = eqx.partition(network, eqx.is_inexact_array)
+
+    def pull_back(parameters):
+        run = lambda parameters: eqx.combine(parameters, static)(jnp.asarray(0.5), x)
+        return jax.vjp(run, parameters)[1]
+
+    kept = jtu.tree_leaves(jax.eval_shape(pull_back, parameters))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
 
 
 if __name__ == "__main__":
@@ -66,8 +80,8 @@ if __name__ == "__main__":
         mode, dtype, checkpoint = options.case
         print(measure(mode, dtype, checkpoint, options.repeats))
         sys.exit()
-    print("| | inside | compilation | a call | peak memory |")
-    print("| --- | --- | --- | --- | --- |")
+    print("| | inside | compilation | a call | peak memory | kept |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for case in _cases:
         command = [sys.executable, __file__, "--repeats", str(options.repeats)]
         subprocess.run([*command, "--case", *case], check=True)

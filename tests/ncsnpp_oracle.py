@@ -169,14 +169,14 @@ class Oracle:
 
     def embedding(self, label):
         size = self.config["nf"]
-        if not self.config.get("conditional", True):
-            return None
         if self.config["embedding_type"] == "fourier":
             frequencies = lambda: self.parameter("W", size, scale=16.0)
             phases = self.within("GaussianFourierProjection", frequencies)
             phases = np.log(label) * phases * 2 * np.pi
         else:
             phases = label * 10_000 ** (-np.arange(size // 2) / (size // 2 - 1))
+        if not self.config.get("conditional", True):
+            return None
         features = np.concatenate([np.sin(phases), np.cos(phases)])
         return self.dense(silu(self.dense(features, 4 * size)), 4 * size)
 

@@ -1,5 +1,6 @@
 """The authors' checkpoints, and our own files."""
 
+import functools
 import json
 import pathlib
 
@@ -47,9 +48,33 @@ def test_the_size_of_images_is_found(tmp_path, oracle, height, attention):
     settings = config | dict(attn_resolutions=attention)
     network = gd.checkpoints.load_authors(tmp_path / "checkpoint", settings)
     assert network.shape == (height, height, 2)
-    settings |= dict(image_size=height)
-    network = gd.checkpoints.load_authors(tmp_path / "checkpoint", settings)
+    whole = dict(model=settings, data=dict(image_size=height, centered=True), seed=42)
+    network = gd.checkpoints.load_authors(tmp_path / "checkpoint", whole)
     assert network.shape == (height, height, 2)
+
+
+@pytest.mark.x64
+def test_configurations_as_the_authors_write_them(tmp_path, oracle):
+    write_checkpoint(tmp_path / "checkpoint", oracle.parameters)
+    # Capitals, and entries that are of the process.
+    blur = dict(resblock_type="BigGAN", embedding_type="Fourier", sigma_blur_max=10.0)
+    cld = dict(m_inv=4.0, beta_0=4.0, vv_gamma=0.04, is_R_rk=True, name="ncsnpp")
+    load = lambda config: gd.checkpoints.load_authors(
+        tmp_path / "checkpoint", config, size=(16, 16)
+    )
+    for entries in (blur, cld):
+        assert eqx.tree_equal(load(config | entries), load(config))
+
+
+@pytest.mark.x64
+def test_what_is_no_configuration_is_refused(tmp_path, oracle, without_type_checks):
+    write_checkpoint(tmp_path / "checkpoint", oracle.parameters)
+    for made in ("cifar10_cld", functools.partial(gd.nn.presets.points, 2)):
+        with pytest.raises(ValueError, match="`config` must be a mapping, an `NCSNpp`"):
+            gd.checkpoints.load_authors(tmp_path / "checkpoint", made)
+    shifting = dict(model=config, data=dict(centered=False))
+    with pytest.raises(ValueError, match="data.centered=False"):
+        gd.checkpoints.load_authors(tmp_path / "checkpoint", shifting)
 
 
 def _changed(parameters, **changes):
@@ -157,6 +182,10 @@ def test_what_is_saved_is_loaded(tmp_path, make):
     model = make(jax.random.key(0))
     gd.checkpoints.save(tmp_path / "model", model)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    # Others may read it as they may read any file.
+    (tmp_path / "any").touch()
+    permissions = [(tmp_path / name).stat().st_mode for name in ("model", "any")]
+    assert permissions[0] == permissions[1]
     loaded = gd.checkpoints.load(tmp_path / "model")
     assert eqx.tree_equal(model, loaded)
     assert type(loaded) is type(model)

@@ -146,6 +146,24 @@ def test_gradients_reach_every_parameter(network, load):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
+def _kept(network, x):
+    """The bytes that are kept for the gradient, besides the parameters."""
+    parameters, static = eqx.partition(network, eqx.is_inexact_array)
+
+    def pull_back(parameters, x):
+        run = lambda parameters: eqx.combine(parameters, static)(jnp.asarray(0.3), x)
+        return jax.vjp(run, parameters)[1]
+
+    kept = jax.eval_shape(pull_back, parameters, x)
+    number = lambda tree: sum(x.size * x.dtype.itemsize for x in jtu.tree_leaves(tree))
+    return number(kept) - number(parameters)
+
+
+def test_checkpoints_keep_less(network, load):
+    x = _input(network)
+    assert _kept(load(checkpoint=True), x) < 0.3 * _kept(network, x)
+
+
 @pytest.mark.x64
 def test_bfloat16_keeps_parameters_and_outputs_in_single_precision(network, load):
     t, x = jnp.asarray(0.3, jnp.float32), _input(network)

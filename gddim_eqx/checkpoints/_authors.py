@@ -28,28 +28,39 @@ def load_authors(
     **Arguments:**
 
     - `path`: of the file, as `checkpoint_15`.
-    - `config`: which network it is: the entries of the authors' `config.model` as a
-        mapping, with `image_size` of `config.data` if it is at hand; or one of
-        [`gddim_eqx.nn.presets`][]; or a network, whose parameters are not used.
-    - `size`: the height and width of images, for a mapping without `image_size`. By
-        default it is found from where the checkpoint has attention; where that leaves a
-        choice, 32x32 is preferred.
+    - `config`: which network it is: one of [`gddim_eqx.nn.presets`][]; or the authors'
+        configuration as a mapping (`config.to_dict()` of theirs), whole or its entry
+        `model` alone; or a network, whose parameters are not used.
+    - `size`: the height and width of images, for a configuration without `image_size`.
+        By default it is found from where the checkpoint has attention; where that leaves
+        a choice, 32x32 is preferred.
 
     **Returns:** the network with the running averages of its parameters, in single
     precision. It predicts noise with respect to `factor="R"`. The rest of the training
     state, such as the optimiser's, is not read.
 
     **Raises:** `ValueError` for a file that is no such checkpoint, or is of another
-    network than `config`. It names the first array that does not fit.
+    network than `config`, and then it names the first array that does not fit; or for a
+    configuration with entries that are not known or not supported.
     """
     path = Path(path)
     arrays = _read(path)
     if isinstance(config, NCSNpp):
         network = config
     elif isinstance(config, Mapping):
-        network = _from_config(config, arrays, size)
-    else:
+        network = _from_config(_model_entries(config), arrays, size)
+    elif callable(config):
         network = eqx.filter_eval_shape(config, key=jax.random.key(0))
+    else:
+        network = None
+    if not isinstance(network, NCSNpp):
+        raise ValueError(
+            "`config` must be a mapping, an `NCSNpp` or a function that makes one, such as "
+            f"`gddim_eqx.nn.presets.cifar10_cld`; got {config!r}."
+        )
+    if network.embedding is None:
+        # The authors' networks have frequencies even if they do not see the time.
+        arrays.pop(_FREQUENCIES, None)
     leaves, treedef = jtu.tree_flatten(network)
     for name, index, axes in _arrays(treedef.unflatten(range(len(leaves)))):
         shape = _theirs(leaves[index].shape, axes)
@@ -75,6 +86,7 @@ def load_authors(
     return treedef.unflatten(leaves)
 
 
+_FREQUENCIES = "GaussianFourierProjection_0/W"
 _other = "The checkpoint is of another network than `config`."
 
 
@@ -140,7 +152,7 @@ def _arrays(network: NCSNpp) -> Iterator[_Array]:
     order of their use."""
     if network.time_layers is not None:
         if isinstance(network.time_features, Fourier):
-            yield "GaussianFourierProjection_0/W", network.time_features.frequencies, (0,)
+            yield _FREQUENCIES, network.time_features.frequencies, (0,)
         for i, layer in enumerate(network.time_layers):
             yield from _dense(f"Dense_{i}", layer)
     yield from _convolution("Conv_0", network.first)
@@ -226,14 +238,38 @@ _other_entries = {
     *("name", "ema_rate", "num_scales", "sigma_min", "sigma_max", "beta_min", "beta_max"),
     *("progressive_combine", "conditional", "fir", "fir_kernel", "attn_resolutions"),
     *("image_size", "mixed_score", "m_inv", "beta_0", "beta_1", "vv_gamma"),
-    *("is_R_rk", "R_dt", "used_cache", "x64"),
+    *("is_R_rk", "R_dt", "used_cache", "x64", "sigma_blur_max"),
 }
+
+
+def _model_entries(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries about the network, of a whole configuration or of its `model`."""
+    if "model" not in config:
+        return dict(config)
+    data = config.get("data", {})
+    if not data.get("centered", True):
+        raise ValueError(
+            "`config` has data.centered=False, for a network that shifts its input from "
+            "[0, 1] to [-1, 1]. Only networks for data in [-1, 1] are supported."
+        )
+    size = {name: data[name] for name in ("image_size",) if name in data}
+    return {**size, **config["model"]}
 
 
 def _from_config(
     config: Mapping[str, Any], arrays: dict[str, np.ndarray], size: tuple[int, int] | None
 ) -> NCSNpp:
     """The network, without values, that a configuration of the authors' means."""
+    # The authors' code does not tell cases apart in these.
+    lower = {
+        name: str(config[name]).lower()
+        for name in (
+            *("resblock_type", "nonlinearity", "embedding_type"),
+            *("progressive", "progressive_input"),
+        )
+        if name in config
+    }
+    config = {**config, **lower}
     for name, value in _fixed.items():
         if config.get(name, value) != value:
             raise ValueError(
