@@ -1,6 +1,11 @@
 import importlib.metadata
 
-from . import checkpoints as checkpoints, nn as nn, solvers as solvers
+from . import (
+    checkpoints as checkpoints,
+    nn as nn,
+    solvers as solvers,
+    training as training,
+)
 from ._adapted_grid import (
     adapted_grid as adapted_grid,
     AdaptedGrid as AdaptedGrid,

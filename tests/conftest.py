@@ -20,7 +20,7 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_num_cpu_devices", 8)
 
 hypothesis.settings.register_profile(
     "default", deadline=None, derandomize=True, max_examples=25, print_blob=False

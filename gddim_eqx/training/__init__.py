@@ -1,0 +1,14 @@
+from ._loss import DenoisingLoss as DenoisingLoss, NoisedBatch as NoisedBatch
+from ._sharding import Placement as Placement
+from ._times import (
+    AbstractTimes as AbstractTimes,
+    ImportanceTimes as ImportanceTimes,
+    StratifiedTimes as StratifiedTimes,
+    UniformTimes as UniformTimes,
+)
+from ._trainer import (
+    adam as adam,
+    Metrics as Metrics,
+    Trainer as Trainer,
+    TrainState as TrainState,
+)

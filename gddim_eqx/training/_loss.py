@@ -1,0 +1,176 @@
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+from jaxtyping import Array, Float, Inexact
+
+from .._custom_types import Args, Key, State
+from .._operator import apply
+from .._process import AbstractProcess, check_process
+from .._state import check_state, coefficient_dtype
+from .._term import ProbabilityFlow
+from ._times import AbstractTimes, UniformTimes
+
+
+class NoisedBatch(NamedTuple):
+    """A batch and all that is random about its loss. Every leaf has a leading axis for
+    the samples."""
+
+    x: Inexact[Array, "batch *shape"]
+    t: Float[Array, " batch"]
+    u: State
+    noise: State
+    weight: Float[Array, " batch"]
+    key: Key | None
+
+
+class DenoisingLoss(eqx.Module):
+    r"""How well a model denoises: the mean square of the difference between what it
+    predicts for $u_t = \Psi(t, 0) u_0 + R_t \epsilon$ and what it should.
+
+    One loss for all processes. By default it is the paper's: noise with respect to $R_t$,
+    unweighted, at uniform times. For [`gddim_eqx.CLD`][] that is hybrid score matching
+    (Dockhorn et al. 2022): the initial velocity is not drawn but part of the noise.
+    """
+
+    process: AbstractProcess
+    predicts: Literal["noise", "data", "score", "velocity"] = eqx.field(static=True)
+    factor: Literal["R", "cholesky"] = eqx.field(static=True)
+    times: AbstractTimes
+    weighting: str | Callable = eqx.field(static=True)
+    dropout: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        process: AbstractProcess,
+        predicts: Literal["noise", "data", "score", "velocity"] = "noise",
+        factor: Literal["R", "cholesky"] = "R",
+        *,
+        times: AbstractTimes = UniformTimes(),
+        weighting: Literal["prediction", "noise", "likelihood"] | Callable = "prediction",
+        dropout: bool = False,
+    ):
+        r"""**Arguments:**
+
+        - `process`: the forward process.
+        - `predicts`, `factor`: what the model predicts, as in
+            [`gddim_eqx.ProbabilityFlow`][].
+        - `times`: how times are drawn.
+        - `weighting`: what is squared.
+            - `"prediction"`: the error of what the model predicts.
+            - `"noise"`: the error of the noise that follows from it, so that models
+                which predict other things are trained for the same.
+            - `"likelihood"`: the error of the diffusion times the score,
+                $G_t^\top R_t^{-\top} \epsilon$, for a bound on the likelihood (Song et
+                al. 2021b). It grows fast towards time 0: draw times there more often, by
+                [`gddim_eqx.training.ImportanceTimes`][].
+            - a function of a time: `"prediction"`, times its value.
+        - `dropout`: whether to call the model with `key=`, as a
+            [`gddim_eqx.nn.NetworkModel`][] of a network with dropout wants it.
+
+        **Raises:** `ValueError` for arguments that do not fit, as `ProbabilityFlow`, and
+        for times beyond the process' time axis.
+        """
+        check_process(process)
+        # Checks `predicts` and `factor`.
+        ProbabilityFlow(process, _no_model, predicts, factor)
+        known = ("prediction", "noise", "likelihood")
+        if weighting not in known and not callable(weighting):
+            raise ValueError(
+                f"`weighting` must be one of {known} or a function of time; got "
+                f"{weighting!r}."
+            )
+        if not isinstance(times, AbstractTimes):
+            raise ValueError(
+                f"`times` must be times such as `UniformTimes()`; got {times!r}."
+            )
+        end = process.t_end if times.end is None else times.end
+        if not times.start < end <= process.t_end:
+            raise ValueError(
+                f"`times` must lie in (0, {process.t_end}], the time axis of the process; "
+                f"got {times.start} to {end}."
+            )
+        self.process, self.predicts, self.factor = process, predicts, factor
+        self.times, self.weighting, self.dropout = times, weighting, dropout
+
+    def noised(self, key: Key, x: Inexact[Array, "batch *shape"]) -> NoisedBatch:
+        """Draw times and noise for a batch.
+
+        **Arguments:**
+
+        - `key`: a random key.
+        - `x`: data, `(batch, *shape)`.
+
+        **Returns:** what the loss of each sample depends on, besides the model.
+
+        **Raises:** `ValueError` for data of another shape.
+        """
+        process = self.process
+        check_state(x, 1, process.shape, "The batch")
+        if x.ndim != 1 + len(process.shape):
+            raise ValueError(
+                f"The batch must have one axis before {process.shape}; got {x.shape}."
+            )
+        time_key, noise_key, model_key = jr.split(key, 3)
+        number, dtype = x.shape[0], coefficient_dtype(x)
+        fractions, weight = self.times.fractions(time_key, number, dtype)
+        start, end = self.times.start, self.times.end
+        end = process.t_end if end is None else end
+        # The sum may round to more than `end`.
+        t = jnp.minimum(start + (end - start) * fractions, end)
+        u, noise = jax.vmap(process.perturb)(jr.split(noise_key, number), x, t)
+        keys = jr.split(model_key, number) if self.dropout else None
+        return NoisedBatch(x, t, u, noise, weight, keys)
+
+    def __call__(
+        self, model: Callable, batch: NoisedBatch, args: Args = None
+    ) -> Float[Array, " batch"]:
+        """The loss of each sample; their mean is to be minimised.
+
+        **Arguments:**
+
+        - `model`: called as `model(t, u, args)`, with one time and one state in the data's
+            coordinates, and with `key=` for dropout.
+        - `batch`: from [`gddim_eqx.training.DenoisingLoss.noised`][].
+        - `args`: passed to the model.
+
+        **Returns:** an array of shape `(batch,)`, at least in single precision.
+        """
+        return jax.vmap(lambda sample: self._of_one(model, sample, args))(batch)
+
+    def _of_one(self, model, sample, args):
+        _, t, u, noise, weight, key = sample
+        keyed = model if key is None else lambda t, u, args: model(t, u, args, key=key)
+        flow = ProbabilityFlow(self.process, keyed, self.predicts, self.factor)
+        if self.weighting in ("noise", "likelihood"):
+            error = jtu.tree_map(jnp.subtract, flow.noise(t, u, args), noise)
+            if self.weighting == "likelihood":
+                whitening = self.process.factor(t).inverse() @ self.process.diffusion(t)
+                error = apply(whitening.transpose(), error)
+        else:
+            prediction = flow._predict(t, u, args)[2]
+            error = jtu.tree_map(jnp.subtract, prediction, self._target(flow, sample))
+        squares = [x.astype(t.dtype) ** 2 for x in jtu.tree_leaves(error)]
+        loss = weight * jnp.mean(jnp.stack([x.mean() for x in squares]))
+        if callable(self.weighting):
+            loss = loss * jnp.asarray(self.weighting(t), t.dtype)
+        return loss
+
+    def _target(self, flow, sample):
+        """What should be predicted, in the basis of states."""
+        if self.predicts == "data":
+            # Not from `u`, which late in the process holds almost nothing of the data.
+            scale = self.process.data_scale
+            return jtu.tree_map(lambda x: x / scale, self.process.encode(sample.x))
+        if self.predicts == "noise" and self.factor == "R":
+            return sample.noise
+        target = flow.prediction(sample.t, sample.u, sample.noise)
+        return self.process.from_data(target)
+
+
+def _no_model(t, u, args):
+    raise NotImplementedError

@@ -1,0 +1,92 @@
+from collections.abc import Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+
+class Placement(eqx.Module):
+    """Which devices hold what: a part of the batch each, and either all parameters or a
+    part of them too.
+
+    With `shard_parameters` the parameters, their average and the optimiser's state are
+    divided over the devices, each array along its longest axis that divides evenly
+    (FSDP, ZeRO stage 3). XLA gathers a layer's parameters when it needs them. Choose it
+    for models that do not fit one device; it costs communication.
+    """
+
+    mesh: Mesh = eqx.field(static=True)
+    shard_parameters: bool = eqx.field(static=True)
+
+    def __init__(
+        self, devices: Sequence[Any] | None = None, shard_parameters: bool = False
+    ):
+        """**Arguments:**
+
+        - `devices`: to use; by default all, of all processes.
+        - `shard_parameters`: whether each device holds a part of the parameters only.
+        """
+        devices = jax.devices() if devices is None else devices
+        self.mesh = Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
+        self.shard_parameters = shard_parameters
+
+    @property
+    def batch(self) -> NamedSharding:
+        """The sharding of arrays with a leading axis for the samples."""
+        return NamedSharding(self.mesh, PartitionSpec("data"))
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """The sharding of arrays that every device holds."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def divide(self, batch: PyTree) -> Any:
+        """Inside of `jax.jit`, have each device work on its part of a batch."""
+        return jax.lax.with_sharding_constraint(batch, self.batch)
+
+    def check_batch(self, size: int) -> None:
+        """**Raises:** `ValueError` for a batch that cannot be divided evenly."""
+        if size % self.mesh.size:
+            raise ValueError(
+                f"A batch of {size} cannot be divided over {self.mesh.size} devices. Use "
+                f"{size - size % self.mesh.size or self.mesh.size} or another multiple of "
+                f"{self.mesh.size}."
+            )
+
+    def of(self, tree: PyTree) -> Any:
+        """The sharding of every array of a training state.
+
+        **Arguments:**
+
+        - `tree`: of arrays, or of their shapes. Other leaves get `None`.
+        """
+        return jtu.tree_map(self._of_array, tree)
+
+    def _of_array(self, x: Any) -> NamedSharding | None:
+        if not eqx.is_array(x) and not isinstance(x, jax.ShapeDtypeStruct):
+            return None
+        axes = [n for n, size in enumerate(x.shape) if size % self.mesh.size == 0]
+        if not self.shard_parameters or not axes or 0 in x.shape:
+            return self.replicated
+        longest = max(axes, key=lambda n: x.shape[n])
+        return NamedSharding(self.mesh, PartitionSpec(*[None] * longest, "data"))
+
+    def put(self, tree: PyTree) -> Any:
+        """Put every array of a training state where it belongs, outside of `jax.jit`.
+
+        **Arguments:**
+
+        - `tree`: the same on all processes.
+        """
+        arrays, rest = eqx.partition(tree, eqx.is_array)
+        return eqx.combine(jax.device_put(arrays, self.of(arrays)), rest)
+
+    def constrain(self, tree: PyTree) -> Any:
+        """The same inside of `jax.jit`."""
+        arrays, rest = eqx.partition(tree, eqx.is_array)
+        arrays = jax.lax.with_sharding_constraint(arrays, self.of(arrays))
+        return eqx.combine(arrays, rest)

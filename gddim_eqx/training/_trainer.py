@@ -1,0 +1,232 @@
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from .._check import check_count
+from .._custom_types import Key
+from ._loss import DenoisingLoss
+from ._sharding import Placement
+
+
+class TrainState(eqx.Module):
+    """Everything that training changes, and the key of all its randomness."""
+
+    model: PyTree
+    """The model, with its current parameters."""
+    average: PyTree
+    """The running average of the parameters; `None` in place of everything else."""
+    optimiser: PyTree
+    """The state of the optimiser."""
+    step: Int[Array, ""]
+    """How many steps were done."""
+    key: Key
+    """What is random in step n follows from this and n."""
+
+    @property
+    def averaged(self) -> Any:
+        """The model with the running average of its parameters, to sample with."""
+        return eqx.combine(self.average, self.model)
+
+
+class Metrics(eqx.Module):
+    """What a step measured."""
+
+    loss: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+    """The global norm, before it is clipped."""
+
+
+class Trainer(eqx.Module):
+    """How a model is trained: a loss, an optimiser, and an average of the parameters.
+
+    A step is a function of the state and a batch:
+
+    ```python
+    trainer = Trainer(DenoisingLoss(process))
+    state = trainer.init(model, jax.random.key(0))
+    state, metrics = trainer.step(state, images)
+    ```
+
+    What is random in it depends on the state's key and the number of the step alone: not
+    on how many devices there are, nor on whether training was interrupted.
+    """
+
+    loss: DenoisingLoss
+    optimiser: optax.GradientTransformation = eqx.field(static=True)
+    average_decay: float = eqx.field(static=True)
+    debias: bool = eqx.field(static=True)
+    accumulate: int = eqx.field(static=True)
+    prepare: Callable | None = eqx.field(static=True)
+    placement: Placement | None
+
+    def __init__(
+        self,
+        loss: DenoisingLoss,
+        optimiser: optax.GradientTransformation | None = None,
+        *,
+        average_decay: float = 0.9999,
+        debias: bool = False,
+        accumulate: int = 1,
+        prepare: Callable | None = None,
+        placement: Placement | None = None,
+    ):
+        """**Arguments:**
+
+        - `loss`: what to minimise.
+        - `optimiser`: by default [`gddim_eqx.training.adam`][] as in the paper.
+        - `average_decay`: the share of the running average that stays at a step.
+        - `debias`: whether the initial parameters have no part in the average, by the
+            correction that Adam makes for its moments. Without, as in the authors' code,
+            the average starts there, which `average_decay**n` of it still is after n
+            steps.
+        - `accumulate`: in how many parts to compute the gradient of a batch, one after the
+            other, for less memory. The result is the same up to rounding.
+        - `prepare`: called as `prepare(key, batch)` on the whole batch, for example
+            [`gddim_eqx.training.Augmentation`][].
+        - `placement`: which devices hold what; by default one device holds all.
+
+        **Raises:** `ValueError` for numbers out of range.
+        """
+        if not 0 <= average_decay < 1:
+            raise ValueError(f"`average_decay` must be in [0, 1); got {average_decay}.")
+        check_count("accumulate", accumulate)
+        self.loss = loss
+        self.optimiser = adam() if optimiser is None else optimiser
+        self.average_decay, self.debias = average_decay, debias
+        self.accumulate, self.prepare, self.placement = accumulate, prepare, placement
+
+    def init(self, model: PyTree, key: Key) -> TrainState:
+        """The state before the first step.
+
+        **Arguments:**
+
+        - `model`: whose floating-point arrays are the parameters.
+        - `key`: a random key, for all of training.
+        """
+        parameters = eqx.filter(model, eqx.is_inexact_array)
+        # Of its own memory, as a step gives its input's memory away.
+        copied = jtu.tree_map(lambda x: x.copy() if eqx.is_array(x) else x, model)
+        average = jtu.tree_map(jnp.copy, parameters)
+        optimiser = self.optimiser.init(parameters)
+        state = TrainState(
+            copied, average, optimiser, jnp.zeros((), jnp.int32), jnp.copy(key)
+        )
+        return state if self.placement is None else self.placement.put(state)
+
+    def step(
+        self, state: TrainState, batch: PyTree, args: Any = None
+    ) -> tuple[TrainState, Metrics]:
+        """One step, compiled. The memory of `state` is used for the result, so that it
+        cannot be used again.
+
+        **Arguments:**
+
+        - `state`: from `init`, or from the step before.
+        - `batch`: data, `(batch, *shape)`; or what `prepare` makes that of.
+        - `args`: passed to the model.
+
+        **Returns:** the new state, and what was measured.
+
+        **Raises:** `ValueError` for a batch that does not divide into `accumulate` parts,
+        or over the devices.
+        """
+        return _step((self, batch, args), state)
+
+    def _step(self, state, batch, args):
+        key = jr.fold_in(state.key, state.step)
+        prepare_key, loss_key = jr.split(key)
+        x = batch if self.prepare is None else self.prepare(prepare_key, batch)
+        noised = self.loss.noised(loss_key, x)
+        parameters, static = eqx.partition(state.model, eqx.is_inexact_array)
+
+        def mean_loss(parameters, noised):
+            model = eqx.combine(parameters, static)
+            return self.loss(model, noised, args).mean()
+
+        loss, gradient = self._gradient(mean_loss, parameters, noised)
+        if self.placement is not None:
+            gradient = self.placement.constrain(gradient)
+        metrics = Metrics(loss, optax.tree.norm(gradient))
+        # Optax mixes integers with floats.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, optimiser = self.optimiser.update(
+                gradient, state.optimiser, parameters
+            )
+        parameters = eqx.apply_updates(parameters, updates)
+        model, step = eqx.combine(parameters, static), state.step + 1
+        change = 1 - self.average_decay
+        if self.debias:
+            change = change / (1 - self.average_decay ** step.astype(jnp.float32))
+        average = jtu.tree_map(
+            lambda old, new: old + jnp.asarray(change, old.dtype) * (new - old),
+            state.average,
+            parameters,
+        )
+        state = TrainState(model, average, optimiser, step, state.key)
+        if self.placement is not None:
+            state = self.placement.constrain(state)
+        return state, metrics
+
+    def _gradient(self, mean_loss, parameters, noised):
+        value_and_gradient = jax.value_and_grad(mean_loss)
+        number = self.accumulate
+        size = noised.x.shape[0]
+        if self.placement is not None:
+            self.placement.check_batch(size)
+            noised = self.placement.divide(noised)
+        if number == 1:
+            return value_and_gradient(parameters, noised)
+        if size % number:
+            raise ValueError(
+                f"A batch of {size} cannot be divided into `accumulate={number}` equal "
+                "parts."
+            )
+        # Every `number`-th sample, so that each device has its share of each part.
+        parts = jtu.tree_map(
+            lambda x: jnp.moveaxis(x.reshape(-1, number, *x.shape[1:]), 1, 0), noised
+        )
+
+        def add(total, part):
+            if self.placement is not None:
+                part = self.placement.divide(part)
+            return jtu.tree_map(jnp.add, total, value_and_gradient(parameters, part)), None
+
+        zero = jax.eval_shape(value_and_gradient, parameters, noised)
+        zero = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), zero)
+        total, _ = jax.lax.scan(add, zero, parts)
+        return jtu.tree_map(lambda x: x / number, total)
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _step(fixed, state):
+    trainer, batch, args = fixed
+    return trainer._step(state, batch, args)
+
+
+def adam(
+    learning_rate: float = 2e-4,
+    warmup: int = 5000,
+    clip: float = 1.0,
+    **options: Any,
+) -> optax.GradientTransformation:
+    """Adam as the paper has it: with the gradient clipped and the learning rate rising
+    from 0 at first (Table 4, and the authors' configurations).
+
+    **Arguments:**
+
+    - `learning_rate`: after the warm-up.
+    - `warmup`: the number of steps in which it rises; 0 for none.
+    - `clip`: the greatest global norm of a gradient.
+    - `options`: of `optax.adam`.
+    """
+    schedule = (
+        optax.linear_schedule(0.0, learning_rate, warmup) if warmup else learning_rate
+    )
+    return optax.chain(optax.clip_by_global_norm(clip), optax.adam(schedule, **options))

@@ -1,0 +1,405 @@
+"""The loss, the steps of training, and how they are divided over devices."""
+
+import functools as ft
+import re
+
+import equinox as eqx
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import optax
+import pytest
+
+import gddim_eqx as gd
+from gddim_eqx.training import (
+    adam,
+    DenoisingLoss,
+    ImportanceTimes,
+    Placement,
+    StratifiedTimes,
+    Trainer,
+    UniformTimes,
+)
+from gddim_eqx.training._trainer import _step
+
+from .helpers import max_difference, processes
+
+
+def _dense(process, operator):
+    """One sample's operator as a matrix over all components and coordinates."""
+    n, shape = process.num_components, process.shape
+    columns = np.eye(n * int(np.prod(shape)))
+    state = lambda c: gd._state.join_components(
+        [jnp.asarray(part.reshape(shape)) for part in np.split(c, n)]
+    )
+    join = lambda u: np.concatenate([np.ravel(leaf) for leaf in jtu.tree_leaves(u)])
+    return np.stack([join(operator.mv(state(c))) for c in columns], axis=1)
+
+
+# What a model should predict for one data point, by dense linear algebra.
+
+
+def _quantities(process, x, t, u):
+    t0, t = jnp.asarray(0.0), jnp.asarray(t)
+    dense = ft.partial(_dense, process)
+    join = lambda u: np.concatenate([np.ravel(leaf) for leaf in jtu.tree_leaves(u)])
+    mean = dense(process.transition(t, t0)) @ join(process.encode(x))
+    root = dense(process.factor(t))
+    noise = np.linalg.solve(root, join(u) - mean)
+    return dict(
+        noise=noise,
+        data=join(process.encode(x)) / process.data_scale,
+        score=-np.linalg.solve(root @ root.T, join(u) - mean),
+        velocity=np.diag(dense(process.transition(t, t0))) * process.data_scale * noise
+        - np.diag(root) * join(process.encode(x)) / process.data_scale,
+        whitened=dense(process.diffusion(t)).T @ np.linalg.inv(root).T,
+    )
+
+
+def _state(process, vector):
+    parts = np.split(np.asarray(vector), process.num_components)
+    parts = [jnp.asarray(part.reshape(process.shape)) for part in parts]
+    return process.to_data(gd._state.join_components(parts))
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("name", processes)
+def test_loss_is_of_the_difference_to_what_should_be_predicted(name):
+    process = processes[name]()
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, *process.shape)))
+    targets = ["noise", "data", "score"]
+    if process.num_components == 1:
+        targets.append("velocity")
+    for predicts in targets:
+        loss = DenoisingLoss(process, predicts, times=UniformTimes(0.2))
+        batch = loss.noised(jr.key(1), x)
+        for i in range(3):
+            sample = jtu.tree_map(lambda leaf: leaf[i : i + 1], batch)
+            right = _quantities(
+                process, x[i], batch.t[i], jtu.tree_map(lambda y: y[i], batch.u)
+            )
+            size = len(right["noise"])
+            model = lambda t, u, args, error=0.0: _state(process, right[predicts] + error)
+            assert float(loss(model, sample)[0]) < 1e-18
+            error = np.linspace(-1, 2, size)
+            got = loss(ft.partial(model, error=error), sample)[0]
+            # The basis is orthonormal, so it does not matter for squares.
+            np.testing.assert_allclose(got, np.mean(error**2), rtol=1e-9)
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("name", ("vp", "cld", "bdm"))
+def test_weightings(name):
+    process = processes[name]()
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(1, *process.shape)))
+    batch = DenoisingLoss(process, times=UniformTimes(0.2)).noised(jr.key(1), x)
+    right = _quantities(process, x[0], batch.t[0], jtu.tree_map(lambda y: y[0], batch.u))
+    noise = right["noise"] + rng.normal(size=right["noise"].shape)
+    first = lambda tree: jtu.tree_map(lambda y: y[0], tree)
+
+    def model(predicts):
+        flow = gd.ProbabilityFlow(process, lambda t, u, args: u, predicts)
+        state = process.from_data(_state(process, noise))
+        return lambda t, u, args: flow.prediction(batch.t[0], first(batch.u), state)
+
+    error = noise - right["noise"]
+    expected = dict(
+        noise=np.mean(error**2), likelihood=np.mean((right["whitened"] @ error) ** 2)
+    )
+    for weighting, value in expected.items():
+        for predicts in ("noise", "data", "score"):
+            loss = DenoisingLoss(process, predicts, weighting=weighting)
+            got = loss(model(predicts), batch)
+            np.testing.assert_allclose(got, [value], rtol=1e-7)
+    loss = DenoisingLoss(process, weighting=lambda t: 3 * t)
+    got = loss(model("noise"), batch)
+    np.testing.assert_allclose(got, 3 * batch.t * expected["noise"], rtol=1e-7)
+
+
+@pytest.mark.x64
+def test_noise_in_the_frame_of_the_cholesky_factor():
+    process = gd.CLD((2,))
+    loss = DenoisingLoss(process, factor="cholesky", times=UniformTimes(0.2))
+    x = jnp.asarray([[0.5, -1.0]])
+    batch = loss.noised(jr.key(0), x)
+    t, first = batch.t[0], lambda tree: jtu.tree_map(lambda y: y[0], tree)
+    mean = process.transition(t, jnp.asarray(0.0)).mv(process.encode(x[0]))
+    rest = jtu.tree_map(jnp.subtract, first(batch.u), mean)
+    noise = process.cholesky(t).inverse().mv(rest)
+    assert float(loss(lambda t, u, args: noise, batch)[0]) < 1e-18
+    other = process.factor(t).inverse().mv(rest)
+    assert float(loss(lambda t, u, args: other, batch)[0]) > 1e-2
+
+
+@pytest.mark.x64
+@hypothesis.given(
+    density=st.lists(st.floats(0.1, 10), min_size=1, max_size=6),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_times_are_weighted_by_their_density(density, seed):
+    times = ImportanceTimes(tuple(density))
+    where, weights = times.fractions(jr.key(seed), 4096, jnp.float32)
+    assert where.dtype == weights.dtype == jnp.float32
+    assert float(where.min()) >= 0 and float(where.max()) <= 1
+    for power in (0, 1, 2):
+        mean = float((where**power * weights).mean())
+        assert abs(mean - 1 / (power + 1)) < 5e-3
+    counts, _ = np.histogram(where, len(density), (0, 1))
+    np.testing.assert_allclose(counts / 4096, density / np.sum(density), atol=1e-3)
+
+
+def test_stratified_times_are_one_in_each_interval():
+    where, weights = StratifiedTimes().fractions(jr.key(0), 64, jnp.float32)
+    np.testing.assert_array_equal(np.floor(np.asarray(where) * 64), np.arange(64))
+    assert (weights == 1).all()
+    where, _ = UniformTimes().fractions(jr.key(0), 4096, jnp.float32)
+    assert abs(float(where.mean()) - 0.5) < 0.02
+    assert abs(float(where.std()) - 12**-0.5) < 0.02
+
+
+def test_times_lie_between_start_and_end():
+    process = gd.VP((2,))
+    for times, low, high in (
+        (UniformTimes(), 1e-5, 1.0),
+        (UniformTimes(0.3, 0.4), 0.3, 0.4),
+        (StratifiedTimes(0.3, 0.4), 0.3, 0.4),
+        (ImportanceTimes((1, 5), 0.3, 0.4), 0.3, 0.4),
+    ):
+        t = DenoisingLoss(process, times=times).noised(jr.key(0), jnp.zeros((512, 2))).t
+        low, high = (np.asarray(x, t.dtype) for x in (low, high))
+        assert low <= t.min() < low + 0.01 * (high - low) + 0.01
+        assert high - 0.01 * (high - low) - 0.01 < t.max() <= high
+
+
+# Steps
+
+
+def _points(key=0, **options):
+    network = gd.nn.TimeMLP(2, width=32, key=jr.key(key))
+    return gd.nn.NetworkModel(gd.VP((2,)), network)
+
+
+_data = lambda number: jr.normal(jr.key(9), (number, 2), jnp.float32) * 0.3 + 1
+
+
+def _train(trainer, model, steps, batch=16, put=lambda x: x):
+    state, losses = trainer.init(model, jr.key(1)), []
+    x = put(_data(batch))
+    for _ in range(steps):
+        state, metrics = trainer.step(state, x)
+        losses.append(float(metrics.loss))
+    return state, losses
+
+
+def test_training_finds_the_best_prediction():
+    # For normal data the best prediction of noise is linear.
+    process, std = gd.VP((2,)), 0.5
+    trainer = Trainer(
+        DenoisingLoss(process, times=StratifiedTimes()),
+        adam(3e-3, warmup=10),
+        average_decay=0.99,
+        debias=True,
+    )
+    state = trainer.init(_points(), jr.key(1))
+    for step in range(400):
+        x = std * jr.normal(jr.key(step), (256, 2), jnp.float32)
+        state, metrics = trainer.step(state, x)
+    exact = gd.GaussianMixture(jnp.zeros((1, 2)), std).model(process)
+    for t in (0.1, 0.3, 0.7):
+        u, t = jr.normal(jr.key(3), (256, 2)), jnp.asarray(t)
+        best, got = exact(t, u, None), state.averaged(t, u)
+        assert float(jnp.sqrt(jnp.mean((best - got) ** 2))) < 0.15
+    assert int(state.step) == 400 and bool(jnp.isfinite(metrics.gradient_norm))
+
+
+def test_a_step_is_that_of_optax():
+    trainer = Trainer(DenoisingLoss(gd.VP((2,))), optax.sgd(0.1), average_decay=0.75)
+    model, x = _points(), _data(8)
+    state, metrics = trainer.step(trainer.init(model, jr.key(1)), x)
+    loss_key = jr.split(jr.fold_in(jr.key(1), 0))[1]
+    mean = lambda model: trainer.loss(model, trainer.loss.noised(loss_key, x)).mean()
+    value, gradient = eqx.filter_value_and_grad(mean)(model)
+    np.testing.assert_allclose(metrics.loss, value, rtol=1e-5)
+    np.testing.assert_allclose(metrics.gradient_norm, optax.tree.norm(gradient), rtol=1e-5)
+    parameters = eqx.filter(model, eqx.is_inexact_array)
+    expected = jtu.tree_map(lambda p, g: p - 0.1 * g, parameters, gradient)
+    assert max_difference(eqx.filter(state.model, eqx.is_inexact_array), expected) < 1e-6
+    average = jtu.tree_map(lambda p, e: 0.75 * p + 0.25 * e, parameters, expected)
+    assert max_difference(state.average, average) < 1e-6
+
+
+@pytest.mark.parametrize("debias", (False, True))
+def test_average_is_the_weighted_mean_of_all_parameters(debias):
+    decay, steps = 0.6, 4
+    trainer = Trainer(
+        DenoisingLoss(gd.VP((2,))), optax.sgd(0.5), average_decay=decay, debias=debias
+    )
+    state = trainer.init(_points(), jr.key(1))
+    weight = lambda state: np.asarray(state.model.network.first.weight)
+    seen = [weight(state)]
+    for _ in range(steps):
+        state, _ = trainer.step(state, _data(8))
+        seen.append(weight(state))
+    weights = np.array([(1 - decay) * decay ** (steps - n) for n in range(steps + 1)])
+    weights[0] = 0 if debias else decay**steps
+    expected = np.tensordot(weights / weights.sum(), np.stack(seen), 1)
+    np.testing.assert_allclose(state.average.network.first.weight, expected, atol=1e-6)
+
+
+def test_the_paper_s_optimiser():
+    # Adam moves by the learning rate at first, whatever the gradient.
+    optimiser, parameters = adam(0.1, warmup=4), jnp.asarray([1.0, 1.0])
+    state = optimiser.init(parameters)
+    moves = []
+    for _ in range(6):
+        with jax.numpy_dtype_promotion("standard"):
+            update, state = optimiser.update(jnp.asarray([30.0, 40.0]), state, parameters)
+        moves.append(-float(update[0]))
+    np.testing.assert_allclose(moves, 0.1 * np.array([0, 0.25, 0.5, 0.75, 1, 1]), rtol=1e-4)
+    # Clipped to norm 1.
+    np.testing.assert_allclose(
+        state[1][0].mu, (1 - 0.9**6) * np.array([0.6, 0.8]), rtol=1e-5
+    )
+
+
+def test_parts_of_a_batch_give_the_same_gradient():
+    make = lambda n: Trainer(DenoisingLoss(gd.VP((2,))), adam(1e-2, 0), accumulate=n)
+    (one, first), (four, second) = (_train(make(n), _points(), 5) for n in (1, 4))
+    np.testing.assert_allclose(first, second, rtol=1e-5)
+    assert max_difference(one.average, four.average) < 1e-5
+
+
+def test_dropout_and_noise_are_others_in_each_step():
+    network = gd.nn.NCSNpp(
+        (8, 8, 1),
+        features=8,
+        multipliers=(1,),
+        num_blocks=1,
+        attention=(),
+        dropout=0.5,
+        init_scale=1.0,
+        key=jr.key(0),
+    )
+    process = gd.VP((8, 8, 1))
+    model = gd.nn.NetworkModel(process, network)
+    x = jnp.zeros((4, 8, 8, 1), jnp.float32)
+    losses = []
+    for dropout in (False, True, True):
+        loss = DenoisingLoss(process, dropout=dropout)
+        trainer = Trainer(loss, optax.sgd(0.0))
+        state = trainer.init(model, jr.key(len(losses) // 2))
+        row = []
+        for _ in range(2):
+            state, metrics = trainer.step(state, x)
+            row.append(float(metrics.loss))
+        losses.append(row)
+    assert len({*losses[0], *losses[1], *losses[2]}) == 6
+
+
+# Devices
+
+_eight = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
+
+
+def _network(features=8):
+    process = gd.CLD((8, 8, 1))
+    network = gd.nn.presets.small((8, 8, 2), key=jr.key(0), features=features)
+    return gd.nn.NetworkModel(process, network)
+
+
+def _sharded(number, shard_parameters=False, **options):
+    placement = Placement(jax.devices()[:number], shard_parameters)
+    loss = DenoisingLoss(gd.VP((2,)), times=StratifiedTimes())
+    return Trainer(loss, adam(1e-2, 2), placement=placement, **options)
+
+
+@_eight
+def test_the_same_losses_on_any_number_of_devices():
+    plain = Trainer(DenoisingLoss(gd.VP((2,)), times=StratifiedTimes()), adam(1e-2, 2))
+    _, expected = _train(plain, _points(), 10)
+    for number, shard, parts in (
+        (1, False, 1),
+        (2, False, 1),
+        (4, True, 1),
+        (8, False, 2),
+        (8, True, 1),
+    ):
+        trainer = _sharded(number, shard, accumulate=parts)
+        put = lambda x: jax.device_put(x, trainer.placement.batch)
+        state, losses = _train(trainer, _points(), 10, put=put)
+        # Sums over the batch are in another order, and ten steps let that grow.
+        np.testing.assert_allclose(losses, expected, rtol=1e-5)
+        shardings = trainer.placement.of(eqx.filter(state, eqx.is_array))
+        for leaf, sharding in zip(
+            jtu.tree_leaves(eqx.filter(state, eqx.is_array)), jtu.tree_leaves(shardings)
+        ):
+            assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
+@_eight
+def test_a_part_of_the_parameters_on_each_device():
+    bytes_of = lambda state: sum(
+        leaf.addressable_shards[0].data.nbytes
+        for leaf in jtu.tree_leaves((state.average, state.optimiser))
+    )
+    whole, parts = (
+        _sharded(8, shard).init(_points(), jr.key(0)) for shard in (False, True)
+    )
+    # All arrays but scalars and the output's bias divide by eight.
+    assert bytes_of(parts) < 0.14 * bytes_of(whole)
+    state, _ = _sharded(8, True).step(parts, _data(16))
+    assert bytes_of(state) < 0.14 * bytes_of(whole)
+
+
+def _collectives(trainer, model, x):
+    state = trainer.init(model, jr.key(0))
+    x = jax.device_put(x, trainer.placement.batch)
+    text = _step.lower((trainer, x, None), state).compile().compiled.as_text()
+    names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    return re.findall(rf" ({names})(?:-start)?\(", text)
+
+
+@_eight
+@pytest.mark.x64
+def test_sums_over_devices_and_no_gathered_batch():
+    for model, x in ((_points(), _data(16)), (_network(), jnp.zeros((8, 8, 8, 1)))):
+        process = model.process
+        trainer = Trainer(DenoisingLoss(process), placement=Placement())
+        assert set(_collectives(trainer, model, x)) == {"all-reduce"}
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: Trainer(DenoisingLoss(gd.VP((2,))), average_decay=1.0), "got 1.0"),
+        (lambda: Trainer(DenoisingLoss(gd.VP((2,))), accumulate=0), "`accumulate` must be"),
+        (lambda: DenoisingLoss(gd.VP((2,)), weighting="snr"), "`weighting` must be one"),
+        (lambda: DenoisingLoss(gd.CLD((2,)), "velocity"), "predicts='velocity'"),
+        (lambda: DenoisingLoss(gd.VP((2,)), times=0.5), "`times` must be times"),
+        (lambda: DenoisingLoss(gd.VP((2,)), times=UniformTimes(0.5, 2.0)), "in .0, 1.0"),
+        (lambda: UniformTimes(0.0), "Need 0 < `start`"),
+        (lambda: StratifiedTimes(0.5, 0.4), "Need 0 < `start`"),
+        (lambda: ImportanceTimes((1.0, 0.0)), "`density` must hold positive"),
+        (lambda: ImportanceTimes(()), "`density` must hold positive"),
+        (
+            lambda: _train(Trainer(DenoisingLoss(gd.VP((3,)))), _points(), 1),
+            r"shape \(\*batch, 3\)",
+        ),
+        (
+            lambda: _train(Trainer(DenoisingLoss(gd.VP((2,))), accumulate=3), _points(), 1),
+            "A batch of 16 cannot be divided into `accumulate=3`",
+        ),
+        (
+            lambda: Placement(jax.devices()[:2]).check_batch(5),
+            "A batch of 5 cannot be divided over 2 devices. Use 4",
+        ),
+    ],
+)
+def test_bad_input_is_refused(call, message, without_type_checks):
+    with pytest.raises(ValueError, match=message):
+        call()
