@@ -2,6 +2,7 @@ import importlib.metadata
 
 from . import (
     checkpoints as checkpoints,
+    datasets as datasets,
     nn as nn,
     solvers as solvers,
     training as training,

@@ -1,7 +1,7 @@
 import abc
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import equinox as eqx
@@ -336,7 +336,7 @@ def check_process(process: object) -> None:
         )
 
 
-def as_shape(shape: tuple[int, ...] | int) -> tuple[int, ...]:
+def as_shape(shape: Sequence[int] | int) -> tuple[int, ...]:
     """A data shape as a tuple of Python integers."""
     try:
         return tuple(map(operator.index, shape if isinstance(shape, Iterable) else [shape]))

@@ -19,7 +19,7 @@ def load_authors(
     path: str | Path,
     config: Mapping[str, Any] | Callable[..., NCSNpp] | NCSNpp,
     *,
-    size: tuple[int, int] | None = None,
+    size: int | tuple[int, int] | None = None,
 ) -> NCSNpp:
     """Read a checkpoint of the authors' code.
 
@@ -31,12 +31,13 @@ def load_authors(
     - `config`: which network it is: one of [`gddim_eqx.nn.presets`][]; or the authors'
         configuration as a mapping (`config.to_dict()` of theirs), whole or its entry
         `model` alone; or a network, whose parameters are not used.
-    - `size`: the height and width of images, for a configuration without `image_size`.
-        By default it is found from where the checkpoint has attention; where that leaves
-        a choice, 32x32 is preferred.
+    - `size`: of images, one number or height and width, for a configuration without
+        `image_size`. By default it is found from where the checkpoint has attention; where
+        that leaves a choice, 32x32 is preferred.
 
     **Returns:** the network with the running averages of its parameters, in single
-    precision. It predicts noise with respect to `factor="R"`. The rest of the training
+    precision. It predicts noise with respect to `factor="R"`; if the configuration has
+    `mixed_score`, give that to [`gddim_eqx.nn.NetworkModel`][]. The rest of the training
     state, such as the optimiser's, is not read.
 
     **Raises:** `ValueError` for a file that is no such checkpoint, or is of another
@@ -48,15 +49,16 @@ def load_authors(
     if isinstance(config, NCSNpp):
         network = config
     elif isinstance(config, Mapping):
-        network = _from_config(_model_entries(config), arrays, size)
+        network = _from_config(_model_entries(config), path, arrays, size)
     elif callable(config):
         network = eqx.filter_eval_shape(config, key=jax.random.key(0))
     else:
         network = None
     if not isinstance(network, NCSNpp):
         raise ValueError(
-            "`config` must be a mapping, an `NCSNpp` or a function that makes one, such as "
-            f"`gddim_eqx.nn.presets.cifar10_cld`; got {config!r}."
+            "`config` must be a mapping (of a `ConfigDict`, its `to_dict()`), an `NCSNpp`, "
+            "or a function that makes one, such as `gddim_eqx.nn.presets.cifar10_cld`; got "
+            f"{type(config).__name__}."
         )
     if network.embedding is None:
         # The authors' networks have frequencies even if they do not see the time.
@@ -87,7 +89,7 @@ def load_authors(
 
 
 _FREQUENCIES = "GaussianFourierProjection_0/W"
-_other = "The checkpoint is of another network than `config`."
+_other = "The checkpoint is of another network than `config`, or another `size`."
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -257,7 +259,10 @@ def _model_entries(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_config(
-    config: Mapping[str, Any], arrays: dict[str, np.ndarray], size: tuple[int, int] | None
+    config: Mapping[str, Any],
+    path: Path,
+    arrays: dict[str, np.ndarray],
+    size: int | tuple[int, int] | None,
 ) -> NCSNpp:
     """The network, without values, that a configuration of the authors' means."""
     # The authors' code does not tell cases apart in these.
@@ -291,7 +296,7 @@ def _from_config(
         options["embedding"] = None
     kernel = arrays.get("Conv_0/kernel")
     if kernel is None or kernel.ndim != 4:
-        raise ValueError(f"The checkpoint has no convolution Conv_0/kernel. {_other}")
+        raise ValueError(f"{path}: there is no convolution 'Conv_0/kernel'. {_other}")
 
     def network(height: int, width: int) -> NCSNpp:
         heights = [height // 2**i for i in range(len(options["multipliers"]))]
@@ -301,13 +306,14 @@ def _from_config(
         )
         return eqx.filter_eval_shape(make, key=jax.random.key(0))
 
-    if size is None and "image_size" in config:
-        size = (config["image_size"], config["image_size"])
+    if size is None:
+        size = config.get("image_size")
     if size is not None:
-        return network(*size)
-    networks = [network(n, n) for n in (32, 64, 128, 256, 16, 8)]
-    fitting = (n for n in networks if _attends_as(n, arrays))
-    return next(fitting, networks[0])
+        return network(*((size, size) if isinstance(size, int) else size))
+    smallest = 2 ** (len(options["multipliers"]) - 1)
+    sizes = [n for n in (32, 64, 128, 256, 16, 8) if n % smallest == 0]
+    networks = [network(n, n) for n in sizes]
+    return next((n for n in networks if _attends_as(n, arrays)), networks[0])
 
 
 def _attends_as(network: NCSNpp, arrays: dict[str, np.ndarray]) -> bool:

@@ -49,6 +49,7 @@ class Positional(eqx.Module):
 
     def __call__(self, t: Inexact[Array, ""]) -> Inexact[Array, " features"]:
         half = self.size // 2
-        exponents = jnp.arange(half, dtype=t.dtype) / (half - 1)
-        features = sines(t * jnp.exp(-math.log(10_000) * exponents))
+        # Rounded as in the authors' code: phases go up to 999.
+        rates = jnp.arange(half, dtype=t.dtype) * -(math.log(10_000) / (half - 1))
+        features = sines(t * jnp.exp(rates))
         return jnp.pad(features, (0, self.size % 2))

@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, Inexact
 
 from .._check import check_count
-from .._custom_types import Key
+from .._custom_types import Key, RealScalarLike
 from .._process import as_shape
 from ._embedding import Fourier, Positional
 from ._layers import (
@@ -268,7 +268,7 @@ class NCSNpp(eqx.Module):
 
     def __call__(
         self,
-        t: Inexact[Array, ""],
+        t: RealScalarLike,
         x: Inexact[Array, "height width channels"],
         *,
         key: Key | None = None,
@@ -296,11 +296,11 @@ class NCSNpp(eqx.Module):
         )
         return jnp.moveaxis(network._run(h, embedding, key), 0, -1).astype(x.dtype)
 
-    def _embed(self, t: Inexact[Array, ""]) -> Float[Array, " size"] | None:
+    def _embed(self, t: RealScalarLike) -> Float[Array, " size"] | None:
         if self.time_features is None or self.time_layers is None:
             return None
         first, second = self.time_layers
-        label = 999 * t.astype(first.weight.dtype)
+        label = 999 * jnp.asarray(t, first.weight.dtype)
         if self.embedding == "fourier":
             label = jnp.log(label)
         return second(jax.nn.silu(first(self.time_features(label))))

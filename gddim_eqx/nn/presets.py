@@ -52,7 +52,14 @@ def celeba_cld(*, key: Key, dtype=None, checkpoint: bool = False) -> NCSNpp:
     )
 
 
-def small(shape: Sequence[int], *, key: Key, features: int = 32) -> NCSNpp:
+def small(
+    shape: Sequence[int],
+    *,
+    key: Key,
+    features: int = 32,
+    dtype=None,
+    checkpoint: bool = False,
+) -> NCSNpp:
     """A small network for images of 8x8 to 32x32, which trains on a CPU in minutes.
 
     **Arguments:**
@@ -60,6 +67,7 @@ def small(shape: Sequence[int], *, key: Key, features: int = 32) -> NCSNpp:
     - `shape`: of the input: `(height, width, channels)`, height and width even.
     - `key`: a random key, for the initial parameters.
     - `features`: the number of channels at full resolution.
+    - `dtype`, `checkpoint`: as in [`gddim_eqx.nn.NCSNpp`][].
     """
     return NCSNpp(
         shape,
@@ -71,7 +79,21 @@ def small(shape: Sequence[int], *, key: Key, features: int = 32) -> NCSNpp:
         progressive_input="none",
         dropout=0.0,
         key=key,
+        dtype=dtype,
+        checkpoint=checkpoint,
     )
+
+
+def mlp(shape: Sequence[int], *, key: Key, width: int = 512) -> TimeMLP:
+    """A network for images of 8x8, which trains on a CPU faster than `small`.
+
+    **Arguments:**
+
+    - `shape`: of the input: `(height, width, channels)`.
+    - `key`: a random key, for the initial parameters.
+    - `width`: of the layers.
+    """
+    return TimeMLP(shape, key=key, width=width, depth=3)
 
 
 def points(size: int, *, key: Key) -> TimeMLP:

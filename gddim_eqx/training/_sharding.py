@@ -90,3 +90,12 @@ class Placement(eqx.Module):
         arrays, rest = eqx.partition(tree, eqx.is_array)
         arrays = jax.lax.with_sharding_constraint(arrays, self.of(arrays))
         return eqx.combine(arrays, rest)
+
+    def gather(self, tree: PyTree) -> Any:
+        """Outside of `jax.jit`, have every process hold all of a tree, on its first device
+        and for itself. All processes must call this."""
+        arrays, rest = eqx.partition(tree, eqx.is_array)
+        arrays = jax.jit(lambda x: x, out_shardings=self.replicated)(arrays)
+        here = jax.local_devices()[0]
+        local = jtu.tree_map(lambda x: jax.device_put(x.addressable_data(0), here), arrays)
+        return eqx.combine(local, rest)

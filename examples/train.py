@@ -1,0 +1,400 @@
+"""Train a diffusion model: on one CPU core, on GPUs, or on many machines.
+
+    python examples/train.py digits
+    python examples/train.py digits --steps 500 --output runs/short
+    python examples/train.py cifar10-cld --data.directory cifar-10-batches-py
+
+The first argument is a preset; all that it sets can be changed by the options that follow.
+In the output directory it writes checkpoints, the measured loss as lines of JSON, pictures
+of samples, and at the end `model.npz` for `gddim_eqx.checkpoints.load`.
+
+Run it again and it goes on where it stopped, with the same result as if it had not. On
+several machines, or processes, give each `--processes.coordinator`, `--processes.number`
+and `--processes.index`.
+"""
+
+import contextlib
+import dataclasses
+import math
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import tyro
+
+import gddim_eqx as gd
+from gddim_eqx.training import (
+    adam,
+    Augmentation,
+    Batches,
+    Checkpoints,
+    DenoisingLoss,
+    fit,
+    JSONLines,
+    Placement,
+    StratifiedTimes,
+    Trainer,
+    TrainState,
+    UniformTimes,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What to train on."""
+
+    name: Literal["rings", "digits", "fashion_mnist", "cifar10", "folder"]
+    directory: Path | None = None
+    """Where its files are. Rings and digits need none."""
+    size: int | None = None
+    """For a folder of images: the size to bring them to."""
+    crop: int | None = None
+    """For a folder of images: how much of the centre to keep before; CELEBA: 140."""
+    flip: bool = False
+    """Mirror every other image."""
+    dequantise: bool = False
+    """Add noise that fills the levels of pixels. The paper does not."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """What to train."""
+
+    name: Literal["points", "mlp", "small", "cifar10_cld", "cifar10_bdm", "celeba_cld"]
+    bfloat16: bool = False
+    """Compute in bfloat16. Parameters stay in single precision."""
+    checkpoint: bool = False
+    """Compute values within blocks twice, for less memory."""
+    mixed_score: bool = False
+    """For CLD: add the noise of the velocity alone to the prediction."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimiser:
+    """Adam, and the running average of parameters."""
+
+    learning_rate: float = 2e-4
+    warmup: int = 5000
+    """The number of steps in which the learning rate rises."""
+    clip: float = 1.0
+    """The greatest norm of a gradient."""
+    average_decay: float = 0.9999
+    debias: bool = False
+    """Give the initial parameters no part in the average."""
+    accumulate: int = 1
+    """In how many parts to compute the gradient of a batch, for less memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """For training by several processes together."""
+
+    coordinator: str | None = None
+    """Address and port of the first, as 10.0.0.1:1234."""
+    number: int | None = None
+    index: int | None = None
+    timeout: int = 100
+    """After how many seconds without a sign of life the others end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    data: Data
+    network: Network
+    process: Literal["vp", "sub_vp", "ve", "cld", "bdm"]
+    steps: int
+    """How many to train in all."""
+    batch_size: int = 128
+    """Over all devices."""
+    optimiser: Optimiser = Optimiser()
+    predicts: Literal["noise", "data", "score", "velocity"] = "noise"
+    times: Literal["uniform", "stratified"] = "uniform"
+    """How to draw times: independently, or one in each of equal intervals."""
+    weighting: Literal["prediction", "noise", "likelihood"] = "prediction"
+    shard_parameters: bool = False
+    """Divide parameters over devices too."""
+    seed: int = 0
+    processes: Processes = Processes()
+    output: Path | None = None
+    """By default `runs/`, and the name of the preset."""
+    save_every: int = 1000
+    keep: int = 2
+    """How many checkpoints to keep."""
+    log_every: int = 100
+    samples_every: int = 5000
+    """How often to draw samples; 0 for never."""
+    tensorboard: bool = False
+    """Write what is measured for TensorBoard too (`pip install tensorboardX`)."""
+    wandb: str | None = None
+    """A project of Weights & Biases to write to (`pip install wandb`)."""
+
+
+_paper = Optimiser()
+
+PRESETS = {
+    "toy": (
+        "Five rings in the plane under CLD: a minute on a CPU.",
+        Config(
+            Data("rings"),
+            Network("points"),
+            "cld",
+            steps=10_000,
+            batch_size=1024,
+            optimiser=Optimiser(2e-3, warmup=500, average_decay=0.99, debias=True),
+            times="stratified",
+            samples_every=2000,
+        ),
+    ),
+    "digits": (
+        "Scans of digits, 8x8, under CLD: minutes on a CPU.",
+        Config(
+            Data("digits"),
+            Network("small"),
+            "cld",
+            steps=1500,
+            batch_size=64,
+            optimiser=Optimiser(2e-3, warmup=100, average_decay=0.995, debias=True),
+            times="stratified",
+            save_every=250,
+            samples_every=500,
+        ),
+    ),
+    "fashion-mnist": (
+        "Fashion-MNIST, 28x28, under CLD.",
+        Config(
+            Data("fashion_mnist", flip=True),
+            Network("small"),
+            "cld",
+            steps=50_000,
+            optimiser=Optimiser(1e-3, warmup=1000, average_decay=0.999, debias=True),
+            times="stratified",
+        ),
+    ),
+    "cifar10-cld": (
+        "CIFAR10 under CLD, with the values of the paper's Table 4.",
+        Config(
+            Data("cifar10", flip=True),
+            Network("cifar10_cld"),
+            "cld",
+            steps=1_000_000,
+            save_every=10_000,
+        ),
+    ),
+    "cifar10-bdm": (
+        "CIFAR10 under BDM, with the values of the paper's Table 4.",
+        Config(
+            Data("cifar10", flip=True),
+            Network("cifar10_bdm"),
+            "bdm",
+            steps=1_000_000,
+            save_every=10_000,
+        ),
+    ),
+    "celeba-cld": (
+        "CELEBA, 64x64, under CLD, with the values of the paper's Table 4.",
+        Config(
+            Data("folder", size=64, crop=140, flip=True),
+            Network("celeba_cld"),
+            "cld",
+            steps=150_000,
+            optimiser=Optimiser(average_decay=0.999),
+            save_every=10_000,
+        ),
+    ),
+}
+
+
+def load(data: Data) -> np.ndarray:
+    if data.name in ("rings", "digits"):
+        return getattr(gd.datasets, data.name)()
+    if data.name == "fashion_mnist" and data.directory is None:
+        return gd.datasets.fashion_mnist()
+    if data.directory is None:
+        raise ValueError(f"{data.name} is read from files: give `--data.directory`.")
+    if data.name == "folder":
+        return gd.datasets.folder(data.directory, data.size, data.crop)
+    return getattr(gd.datasets, data.name)(data.directory)
+
+
+def make_model(config: Config, shape: tuple[int, ...], key) -> gd.nn.NetworkModel:
+    process = {"vp": gd.VP, "sub_vp": gd.SubVP, "ve": gd.VE, "cld": gd.CLD, "bdm": gd.BDM}[
+        config.process
+    ](shape)
+    network, options = config.network, {}
+    input_shape = (*shape[:-1], process.num_components * shape[-1])
+    if network.name in ("points", "mlp"):
+        if network.bfloat16 or network.checkpoint:
+            raise ValueError(f"{network.name} has no `bfloat16` and no `checkpoint`.")
+    else:
+        options = dict(
+            dtype=jnp.bfloat16 if network.bfloat16 else None, checkpoint=network.checkpoint
+        )
+    make = getattr(gd.nn.presets, network.name)
+    if network.name == "points":
+        made = make(math.prod(input_shape), key=key)
+    elif network.name in ("mlp", "small"):
+        made = make(input_shape, key=key, **options)
+    else:
+        made = make(key=key, **options)
+    if made.shape != input_shape:
+        raise ValueError(
+            f"{network.name} is for inputs of shape {made.shape}, but {config.data.name} "
+            f"under {config.process} gives {input_shape}."
+        )
+    return gd.nn.NetworkModel(process, made, network.mixed_score)
+
+
+def draw(path: Path, loss: DenoisingLoss, model: Any, number: int = 64) -> None:
+    """Draw samples, by 20 evaluations of the model."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    key, predicts = jr.key(0), loss.predicts
+    x = gd.sample(loss.process, model, key, number, num_steps=20, predicts=predicts).x
+    x = np.asarray(x)
+    figure, axis = plt.subplots(figsize=(4, 4), layout="constrained")
+    if x.ndim == 2:
+        axis.scatter(*x.T, s=2)
+        axis.set(aspect="equal", xlim=(-3, 3), ylim=(-3, 3))
+    else:
+        side = math.isqrt(number)
+        x = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-1)
+        rows = x.reshape(side, side, *x.shape[1:]).swapaxes(1, 2)
+        grid = rows.reshape(side * x.shape[1], side * x.shape[2], -1).clip(-1, 1)
+        axis.imshow((grid + 1) / 2, cmap="gray", vmin=0, vmax=1)
+        axis.axis("off")
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+@contextlib.contextmanager
+def tensorboard(directory: Path):
+    from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
+
+    with SummaryWriter(str(directory)) as writer:
+        yield lambda step, metrics: [
+            writer.add_scalar(name, value, step) for name, value in metrics.items()
+        ]
+
+
+@contextlib.contextmanager
+def wandb(project: str, config: dict[str, Any]):
+    import wandb  # pyright: ignore[reportMissingImports]
+
+    with wandb.init(project=project, config=config) as run:
+        yield lambda step, metrics: run.log(metrics, step=step)
+
+
+def train(config: Config) -> TrainState:
+    x = load(config.data)
+    placement = Placement(shard_parameters=config.shard_parameters)
+    batches = Batches(x, config.batch_size, config.seed, placement)
+    model_key, train_key = jr.split(jr.key(config.seed))
+    model = make_model(config, x.shape[1:], model_key)
+    process, first = model.process, jax.process_index() == 0
+    times = {"uniform": UniformTimes(), "stratified": StratifiedTimes()}[config.times]
+    loss = DenoisingLoss(
+        process,
+        config.predicts,
+        times=times,
+        weighting=config.weighting,
+        dropout=isinstance(model.network, gd.nn.NCSNpp) and model.network.dropout > 0,
+    )
+    optimiser = config.optimiser
+    trainer = Trainer(
+        loss,
+        adam(optimiser.learning_rate, optimiser.warmup, optimiser.clip),
+        average_decay=optimiser.average_decay,
+        debias=optimiser.debias,
+        accumulate=optimiser.accumulate,
+        prepare=Augmentation(config.data.flip, config.data.dequantise),
+        placement=placement,
+    )
+    state = trainer.init(model, train_key)
+    output = config.output
+    assert output is not None
+    # What may change when a run goes on is left out.
+    names = ("data", "network", "process", "batch_size", "optimiser", "predicts", "times")
+    names = (*names, "weighting", "seed")
+    kept = {name: to_json(getattr(config, name)) for name in names}
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            Checkpoints(output / "checkpoints", kept, config.keep)
+        )
+        done = max(checkpoints.steps, default=0)
+        if first and done:
+            print(f"Going on from step {done} in {output}.")
+        logs: list[Any] = []
+        if first:
+            logs.append(stack.enter_context(JSONLines(output / "metrics.jsonl", done)))
+            if config.tensorboard:
+                logs.append(stack.enter_context(tensorboard(output / "tensorboard")))
+            if config.wandb is not None:
+                logs.append(stack.enter_context(wandb(config.wandb, to_json(config))))
+
+        def samples(state):
+            model = placement.gather(state.averaged)
+            if first:
+                path = output / "samples" / f"{int(state.step):07d}.png"
+                draw(path, loss, model)
+
+        every = config.samples_every
+        state = fit(
+            trainer,
+            state,
+            batches,
+            config.steps,
+            checkpoints=checkpoints,
+            save_every=config.save_every,
+            logs=logs,
+            log_every=config.log_every,
+            callbacks=[(every, samples)] if every else [],
+        )
+    model, done = placement.gather(state.averaged), int(state.step)
+    if first and done < config.steps:
+        print(f"Stopped at step {done}. Run the same again to go on.")
+    elif first:
+        path = output / "model.npz"
+        gd.checkpoints.save(path, gd.ProbabilityFlow(process, model, config.predicts))
+        print(f"The model: {path}")
+    return state
+
+
+def to_json(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {k: to_json(v) for k, v in dataclasses.asdict(value).items()}
+    if isinstance(value, dict):
+        return {k: to_json(v) for k, v in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    config = tyro.extras.overridable_config_cli(
+        PRESETS, description=__doc__, args=arguments
+    )
+    if config.output is None:
+        config = dataclasses.replace(config, output=Path("runs") / arguments[0])
+    several = config.processes
+    if several.coordinator is not None:
+        jax.distributed.initialize(
+            several.coordinator,
+            several.number,
+            several.index,
+            heartbeat_timeout_seconds=several.timeout,
+        )
+    try:
+        train(config)
+    except (ValueError, ImportError, OSError, FloatingPointError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()

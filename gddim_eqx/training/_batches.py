@@ -1,0 +1,134 @@
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Float, Num
+
+from .._check import check_count
+from .._custom_types import Key
+from .._likelihood import dequantise
+from ._sharding import Placement
+
+
+class Batches:
+    """Batches of data in memory, in another random order in each epoch.
+
+    Batch n is a function of the seed and of n, so that no position needs to be saved: to
+    go on after n steps is to ask for batch n. It is the same on any number of devices, of
+    which each is given its part, and of processes, of which each reads what its devices
+    need. Every sample comes once in each epoch; a batch may hold the end of one and the
+    beginning of the next.
+
+    This is why there is no library for loading data here: one that streams from disk has
+    a position to save, and gives another order for another number of processes.
+    """
+
+    def __init__(
+        self,
+        data: np.ndarray,
+        batch_size: int,
+        seed: int = 0,
+        placement: Placement | None = None,
+    ):
+        """**Arguments:**
+
+        - `data`: an array of shape `(number, *shape)`; `numpy.memmap` will do.
+        - `batch_size`: over all devices and processes.
+        - `seed`: of the order.
+        - `placement`: over which devices to divide; by default JAX's first.
+
+        **Raises:** `ValueError` for no data, or a batch that does not divide over devices.
+        """
+        check_count("batch_size", batch_size)
+        if np.ndim(data) < 1 or len(data) == 0:
+            raise ValueError(
+                f"`data` must hold samples; got an array of shape {np.shape(data)}."
+            )
+        if placement is not None:
+            placement.check_batch(batch_size)
+        self.data, self.batch_size, self.seed = data, batch_size, seed
+        self.placement = placement
+        self._orders: dict[int, np.ndarray] = {}
+
+    def indices(self, n: int) -> np.ndarray:
+        """Which samples are in batch n, counted from 0."""
+        number = len(self.data)
+        places = np.arange(n * self.batch_size, (n + 1) * self.batch_size)
+        epochs, within = np.divmod(places, number)
+        indices = np.empty(self.batch_size, np.int64)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            indices[chosen] = self._order(int(epoch))[within[chosen]]
+        return indices
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
+            random = np.random.default_rng([self.seed, epoch])
+            self._orders[epoch] = random.permutation(len(self.data))
+        return self._orders[epoch]
+
+    def __getitem__(self, n: int) -> Array:
+        """Batch n, on its devices."""
+        indices = self.indices(n)
+        if self.placement is None:
+            return jax.device_put(self.data[indices])
+
+        def rows(part):
+            # Only the first axis is divided.
+            return self.data[indices[part[0]]]
+
+        shape = (self.batch_size, *self.data.shape[1:])
+        return jax.make_array_from_callback(shape, self.placement.batch, rows)
+
+    def since(self, n: int, ahead: int = 2) -> Generator[Array, None, None]:
+        """Batches n, n + 1 and so on without end, read by a thread while others are used.
+
+        **Arguments:**
+
+        - `n`: the first.
+        - `ahead`: how many to have ready.
+        """
+        with ThreadPoolExecutor(1) as pool:
+            ready = [pool.submit(self.__getitem__, n + i) for i in range(ahead)]
+            n += ahead
+            try:
+                while True:
+                    yield ready.pop(0).result()
+                    ready.append(pool.submit(self.__getitem__, n))
+                    n += 1
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+class Augmentation(eqx.Module):
+    """From images as they are stored to what models are trained on, on the device.
+
+    Integers, from 0 to 255, become numbers in [-1, 1]; numbers stay as they are.
+
+    **Arguments:**
+
+    - `flip`: whether to mirror every other image, at random.
+    - `dequantise`: whether to add noise that fills the levels of integers, as in
+        [`gddim_eqx.dequantise`][]. The paper does not.
+    """
+
+    flip: bool = eqx.field(default=False, static=True)
+    dequantise: bool = eqx.field(default=False, static=True)
+
+    def __call__(
+        self, key: Key, x: Num[Array, "batch *shape"]
+    ) -> Float[Array, "batch *shape"]:
+        flip_key, noise_key = jr.split(key)
+        if self.flip:
+            flipped = jr.bernoulli(flip_key, shape=(len(x), *[1] * (x.ndim - 1)))
+            x = jnp.where(flipped, jnp.flip(x, -2), x)
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        if self.dequantise:
+            return dequantise(noise_key, x, dtype=jnp.float32)
+        return x.astype(jnp.float32) / 127.5 - 1

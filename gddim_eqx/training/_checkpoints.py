@@ -1,0 +1,244 @@
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+
+from ._trainer import TrainState
+
+
+class Checkpoints:
+    """The states of a training run in a directory, kept by Orbax: saved while training
+    goes on, whole or not at all, by all processes together.
+
+    Needs Orbax (`pip install "gddim_eqx[train]"`).
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        config: Mapping[str, Any],
+        keep: int = 3,
+        keep_every: int | None = None,
+    ):
+        """**Arguments:**
+
+        - `directory`: made if there is none.
+        - `config`: what makes the run what it is, as JSON can hold it. A run goes on only
+            with the config that it began with.
+        - `keep`: how many of the latest to keep.
+        - `keep_every`: also keep those of multiples of this step, for ever.
+
+        **Raises:** `ValueError` if the directory holds a run with another config.
+        """
+        ocp = _orbax()
+        self.directory = Path(directory).absolute()
+        if self.directory.exists() and not self.directory.is_dir():
+            raise ValueError(f"{self.directory} is a file; checkpoints need a directory.")
+        self.config = json.loads(json.dumps(config))
+        policies = ocp.checkpoint_managers.preservation_policy
+        policy = policies.LatestN(keep)
+        if keep_every is not None:
+            policy = policies.AnyPreservationPolicy(
+                [policy, policies.EveryNSteps(keep_every)]
+            )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy, cleanup_tmp_directories=True
+        )
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=options,
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "about": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of which there is a checkpoint."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState) -> None:
+        """Save a state, of which there is no checkpoint yet, in the background.
+
+        **Arguments:**
+
+        - `state`: whose arrays may be used again as soon as this returns.
+
+        **Raises:** `OSError` if this or the save before it failed. What was saved earlier
+        is still there.
+        """
+        ocp, step = _orbax(), int(state.step)
+        if step in self._manager.all_steps():
+            return
+        arrays = {name: _plain(x) for name, x in _named(state).items()}
+        about = {"config": self.config, "sums": _as_numbers(_sums(arrays))}
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)
+        )
+        self._attempt(lambda: self._manager.save(step, args=items))
+
+    def restore(self, state: TrainState, step: int | None = None) -> TrainState:
+        """The state of a step.
+
+        **Arguments:**
+
+        - `state`: one of the same trainer, for instance new from `init`: where its arrays
+            are placed, those of the result are, on however many devices saved them.
+        - `step`: by default the latest.
+
+        **Raises:** `ValueError` if there is none, if it is damaged, or if it is of another
+        config or another network. It names the first array that does not fit.
+        """
+        ocp, steps = _orbax(), self.steps
+        step = max(steps, default=None) if step is None else step
+        if step not in steps:
+            raise ValueError(
+                f"{self.directory} has no checkpoint of step {step}; it has {steps}."
+            )
+        folder = self.directory / str(step)
+        try:
+            about = self._manager.restore(
+                step, args=ocp.args.Composite(about=ocp.args.JsonRestore())
+            )["about"]
+            config, sums = about["config"], about["sums"]
+            saved = self._manager.item_metadata(step)["state"]
+            saved = {name: tuple(x.shape) for name, x in saved.items()}
+        except Exception as error:
+            raise _damaged(folder, error) from error
+        self._check_config(config, folder)
+        wanted = _named(state)
+        for name, x in wanted.items():
+            shape = _plain(x).shape
+            if saved.get(name) != shape:
+                found = f"of shape {saved[name]}" if name in saved else "not there"
+                raise ValueError(
+                    f"{folder}: the array {name} is {found}, where this network and "
+                    f"optimiser need shape {shape}."
+                )
+        for name in saved:
+            if name not in wanted:
+                raise ValueError(f"{folder} has an array {name}, which has no place.")
+        abstract = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            for name, x in ((name, _plain(x)) for name, x in wanted.items())
+        }
+        try:
+            arrays = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            )["state"]
+            for name, value in _as_numbers(_sums(arrays)).items():
+                if value != sums[name]:
+                    raise ValueError(f"the array {name} is not what was saved")
+        except Exception as error:
+            raise _damaged(folder, error) from error
+        values = [
+            jr.wrap_key_data(arrays[name], impl=jr.key_impl(x))
+            if _is_key(x)
+            else arrays[name]
+            for name, x in wanted.items()
+        ]
+        dynamic, static = eqx.partition(state, eqx.is_array)
+        dynamic = jtu.tree_unflatten(jtu.tree_structure(dynamic), values)
+        return eqx.combine(dynamic, static)
+
+    def _check_config(self, config: Any, folder: Path) -> None:
+        if config != self.config:
+            names = sorted({*config, *self.config}, key=str)
+            absent = "absent"
+            differences = [
+                f"{name}: {config.get(name, absent)!r} there, "
+                f"{self.config.get(name, absent)!r} here"
+                for name in names
+                if config.get(name, absent) != self.config.get(name, absent)
+            ]
+            raise ValueError(
+                f"{folder} was saved with another config ({'; '.join(differences)}). Use "
+                "that one, or another directory."
+            )
+
+    def wait(self) -> None:
+        """Wait until what was to be saved is. **Raises:** `OSError` if it could not be."""
+        self._attempt(self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _attempt(self, function):
+        try:
+            return function()
+        except Exception as error:
+            raise OSError(
+                f"Could not save to {self.directory}: {error}. Is the disk full? The "
+                f"checkpoints of steps {self.steps} are whole; start again to go on from "
+                "the last."
+            ) from error
+
+
+def _orbax():
+    try:
+        import orbax.checkpoint as ocp
+    except ImportError as error:
+        raise ImportError(
+            "To save the state of training, install `gddim_eqx[train]`."
+        ) from error
+    return ocp
+
+
+def _damaged(folder: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{folder} cannot be read: {error}. If it is damaged, delete it to go on from the "
+        "checkpoint before."
+    )
+
+
+def _named(state: TrainState) -> dict[str, jax.Array]:
+    leaves = jtu.tree_leaves_with_path(eqx.filter(state, eqx.is_array))
+    return {jtu.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _is_key(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _plain(x: jax.Array) -> jax.Array:
+    return jr.key_data(x) if _is_key(x) else x
+
+
+def _as_numbers(arrays: dict[str, jax.Array]) -> dict[str, int]:
+    return {name: int(x) for name, x in arrays.items()}
+
+
+@jax.jit
+def _sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """A number for each array that changes with each of its bits, as neither Orbax nor
+    the format of its files sees a bit that changed on the disk. Of integers, so that it
+    is the same however arrays are divided over devices."""
+    return {name: _sum(x) for name, x in arrays.items()}
+
+
+def _sum(x: jax.Array) -> jax.Array:
+    if x.dtype == bool:
+        words = x.astype(jnp.uint32)
+    else:
+        # Numbers of 8 bytes become two words, along a new axis.
+        unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+        words = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+    index = jnp.zeros(words.shape, jnp.uint32)
+    for axis, size in enumerate(words.shape):
+        place = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        index = index * jnp.uint32(size) + place
+    # Odd factors: no change of one word goes unseen.
+    return jnp.sum(words * (jnp.uint32(2654435761) * index | 1), dtype=jnp.uint32)

@@ -1,0 +1,212 @@
+import contextlib
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from .._check import check_count
+from ._batches import Batches
+from ._checkpoints import Checkpoints
+from ._trainer import Metrics, Trainer, TrainState
+
+
+# Called with the number of steps done and what was measured.
+Log = Callable[[int, dict[str, float]], Any]
+
+
+class JSONLines:
+    """Writes what is measured to a file, an object a line.
+
+    A run that goes on from a step first drops what was written after it, and a line that
+    was not finished.
+    """
+
+    def __init__(self, path: str | Path, since: int = 0):
+        """**Arguments:**
+
+        - `path`: of the file.
+        - `since`: how many steps are done.
+        """
+        path = Path(path)
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= since]
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial.write_text("".join(f"{line}\n" for line in kept))
+        partial.replace(path)
+        self._file = path.open("a")
+
+    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+class _Stop:
+    """Whether this process was asked to end, by SIGTERM, and the others with it."""
+
+    def __init__(self):
+        self._asked = False
+        # JAX listens to the signal itself where there are several processes.
+        self._several = jax.process_count() > 1
+        self._before: Any = None
+        self._listens = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self):
+        def ask(*_):
+            self._asked = True
+
+        if self._listens and not self._several:
+            self._before = signal.signal(signal.SIGTERM, ask)
+        return self
+
+    def __exit__(self, *_):
+        if self._listens and not self._several:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def __call__(self, step: int) -> bool:
+        if self._several:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._asked
+
+
+def fit(
+    trainer: Trainer,
+    state: TrainState,
+    batches: Batches,
+    num_steps: int,
+    *,
+    checkpoints: Checkpoints | None = None,
+    save_every: int = 1000,
+    logs: Sequence[Log] = (),
+    log_every: int = 100,
+    callbacks: Sequence[tuple[int, Callable[[TrainState], Any]]] = (),
+    progress: bool = True,
+) -> TrainState:
+    """Train until a number of steps is done.
+
+    If `checkpoints` holds some, training goes on from the latest, and comes to the same
+    parameters as if it had never stopped. On SIGTERM it saves and returns.
+
+    **Arguments:**
+
+    - `trainer`: how to train.
+    - `state`: from its `init`, or of a run to go on with.
+    - `batches`: what to train on.
+    - `num_steps`: to be done in all, those of `state` included.
+    - `checkpoints`: where to save.
+    - `save_every`: how many steps between two checkpoints. The last step is saved too.
+    - `logs`: called as `log(step, metrics)` with means since the last time, on the first
+        process only: `loss`, `gradient_norm` and `images_per_second`. For example
+        [`gddim_eqx.training.JSONLines`][].
+    - `log_every`: how many steps between two calls.
+    - `callbacks`: pairs of a number of steps and what to call with the state that often,
+        for example to draw samples. They run on all processes.
+    - `progress`: whether to show a progress bar. Needs tqdm.
+
+    **Returns:** the state. If its `step` is less than `num_steps`, a signal came.
+
+    **Raises:** `FloatingPointError` when the loss or its gradient is not finite. Such a
+    step is not saved. `OSError` if a checkpoint could not be saved.
+    """
+    check_count("save_every", save_every)
+    check_count("log_every", log_every)
+    if checkpoints is not None and checkpoints.steps:
+        state = checkpoints.restore(state)
+    start = done = int(state.step)
+    first = jax.process_index() == 0
+    measured: list[tuple[int, Metrics]] = []
+    totals: list[tuple[float, float]] = []
+    since, timed = time.perf_counter(), 0
+
+    def read(keep: int) -> None:
+        """Wait for all steps but the last few, and see whether they went well."""
+        while len(measured) > keep:
+            step, metrics = measured.pop(0)
+            loss, norm = float(metrics.loss), float(metrics.gradient_norm)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise FloatingPointError(
+                    f"In step {step} the loss is {loss} and its gradient has norm {norm}. "
+                    + _kept(checkpoints)
+                )
+            totals.append((loss, norm))
+
+    with contextlib.ExitStack() as stack:
+        if checkpoints is not None:
+            stack.callback(checkpoints.wait)
+        bar = stack.enter_context(_bar(num_steps, done)) if progress and first else None
+        stop = stack.enter_context(_Stop())
+        stream = stack.enter_context(contextlib.closing(batches.since(done)))
+        while done < num_steps:
+            state, metrics = trainer.step(state, next(stream))
+            done, timed = done + 1, timed + 1
+            measured.append((done, metrics))
+            if done == start + 1:
+                # Compilation does not count.
+                read(keep=0)
+                since, timed = time.perf_counter(), 0
+            # One step is being computed while Python prepares the next.
+            read(keep=1)
+            if bar is not None:
+                bar.update()
+            if done % log_every == 0 or done == num_steps:
+                read(keep=0)
+                losses, norms = map(np.mean, zip(*totals))
+                means = {"loss": float(losses), "gradient_norm": float(norms)}
+                if timed:
+                    rate = timed * batches.batch_size / (time.perf_counter() - since)
+                    means["images_per_second"] = rate
+                for log in logs if first else ():
+                    log(done, means)
+                if bar is not None:
+                    bar.set_postfix({name: f"{x:.4g}" for name, x in means.items()})
+                totals.clear()
+                since, timed = time.perf_counter(), 0
+            stopped = stop(done)
+            at_end = stopped or done == num_steps
+            if checkpoints is not None and (done % save_every == 0 or at_end):
+                read(keep=0)
+                checkpoints.save(state)
+            for every, callback in callbacks:
+                if done % every == 0:
+                    read(keep=0)
+                    callback(state)
+            if stopped:
+                break
+    return state
+
+
+def _kept(checkpoints: Checkpoints | None) -> str:
+    if checkpoints is None:
+        return "Nothing was saved."
+    checkpoints.wait()
+    steps = checkpoints.steps
+    if not steps:
+        return f"Nothing was saved in {checkpoints.directory} before."
+    return f"The checkpoint of step {max(steps)} in {checkpoints.directory} is from before."
+
+
+def _bar(total: int, initial: int):
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError(
+            "To show progress, install `gddim_eqx[train]`, or leave out `progress`."
+        ) from error
+    return tqdm(total=total, initial=initial, unit=" steps", mininterval=1)

@@ -1,0 +1,359 @@
+"""Training as a whole: data, checkpoints, what is written, and being stopped."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import pytest
+
+import gddim_eqx as gd
+from gddim_eqx.training import (
+    adam,
+    Augmentation,
+    Batches,
+    Checkpoints,
+    DenoisingLoss,
+    fit,
+    JSONLines,
+    Placement,
+    Trainer,
+)
+
+
+_eight = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
+_points = np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32)
+
+
+# Batches
+
+
+def test_every_sample_comes_once_in_each_epoch():
+    batches = Batches(np.arange(10), 4, seed=3)
+    order = np.concatenate([batches.indices(n) for n in range(5)])
+    for epoch in (order[:10], order[10:]):
+        assert sorted(epoch) == list(range(10))
+    assert (order[:10] != order[10:]).any()
+    # A function of seed and number, whatever was asked for before.
+    np.testing.assert_array_equal(Batches(np.arange(10), 4, seed=3).indices(4), order[16:])
+    assert (Batches(np.arange(10), 4, seed=4).indices(0) != order[:4]).any()
+
+
+def test_a_batch_may_be_larger_than_the_data():
+    indices = Batches(np.arange(3), 8).indices(1)
+    assert indices.shape == (8,) and set(indices) == {0, 1, 2}
+
+
+def test_batches_ahead_are_those_asked_for():
+    batches = Batches(_points, 6)
+    stream = batches.since(3)
+    for n in range(3, 9):
+        np.testing.assert_array_equal(next(stream), batches[n])
+    stream.close()
+
+
+@_eight
+def test_batches_are_divided_over_devices():
+    placement = Placement()
+    batches = Batches(_points, 16, placement=placement)
+    assert batches[2].sharding == placement.batch
+    np.testing.assert_array_equal(batches[2], Batches(_points, 16)[2])
+
+
+def test_images_become_numbers_from_minus_one_to_one():
+    pixels = jnp.arange(256, dtype=jnp.uint8).reshape(2, 8, 16, 1)
+    x = Augmentation()(jr.key(0), pixels)
+    assert x.dtype == jnp.float32 and x.min() == -1 and x.max() == 1
+    filled = Augmentation(dequantise=True)(jr.key(0), pixels)
+    levels = jnp.floor((filled + 1) * 128)
+    np.testing.assert_array_equal(levels, pixels.astype(jnp.float32))
+    points = jnp.asarray(_points)
+    np.testing.assert_array_equal(Augmentation()(jr.key(0), points), points)
+
+
+def test_half_of_the_images_are_mirrored():
+    images = jnp.asarray(
+        np.random.default_rng(0).integers(0, 256, (400, 4, 6, 3), np.uint8)
+    )
+    flipped = Augmentation(flip=True)(jr.key(0), images)
+    plain = Augmentation()(jr.key(0), images)
+    axes = (1, 2, 3)
+    as_they_were = (flipped == plain).all(axes)
+    mirrored = (flipped == plain[:, :, ::-1]).all(axes)
+    assert (as_they_were ^ mirrored).all() and 160 < int(mirrored.sum()) < 240
+
+
+# Fitting
+
+
+def _trainer(placement=None, **options):
+    process = gd.VP((2,))
+    model = gd.nn.NetworkModel(process, gd.nn.TimeMLP(2, width=16, key=jr.key(0)))
+    trainer = Trainer(
+        DenoisingLoss(process),
+        adam(1e-2, 2),
+        average_decay=0.9,
+        placement=placement,
+        **options,
+    )
+    return trainer, trainer.init(model, jr.key(1))
+
+
+def _fit(directory, steps, *, data=_points, config=None, placement=None, **options):
+    trainer, state = _trainer(placement)
+    batches = Batches(data, 8, placement=placement)
+    config = {"seed": 0} if config is None else config
+    with Checkpoints(directory, config, keep=2) as checkpoints:
+        return fit(
+            trainer,
+            state,
+            batches,
+            steps,
+            checkpoints=checkpoints,
+            progress=False,
+            **{"save_every": 4, **options},
+        )
+
+
+def _assert_equal(one, other):
+    for a, b in zip(*(jtu.tree_leaves(eqx.filter(s, eqx.is_array)) for s in (one, other))):
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jr.key_data(a), jr.key_data(b)
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Ten steps that nothing interrupted, and their checkpoints."""
+    directory = tmp_path_factory.mktemp("finished") / "checkpoints"
+    return _fit(directory, 10), directory
+
+
+class _Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", (1, 4, 7))
+def test_a_run_that_is_interrupted_comes_to_the_same(tmp_path, finished, at):
+    def die(state):
+        raise _Killed
+
+    with pytest.raises(_Killed):
+        _fit(tmp_path, 10, callbacks=[(at, die)])
+    _assert_equal(_fit(tmp_path, 10), finished[0])
+
+
+def test_a_finished_run_is_not_trained_on(finished):
+    state, directory = finished
+    _assert_equal(_fit(directory, 10), state)
+    assert int(state.step) == 10
+
+
+def test_the_latest_checkpoints_are_kept(finished):
+    with Checkpoints(finished[1], {"seed": 0}) as checkpoints:
+        assert checkpoints.steps == [8, 10]
+
+
+def test_some_checkpoints_are_kept_for_ever(tmp_path):
+    trainer, state = _trainer()
+    with Checkpoints(tmp_path, {}, keep=1, keep_every=4) as checkpoints:
+        options = dict(checkpoints=checkpoints, save_every=2, progress=False)
+        fit(trainer, state, Batches(_points, 8), 10, **options)
+        assert checkpoints.steps == [4, 8, 10]
+
+
+def test_a_signal_to_end_saves(tmp_path, finished):
+    before = signal.getsignal(signal.SIGTERM)
+    ask = lambda state: os.kill(os.getpid(), signal.SIGTERM)
+    state = _fit(tmp_path, 10, callbacks=[(5, ask)])
+    # It is seen at the end of the next step.
+    assert int(state.step) == 6
+    assert signal.getsignal(signal.SIGTERM) == before
+    _assert_equal(_fit(tmp_path, 10), finished[0])
+
+
+def test_a_loss_that_is_not_finite_stops_and_is_not_saved(tmp_path):
+    data = _points.copy()
+    data[Batches(data, 8).indices(4)[3]] = np.nan
+    # The same sample is not in a batch before.
+    assert not any(np.isnan(data[Batches(data, 8).indices(n)]).any() for n in range(4))
+    with pytest.raises(FloatingPointError, match="In step 5 the loss is nan.*of step 4 in"):
+        _fit(tmp_path, 10, data=data)
+    with Checkpoints(tmp_path, {"seed": 0}) as checkpoints:
+        assert checkpoints.steps == [4]
+    with pytest.raises(FloatingPointError, match="In step 5"):
+        _fit(tmp_path, 10, data=data, save_every=5)
+    trainer, state = _trainer()
+    with pytest.raises(FloatingPointError, match="Nothing was saved"):
+        fit(trainer, state, Batches(data, 8), 10, progress=False)
+
+
+def test_what_is_measured_is_written_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with JSONLines(path) as log:
+        _fit(tmp_path / "c", 6, logs=[log], log_every=2)
+    # A run that was killed after step 6, while it wrote.
+    path.write_text(path.read_text() + '{"step": 8, "loss": 1.0}\n{"step": 1')
+    with JSONLines(path, since=6) as log:
+        _fit(tmp_path / "c", 10, logs=[log], log_every=2)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10]
+    assert all(np.isfinite(line["loss"]) and line["gradient_norm"] > 0 for line in lines)
+    assert all(line["images_per_second"] > 0 for line in lines)
+
+
+def test_progress_is_shown(tmp_path, capsys):
+    trainer, state = _trainer()
+    fit(trainer, state, Batches(_points, 8), 3, log_every=1)
+    shown = capsys.readouterr().err
+    assert "3/3" in shown and "loss=" in shown and "images_per_second=" in shown
+
+
+# Checkpoints
+
+
+@_eight
+@pytest.mark.parametrize("number, shard", [(1, False), (2, True), (8, False), (8, True)])
+def test_a_checkpoint_is_read_on_another_number_of_devices(tmp_path, number, shard):
+    saved = _fit(tmp_path, 4, placement=Placement(jax.devices()[:4], True))
+    placement = Placement(jax.devices()[:number], shard)
+    _, new = _trainer(placement)
+    with Checkpoints(tmp_path, {"seed": 0}) as checkpoints:
+        restored = checkpoints.restore(new)
+    _assert_equal(restored, saved)
+    for old, leaf in zip(
+        *(jtu.tree_leaves(eqx.filter(s, eqx.is_array)) for s in (new, restored))
+    ):
+        assert leaf.sharding.is_equivalent_to(old.sharding, leaf.ndim)
+
+
+def _files(directory):
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+# Orbax leaves coroutines behind that its failed reads began.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", ("cut", "emptied", "lost", "flipped"))
+def test_a_damaged_checkpoint_is_never_read_as_another(tmp_path, finished, damage):
+    _, new = _trainer()
+    state, directory = finished
+    relative = [p.relative_to(directory) for p in _files(directory / "10")]
+    refused = 0
+    for name in relative:
+        copy = tmp_path / "copy"
+        shutil.copytree(directory, copy)
+        path = copy / name
+        content = path.read_bytes()
+        if damage == "cut":
+            path.write_bytes(content[: len(content) // 2])
+        elif damage == "emptied":
+            path.write_bytes(b"")
+        elif damage == "flipped":
+            middle = len(content) // 2
+            flipped = bytes([b ^ 0x55 for b in content[middle : middle + 1]])
+            path.write_bytes(content[:middle] + flipped + content[middle + 1 :])
+        else:
+            path.unlink()
+        try:
+            with Checkpoints(copy, {"seed": 0}) as checkpoints:
+                restored = checkpoints.restore(new, 10)
+            _assert_equal(restored, state)
+        except ValueError as error:
+            refused += 1
+            assert str(copy) in str(error)
+        shutil.rmtree(copy)
+    assert refused >= 3
+
+
+def test_a_checkpoint_of_another_run_is_refused(finished):
+    _, directory = finished
+    with pytest.raises(ValueError, match="another config .seed: 0 there, 1 here"):
+        _fit(directory, 12, config={"seed": 1})
+    with pytest.raises(ValueError, match="rate: 'absent' there, 0.1 here"):
+        _fit(directory, 12, config={"seed": 0, "rate": 0.1})
+    process = gd.VP((2,))
+    model = gd.nn.NetworkModel(process, gd.nn.TimeMLP(2, width=32, key=jr.key(0)))
+    for optimiser, message in (
+        (adam(1e-2, 2), r"model.network.* of shape .*where this network"),
+        (adam(1e-2, 0), "model.network.* of shape"),
+    ):
+        state = Trainer(DenoisingLoss(process), optimiser).init(model, jr.key(0))
+        with Checkpoints(directory, {"seed": 0}) as checkpoints:
+            with pytest.raises(ValueError, match=message):
+                checkpoints.restore(state)
+    trainer, _ = _trainer()
+    model = gd.nn.NetworkModel(process, gd.nn.TimeMLP(2, width=16, key=jr.key(0)))
+    other = Trainer(DenoisingLoss(process), adam(1e-2, 0)).init(model, jr.key(0))
+    with Checkpoints(directory, {"seed": 0}) as checkpoints:
+        with pytest.raises(ValueError, match="an array optimiser.*which has no place"):
+            checkpoints.restore(other)
+        with pytest.raises(ValueError, match=r"no checkpoint of step 3; it has \[8, 10\]"):
+            checkpoints.restore(other, 3)
+
+
+def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path):
+    # Files may not grow beyond 20 kB, as little as if there were no space.
+    script = f"""
+        import resource, signal, sys
+        sys.path.insert(0, {str(os.getcwd())!r})
+        import pathlib
+        from tests.test_fit import _fit
+        directory = pathlib.Path({str(tmp_path / "c")!r})
+        _fit(directory, 4)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))
+        try:
+            _fit(directory, 8)
+        except OSError as error:
+            print(error)
+            print(sorted(path.name for path in directory.iterdir()))
+    """
+    out = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert f"Could not save to {tmp_path / 'c'}" in out and "Is the disk full?" in out
+    assert "checkpoints of steps [4] are whole" in out
+    with Checkpoints(tmp_path / "c", {"seed": 0}) as checkpoints:
+        assert int(checkpoints.restore(_trainer()[1]).step) == 4
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: Batches(_points[:0], 4), r"must hold samples; got .* \(0, 2\)"),
+        (lambda: Batches(_points, 0), "`batch_size` must be a positive integer"),
+        (lambda: fit(*_trainer(), Batches(_points, 8), 1, log_every=0), "`log_every` must"),
+    ],
+)
+def test_bad_input_is_refused(call, message, without_type_checks):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@_eight
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="A batch of 12 cannot be divided over 8 devices"):
+        Batches(_points, 12, placement=Placement())
+
+
+def test_what_is_missing_is_said(monkeypatch, tmp_path):
+    for module, call in (
+        ("orbax.checkpoint", lambda: Checkpoints(tmp_path, {})),
+        ("tqdm", lambda: fit(*_trainer(), Batches(_points, 8), 1)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            with pytest.raises(ImportError, match=r"gddim_eqx\[train\]"):
+                call()
