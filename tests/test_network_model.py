@@ -9,7 +9,7 @@ import pytest
 
 import gddim_eqx as gd
 
-from .helpers import max_difference
+from .helpers import max_difference, processes
 
 
 def _network(t, x, key=None):
@@ -55,6 +55,40 @@ def test_a_mixed_score_adds_the_noise_of_the_velocity_alone():
     np.testing.assert_allclose(back.v, u.v, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", processes)
+def test_preconditioned_networks_only_add_to_normal_data(name):
+    process, std = processes[name](), 0.4
+    exact = gd.GaussianMixture(jnp.zeros((1, *process.shape)), std).model(process)
+    model = gd.nn.NetworkModel(
+        process, lambda t, x: jnp.zeros(process.shape, x.dtype), data_std=std
+    )
+    u = process.to_data(process.prior(jax.random.key(0), (2,)))
+    for t in (process.t_min, 0.3, process.t_max):
+        # In single precision a quotient of small numbers is not known better.
+        assert max_difference(model(t, u), exact(t, u, None)) < 1e-4
+
+
+@pytest.mark.parametrize("name", processes)
+def test_preconditioned_networks_predict_any_noise(name):
+    process, std = processes[name](), 0.4
+    x = jnp.asarray(np.random.default_rng(0).normal(size=process.shape))
+    for t in (0.01, 0.3, process.t_max):
+        t = jnp.asarray(t)
+        u, noise = process.perturb(jax.random.key(1), x, t)
+        # The mean and the variance of normal data given the state, from what is left of
+        # them in it, in units of the noise.
+        carried = process.transition(t, jnp.zeros_like(t)) * process.data_scale
+        share = (process.factor(t).inverse() @ carried).blocks[:, 0]
+        seen = jtu.tree_leaves(process.factor(t).inverse().mv(u))
+        variance = 1 / (1 / std**2 + (share**2).sum(0))
+        mean = variance * sum(a * y for a, y in zip(share, seen))
+        answer = (process.basis.forward(x) - mean) / jnp.sqrt(variance)
+        network = lambda t, x: process.basis.inverse(answer)
+        model = gd.nn.NetworkModel(process, network, data_std=std)
+        got = process.from_data(model(t, process.to_data(u)))
+        assert max_difference(got, noise) < (1e-6 if x.dtype == jnp.float64 else 5e-3)
+
+
 @pytest.mark.x64
 def test_sampling_with_a_network():
     process = gd.CLD((8, 8, 1))
@@ -67,10 +101,14 @@ def test_sampling_with_a_network():
 def test_bad_input_is_refused(without_type_checks):
     with pytest.raises(ValueError, match="`mixed_score` is for .*; got VP"):
         gd.nn.NetworkModel(gd.VP((2,)), _network, mixed_score=True)
+    with pytest.raises(ValueError, match="`mixed_score` or `data_std`, not both"):
+        gd.nn.NetworkModel(gd.CLD((2,)), _network, mixed_score=True, data_std=0.5)
+    with pytest.raises(ValueError, match="`data_std` must be positive; got 0"):
+        gd.nn.NetworkModel(gd.CLD((2,)), _network, data_std=0.0)
     with pytest.raises(ValueError, match="`network` must be callable; got 3"):
         gd.nn.NetworkModel(gd.VP((2,)), 3)
     model = gd.nn.NetworkModel(gd.VP((2,)), lambda t, x: x[:1])
-    with pytest.raises(ValueError, match=r"of shape \(2,\), like.*returned \(1,\)"):
+    with pytest.raises(ValueError, match=r"an array of shape \(2,\); it returned \(1,\)"):
         model(jnp.asarray(0.5), jnp.zeros((3, 2)))
     with pytest.raises(ValueError, match=r"must be an array of shape \(\*batch, 2\)"):
         eqx.filter_jit(model)(jnp.asarray(0.5), jnp.zeros((3, 3)))

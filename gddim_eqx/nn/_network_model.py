@@ -6,10 +6,18 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
+from jaxtyping import Array
 
 from .._custom_types import Args, Key, RealScalarLike, State
-from .._process import AbstractProcess, check_process, CLD
-from .._state import batch_axes, check_state, join_components, Phase
+from .._operator import apply, BlockLinearOperator
+from .._process import AbstractProcess, check_positive, check_process, CLD
+from .._state import (
+    batch_axes,
+    check_state,
+    coefficient_dtype,
+    join_components,
+    Phase,
+)
 
 
 class NetworkModel(eqx.Module):
@@ -23,23 +31,37 @@ class NetworkModel(eqx.Module):
     process: AbstractProcess
     network: Callable
     mixed_score: bool = eqx.field(static=True)
+    data_std: float | None = eqx.field(static=True)
 
     def __init__(
-        self, process: AbstractProcess, network: Callable, mixed_score: bool = False
+        self,
+        process: AbstractProcess,
+        network: Callable,
+        mixed_score: bool = False,
+        data_std: float | int | None = None,
     ):
         r"""**Arguments:**
 
         - `process`: the forward process.
         - `network`: called as `network(t, x)`, or as `network(t, x, key=key)` where a key
             is given for dropout, on the time and the joined components of one sample, of
-            shape `(*shape[:-1], num_components * shape[-1])`. It returns as much.
+            shape `(*shape[:-1], num_components * shape[-1])`. It returns as much; with
+            `data_std` it returns an array of the data's `shape`.
         - `mixed_score`: for [`gddim_eqx.CLD`][], whether $R_t^{-1} (0, v)$ is added to
             what the network returns, so that it has less to learn: the noise in the
             velocity if that were all there is. It predicts noise in the frame of $R_t$
             then. (The authors' code; Dockhorn et al. 2022 have the like for one
             component.)
+        - `data_std`: the standard deviation of the data, to precondition the network.
+            What it returns is then what the data are besides their mean given the state,
+            in units of their standard deviation given the state, if they were normal with
+            mean 0: a number of order 1 at all times. The noise in all components follows
+            from it, in the frame of $R_t$. (Karras et al. 2022 for VE; here for every
+            process.) A network learns faster so, as a mistake of it in pure noise does
+            not become a large one in the data.
 
-        **Raises:** `ValueError` for `mixed_score` with a process without velocity.
+        **Raises:** `ValueError` for `mixed_score` with a process without velocity, or with
+        `data_std`.
         """
         check_process(process)
         if not callable(network):
@@ -49,7 +71,13 @@ class NetworkModel(eqx.Module):
                 "`mixed_score` is for processes with a velocity, such as `CLD`; got "
                 f"{type(process).__name__}."
             )
+        if data_std is not None:
+            check_positive(data_std=data_std)
+            data_std = float(data_std)
+            if mixed_score:
+                raise ValueError("Give `mixed_score` or `data_std`, not both.")
         self.process, self.network, self.mixed_score = process, network, mixed_score
+        self.data_std = data_std
 
     def __call__(
         self, t: RealScalarLike, u: State, args: Args = None, *, key: Key | None = None
@@ -75,15 +103,42 @@ class NetworkModel(eqx.Module):
         else:
             keys = jr.split(key, x.shape[0])
             y = jax.vmap(lambda x, key: self.network(t, x, key=key))(x, keys)
-        if y.shape != x.shape:
+        number = process.num_components if self.data_std is None else 1
+        shape = (*process.shape[:-1], number * process.shape[-1])
+        if y.shape[1:] != shape:
             raise ValueError(
-                f"The network must return an array of shape {x.shape[1:]}, like its input; "
-                f"it returned {y.shape[1:]}."
+                f"The network must return an array of shape {shape}; it returned "
+                f"{y.shape[1:]}."
             )
-        parts = jnp.split(y, process.num_components, axis=-1)
-        noise = join_components([part.reshape(*batch, *process.shape) for part in parts])
+        parts = jnp.split(y, number, axis=-1)
+        parts = [part.reshape(*batch, *process.shape) for part in parts]
+        t = t.astype(coefficient_dtype(u))
+        if self.data_std is not None:
+            return self._noise(t, u, parts[0], self.data_std**2)
+        noise = join_components(parts)
         if not self.mixed_score:
             return noise
-        inverse = process.factor(t).inverse()
-        alone = inverse.mv(Phase(jnp.zeros_like(u.x), u.v))
+        alone = apply(process.factor(t).inverse(), Phase(jnp.zeros_like(u.x), u.v))
         return jtu.tree_map(jnp.add, noise, alone)
+
+    def _noise(self, t: Array, u: State, output: Array, variance: float) -> State:
+        process = self.process
+        root = process.factor(t)
+        carried = process.transition(t, jnp.zeros_like(t)) * process.data_scale
+        mean = carried.blocks[:, 0]
+        spread = variance * mean[:, None] * mean[None]
+        total = process.covariance(t) + _with_blocks(root, spread)
+        # What the noise would be if the data were their mean, given the state ...
+        noise = apply(root.T @ total.inverse(), process.from_data(u))
+        # ... and what the data's difference from it takes away.
+        share = root.inverse() @ carried
+        precision = 1 / variance + (share.blocks[:, 0] ** 2).sum(0)
+        share = _with_blocks(share, share.blocks / jnp.sqrt(precision)[None, None])
+        output = process.basis.forward(output)
+        rest = [jnp.zeros_like(output)] * (process.num_components - 1)
+        taken = apply(share, join_components([output, *rest]))
+        return process.to_data(jtu.tree_map(jnp.subtract, noise, taken))
+
+
+def _with_blocks(operator: BlockLinearOperator, blocks: Array) -> BlockLinearOperator:
+    return eqx.tree_at(lambda x: x.blocks, operator, blocks)

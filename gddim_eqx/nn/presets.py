@@ -54,6 +54,7 @@ def celeba_cld(*, key: Key, dtype=None, checkpoint: bool = False) -> NCSNpp:
 
 def small(
     shape: Sequence[int],
+    out_channels: int | None = None,
     *,
     key: Key,
     features: int = 32,
@@ -65,12 +66,14 @@ def small(
     **Arguments:**
 
     - `shape`: of the input: `(height, width, channels)`, height and width even.
+    - `out_channels`: by default as many as the input has.
     - `key`: a random key, for the initial parameters.
     - `features`: the number of channels at full resolution.
     - `dtype`, `checkpoint`: as in [`gddim_eqx.nn.NCSNpp`][].
     """
     return NCSNpp(
         shape,
+        out_channels,
         features=features,
         multipliers=(1, 2),
         num_blocks=1,
@@ -84,16 +87,24 @@ def small(
     )
 
 
-def mlp(shape: Sequence[int], *, key: Key, width: int = 512) -> TimeMLP:
+def mlp(
+    shape: Sequence[int],
+    out_channels: int | None = None,
+    *,
+    key: Key,
+    width: int = 512,
+) -> TimeMLP:
     """A network for images of 8x8, which trains on a CPU faster than `small`.
 
     **Arguments:**
 
     - `shape`: of the input: `(height, width, channels)`.
+    - `out_channels`: by default as many as the input has.
     - `key`: a random key, for the initial parameters.
     - `width`: of the layers.
     """
-    return TimeMLP(shape, key=key, width=width, depth=3)
+    channels = shape[-1] if out_channels is None else out_channels
+    return TimeMLP(shape, (*shape[:-1], channels), key=key, width=width, depth=3)
 
 
 def points(size: int, *, key: Key) -> TimeMLP:

@@ -181,9 +181,9 @@ class Checkpoints:
             return function()
         except Exception as error:
             raise OSError(
-                f"Could not save to {self.directory}: {error}. Is the disk full? The "
-                f"checkpoints of steps {self.steps} are whole; start again to go on from "
-                "the last."
+                f"Could not save to {self.directory}: {_brief(error)}. Is the disk full? "
+                f"The checkpoints of steps {self.steps} are whole; start again to go on "
+                "from the last."
             ) from error
 
 
@@ -199,9 +199,14 @@ def _orbax():
 
 def _damaged(folder: Path, error: Exception) -> ValueError:
     return ValueError(
-        f"{folder} cannot be read: {error}. If it is damaged, delete it to go on from the "
-        "checkpoint before."
+        f"{folder} cannot be read: {_brief(error)}. If it is damaged, delete it to go on "
+        "from the checkpoint before."
     )
+
+
+def _brief(error: Exception) -> str:
+    # TensorStore adds all its settings.
+    return str(error).split(" [tensorstore_spec=")[0].split("\n")[0]
 
 
 def _named(state: TrainState) -> dict[str, jax.Array]:

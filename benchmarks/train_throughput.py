@@ -1,0 +1,171 @@
+"""Images a second in training, against a minimal loop written by hand.
+
+The loop has the same network, loss, optimiser and average, and nothing else: no data
+order, no checks, no logs, no devices. `fit` has all of that. Both run by turns in one
+process for the speed, so that other work on the machine meets both, and each in a process
+of its own for the peak of memory.
+
+    python benchmarks/train_throughput.py
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import jax.tree_util as jtu
+import numpy as np
+import optax
+
+import gddim_eqx as gd
+from gddim_eqx.training import Augmentation, Batches, DenoisingLoss, fit, Trainer
+
+
+def make(case: str, dtype: str):
+    """The model, images and the size of a batch."""
+    key, random = jr.key(0), np.random.default_rng(0)
+    inside = jnp.bfloat16 if dtype == "bfloat16" else None
+    if case == "mlp":
+        shape, batch = (8, 8, 1), 256
+        network = gd.nn.presets.mlp((8, 8, 2), key=key)
+    elif case == "small":
+        shape, batch = (28, 28, 1), 16
+        network = gd.nn.presets.small((28, 28, 2), key=key, dtype=inside)
+    else:
+        shape, batch = (32, 32, 3), 128
+        network = gd.nn.presets.cifar10_cld(key=key, dtype=inside)
+    images = random.integers(0, 256, (1024, *shape), np.uint8)
+    return gd.nn.NetworkModel(gd.CLD(shape), network), images, batch
+
+
+class ByHand:
+    def __init__(self, model, images, batch):
+        process = model.process
+        optimiser = gd.training.adam()
+        parameters, static = eqx.partition(model, eqx.is_inexact_array)
+
+        def loss(parameters, x, key):
+            model = eqx.combine(parameters, static)
+            time_key, noise_key = jr.split(key)
+            t = 1e-5 + (1 - 1e-5) * jr.uniform(time_key, (batch,))
+            keys = jr.split(noise_key, batch)
+            u, noise = jax.vmap(process.perturb)(keys, x, t)
+            predicted = jax.vmap(model)(t, u)
+            squares = jtu.tree_map(lambda a, b: jnp.mean((a - b) ** 2), predicted, noise)
+            return (squares.x + squares.v) / 2
+
+        def step(parameters, average, state, x, key):
+            x = x.astype(jnp.float32) / 127.5 - 1
+            value, gradient = jax.value_and_grad(loss)(parameters, x, key)
+            updates, state = optimiser.update(gradient, state, parameters)
+            parameters = optax.apply_updates(parameters, updates)
+            average = jtu.tree_map(lambda a, p: a + 1e-4 * (p - a), average, parameters)
+            return parameters, average, state, value
+
+        # Of its own memory, which `step` gives away.
+        parameters, average = (jtu.tree_map(jnp.copy, parameters) for _ in range(2))
+        self.state = (parameters, average, optimiser.init(parameters))
+        self.step = jax.jit(step, donate_argnums=(0, 1, 2))
+        self.images, self.batch, self.done = images, batch, 0
+
+    def run(self, steps: int) -> None:
+        value = None
+        for n in range(self.done, self.done + steps):
+            start = n * self.batch % (len(self.images) - self.batch + 1)
+            x = jax.device_put(self.images[start : start + self.batch])
+            *self.state, value = self.step(*self.state, x, jr.fold_in(jr.key(1), n))
+        jax.block_until_ready(value)
+        self.done += steps
+
+
+class Ours:
+    def __init__(self, model, images, batch):
+        self.batches = Batches(images, batch)
+        self.trainer = Trainer(DenoisingLoss(model.process), prepare=Augmentation())
+        self.state, self.done = self.trainer.init(model, jr.key(1)), 0
+
+    def run(self, steps: int) -> None:
+        self.done += steps
+        self.state = fit(self.trainer, self.state, self.batches, self.done, progress=False)
+
+
+_ways = {"by hand": ByHand, "fit": Ours}
+
+
+def seconds(way, steps: int) -> float:
+    begin = time.perf_counter()
+    way.run(steps)
+    return time.perf_counter() - begin
+
+
+def peak_bytes() -> int:
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (device.memory_stats() or {})["peak_bytes_in_use"]
+
+
+def operations(ours: Ours) -> float:
+    """How many floating-point operations a step has, by the compiler's count."""
+    arguments = (ours.trainer, ours.batches[0], None)
+    jitted: Any = gd.training._trainer._step
+    step = jitted.lower(arguments, ours.state).compile()
+    return (step.compiled.cost_analysis() or {}).get("flops", float("nan"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--cases", nargs="*", default=["mlp", "small"])
+    parser.add_argument("--dtypes", nargs="*", default=["float32"])
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of a round, about")
+    parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory:
+        case, dtype, name = options.memory
+        _ways[name](*make(case, dtype)).run(5)
+        print(peak_bytes())
+        return
+    print(
+        "| network | inside | images a second | by hand | ratio | peak memory | by hand |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for case in options.cases:
+        for dtype in options.dtypes:
+            model, images, batch = make(case, dtype)
+            ways = {name: way(model, images, batch) for name, way in _ways.items()}
+            for way in ways.values():
+                way.run(3)
+            steps = max(2, round(options.seconds * 3 / seconds(ways["by hand"], 3)))
+            rounds = [
+                {name: seconds(way, steps) for name, way in ways.items()}
+                for _ in range(options.rounds)
+            ]
+            ratio = statistics.median(r["by hand"] / r["fit"] for r in rounds)
+            rate = {
+                name: batch * steps / statistics.median(r[name] for r in rounds)
+                for name in ways
+            }
+            peak = {}
+            for name in ways:
+                command = [sys.executable, __file__, "--memory", case, dtype, name]
+                peak[name] = int(subprocess.check_output(command)) / 2**30
+            print(
+                f"| {case}, batch {batch} | {dtype} | {rate['fit']:.0f} | "
+                f"{rate['by hand']:.0f} | {ratio:.3f} | {peak['fit']:.2f} GiB | "
+                f"{peak['by hand']:.2f} GiB |",
+                flush=True,
+            )
+            work = operations(ways["fit"]) * rate["fit"] / batch
+            print(f"{work / 1e12:.3f} TFLOP/s by the compiler's count", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""The example of training, as a user runs it: also killed, stopped, and in parts."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import gddim_eqx as gd
+
+
+_script = pathlib.Path(__file__).parents[1] / "examples" / "train.py"
+_environment = os.environ | {"JAX_ENABLE_X64": "0", "PYTHONWARNINGS": "default"}
+
+
+def _start(*arguments, **environment):
+    return subprocess.Popen(
+        [sys.executable, _script, *map(str, arguments)],
+        env=_environment | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _run(*arguments, code=0, **environment):
+    process = _start(*arguments, **environment)
+    out, _ = process.communicate(timeout=600)
+    assert process.returncode == code, out
+    return out
+
+
+def _arrays(output):
+    with np.load(output / "model.npz") as file:
+        return {name: file[name] for name in file.files}
+
+
+def _assert_equal(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+# Few steps of a small network, with all that is written.
+_few = ("toy", "--batch-size", 64, "--save-every", 5, "--log-every", 5)
+
+
+def test_help_says_what_to_give():
+    out = _run("--help")
+    assert "toy" in out and "cifar10-cld" in out and "Table 4" in out
+    out = _run("digits", "--help")
+    for option in ("--steps", "--data.directory", "--optimiser.learning-rate", "--output"):
+        assert option in out
+
+
+def test_a_run_writes_what_it_says_and_goes_on(tmp_path):
+    output = tmp_path / "run"
+    out = _run(*_few, "--steps", 10, "--samples-every", 10, "--output", output)
+    assert f"The model: {output / 'model.npz'}" in out
+    assert (output / "samples" / "0000010.png").stat().st_size > 1000
+    flow = gd.checkpoints.load(output / "model.npz")
+    assert isinstance(flow, gd.ProbabilityFlow) and flow.process == gd.CLD((2,))
+    out = _run(*_few, "--steps", 15, "--output", output)
+    assert "Going on from step 10" in out
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [5, 10, 15]
+    out = _run(*_few, "--steps", 20, "--seed", 1, "--output", output, code=1)
+    assert "another config" in out and "seed: 0 there, 1 here" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("cifar10-cld",), "cifar10 is read from files: give `--data.directory`"),
+        (("cifar10-cld", "--data.directory", "/nowhere"), "no data_batch_1 in /nowhere"),
+        (("celeba-cld", "--data.directory", "/nowhere"), "/nowhere is no directory"),
+        (("toy", "--network.bfloat16"), "points has no `bfloat16`"),
+        (("digits", "--network.name", "celeba_cld"), r"of shape \(64, 64, 6\), but digits"),
+    ],
+)
+def test_what_cannot_be_trained_is_said(tmp_path, arguments, message):
+    import re
+
+    out = _run(*arguments, "--output", tmp_path / "run", code=1)
+    assert re.search(message, out) and "Traceback" not in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_presets_and_options_are_refused(tmp_path):
+    out = _run("mnist", code=2)
+    assert "mnist" in out and "fashion-mnist" in out
+    out = _run("toy", "--optimizer.learning-rate", 1, code=2)
+    assert "--optimizer.learning-rate" in out
+
+
+def test_sigterm_saves(tmp_path):
+    output = tmp_path / "run"
+    process = _start(*_few, "--steps", 100_000, "--output", output)
+    path = output / "metrics.jsonl"
+    while not path.exists() or path.read_text().count("\n") < 3:
+        assert process.poll() is None and time.sleep(0.1) is None
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    assert "Stopped at step" in out and "Run the same again to go on." in out
+    step = int(out.split("Stopped at step ")[1].split(".")[0])
+    assert (output / "checkpoints" / str(step)).is_dir()
+
+
+@pytest.mark.slow
+def test_killed_ten_times_it_comes_to_the_same(tmp_path):
+    options = ("digits", "--steps", 400, "--save-every", 10, "--samples-every", 0)
+    cache = dict(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cache"))
+    _run(*options, "--output", tmp_path / "whole", **cache)
+    draw, killed = random.Random(0), 0
+    output = tmp_path / "killed"
+    while killed < 10:
+        process = _start(*options, "--output", output, **cache)
+        # From the beginning of Python to a few steps before the end.
+        time.sleep(draw.uniform(2, 12))
+        if process.poll() is None:
+            process.kill()
+            killed += 1
+        process.communicate()
+        if (output / "model.npz").exists():
+            break
+    assert killed >= 5
+    print(f"killed {killed} times")
+    _run(*options, "--output", output, **cache)
+    _assert_equal(_arrays(tmp_path / "whole"), _arrays(output))
+
+
+def _free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _start_two(*options, timeout=10):
+    port = _free_port()
+    several = ("--processes.coordinator", f"127.0.0.1:{port}", "--processes.number", 2)
+    several = (*several, "--processes.timeout", timeout)
+    return [
+        _start(*options, *several, "--processes.index", index, XLA_FLAGS="")
+        for index in range(2)
+    ]
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_go_on(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = (*_few, "--samples-every", 10)
+    _run(*options, "--steps", 20, "--output", one)
+    for steps in (10, 20):
+        processes = _start_two(*options, "--steps", steps, "--output", two)
+        outs = [process.communicate(timeout=300)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], outs
+    assert "Going on from step 10" in outs[0] and outs[1].count("The model") == 0
+    # Sums over the batch are in another order.
+    first, second = _arrays(one), _arrays(two)
+    for name in first:
+        np.testing.assert_allclose(first[name], second[name], rtol=1e-3, atol=1e-4)
+    losses = [
+        [json.loads(line)["loss"] for line in (path / "metrics.jsonl").open()]
+        for path in (one, two)
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_one_process_that_dies_ends_the_other(tmp_path):
+    options = (*_few, "--output", tmp_path / "run")
+    for victim in (0, 1):
+        processes = _start_two(*options, "--steps", 1_000_000)
+        path = tmp_path / "run" / "checkpoints"
+        known = {p.name for p in path.glob("[0-9]*")}
+        while {p.name for p in path.glob("[0-9]*")} <= known:
+            assert processes[0].poll() is None and time.sleep(0.2) is None
+        processes[victim].kill()
+        begin = time.monotonic()
+        out, _ = processes[1 - victim].communicate(timeout=120)
+        assert time.monotonic() - begin < 60
+        assert processes[1 - victim].returncode != 0
+        print(victim, time.monotonic() - begin, out[-3000:])
+        processes[victim].communicate()
+    done = max(int(p.name) for p in path.glob("[0-9]*") if p.name.isdigit())
+    processes = _start_two(*options, "--steps", done + 10)
+    outs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outs
+    assert f"Going on from step {done}" in outs[0]
