@@ -401,6 +401,13 @@ def main(arguments: list[str] | None = None) -> None:
         train(config)
     except (ValueError, ImportError, OSError, FloatingPointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        sys.exit(
+            f"{error}\nProbably another process died. Start all of them again to go on "
+            "from the last checkpoint."
+        )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 
+from ._sharding import is_key
 from ._trainer import TrainState
 
 
@@ -140,7 +141,7 @@ class Checkpoints:
             raise _damaged(folder, error) from error
         values = [
             jr.wrap_key_data(arrays[name], impl=jr.key_impl(x))
-            if _is_key(x)
+            if is_key(x)
             else arrays[name]
             for name, x in wanted.items()
         ]
@@ -214,12 +215,8 @@ def _named(state: TrainState) -> dict[str, jax.Array]:
     return {jtu.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _is_key(x: jax.Array) -> bool:
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
 def _plain(x: jax.Array) -> jax.Array:
-    return jr.key_data(x) if _is_key(x) else x
+    return jr.key_data(x) if is_key(x) else x
 
 
 def _as_numbers(arrays: dict[str, jax.Array]) -> dict[str, int]:

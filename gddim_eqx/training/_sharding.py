@@ -3,6 +3,8 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -64,11 +66,10 @@ class Placement(eqx.Module):
 
         - `tree`: of arrays, or of their shapes. Other leaves get `None`.
         """
-        return jtu.tree_map(self._of_array, tree)
+        is_array = lambda x: eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
+        return jtu.tree_map(self._of_array, eqx.filter(tree, is_array))
 
-    def _of_array(self, x: Any) -> NamedSharding | None:
-        if not eqx.is_array(x) and not isinstance(x, jax.ShapeDtypeStruct):
-            return None
+    def _of_array(self, x: Any) -> NamedSharding:
         axes = [n for n, size in enumerate(x.shape) if size % self.mesh.size == 0]
         if not self.shard_parameters or not axes or 0 in x.shape:
             return self.replicated
@@ -83,7 +84,14 @@ class Placement(eqx.Module):
         - `tree`: the same on all processes.
         """
         arrays, rest = eqx.partition(tree, eqx.is_array)
-        return eqx.combine(jax.device_put(arrays, self.of(arrays)), rest)
+        return eqx.combine(jtu.tree_map(self._put_array, arrays), rest)
+
+    def _put_array(self, x: jax.Array) -> jax.Array:
+        if is_key(x):
+            data = self._put_array(jr.key_data(x))
+            return jr.wrap_key_data(data, impl=jr.key_impl(x))
+        values = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, self._of_array(x), values.__getitem__)
 
     def constrain(self, tree: PyTree) -> Any:
         """The same inside of `jax.jit`."""
@@ -99,3 +107,7 @@ class Placement(eqx.Module):
         here = jax.local_devices()[0]
         local = jtu.tree_map(lambda x: jax.device_put(x.addressable_data(0), here), arrays)
         return eqx.combine(local, rest)
+
+
+def is_key(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
