@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import time
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -114,10 +113,8 @@ def peak_bytes() -> int:
 
 def operations(ours: Ours) -> float:
     """How many floating-point operations a step has, by the compiler's count."""
-    arguments = (ours.trainer, ours.batches[0], None)
-    jitted: Any = gd.training._trainer._step
-    step = jitted.lower(arguments, ours.state).compile()
-    return (step.compiled.cost_analysis() or {}).get("flops", float("nan"))
+    compiled = ours.trainer.lower(ours.state, ours.batches[0]).compile()
+    return (compiled.cost_analysis() or {}).get("flops", float("nan"))
 
 
 def main() -> None:

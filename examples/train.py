@@ -35,7 +35,6 @@ from gddim_eqx.training import (
     DenoisingLoss,
     fit,
     JSONLines,
-    Placement,
     StratifiedTimes,
     Trainer,
     TrainState,
@@ -83,6 +82,8 @@ class Optimiser:
     learning_rate: float = 2e-4
     warmup: int = 5000
     """The number of steps in which the learning rate rises."""
+    cosine: bool = False
+    """Let the learning rate fall to 0 until the last step. The paper's does not."""
     clip: float = 1.0
     """The greatest norm of a gradient."""
     average_decay: float = 0.9999
@@ -158,7 +159,9 @@ PRESETS = {
             "cld",
             steps=10_000,
             batch_size=256,
-            optimiser=Optimiser(2e-3, warmup=100, average_decay=0.999, debias=True),
+            optimiser=Optimiser(
+                2e-3, warmup=100, cosine=True, average_decay=0.999, debias=True
+            ),
             times="stratified",
             samples_every=2500,
         ),
@@ -170,7 +173,9 @@ PRESETS = {
             Network("small", precondition=True),
             "cld",
             steps=50_000,
-            optimiser=Optimiser(1e-3, warmup=1000, average_decay=0.999, debias=True),
+            optimiser=Optimiser(
+                1e-3, warmup=1000, cosine=True, average_decay=0.999, debias=True
+            ),
             times="stratified",
         ),
     ),
@@ -283,7 +288,10 @@ def draw(path: Path, loss: DenoisingLoss, model: Any, number: int = 64) -> None:
 
 @contextlib.contextmanager
 def tensorboard(directory: Path):
-    from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
+    try:
+        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError("`--tensorboard` needs `pip install tensorboardX`.") from error
 
     with SummaryWriter(str(directory)) as writer:
         yield lambda step, metrics: [
@@ -293,7 +301,10 @@ def tensorboard(directory: Path):
 
 @contextlib.contextmanager
 def wandb(project: str, config: dict[str, Any]):
-    import wandb  # pyright: ignore[reportMissingImports]
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError("`--wandb` needs `pip install wandb`.") from error
 
     with wandb.init(project=project, config=config) as run:
         yield lambda step, metrics: run.log(metrics, step=step)
@@ -301,7 +312,7 @@ def wandb(project: str, config: dict[str, Any]):
 
 def train(config: Config) -> TrainState:
     x = load(config.data)
-    placement = Placement(shard_parameters=config.shard_parameters)
+    placement = gd.Placement(shard_parameters=config.shard_parameters)
     batches = Batches(x, config.batch_size, config.seed, placement)
     model_key, train_key = jr.split(jr.key(config.seed))
     model = make_model(config, x, model_key)
@@ -317,7 +328,12 @@ def train(config: Config) -> TrainState:
     optimiser = config.optimiser
     trainer = Trainer(
         loss,
-        adam(optimiser.learning_rate, optimiser.warmup, optimiser.clip),
+        adam(
+            optimiser.learning_rate,
+            optimiser.warmup,
+            optimiser.clip,
+            config.steps if optimiser.cosine else None,
+        ),
         average_decay=optimiser.average_decay,
         debias=optimiser.debias,
         accumulate=optimiser.accumulate,
@@ -329,7 +345,7 @@ def train(config: Config) -> TrainState:
     assert output is not None
     # What may change when a run goes on is left out.
     names = ("data", "network", "process", "batch_size", "optimiser", "predicts", "times")
-    names = (*names, "weighting", "seed")
+    names = (*names, "weighting", "seed", *(["steps"] if optimiser.cosine else []))
     kept = {name: to_json(getattr(config, name)) for name in names}
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(

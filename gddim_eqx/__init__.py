@@ -39,6 +39,7 @@ from ._likelihood import (
 )
 from ._mixture import GaussianMixture as GaussianMixture
 from ._operator import BlockLinearOperator as BlockLinearOperator
+from ._placement import Placement as Placement
 from ._process import (
     AbstractDiagonalProcess as AbstractDiagonalProcess,
     AbstractProcess as AbstractProcess,

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Real
 
 from ._custom_types import Args, Key, RealScalarLike
 from ._grid import time_grid
+from ._placement import Placement
 from ._process import AbstractProcess, check_process
 from ._reverse_sde import reverse_sde
 from ._reverse_transition import as_level
@@ -62,8 +63,11 @@ def _solve(
     number,
     args,
     meter,
+    placement,
 ):
     u = process.prior(key, (number,), ts.dtype)
+    if placement is not None:
+        u = placement.divide(u)
     flow = ProbabilityFlow(process, model, predicts, factor)
     terms, adjoint = flow, dfx.RecursiveCheckpointAdjoint()
     if not isinstance(lam, float) or lam != 0:
@@ -99,6 +103,7 @@ def sample(
     predicts: Literal["noise", "data", "score", "velocity"] = "noise",
     factor: Literal["R", "cholesky"] = "R",
     args: Args = None,
+    placement: Placement | None = None,
     progress_meter: dfx.AbstractProgressMeter = dfx.NoProgressMeter(),
 ) -> Samples:
     """Draw samples from a diffusion model: the prior, a time grid, a solve and a check,
@@ -134,6 +139,8 @@ def sample(
         samples have their dtype. They must start at `process.t_max`, where the prior is.
     - `predicts`, `factor`: as in [`gddim_eqx.ProbabilityFlow`][].
     - `args`: passed to the model.
+    - `placement`: over which devices to divide the samples, which are the same as on one;
+        by default the first has all. The model must be on them too.
     - `progress_meter`: for example `diffrax.TextProgressMeter()`.
 
     **Returns:** [`gddim_eqx.Samples`][]: the data, `(number, *shape)`, and the number of
@@ -161,6 +168,8 @@ def sample(
         raise ValueError("Give `num_steps` or `ts`, not both.")
     else:
         _check_times(ts, process)
+    if placement is not None:
+        placement.check_batch(int(number))
     if denoise is not None and float(ts[-1]) == 0:
         raise ValueError("At time 0 nothing is left to denoise; leave out `denoise`.")
     call = next(_calls)
@@ -179,6 +188,7 @@ def sample(
             int(number),
             (jnp.asarray(call), args),
             progress_meter,
+            placement,
         )
         jax.block_until_ready(x)
         jax.effects_barrier()

@@ -11,6 +11,9 @@ from PIL import Image
 import gddim_eqx as gd
 
 
+# NumPy only.
+pytestmark = pytest.mark.x64
+
 _random = np.random.default_rng(0)
 
 

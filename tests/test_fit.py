@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
+import optax
 import pytest
 
 import gddim_eqx as gd
@@ -25,7 +26,6 @@ from gddim_eqx.training import (
     DenoisingLoss,
     fit,
     JSONLines,
-    Placement,
     Trainer,
 )
 
@@ -63,7 +63,7 @@ def test_batches_ahead_are_those_asked_for():
 
 @_eight
 def test_batches_are_divided_over_devices():
-    placement = Placement()
+    placement = gd.Placement()
     batches = Batches(_points, 16, placement=placement)
     assert batches[2].sharding == placement.batch
     np.testing.assert_array_equal(batches[2], Batches(_points, 16)[2])
@@ -224,8 +224,8 @@ def test_progress_is_shown(tmp_path, capsys):
 @_eight
 @pytest.mark.parametrize("number, shard", [(1, False), (2, True), (8, False), (8, True)])
 def test_a_checkpoint_is_read_on_another_number_of_devices(tmp_path, number, shard):
-    saved = _fit(tmp_path, 4, placement=Placement(jax.devices()[:4], True))
-    placement = Placement(jax.devices()[:number], shard)
+    saved = _fit(tmp_path, 4, placement=gd.Placement(jax.devices()[:4], True))
+    placement = gd.Placement(jax.devices()[:number], shard)
     _, new = _trainer(placement)
     with Checkpoints(tmp_path, {"seed": 0}) as checkpoints:
         restored = checkpoints.restore(new)
@@ -282,17 +282,12 @@ def test_a_checkpoint_of_another_run_is_refused(finished):
         _fit(directory, 12, config={"seed": 0, "rate": 0.1})
     process = gd.VP((2,))
     model = gd.nn.NetworkModel(process, gd.nn.TimeMLP(2, width=32, key=jr.key(0)))
-    for optimiser, message in (
-        (adam(1e-2, 2), r"model.network.* of shape .*where this network"),
-        (adam(1e-2, 0), "model.network.* of shape"),
-    ):
-        state = Trainer(DenoisingLoss(process), optimiser).init(model, jr.key(0))
-        with Checkpoints(directory, {"seed": 0}) as checkpoints:
-            with pytest.raises(ValueError, match=message):
-                checkpoints.restore(state)
-    trainer, _ = _trainer()
+    state = Trainer(DenoisingLoss(process), adam(1e-2, 2)).init(model, jr.key(0))
+    with Checkpoints(directory, {"seed": 0}) as checkpoints:
+        with pytest.raises(ValueError, match="model.network.* of shape .*where this"):
+            checkpoints.restore(state)
     model = gd.nn.NetworkModel(process, gd.nn.TimeMLP(2, width=16, key=jr.key(0)))
-    other = Trainer(DenoisingLoss(process), adam(1e-2, 0)).init(model, jr.key(0))
+    other = Trainer(DenoisingLoss(process), optax.sgd(0.1)).init(model, jr.key(0))
     with Checkpoints(directory, {"seed": 0}) as checkpoints:
         with pytest.raises(ValueError, match="an array optimiser.*which has no place"):
             checkpoints.restore(other)
@@ -345,7 +340,7 @@ def test_bad_input_is_refused(call, message, without_type_checks):
 @_eight
 def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="A batch of 12 cannot be divided over 8 devices"):
-        Batches(_points, 12, placement=Placement())
+        Batches(_points, 12, placement=gd.Placement())
 
 
 def test_what_is_missing_is_said(monkeypatch, tmp_path):

@@ -44,3 +44,21 @@ def test_a_sharded_batch_stays_sharded():
     tolerance = 1e-5 if jax.config.jax_enable_x64 else 5e-4
     np.testing.assert_allclose(sharded.x, run(u).x, atol=tolerance)
     assert jnp.isfinite(sharded.x).all()
+
+
+@pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
+@pytest.mark.parametrize("lam", (0.0, 1.0))
+def test_samples_are_the_same_on_all_devices(lam):
+    process = gd.CLD((3,))
+    model = mixture_for(process).model(process)
+    draw = lambda placement: gd.sample(
+        process, model, jax.random.key(0), 16, 5, lam=lam, placement=placement
+    )
+    one, eight = draw(None), draw(gd.Placement())
+    assert len(eight.x.sharding.device_set) == 8
+    assert not eight.x.sharding.is_fully_replicated
+    assert one.evaluations == eight.evaluations == 5
+    tolerance = 1e-5 if jax.config.jax_enable_x64 else 5e-4
+    np.testing.assert_allclose(one.x, eight.x, atol=tolerance)
+    with pytest.raises(ValueError, match="A batch of 4 cannot be divided over 8"):
+        gd.sample(process, model, jax.random.key(0), 4, 5, placement=gd.Placement())

@@ -17,6 +17,9 @@ import pytest
 import gddim_eqx as gd
 
 
+# It sets its own precision, so these need not run in both.
+pytestmark = pytest.mark.x64
+
 _script = pathlib.Path(__file__).parents[1] / "examples" / "train.py"
 _environment = os.environ | {"JAX_ENABLE_X64": "0", "PYTHONWARNINGS": "default"}
 
@@ -168,6 +171,23 @@ def test_two_processes_train_and_go_on(tmp_path):
     for name in first:
         np.testing.assert_allclose(first[name], second[name], rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(_measured(one, "loss"), _measured(two, "loss"), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_saves(tmp_path):
+    output = tmp_path / "run"
+    options = (*_few, "--shard-parameters", "--output", output)
+    processes = _start_two(*options, "--steps", 1_000_000)
+    path = output / "metrics.jsonl"
+    while not path.exists() or path.read_text().count("\n") < 3:
+        assert processes[0].poll() is None and time.sleep(0.1) is None
+    processes[1].send_signal(signal.SIGTERM)
+    outs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outs
+    (step,) = re.findall("Stopped at step ([0-9]+)", outs[0])
+    # One process reads what two have saved in parts.
+    out = _run(*options, "--steps", int(step) + 5)
+    assert f"Going on from step {step}" in out and "The model" in out
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@ from ._batches import Augmentation as Augmentation, Batches as Batches
 from ._checkpoints import Checkpoints as Checkpoints
 from ._fit import fit as fit, JSONLines as JSONLines
 from ._loss import DenoisingLoss as DenoisingLoss, NoisedBatch as NoisedBatch
-from ._sharding import Placement as Placement
 from ._times import (
     AbstractTimes as AbstractTimes,
     ImportanceTimes as ImportanceTimes,

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Num
 from .._check import check_count
 from .._custom_types import Key
 from .._likelihood import dequantise
-from ._sharding import Placement
+from .._placement import Placement
 
 
 class Batches:

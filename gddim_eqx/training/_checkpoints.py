@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 
-from ._sharding import is_key
+from .._placement import is_key
 from ._trainer import TrainState
 
 

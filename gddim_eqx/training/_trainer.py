@@ -1,3 +1,4 @@
+import functools as ft
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,8 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._check import check_count
 from .._custom_types import Key
+from .._placement import Placement
 from ._loss import DenoisingLoss
-from ._sharding import Placement
 
 
 class TrainState(eqx.Module):
@@ -130,14 +131,21 @@ class Trainer(eqx.Module):
 
         - `state`: from `init`, or from the step before.
         - `batch`: data, `(batch, *shape)`; or what `prepare` makes that of.
-        - `args`: passed to the model.
+        - `args`: arrays that are passed to the model.
 
         **Returns:** the new state, and what was measured.
 
         **Raises:** `ValueError` for a batch that does not divide into `accumulate` parts,
         or over the devices.
         """
-        return _step((self, batch, args), state)
+        fixed, leaves = _Fixed.of(self, state)
+        leaves, metrics = _step(fixed, leaves, batch, args)
+        return fixed.unflatten(leaves), metrics
+
+    def lower(self, state: TrainState, batch: PyTree, args: Any = None) -> Any:
+        """A step before it is compiled, as `jax.jit(...).lower` gives it, to look into."""
+        fixed, leaves = _Fixed.of(self, state)
+        return _step.lower(fixed, leaves, batch, args)
 
     def _step(self, state, batch, args):
         key = jr.fold_in(state.key, state.step)
@@ -204,16 +212,50 @@ class Trainer(eqx.Module):
         return jtu.tree_map(lambda x: x / number, total)
 
 
-@eqx.filter_jit(donate="all-except-first")
-def _step(fixed, state):
-    trainer, batch, args = fixed
-    return trainer._step(state, batch, args)
+class _Fixed:
+    """What is known when a step is compiled: the trainer, and all of a state but its
+    arrays. `equinox.filter_jit` would find this out too, but takes longer than some
+    networks do."""
+
+    def __init__(self, trainer: Trainer, treedef: Any, others: tuple):
+        self.trainer, self.treedef, self.others = trainer, treedef, others
+
+    @classmethod
+    def of(cls, trainer: Trainer, state: TrainState) -> tuple["_Fixed", list[Array]]:
+        leaves, treedef = jtu.tree_flatten(state)
+        is_array = [eqx.is_array(x) for x in leaves]
+        others = tuple(None if a else (x,) for x, a in zip(leaves, is_array))
+        return cls(trainer, treedef, others), [x for x, a in zip(leaves, is_array) if a]
+
+    def unflatten(self, arrays: list[Array]) -> TrainState:
+        values = iter(arrays)
+        leaves = [next(values) if x is None else x[0] for x in self.others]
+        return jtu.tree_unflatten(self.treedef, leaves)
+
+    def __hash__(self):
+        return hash((id(self.trainer), self.others))
+
+    def __eq__(self, other):
+        return (
+            self.trainer is other.trainer
+            and self.others == other.others
+            and self.treedef == other.treedef
+        )
+
+
+@ft.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _step(fixed: _Fixed, arrays: list[Array], batch: PyTree, args: Any):
+    state, metrics = fixed.trainer._step(fixed.unflatten(arrays), batch, args)
+    after, arrays = _Fixed.of(fixed.trainer, state)
+    assert after == fixed
+    return arrays, metrics
 
 
 def adam(
     learning_rate: float = 2e-4,
     warmup: int = 5000,
     clip: float = 1.0,
+    num_steps: int | None = None,
     **options: Any,
 ) -> optax.GradientTransformation:
     """Adam as the paper has it: with the gradient clipped and the learning rate rising
@@ -224,9 +266,20 @@ def adam(
     - `learning_rate`: after the warm-up.
     - `warmup`: the number of steps in which it rises; 0 for none.
     - `clip`: the greatest global norm of a gradient.
+    - `num_steps`: if given, the learning rate falls to 0 until then, as a cosine. The
+        paper's does not; short training with a high rate wants it.
     - `options`: of `optax.adam`.
+
+    **Raises:** `ValueError` if `num_steps` is within the warm-up.
     """
-    schedule = (
-        optax.linear_schedule(0.0, learning_rate, warmup) if warmup else learning_rate
-    )
+    if num_steps is None:
+        rest = optax.constant_schedule(learning_rate)
+    elif num_steps > warmup:
+        rest = optax.cosine_decay_schedule(learning_rate, num_steps - warmup)
+    else:
+        raise ValueError(
+            f"`num_steps` must be more than `warmup`, {warmup}; got {num_steps}."
+        )
+    rise = optax.linear_schedule(0.0, learning_rate, warmup)
+    schedule = optax.join_schedules([rise, rest], [warmup]) if warmup else rest
     return optax.chain(optax.clip_by_global_norm(clip), optax.adam(schedule, **options))

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 class Placement(eqx.Module):
     """Which devices hold what: a part of the batch each, and either all parameters or a
-    part of them too.
+    part of them too. For training, and for drawing samples.
 
     With `shard_parameters` the parameters, their average and the optimiser's state are
     divided over the devices, each array along its longest axis that divides evenly
@@ -88,7 +88,11 @@ class Placement(eqx.Module):
 
     def _put_array(self, x: jax.Array) -> jax.Array:
         if is_key(x):
-            data = self._put_array(jr.key_data(x))
+            data = np.asarray(jr.key_data(x))
+            # The sharding of a key is that of one number, which its data have more of.
+            data = jax.make_array_from_callback(
+                data.shape, self.replicated, data.__getitem__
+            )
             return jr.wrap_key_data(data, impl=jr.key_impl(x))
         values = np.asarray(x)
         return jax.make_array_from_callback(x.shape, self._of_array(x), values.__getitem__)
