@@ -15,11 +15,13 @@ and `--processes.index`.
 
 import contextlib
 import dataclasses
+import functools as ft
 import math
 import sys
 from pathlib import Path
 from typing import Any, Literal
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -227,9 +229,8 @@ def load(data: Data) -> np.ndarray:
 
 def make_model(config: Config, data: np.ndarray, key) -> gd.nn.NetworkModel:
     shape = data.shape[1:]
-    process = {"vp": gd.VP, "sub_vp": gd.SubVP, "ve": gd.VE, "cld": gd.CLD, "bdm": gd.BDM}[
-        config.process
-    ](shape)
+    processes = dict(vp=gd.VP, sub_vp=gd.SubVP, ve=gd.VE, cld=gd.CLD, bdm=gd.BDM)
+    process = processes[config.process](shape)
     network, options = config.network, {}
     input_shape = (*shape[:-1], process.num_components * shape[-1])
     if network.name in ("points", "mlp"):
@@ -239,25 +240,26 @@ def make_model(config: Config, data: np.ndarray, key) -> gd.nn.NetworkModel:
         options = dict(
             dtype=jnp.bfloat16 if network.bfloat16 else None, checkpoint=network.checkpoint
         )
-    make = getattr(gd.nn.presets, network.name)
+    make = ft.partial(getattr(gd.nn.presets, network.name), **options)
     if network.name == "points":
-        made = make(math.prod(input_shape), key=key)
+        make = ft.partial(make, math.prod(input_shape))
     elif network.name in ("mlp", "small"):
         out_channels = shape[-1] if network.precondition else None
-        made = make(input_shape, out_channels, key=key, **options)
-    else:
-        made = make(key=key, **options)
-    if made.shape != input_shape:
+        make = ft.partial(make, input_shape, out_channels)
+    made_for = eqx.filter_eval_shape(make, key=key).shape
+    if made_for != input_shape:
         raise ValueError(
-            f"{network.name} is for inputs of shape {made.shape}, but {config.data.name} "
+            f"{network.name} is for inputs of shape {made_for}, but {config.data.name} "
             f"under {config.process} gives {input_shape}."
         )
     std = None
+    if config.predicts != "noise" and (network.precondition or network.mixed_score):
+        raise ValueError("`precondition` and `mixed_score` are for `predicts=noise`.")
     if network.precondition:
         if network.name not in ("mlp", "small"):
             raise ValueError(f"{network.name} has no `precondition`.")
         std = float(data.std()) / (127.5 if data.dtype == np.uint8 else 1)
-    return gd.nn.NetworkModel(process, made, network.mixed_score, std)
+    return gd.nn.NetworkModel(process, make(key=key), network.mixed_score, std)
 
 
 def draw(path: Path, loss: DenoisingLoss, model: Any, number: int = 64) -> None:
@@ -268,7 +270,12 @@ def draw(path: Path, loss: DenoisingLoss, model: Any, number: int = 64) -> None:
     import matplotlib.pyplot as plt
 
     key, predicts = jr.key(0), loss.predicts
-    x = gd.sample(loss.process, model, key, number, num_steps=20, predicts=predicts).x
+    try:
+        x = gd.sample(loss.process, model, key, number, num_steps=20, predicts=predicts).x
+    except FloatingPointError as error:
+        # Early on a network may not be fit for it.
+        print(f"No {path.name}: {error}")
+        return
     x = np.asarray(x)
     figure, axis = plt.subplots(figsize=(4, 4), layout="constrained")
     if x.ndim == 2:
@@ -347,6 +354,7 @@ def train(config: Config) -> TrainState:
     names = ("data", "network", "process", "batch_size", "optimiser", "predicts", "times")
     names = (*names, "weighting", "seed", *(["steps"] if optimiser.cosine else []))
     kept = {name: to_json(getattr(config, name)) for name in names}
+    del kept["data"]["directory"]
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
             Checkpoints(output / "checkpoints", kept, config.keep)

@@ -90,6 +90,7 @@ def test_a_run_writes_what_it_says_and_goes_on(tmp_path):
         (("cifar10-cld", "--data.directory", "/nowhere"), "no data_batch_1 in /nowhere"),
         (("celeba-cld", "--data.directory", "/nowhere"), "/nowhere is no directory"),
         (("toy", "--network.bfloat16"), "points has no `bfloat16`"),
+        (("digits", "--predicts", "data"), "`precondition` and .* for `predicts=noise`"),
         (("digits", "--network.name", "celeba_cld"), r"of shape \(64, 64, 6\), but digits"),
     ],
 )

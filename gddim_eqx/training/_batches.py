@@ -112,7 +112,7 @@ class Augmentation(eqx.Module):
 
     **Arguments:**
 
-    - `flip`: whether to mirror every other image, at random.
+    - `flip`: whether to mirror images left to right, each with probability one half.
     - `dequantise`: whether to add noise that fills the levels of integers, as in
         [`gddim_eqx.dequantise`][]. The paper does not.
     """
@@ -125,6 +125,11 @@ class Augmentation(eqx.Module):
     ) -> Float[Array, "batch *shape"]:
         flip_key, noise_key = jr.split(key)
         if self.flip:
+            if x.ndim != 4:
+                raise ValueError(
+                    "`flip` is for images, `(batch, height, width, channels)`; got an "
+                    f"array of shape {x.shape}."
+                )
             flipped = jr.bernoulli(flip_key, shape=(len(x), *[1] * (x.ndim - 1)))
             x = jnp.where(flipped, jnp.flip(x, -2), x)
         if jnp.issubdtype(x.dtype, jnp.floating):

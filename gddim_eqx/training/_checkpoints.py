@@ -30,12 +30,12 @@ class Checkpoints:
         """**Arguments:**
 
         - `directory`: made if there is none.
-        - `config`: what makes the run what it is, as JSON can hold it. A run goes on only
-            with the config that it began with.
+        - `config`: what makes the run what it is, as JSON can hold it. `restore` refuses
+            what was saved with another.
         - `keep`: how many of the latest to keep.
         - `keep_every`: also keep those of multiples of this step, for ever.
 
-        **Raises:** `ValueError` if the directory holds a run with another config.
+        **Raises:** `ValueError` for a directory that is a file.
         """
         ocp = _orbax()
         self.directory = Path(directory).absolute()
