@@ -29,10 +29,13 @@ hypothesis.settings.load_profile("default")
 
 
 def pytest_collection_modifyitems(config, items):
-    skip = pytest.mark.skip(reason="needs double precision (JAX_ENABLE_X64=1)")
+    if jax.config.jax_enable_x64:
+        marker, reason = "float32", "is only run in single precision (JAX_ENABLE_X64=0)"
+    else:
+        marker, reason = "x64", "needs double precision (JAX_ENABLE_X64=1)"
     for item in items:
-        if "x64" in item.keywords and not jax.config.jax_enable_x64:
-            item.add_marker(skip)
+        if marker in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture

@@ -30,6 +30,8 @@ from gddim_eqx.training import (
 )
 
 
+pytestmark = pytest.mark.float32
+
 _eight = pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
 _points = np.random.default_rng(0).normal(size=(40, 2)).astype(np.float32)
 

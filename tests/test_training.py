@@ -184,6 +184,7 @@ def _train(trainer, model, steps, batch=16, put=lambda x: x):
     return state, losses
 
 
+@pytest.mark.float32
 def test_training_finds_the_best_prediction():
     # For normal data the best prediction of noise is linear.
     process, std = gd.VP((2,)), 0.5
@@ -205,6 +206,7 @@ def test_training_finds_the_best_prediction():
     assert int(state.step) == 400 and bool(jnp.isfinite(metrics.gradient_norm))
 
 
+@pytest.mark.float32
 def test_a_step_is_that_of_optax():
     trainer = Trainer(DenoisingLoss(gd.VP((2,))), optax.sgd(0.1), average_decay=0.75)
     model, x = _points(), _data(8)
@@ -221,6 +223,7 @@ def test_a_step_is_that_of_optax():
     assert max_difference(state.average, average) < 1e-6
 
 
+@pytest.mark.float32
 @pytest.mark.parametrize("debias", (False, True))
 def test_average_is_the_weighted_mean_of_all_parameters(debias):
     decay, steps = 0.6, 4
@@ -264,6 +267,7 @@ def test_the_paper_s_optimiser():
     np.testing.assert_allclose(falling, 0.1 * np.array([0, 0.5, *cosine]), atol=1e-5)
 
 
+@pytest.mark.float32
 def test_parts_of_a_batch_give_the_same_gradient():
     make = lambda n: Trainer(DenoisingLoss(gd.VP((2,))), adam(1e-2, 0), accumulate=n)
     (one, first), (four, second) = (_train(make(n), _points(), 5) for n in (1, 4))
@@ -279,6 +283,7 @@ class _Forgetful(eqx.Module):
         return dropout(self.layer(u.astype(self.layer.weight.dtype)), key=key)
 
 
+@pytest.mark.float32
 def test_dropout_and_noise_are_others_in_each_step():
     process, x = gd.VP((2,)), jnp.zeros((4, 2), jnp.float32)
     losses = []
