@@ -30,6 +30,14 @@ _cases = [
 ]
 
 
+def peak_bytes() -> int:
+    """The most memory that this process had, or the device."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (device.memory_stats() or {})["peak_bytes_in_use"]
+
+
 def measure(mode: str, dtype: str, checkpoint: str, repeats: int) -> str:
     key = jax.random.key(0)
     network = gd.nn.presets.cifar10_cld(
@@ -49,11 +57,7 @@ def measure(mode: str, dtype: str, checkpoint: str, repeats: int) -> str:
         jax.block_until_ready(run(network, t))
         seconds.append(time.perf_counter() - begin)
     call = min(seconds[1:])
-    device = jax.devices()[0]
-    if device.platform == "cpu":
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    else:
-        peak = (device.memory_stats() or {})["peak_bytes_in_use"]
+    peak = peak_bytes()
     kept = f"{_kept(network, x) / 2**30:.2f} GiB" if mode == "gradient" else ""
     name = mode + (", checkpoints" if checkpoint else "")
     cells = [name, dtype, f"{seconds[0] - call:.0f} s", f"{call:.2f} s"]

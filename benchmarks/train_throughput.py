@@ -9,7 +9,6 @@ of its own for the peak of memory.
 """
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import optax
+from network import peak_bytes
 
 import gddim_eqx as gd
 from gddim_eqx.training import Augmentation, Batches, DenoisingLoss, fit, Trainer
@@ -102,13 +102,6 @@ def seconds(way, steps: int) -> float:
     begin = time.perf_counter()
     way.run(steps)
     return time.perf_counter() - begin
-
-
-def peak_bytes() -> int:
-    device = jax.devices()[0]
-    if device.platform == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return (device.memory_stats() or {})["peak_bytes_in_use"]
 
 
 def operations(ours: Ours) -> float:

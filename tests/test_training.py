@@ -167,8 +167,8 @@ def test_times_lie_between_start_and_end():
 # Steps
 
 
-def _points(key=0, **options):
-    network = gd.nn.TimeMLP(2, width=32, key=jr.key(key))
+def _points():
+    network = gd.nn.TimeMLP(2, width=32, key=jr.key(0))
     return gd.nn.NetworkModel(gd.VP((2,)), network)
 
 

@@ -254,8 +254,7 @@ def _model_entries(config: Mapping[str, Any]) -> dict[str, Any]:
             "`config` has data.centered=False, for a network that shifts its input from "
             "[0, 1] to [-1, 1]. Only networks for data in [-1, 1] are supported."
         )
-    size = {name: data[name] for name in ("image_size",) if name in data}
-    return {**size, **config["model"]}
+    return {"image_size": data.get("image_size"), **config["model"]}
 
 
 def _from_config(
