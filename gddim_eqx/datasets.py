@@ -42,7 +42,7 @@ def digits() -> Images:
 
 
 def fashion_mnist(
-    directory: str | Path = "/usr/share/dataset-fashion-mnist", train: bool = True
+    directory: str | Path = "/usr/share/datasets/fashion-mnist", train: bool = True
 ) -> Images:
     """Fashion-MNIST, or MNIST, in its own format: 60,000 images of 28x28, or 10,000.
 
