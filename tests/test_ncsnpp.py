@@ -206,6 +206,22 @@ def test_initial_predictions(init_scale, low, high):
     assert low <= float(jnp.abs(y).max()) < high
 
 
+def test_patches_are_channels_of_a_smaller_network():
+    options = dict(features=8, multipliers=(1, 2), num_blocks=1, attention=(2,))
+    options |= dict(init_scale=1.0, key=jax.random.key(0))
+    whole = gd.nn.NCSNpp((8, 12, 3), 2, patch=2, **options)
+    inner = gd.nn.NCSNpp((4, 6, 12), 8, **options)
+    t, x = jnp.asarray(0.3), np.random.default_rng(0).normal(size=(8, 12, 3))
+    x = jnp.asarray(x, whole.first.weight.dtype)
+    corners = [x[i::2, j::2] for i in (0, 1) for j in (0, 1)]
+    expected = inner(t, jnp.concatenate(corners, axis=-1)).reshape(4, 6, 2, 2, 2)
+    y = whole(t, x)
+    assert y.shape == (8, 12, 2)
+    for i in (0, 1):
+        for j in (0, 1):
+            np.testing.assert_allclose(y[i::2, j::2], expected[:, :, i, j], atol=1e-5)
+
+
 def test_points_depend_on_time_and_size():
     network = gd.nn.TimeMLP(4, 3, width=16, key=jax.random.key(0))
     x = jnp.arange(4.0)
@@ -226,6 +242,8 @@ def _make(shape=(8, 8, 2), **options):
     [
         (_make((8, 2)), r"`shape` must be \(height, width, channels\); got \(8, 2\)"),
         (_make((9, 8, 2)), r"must be multiples of 2.*got \(9, 8, 2\)"),
+        (_make((8, 10, 2), patch=2), r"must be multiples of 4.*`patch=2`.*10, 2\)"),
+        (_make(patch=0), "`patch` must be a positive integer; got 0"),
         (_make(features=9), "have 9 channels, .* 2 equal groups.*multiple of 4"),
         (_make(features=2), "have 2 channels, .* 0 equal groups.*multiple of 4"),
         (_make(features=36), "have 144 channels, .* 32 equal groups.*of 32"),

@@ -58,6 +58,7 @@ def small(
     *,
     key: Key,
     features: int = 32,
+    patch: int = 1,
     dtype=None,
     checkpoint: bool = False,
 ) -> NCSNpp:
@@ -65,11 +66,13 @@ def small(
 
     **Arguments:**
 
-    - `shape`: of the input: `(height, width, channels)`, height and width even.
+    - `shape`: of the input: `(height, width, channels)`, height and width multiples of
+        twice `patch`.
     - `out_channels`: by default as many as the input has.
     - `key`: a random key, for the initial parameters.
     - `features`: the number of channels at full resolution.
-    - `dtype`, `checkpoint`: as in [`gddim_eqx.nn.NCSNpp`][].
+    - `patch`, `dtype`, `checkpoint`: as in [`gddim_eqx.nn.NCSNpp`][]. With `patch=2`,
+        which suits images of 28x28, it is three to four times as fast.
     """
     return NCSNpp(
         shape,
@@ -84,6 +87,7 @@ def small(
         key=key,
         dtype=dtype,
         checkpoint=checkpoint,
+        patch=patch,
     )
 
 
