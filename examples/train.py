@@ -48,9 +48,11 @@ from gddim_eqx.training import (
 class Data:
     """What to train on."""
 
-    name: Literal["rings", "digits", "fashion_mnist", "cifar10", "folder"]
+    name: Literal["rings", "digits", "mnist", "fashion_mnist", "cifar10", "folder"]
     directory: Path | None = None
     """Where its files are. Rings and digits need none."""
+    verify: bool = True
+    """Refuse files other than those that were published."""
     size: int | None = None
     """For a folder of images: the size to bring them to."""
     crop: int | None = None
@@ -235,16 +237,16 @@ PRESETS = {
 }
 
 
-def load(data: Data) -> np.ndarray:
+def load(data: Data, train: bool = True) -> np.ndarray:
     if data.name in ("rings", "digits"):
         return getattr(gd.datasets, data.name)()
-    if data.name == "fashion_mnist" and data.directory is None:
-        return gd.datasets.fashion_mnist()
-    if data.directory is None:
+    if data.directory is None and data.name != "fashion_mnist":
         raise ValueError(f"{data.name} is read from files: give `--data.directory`.")
+    directory = {} if data.directory is None else {"directory": data.directory}
     if data.name == "folder":
-        return gd.datasets.folder(data.directory, data.size, data.crop)
-    return getattr(gd.datasets, data.name)(data.directory)
+        return gd.datasets.folder(size=data.size, crop=data.crop, **directory)
+    read = getattr(gd.datasets, data.name)
+    return read(train=train, verify=data.verify, **directory)
 
 
 def make_model(config: Config, data: np.ndarray, key) -> gd.nn.NetworkModel:
@@ -378,7 +380,8 @@ def train(config: Config) -> TrainState:
     names = ("data", "network", "process", "batch_size", "optimiser", "predicts", "times")
     names = (*names, "weighting", "seed", *(["steps"] if optimiser.cosine else []))
     kept = {name: to_json(getattr(config, name)) for name in names}
-    del kept["data"]["directory"]
+    for name in ("directory", "verify"):
+        del kept["data"][name]
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
             Checkpoints(output / "checkpoints", kept, config.keep)

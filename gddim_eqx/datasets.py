@@ -3,10 +3,14 @@
 Nothing is downloaded: where a file is missing, the error says where to get it.
 """
 
+import contextlib
 import gzip
+import hashlib
 import io
 import pickle
 import struct
+import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -41,36 +45,104 @@ def digits() -> Images:
     return np.round(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
 
 
-def fashion_mnist(
-    directory: str | Path = "/usr/share/datasets/fashion-mnist", train: bool = True
-) -> Images:
-    """Fashion-MNIST, or MNIST, in its own format: 60,000 images of 28x28, or 10,000.
+_debian = "/usr/share/datasets/fashion-mnist"  # Where the package puts it.
+
+_where = {
+    "MNIST": "Fetch it from storage.googleapis.com/cvdf-datasets/mnist.",
+    "Fashion-MNIST": (
+        "Install the Debian package dataset-fashion-mnist, or fetch it from "
+        "github.com/zalandoresearch/fashion-mnist."
+    ),
+    "CIFAR-10": "Fetch cifar-10-python.tar.gz from www.cs.toronto.edu/~kriz/cifar.html.",
+}
+
+# MD5 sums of the files as they were published, unpacked.
+_published = {
+    "MNIST": {
+        "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+        "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+        "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+        "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+    },
+    "Fashion-MNIST": {
+        "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+        "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+        "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+        "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+    },
+    "CIFAR-10": {
+        "data_batch_1": "c99cafc152244af753f735de768cd75f",
+        "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+        "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+        "data_batch_4": "634d18415352ddfa80567beed471001a",
+        "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+        "test_batch": "40351d587109b95175f43aff81a1287e",
+    },
+}
+
+
+def mnist(directory: str | Path, train: bool = True, verify: bool = True) -> Images:
+    """MNIST, in its own format: 60,000 images of 28x28, or 10,000.
 
     **Arguments:**
 
     - `directory`: that holds `train-images-idx3-ubyte` or `t10k-images-idx3-ubyte`, with
-        or without `.gz`. By default where Debian's package `dataset-fashion-mnist` has
-        it.
+        or without `.gz`.
     - `train`: whether to read the images for training.
+    - `verify`: whether to refuse files that are not those that were published.
 
-    **Raises:** `ValueError` for a file that is missing, cut or of another kind.
+    **Raises:** `ValueError` for a file that is missing, cut, or another than it should be.
     """
-    name = f"{'train' if train else 't10k'}-images-idx3-ubyte"
-    path = _found(
-        directory,
-        (name, f"{name}.gz"),
-        "Install the Debian package dataset-fashion-mnist, or fetch it from "
-        "github.com/zalandoresearch/fashion-mnist.",
-    )
+    return _idx("MNIST", directory, train, "images-idx3", verify)[..., None]
+
+
+def fashion_mnist(
+    directory: str | Path = _debian, train: bool = True, verify: bool = True
+) -> Images:
+    """Fashion-MNIST, which has MNIST's format: 60,000 images of 28x28, or 10,000.
+
+    **Arguments:** as of [`gddim_eqx.datasets.mnist`][], but that `directory` is by default
+    where Debian's package `dataset-fashion-mnist` has it.
+    """
+    return _idx("Fashion-MNIST", directory, train, "images-idx3", verify)[..., None]
+
+
+def fashion_mnist_labels(
+    directory: str | Path = _debian, train: bool = True, verify: bool = True
+) -> UInt8[np.ndarray, " number"]:
+    """What each image of [`gddim_eqx.datasets.fashion_mnist`][] shows, from 0 to 9."""
+    return _idx("Fashion-MNIST", directory, train, "labels-idx1", verify)
+
+
+def _idx(
+    data: str, directory: str | Path, train: bool, kind: str, verify: bool
+) -> np.ndarray:
+    name = f"{'train' if train else 't10k'}-{kind}-ubyte"
+    path = _found(directory, (name, f"{name}.gz"), _where[data])
     try:
         content = path.read_bytes()
         content = gzip.decompress(content) if path.suffix == ".gz" else content
-        kind, *shape = struct.unpack(">iiii", content[:16])
-        if kind != 2051:
-            raise ValueError(f"it begins with {kind}, not with 2051")
-        return np.frombuffer(content, np.uint8, offset=16).reshape(*shape, 1)
-    except (ValueError, EOFError, OSError, struct.error) as error:
-        raise ValueError(f"{path} is not a whole file of images: {error}.") from error
+        magic, number_axes = content[:4], int(kind[-1])
+        if magic != bytes([0, 0, 8, number_axes]):
+            raise ValueError(f"it begins with {magic!r}")
+        header = 4 + 4 * number_axes
+        shape = struct.unpack(f">{number_axes}i", content[4:header])
+        images = np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+    except (ValueError, EOFError, OSError, zlib.error, struct.error) as error:
+        raise ValueError(f"{path} is not a whole file of {kind}: {error}.") from error
+    if verify:
+        _verify(data, path, name, content)
+    return images
+
+
+def _verify(data: str, path: Path | str, name: str, content: bytes) -> None:
+    found, wanted = hashlib.md5(content).hexdigest(), _published[data][name]
+    if found != wanted:
+        raise ValueError(
+            f"{path} is not the file that was published as {data}: its MD5 sum, unpacked, "
+            f"is {found} and not {wanted}. {_where[data]} To read it all the same, pass "
+            "`verify=False`."
+        )
 
 
 _harmless = {
@@ -91,34 +163,65 @@ class _ArraysOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it holds {module}.{name}")
 
 
-def cifar10(directory: str | Path, train: bool = True) -> Images:
-    """CIFAR-10: 50,000 images of 32x32, or 10,000.
+def cifar10(directory: str | Path, train: bool = True, verify: bool = True) -> Images:
+    """CIFAR-10, in its format for Python: 50,000 images of 32x32, or 10,000.
 
     **Arguments:**
 
-    - `directory`: `cifar-10-batches-py`, unpacked.
+    - `directory`: `cifar-10-batches-py`, or the archive it is in,
+        `cifar-10-python.tar.gz`.
     - `train`: whether to read the images for training.
+    - `verify`: whether to refuse files that are not those that were published.
 
-    **Raises:** `ValueError` for a file that is missing, cut or of another kind.
+    **Raises:** `ValueError` for a file that is missing, cut, or another than it should be.
     """
+    path = Path(directory)
     names = [f"data_batch_{n}" for n in range(1, 6)] if train else ["test_batch"]
     parts = []
-    for name in names:
-        where = "Fetch cifar-10-python.tar.gz from www.cs.toronto.edu/~kriz/cifar.html."
-        path = _found(directory, (name,), where)
-        try:
-            content = io.BytesIO(path.read_bytes())
-            data = _ArraysOnly(content, encoding="bytes").load()[b"data"]
-            parts.append(data.astype(np.uint8).reshape(-1, 3, 32, 32))
-        except Exception as error:
-            raise ValueError(f"{path} is not a whole file of images: {error}.") from error
+    with contextlib.ExitStack() as stack:
+        if path.is_file():
+            try:
+                archive = stack.enter_context(tarfile.open(path))
+            except (tarfile.TarError, EOFError, OSError) as error:
+                raise ValueError(f"{path} is not a whole archive: {error}.") from error
+        else:
+            archive = None
+        for name in names:
+            where, content = _batch(path, archive, name)
+            try:
+                data = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()[b"data"]
+                parts.append(data.astype(np.uint8).reshape(-1, 3, 32, 32))
+            except Exception as error:
+                raise ValueError(
+                    f"{where} is not a whole file of images: {error}."
+                ) from error
+            if verify:
+                _verify("CIFAR-10", where, name, content)
     return np.ascontiguousarray(np.concatenate(parts).transpose(0, 2, 3, 1))
+
+
+def _batch(path: Path, archive: tarfile.TarFile | None, name: str) -> tuple[str, bytes]:
+    if archive is None:
+        where = _found(path, (name,), _where["CIFAR-10"])
+        return str(where), where.read_bytes()
+    member, where = f"cifar-10-batches-py/{name}", f"{name} in {path}"
+    try:
+        file = archive.extractfile(member)
+        if file is None:
+            raise KeyError(f"{member} is no file")
+        return where, file.read()
+    except KeyError as error:
+        message = f"There is no {member} in {path}. {_where['CIFAR-10']}"
+        raise ValueError(message) from error
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path} is not a whole archive: {error}.") from error
 
 
 def folder(
     directory: str | Path, size: int | None = None, crop: int | None = None
 ) -> Images:
-    """All images in a directory and those within it, in the order of their names.
+    """All images in a directory and those within it, in the order of their names. For
+    CELEBA: `img_align_celeba` from mmlab.ie.cuhk.edu.hk/projects/CelebA.html.
 
     **Arguments:**
 

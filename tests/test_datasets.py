@@ -1,8 +1,11 @@
 """Data sets in files that are made here in the formats of the real ones."""
 
+import functools
 import gzip
+import pathlib
 import pickle
 import struct
+import tarfile
 
 import numpy as np
 import pytest
@@ -46,43 +49,121 @@ def idx(tmp_path):
 
 
 @pytest.mark.parametrize("packed", (False, True))
-def test_fashion_mnist(idx, packed):
+@pytest.mark.parametrize("read", (gd.datasets.mnist, gd.datasets.fashion_mnist))
+def test_mnist(idx, packed, read):
     directory, images, content = idx
     name = "t10k-images-idx3-ubyte" + ".gz" * packed
     (directory / name).write_bytes(gzip.compress(content) if packed else content)
-    read = gd.datasets.fashion_mnist(directory, train=False)
-    np.testing.assert_array_equal(read[..., 0], images)
-    with pytest.raises(ValueError, match="no train-images-idx3-ubyte in .*Debian"):
-        gd.datasets.fashion_mnist(directory)
+    found = read(directory, train=False, verify=False)
+    np.testing.assert_array_equal(found[..., 0], images)
+    with pytest.raises(ValueError, match=f"{name} is not the file .* published as"):
+        read(directory, train=False)
+
+
+@pytest.mark.parametrize(
+    "read, cure",
+    [
+        (gd.datasets.mnist, "no train-images-idx3-ubyte in .*cvdf-datasets/mnist"),
+        (gd.datasets.fashion_mnist, "no train-images-idx3-ubyte in .*Debian package"),
+        (gd.datasets.fashion_mnist_labels, "no train-labels-idx1-ubyte in .*Debian"),
+        (gd.datasets.cifar10, "no data_batch_1 in .*cifar-10-python.tar.gz from"),
+    ],
+)
+def test_says_where_to_get_what_is_missing(tmp_path, read, cure):
+    with pytest.raises(ValueError, match=cure):
+        read(tmp_path)
+
+
+def test_labels(tmp_path):
+    content = struct.pack(">ii", 2049, 4) + bytes([3, 0, 9, 1])
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(content)
+    labels = gd.datasets.fashion_mnist_labels(tmp_path, verify=False)
+    np.testing.assert_array_equal(labels, [3, 0, 9, 1])
+
+
+@pytest.mark.skipif(
+    not pathlib.Path("/usr/share/datasets/fashion-mnist").is_dir(),
+    reason="The Debian package dataset-fashion-mnist is not installed.",
+)
+def test_the_published_fashion_mnist():
+    for train, number in ((True, 60_000), (False, 10_000)):
+        images = gd.datasets.fashion_mnist(train=train)
+        assert images.shape == (number, 28, 28, 1) and images.dtype == np.uint8
+        labels = gd.datasets.fashion_mnist_labels(train=train)
+        np.testing.assert_array_equal(np.bincount(labels), [number // 10] * 10)
 
 
 def test_damaged_fashion_mnist_is_refused(idx):
     directory, _, content = idx
     path = directory / "train-images-idx3-ubyte.gz"
     packed = gzip.compress(content)
-    for damaged in (packed[:100], b"", gzip.compress(content[:1000]), content):
+    flipped = packed[:50] + bytes([packed[50] ^ 1]) + packed[51:]
+    cut = gzip.compress(content[:1000])
+    for damaged in (packed[:100], b"", cut, gzip.compress(b""), content, flipped):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=f"{path} is not a whole file"):
-            gd.datasets.fashion_mnist(directory)
+            gd.datasets.fashion_mnist(directory, verify=False)
     path.write_bytes(gzip.compress(struct.pack(">i", 2049) + content[4:]))
-    with pytest.raises(ValueError, match="begins with 2049"):
-        gd.datasets.fashion_mnist(directory)
+    with pytest.raises(ValueError, match=r"begins with b'.*x01'"):
+        gd.datasets.fashion_mnist(directory, verify=False)
 
 
-def test_cifar10(tmp_path):
-    images = _random.integers(0, 256, (10, 32, 32, 3), np.uint8)
-    for n in range(5):
+@pytest.fixture
+def cifar10(tmp_path):
+    images = _random.integers(0, 256, (12, 32, 32, 3), np.uint8)
+    directory = tmp_path / "cifar-10-batches-py"
+    directory.mkdir()
+    for n, name in enumerate([f"data_batch_{n}" for n in range(1, 6)] + ["test_batch"]):
         data = images[2 * n : 2 * n + 2].transpose(0, 3, 1, 2).reshape(2, -1)
         batch = {b"data": data, b"labels": [1, 2], b"batch_label": b"x"}
-        with (tmp_path / f"data_batch_{n + 1}").open("wb") as file:
-            pickle.dump(batch, file, protocol=2)
-    np.testing.assert_array_equal(gd.datasets.cifar10(tmp_path), images)
-    with pytest.raises(ValueError, match="no test_batch in .*cifar-10-python.tar.gz"):
-        gd.datasets.cifar10(tmp_path, train=False)
-    whole = (tmp_path / "data_batch_3").read_bytes()
-    (tmp_path / "data_batch_3").write_bytes(whole[:2000])
-    with pytest.raises(ValueError, match="data_batch_3 is not a whole file"):
-        gd.datasets.cifar10(tmp_path)
+        (directory / name).write_bytes(pickle.dumps(batch, protocol=2))
+    return directory, images
+
+
+def _pack(directory):
+    archive = directory.with_name("cifar-10-python.tar.gz")
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(directory, directory.name)
+    return archive
+
+
+@pytest.mark.parametrize("packed", (False, True))
+def test_cifar10(cifar10, packed):
+    path, images = cifar10
+    path = _pack(path) if packed else path
+    read = functools.partial(gd.datasets.cifar10, path)
+    np.testing.assert_array_equal(read(verify=False), images[:10])
+    np.testing.assert_array_equal(read(train=False, verify=False), images[10:])
+    with pytest.raises(ValueError, match="data_batch_1.* is not the file .* CIFAR-10: its"):
+        read()
+
+
+@pytest.mark.parametrize("packed", (False, True))
+def test_damaged_cifar10_is_refused(cifar10, packed):
+    directory, _ = cifar10
+    batch = directory / "data_batch_3"
+    whole = batch.read_bytes()
+    read = lambda: gd.datasets.cifar10(
+        _pack(directory) if packed else directory, verify=False
+    )
+    for damaged in (whole[:2000], b"", pickle.dumps({b"data": np.zeros(5, np.uint8)})):
+        batch.write_bytes(damaged)
+        with pytest.raises(ValueError, match="data_batch_3.* is not a whole file"):
+            read()
+    batch.unlink()
+    with pytest.raises(ValueError, match="no .*data_batch_3 in .*Fetch"):
+        read()
+
+
+def test_a_damaged_archive_is_refused(cifar10):
+    archive = _pack(cifar10[0])
+    whole = archive.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 255
+    for damaged in (whole[:100], whole[: len(whole) // 2], b"", bytes(flipped)):
+        archive.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is not a whole"):
+            gd.datasets.cifar10(archive, verify=False)
 
 
 class _Runs:

@@ -1,0 +1,98 @@
+from collections.abc import Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Inexact
+
+from .._check import check_count
+from .._custom_types import Key
+from .._process import as_shape
+
+
+class ImageClassifier(eqx.Module):
+    """A small convolutional network that tells classes of images, as
+    `classifier(x)` for one image.
+
+    At each resolution it convolves, normalises and rectifies; between resolutions it keeps
+    the greatest of four pixels. Its last layer sees the means over the image, which are
+    good to compare sets of images by.
+    """
+
+    convolutions: tuple[eqx.nn.Conv2d, ...]
+    normalisations: tuple[eqx.nn.GroupNorm, ...]
+    last: eqx.nn.Linear
+    shape: tuple[int, ...] = eqx.field(static=True)
+    num_classes: int = eqx.field(static=True)
+    features: tuple[int, ...] = eqx.field(static=True)
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        num_classes: int,
+        *,
+        key: Key,
+        features: Sequence[int] = (32, 64, 128),
+    ):
+        """**Arguments:**
+
+        - `shape`: of one image: `(height, width, channels)`.
+        - `num_classes`: how many classes there are.
+        - `features`: the number of channels at each resolution, multiples of 8.
+        - `key`: a random key, for the initial parameters.
+
+        **Raises:** `ValueError` for numbers that do not fit.
+        """
+        self.shape, self.num_classes = as_shape(tuple(shape)), num_classes
+        self.features = tuple(features)
+        check_count("num_classes", num_classes)
+        if len(self.shape) != 3:
+            raise ValueError(
+                f"`shape` must be (height, width, channels); got {self.shape}."
+            )
+        if not self.features or any(n < 8 or n % 8 for n in self.features):
+            raise ValueError(f"`features` must be multiples of 8; got {self.features}.")
+        if min(self.shape[:2]) < 2 ** (len(self.features) - 1):
+            raise ValueError(
+                f"Images of {self.shape} cannot be halved {len(self.features) - 1} times, "
+                f"as {len(self.features)} `features` ask for."
+            )
+        *keys, last = jr.split(key, len(self.features) + 1)
+        channels = (self.shape[-1], *self.features)
+        self.convolutions = tuple(
+            eqx.nn.Conv2d(size, out_size, 3, padding=1, key=key)
+            for size, out_size, key in zip(channels, self.features, keys)
+        )
+        self.normalisations = tuple(eqx.nn.GroupNorm(8, n) for n in self.features)
+        self.last = eqx.nn.Linear(self.features[-1], num_classes, key=last)
+
+    def embed(
+        self, x: Inexact[Array, "height width channels"]
+    ) -> Float[Array, " features"]:
+        """What the last layer sees.
+
+        **Arguments:**
+
+        - `x`: an image in [-1, 1].
+
+        **Raises:** `ValueError` for an image of another shape.
+        """
+        if x.shape != self.shape:
+            raise ValueError(
+                f"This classifier is for images of shape {self.shape}; got {x.shape}. For "
+                "a batch, use `jax.vmap`."
+            )
+        h = jnp.moveaxis(x, -1, 0)
+        for level, layers in enumerate(zip(self.convolutions, self.normalisations)):
+            if level > 0:
+                h = eqx.nn.MaxPool2d(2, 2)(h)
+            convolve, normalise = layers
+            h = jax.nn.relu(normalise(convolve(h)))
+        return h.mean(axis=(1, 2))
+
+    def __call__(
+        self, x: Inexact[Array, "height width channels"]
+    ) -> Float[Array, " num_classes"]:
+        """The logarithms of the classes' odds; see `embed` for the arguments."""
+        return self.last(self.embed(x))
