@@ -3,6 +3,7 @@ import importlib.metadata
 from . import (
     checkpoints as checkpoints,
     datasets as datasets,
+    metrics as metrics,
     nn as nn,
     solvers as solvers,
     training as training,

@@ -24,7 +24,7 @@ from .._process import (
     VP,
 )
 from .._term import ProbabilityFlow
-from ..nn import NCSNpp, NetworkModel, TimeMLP
+from ..nn import ImageClassifier, NCSNpp, NetworkModel, TimeMLP
 
 
 _VERSION = 1
@@ -34,7 +34,7 @@ _classes: dict[str, type[eqx.Module]] = {
     cls.__name__: cls
     for cls in (
         *(BDM, CLD, SubVP, VE, VP, Linear, CosineSquared),
-        *(NCSNpp, TimeMLP, NetworkModel, ProbabilityFlow),
+        *(ImageClassifier, NCSNpp, TimeMLP, NetworkModel, ProbabilityFlow),
     )
 }
 

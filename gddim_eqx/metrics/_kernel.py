@@ -49,8 +49,8 @@ def kernel_distance(
     check_count("num_subsets", num_subsets)
     if not 2 <= subset_size <= min(len(a), len(b)):
         raise ValueError(
-            f"`subset_size` must be from 2 to {min(len(a), len(b))}, the number of vectors; "
-            f"got {subset_size}."
+            f"`subset_size` must be from 2 to the number of vectors, which is "
+            f"{min(len(a), len(b))}; got {subset_size}."
         )
     random = np.random.default_rng(seed)
 

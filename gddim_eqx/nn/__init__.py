@@ -1,4 +1,5 @@
 from . import presets as presets
+from ._classifier import ImageClassifier as ImageClassifier
 from ._mlp import TimeMLP as TimeMLP
 from ._ncsnpp import NCSNpp as NCSNpp
 from ._network_model import NetworkModel as NetworkModel

@@ -33,7 +33,7 @@ class ImageClassifier(eqx.Module):
         num_classes: int,
         *,
         key: Key,
-        features: Sequence[int] = (32, 64, 128),
+        features: Sequence[int] = (16, 32, 64),
     ):
         """**Arguments:**
 

@@ -1,0 +1,85 @@
+"""Train the classifier whose features Fashion-MNIST is measured by.
+
+    python examples/classifier.py
+
+Five minutes on two CPU cores. Writes `gddim_eqx/metrics/fashion_mnist.npz`, which
+`gddim_eqx.metrics.Classifier` reads.
+"""
+
+import argparse
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, UInt8
+from tqdm import tqdm
+
+import gddim_eqx as gd
+
+
+Images = UInt8[Array, "batch 28 28 1"]
+Labels = Int[Array, " batch"]
+
+
+def logits(classifier: gd.nn.ImageClassifier, images: Images) -> Float[Array, "batch 10"]:
+    return jax.vmap(classifier)(images.astype(jnp.float32) / 127.5 - 1)
+
+
+def train(images: np.ndarray, labels: np.ndarray, num_steps: int, batch_size: int = 128):
+    network_key, key = jr.split(jr.key(0))
+    classifier = gd.nn.ImageClassifier((28, 28, 1), 10, key=network_key)
+    optimiser = optax.adamw(optax.cosine_decay_schedule(2e-3, num_steps))
+
+    @eqx.filter_jit
+    def make_step(classifier, state, images, labels, key):
+        # Clothes moved by up to two pixels are the same clothes.
+        shift = jr.randint(key, (2,), -2, 3)
+        images = jnp.roll(images, shift, axis=(1, 2))
+
+        def loss(classifier):
+            losses = optax.softmax_cross_entropy_with_integer_labels
+            return losses(logits(classifier, images), labels).mean()
+
+        value, gradient = eqx.filter_value_and_grad(loss)(classifier)
+        parameters = eqx.filter(classifier, eqx.is_inexact_array)
+        updates, state = optimiser.update(gradient, state, parameters)
+        return eqx.apply_updates(classifier, updates), state, value
+
+    state = optimiser.init(eqx.filter(classifier, eqx.is_inexact_array))
+    random = np.random.default_rng(0)
+    progress = tqdm(range(num_steps), desc="Training", unit=" steps", mininterval=1)
+    for step in progress:
+        batch = random.integers(len(images), size=batch_size)
+        x, y = images[batch], labels[batch].astype(np.int32)
+        classifier, state, value = make_step(classifier, state, x, y, jr.fold_in(key, step))
+        if step % 100 == 0:
+            progress.set_postfix(loss=f"{value:.3f}", refresh=False)
+    return classifier
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    package = Path(gd.metrics.__file__).parent
+    parser.add_argument("--output", type=Path, default=package / "fashion_mnist.npz")
+    parser.add_argument("--steps", type=int, default=4000)
+    arguments = parser.parse_args()
+    classifier = train(
+        gd.datasets.fashion_mnist(),
+        gd.datasets.fashion_mnist_labels(),
+        arguments.steps,
+    )
+    gd.checkpoints.save(arguments.output, classifier)
+    found = [
+        np.asarray(jnp.argmax(eqx.filter_jit(logits)(classifier, part), axis=1))
+        for part in np.array_split(gd.datasets.fashion_mnist(train=False), 20)
+    ]
+    right = np.concatenate(found) == gd.datasets.fashion_mnist_labels(train=False)
+    print(f"{right.mean():.2%} of the test images are told right: {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

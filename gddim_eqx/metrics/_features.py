@@ -1,0 +1,168 @@
+import abc
+import hashlib
+import importlib.resources
+import math
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jaxtyping import Array, Float, Real, UInt8
+
+from ..checkpoints import load
+from ..nn import ImageClassifier
+
+
+Images = UInt8[np.ndarray, "number height width channels"]
+
+
+class AbstractFeatures(eqx.Module):
+    """Vectors that images are compared by: `features(images)`."""
+
+    name: eqx.AbstractVar[str]
+    """What the Frechet distance of these features is called."""
+    key: eqx.AbstractVar[str]
+    """Tells these features from all that give other vectors."""
+
+    @abc.abstractmethod
+    def __call__(self, images: Images) -> Float[np.ndarray, "number size"]:
+        """**Arguments:**
+
+        - `images`: any number of them, also none.
+        """
+
+
+def to_uint8(x: Real[Array | np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
+    """Images as they would be stored: numbers in [-1, 1] to the nearest of the levels 0 to
+    255, and those beyond to the first or last."""
+    return np.clip(np.rint((np.asarray(x) + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+class Pixels(AbstractFeatures):
+    """The pixels themselves, in [-1, 1]."""
+
+    name: str = eqx.field(default="Frechet distance of pixels", init=False)
+    key: str = eqx.field(default="pixels", init=False)
+
+    def __call__(self, images: Images) -> Float[np.ndarray, "number size"]:
+        vectors = images.reshape(len(images), math.prod(images.shape[1:]))
+        return vectors.astype(np.float32) / 127.5 - 1
+
+
+class Classifier(AbstractFeatures):
+    """What the last layer of a classifier sees.
+
+    The one that comes with the library was trained on Fashion-MNIST, by
+    `examples/classifier.py`. Distances by it are not those by Inception, and are not to be
+    compared with FIDs.
+    """
+
+    name: str
+    key: str
+    classifier: ImageClassifier
+
+    def __init__(
+        self,
+        classifier: ImageClassifier | None = None,
+        name: str = "Fashion-MNIST FID",
+    ):
+        """**Arguments:**
+
+        - `classifier`: by default the one that comes with the library, for images of
+            28x28 in grey.
+        - `name`: what the Frechet distance of its features is called.
+        """
+        if classifier is None:
+            files = importlib.resources.files(__package__)
+            with importlib.resources.as_file(files / "fashion_mnist.npz") as path:
+                classifier = load(path)
+        assert classifier is not None
+        digest = hashlib.sha256(str(jtu.tree_structure(classifier)).encode())
+        for leaf in jtu.tree_leaves(eqx.filter(classifier, eqx.is_array)):
+            digest.update(np.asarray(leaf).tobytes())
+        self.classifier, self.name = classifier, name
+        self.key = f"classifier {digest.hexdigest()}"
+
+    def __call__(self, images: Images) -> Float[np.ndarray, "number size"]:
+        parts = [np.zeros((0, self.classifier.features[-1]), np.float32)]
+        size = 500
+        for n in range(0, len(images), size):
+            part = images[n : n + size]
+            # Always as many, to compile once.
+            padded = np.pad(part, [(0, size - len(part)), (0, 0), (0, 0), (0, 0)])
+            parts.append(np.asarray(_embed(self.classifier, padded))[: len(part)])
+        return np.concatenate(parts)
+
+
+@eqx.filter_jit
+def _embed(classifier, images):
+    x = jnp.asarray(images, jnp.float32) / 127.5 - 1
+    return jax.vmap(classifier.embed)(x)
+
+
+class Inception(AbstractFeatures):
+    """The 2048 features of InceptionV3 that the FID of the literature is of, computed by
+    torch-fidelity from a file of weights. Needs `pip install "gddim_eqx[fid]"`.
+
+    Images are brought to 299x299 as TensorFlow 1 does it, which is part of the definition;
+    pass them as they are.
+    """
+
+    name: str
+    key: str
+    network: Any = eqx.field(static=True)
+
+    def __init__(self, weights: str | Path):
+        """**Arguments:**
+
+        - `weights`: `pt_inception-2015-12-05-6726825d.pth` of pytorch-fid, or
+            `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity, from the
+            releases of github.com/mseitzer/pytorch-fid or github.com/toshas/torch-fidelity.
+
+        **Raises:** `ValueError` for a file that is missing or holds something else.
+        """
+        weights = Path(weights)
+        if not weights.is_file():
+            raise ValueError(
+                f"There are no weights in {weights}. Fetch "
+                "pt_inception-2015-12-05-6726825d.pth from the releases of "
+                "github.com/mseitzer/pytorch-fid."
+            )
+        try:
+            import torch  # pyright: ignore[reportMissingImports]
+            from torch_fidelity.feature_extractor_inceptionv3 import (  # pyright: ignore[reportMissingImports]
+                FeatureExtractorInceptionV3,
+            )
+        except ImportError as error:
+            raise ImportError(
+                'Inception features need `pip install "gddim_eqx[fid]"`.'
+            ) from error
+        try:
+            # torch-fidelity would run what a file of another kind might hold.
+            torch.load(weights, map_location="cpu", weights_only=True)
+            network = FeatureExtractorInceptionV3("inception", ["2048"], str(weights))
+        except Exception as error:
+            raise ValueError(
+                f"{weights} does not hold the weights of InceptionV3: {error}"
+            ) from error
+        self.name = "FID"
+        self.key = f"inception {hashlib.sha256(weights.read_bytes()).hexdigest()}"
+        self.network = network.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def __call__(self, images: Images) -> Float[np.ndarray, "number size"]:
+        import torch  # pyright: ignore[reportMissingImports]
+
+        if images.shape[-1] != 3:
+            raise ValueError(
+                f"Inception is for images with three channels; got {images.shape}."
+            )
+        device = next(self.network.parameters()).device
+        parts = [np.zeros((0, 2048), np.float32)]
+        for n in range(0, len(images), 50):
+            part = np.ascontiguousarray(images[n : n + 50].transpose(0, 3, 1, 2))
+            (features,) = self.network(torch.from_numpy(part).to(device))
+            parts.append(features.cpu().numpy())
+        return np.concatenate(parts)

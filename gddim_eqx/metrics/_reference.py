@@ -1,0 +1,91 @@
+import hashlib
+import json
+import os
+import warnings
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from ._features import AbstractFeatures, Images
+from ._moments import Moments
+
+
+_VERSION = 1
+
+
+class Reference(NamedTuple):
+    """What samples are compared with; see [`gddim_eqx.metrics.reference`][]."""
+
+    moments: Moments
+    """Of the features of all images."""
+    vectors: Float[np.ndarray, "some size"]
+    """The features of some, for measures that need them one by one."""
+
+
+def reference(
+    images: Images,
+    features: AbstractFeatures,
+    directory: str | Path | None = None,
+    number: int = 10_000,
+) -> Reference:
+    """The features of a data set.
+
+    **Arguments:**
+
+    - `images`: the data, or a part of it; at least one.
+    - `features`: for example [`gddim_eqx.metrics.Inception`][].
+    - `directory`: where to keep the result, to read it from there the next time. Its file
+        is named by the images, the features and `number`, so that it is never read for
+        others.
+    - `number`: how many features to keep one by one, of images drawn at random.
+
+    **Returns:** [`gddim_eqx.metrics.Reference`][].
+
+    **Raises:** `ValueError` for no images.
+    """
+    if not len(images):
+        raise ValueError("There must be images to compare with; got none.")
+    if directory is None:
+        return _compute(images, features, number)
+    depends_on = {
+        "version": _VERSION,
+        "features": features.key,
+        "shape": images.shape,
+        "images": hashlib.sha256(np.ascontiguousarray(images)).hexdigest(),
+        "number": number,
+    }
+    key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
+    path = Path(directory) / f"reference-{key[:32]}.npz"
+    if path.exists():
+        try:
+            with path.open("rb") as whole, np.load(whole) as file:
+                moments = (file["count"].item(), file["mean"], file["covariance"])
+                return Reference(Moments(*moments), file["vectors"])
+        except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+            warnings.warn(f"{path} is damaged, and is computed again: {error}")
+    found = _compute(images, features, number)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            np.savez(file, vectors=found.vectors, **found.moments._asdict())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return found
+
+
+def _compute(images: Images, features: AbstractFeatures, number: int) -> Reference:
+    moments, parts = None, []
+    chosen = np.zeros(len(images), bool)
+    chosen[np.random.default_rng(0).permutation(len(images))[:number]] = True
+    for n in range(0, len(images), 1000):
+        part = features(images[n : n + 1000])
+        new = Moments.of(part)
+        moments = new if moments is None else moments + new
+        parts.append(part[chosen[n : n + 1000]])
+    assert moments is not None
+    return Reference(moments, np.concatenate(parts))
