@@ -11,7 +11,6 @@ paper's numbers, FID on CIFAR10 with trained networks, stand beside for comparis
 
 import argparse
 import dataclasses
-import gzip
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,10 +27,11 @@ import numpy as np
 
 import gddim_eqx as gd
 from gddim_eqx import AbstractProcess
+from gddim_eqx.metrics import frechet_distance, sliced_wasserstein
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from quickstart import frechet_distance, load_images, sliced_wasserstein
+from quickstart import load_images
 
 
 _key = jr.key(0)
@@ -81,14 +81,8 @@ def digits() -> Data:
     return Data("digits", np.asarray(load_images(jr.key(0)), np.float64)[:1000], 0.02, 1024)
 
 
-def fashion(path: Path) -> Data:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as file:
-        raw = file.read()
-    header = np.frombuffer(raw[:16], ">i4")
-    if header[0] != 2051 or len(raw) != 16 + np.prod(header[1:].astype(np.int64)):
-        raise ValueError(f"{path} is not a complete IDX file of images.")
-    images = np.frombuffer(raw[16:], np.uint8).reshape(header[1], *header[2:], 1)
+def fashion(directory: Path) -> Data:
+    images = gd.datasets.fashion_mnist(directory)
     return Data("fashion-mnist", images[:500] / 127.5 - 1, 0.02, 256)
 
 
@@ -436,8 +430,8 @@ def main() -> None:
     parser.add_argument(
         "--fashion-mnist",
         type=Path,
-        default=Path("/usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz"),
-        help="IDX file of the training images; Debian's package dataset-fashion-mnist",
+        default=Path("/usr/share/datasets/fashion-mnist"),
+        help="directory of its files; Debian's package dataset-fashion-mnist",
     )
     parser.add_argument("--most", type=int, default=1000, help="evaluations, in table 3")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)

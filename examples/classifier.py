@@ -74,7 +74,9 @@ def main() -> None:
     )
     gd.checkpoints.save(arguments.output, classifier)
     found = [
-        np.asarray(jnp.argmax(eqx.filter_jit(logits)(classifier, part), axis=1))
+        np.asarray(
+            jnp.argmax(eqx.filter_jit(logits)(classifier, jnp.asarray(part)), axis=1)
+        )
         for part in np.array_split(gd.datasets.fashion_mnist(train=False), 20)
     ]
     right = np.concatenate(found) == gd.datasets.fashion_mnist_labels(train=False)

@@ -278,32 +278,11 @@ def compare(
 
 
 def distances(images: np.ndarray, real: np.ndarray) -> tuple[float, float]:
-    """Frechet and sliced Wasserstein; NaN if the images are not finite."""
+    """Frechet, of the pixels, and sliced Wasserstein; NaN if the images are not finite."""
     a, b = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (images, real))
     if not np.isfinite(a).all():
         return math.nan, math.nan
-    return frechet_distance(a, b), sliced_wasserstein(a, b)
-
-
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Between normal distributions with the means and covariances of two sets of
-    vectors: the Frechet inception distance, but of pixels."""
-    covariance_a, covariance_b = np.cov(a.T), np.cov(b.T)
-    values, vectors = np.linalg.eigh(covariance_a)
-    root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
-    overlap = np.linalg.eigvalsh(root @ covariance_b @ root)
-    between_means = np.sum((a.mean(axis=0) - b.mean(axis=0)) ** 2)
-    spread = np.trace(covariance_a) + np.trace(covariance_b)
-    return float(between_means + spread - 2 * np.sqrt(np.maximum(overlap, 0)).sum())
-
-
-def sliced_wasserstein(a: np.ndarray, b: np.ndarray, num_directions: int = 256) -> float:
-    """The Wasserstein-2 distance between two sets of equally many vectors along a
-    random direction: the root mean square over directions."""
-    directions = np.random.default_rng(0).normal(size=(a.shape[1], num_directions))
-    directions /= np.linalg.norm(directions, axis=0)
-    difference = np.sort(a @ directions, axis=0) - np.sort(b @ directions, axis=0)
-    return float(np.sqrt(np.mean(difference**2)))
+    return gd.metrics.frechet_distance(a, b), gd.metrics.sliced_wasserstein(a, b)
 
 
 def print_table(results: dict[int, list[Result]], references: list[Result]) -> None:

@@ -76,7 +76,7 @@ class Classifier(AbstractFeatures):
         - `name`: what the Frechet distance of its features is called.
         """
         if classifier is None:
-            files = importlib.resources.files(__package__)
+            files = importlib.resources.files("gddim_eqx.metrics")
             with importlib.resources.as_file(files / "fashion_mnist.npz") as path:
                 classifier = load(path)
         assert classifier is not None

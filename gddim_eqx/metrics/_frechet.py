@@ -6,7 +6,7 @@ from ._moments import check_sizes, Moments
 
 def frechet_distance(
     a: Moments | Real[np.ndarray, "number size"],
-    b: Moments | Real[np.ndarray, "number size"],
+    b: Moments | Real[np.ndarray, "other_number size"],
 ) -> float:
     r"""The Frechet distance between normal distributions with the moments of two sets of
     vectors,

@@ -1,10 +1,9 @@
-from typing import NamedTuple
-
+import equinox as eqx
 import numpy as np
 from jaxtyping import Float, Real
 
 
-class Moments(NamedTuple):
+class Moments(eqx.Module):
     """The number, mean and covariance of vectors, in double precision.
 
     Those of vectors that come in parts are the sum of those of the parts:
@@ -33,13 +32,11 @@ class Moments(NamedTuple):
         vectors -= mean
         return cls(count, mean, vectors.T @ vectors / max(count - 1, 1))
 
-    def __add__(self, other: object) -> "Moments":  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __add__(self, other: "Moments") -> "Moments":
         """The moments of both together (Chan, Golub and LeVeque 1979).
 
         **Raises:** `ValueError` for vectors of another size.
         """
-        if not isinstance(other, Moments):
-            return NotImplemented
         check_sizes(self.mean.size, other.mean.size)
         count = self.count + other.count
         if count == 0:

@@ -54,7 +54,7 @@ def reference(
         "version": _VERSION,
         "features": features.key,
         "shape": images.shape,
-        "images": hashlib.sha256(np.ascontiguousarray(images)).hexdigest(),
+        "images": hashlib.sha256(images.tobytes()).hexdigest(),
         "number": number,
     }
     key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
@@ -71,7 +71,13 @@ def reference(
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with partial.open("wb") as file:
-            np.savez(file, vectors=found.vectors, **found.moments._asdict())
+            np.savez(
+                file,
+                vectors=found.vectors,
+                count=np.array(found.moments.count),
+                mean=found.moments.mean,
+                covariance=found.moments.covariance,
+            )
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

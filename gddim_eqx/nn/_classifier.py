@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Sequence
 
 import equinox as eqx
@@ -15,9 +16,8 @@ class ImageClassifier(eqx.Module):
     """A small convolutional network that tells classes of images, as
     `classifier(x)` for one image.
 
-    At each resolution it convolves, normalises and rectifies; between resolutions it keeps
-    the greatest of four pixels. Its last layer sees the means over the image, which are
-    good to compare sets of images by.
+    It halves the image by a convolution and convolves once more, several times. Its last
+    layer sees the means over the image, which are good to compare sets of images by.
     """
 
     convolutions: tuple[eqx.nn.Conv2d, ...]
@@ -33,13 +33,13 @@ class ImageClassifier(eqx.Module):
         num_classes: int,
         *,
         key: Key,
-        features: Sequence[int] = (16, 32, 64),
+        features: Sequence[int] = (32, 64, 64),
     ):
         """**Arguments:**
 
         - `shape`: of one image: `(height, width, channels)`.
         - `num_classes`: how many classes there are.
-        - `features`: the number of channels at each resolution, multiples of 8.
+        - `features`: the number of channels after each halving, multiples of 8.
         - `key`: a random key, for the initial parameters.
 
         **Raises:** `ValueError` for numbers that do not fit.
@@ -53,18 +53,15 @@ class ImageClassifier(eqx.Module):
             )
         if not self.features or any(n < 8 or n % 8 for n in self.features):
             raise ValueError(f"`features` must be multiples of 8; got {self.features}.")
-        if min(self.shape[:2]) < 2 ** (len(self.features) - 1):
-            raise ValueError(
-                f"Images of {self.shape} cannot be halved {len(self.features) - 1} times, "
-                f"as {len(self.features)} `features` ask for."
-            )
-        *keys, last = jr.split(key, len(self.features) + 1)
-        channels = (self.shape[-1], *self.features)
+        *keys, last = jr.split(key, 2 * len(self.features) + 1)
+        sizes = [n for n in self.features for _ in range(2)]
         self.convolutions = tuple(
-            eqx.nn.Conv2d(size, out_size, 3, padding=1, key=key)
-            for size, out_size, key in zip(channels, self.features, keys)
+            eqx.nn.Conv2d(size, out_size, 3, stride, padding=1, key=key)
+            for size, out_size, stride, key in zip(
+                [self.shape[-1], *sizes], sizes, itertools.cycle((2, 1)), keys
+            )
         )
-        self.normalisations = tuple(eqx.nn.GroupNorm(8, n) for n in self.features)
+        self.normalisations = tuple(eqx.nn.GroupNorm(8, n) for n in sizes)
         self.last = eqx.nn.Linear(self.features[-1], num_classes, key=last)
 
     def embed(
@@ -84,10 +81,7 @@ class ImageClassifier(eqx.Module):
                 "a batch, use `jax.vmap`."
             )
         h = jnp.moveaxis(x, -1, 0)
-        for level, layers in enumerate(zip(self.convolutions, self.normalisations)):
-            if level > 0:
-                h = eqx.nn.MaxPool2d(2, 2)(h)
-            convolve, normalise = layers
+        for convolve, normalise in zip(self.convolutions, self.normalisations):
             h = jax.nn.relu(normalise(convolve(h)))
         return h.mean(axis=(1, 2))
 

@@ -1,0 +1,117 @@
+"""Time and memory of the measures of `gddim_eqx.metrics`, on features made up.
+
+    python benchmarks/metrics.py           # 50,000 of size 2048: some minutes on 2 cores
+    python benchmarks/metrics.py --number 10000 --size 512
+
+Each is run in a process of its own, and compared with a plain way to compute the same:
+NumPy's covariance of all features at once, and SciPy's root of a matrix.
+"""
+
+import argparse
+import functools
+import multiprocessing
+import operator
+import resource
+import time
+
+import numpy as np
+import scipy.linalg
+
+from gddim_eqx import metrics
+
+
+def features(seed: int, number: int, size: int) -> np.ndarray:
+    """Such as Inception's: correlated, and none negative."""
+    random = np.random.default_rng(seed)
+    mixing = np.random.default_rng(0).normal(size=(size, size)) / size**0.5
+    mixing = mixing.astype(np.float32)
+    parts = []
+    for n in range(0, number, 1000):
+        normal = random.normal(size=(min(1000, number - n), size)).astype(np.float32)
+        parts.append(np.maximum(normal @ mixing + 0.01 * seed, 0))
+    return np.concatenate(parts)
+
+
+def streamed(a, b):
+    return [
+        functools.reduce(
+            operator.add,
+            (metrics.Moments.of(x[n : n + 1000]) for n in range(0, len(x), 1000)),
+        )
+        for x in (a, b)
+    ]
+
+
+def at_once(a, b):
+    return [metrics.Moments(len(x), x.mean(axis=0), np.cov(x.T)) for x in (a, b)]
+
+
+def rooted(a: metrics.Moments, b: metrics.Moments) -> float:
+    root = scipy.linalg.sqrtm(a.covariance @ b.covariance)
+    spread = np.trace(a.covariance + b.covariance - 2 * root.real)
+    return float(((a.mean - b.mean) ** 2).sum() + spread)
+
+
+def some(a, b):
+    return a[:10_000], b[:10_000]
+
+
+MEASURES = {
+    "moments of both, in parts of 1000": (lambda a, b: (a, b), streamed),
+    "the same by numpy.cov": (lambda a, b: (a, b), at_once),
+    "Frechet distance of the moments": (streamed, metrics.frechet_distance),
+    "the same by scipy.linalg.sqrtm": (streamed, rooted),
+    "kernel distance, 100 subsets of 1000": (
+        lambda a, b: (a, b),
+        metrics.kernel_distance,
+    ),
+    "sliced Wasserstein, 256 directions": (
+        lambda a, b: (a, b),
+        metrics.sliced_wasserstein,
+    ),
+    "precision and recall of 10,000": (some, metrics.precision_recall),
+    "precision and recall of all": (lambda a, b: (a, b), metrics.precision_recall),
+}
+
+
+def text(value) -> str:
+    if isinstance(value, list):
+        return ""
+    if isinstance(value, tuple):
+        return ", ".join(f"{x:.3g}" for x in value)
+    return f"{value:.9g}"
+
+
+def run(name: str, number: int, size: int, queue) -> None:
+    prepare, measure = MEASURES[name]
+    prepared = prepare(features(0, number, size), features(1, number, size))
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    before, start = peak(), time.perf_counter()
+    value = measure(*prepared)
+    queue.put((time.perf_counter() - start, before, peak(), text(value)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--number", type=int, default=50_000)
+    parser.add_argument("--size", type=int, default=2048)
+    arguments = parser.parse_args()
+    number, size = arguments.number, arguments.size
+    print(f"Two sets of {number} features of size {size}, float32:", end=" ")
+    print(f"{2 * 4 * number * size / 2**30:.2f} GiB.\n")
+    print("| | seconds | GiB with the features | and at the peak | value |")
+    print("| --- | --- | --- | --- | --- |")
+    context = multiprocessing.get_context("spawn")
+    for name in MEASURES:
+        queue = context.SimpleQueue()
+        process = context.Process(target=run, args=(name, number, size, queue))
+        process.start()
+        process.join()
+        seconds, before, peak, value = queue.get()
+        print(
+            f"| {name} | {seconds:.1f} | {before:.2f} | {peak:.2f} | {value} |", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()
