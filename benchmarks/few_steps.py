@@ -4,10 +4,10 @@ Data are mixtures of normals, whose scores are exact: eight on a ring in 2-D, fo
 and one around each of 500 real images (`--fashion-mnist`: the directory of its files),
 under VP, CLD and BDM (images only), each with the exact noise prediction and with one that
 is off by 5%, as that of a trained network would be. Errors are medians over samples of the
-distance to the end of the exact flow of the same model, RMS per coordinate, and are divided
-by those of the paper's sampler: `GDDIM(3, "noise")` on the quadratic grid, with as many
-evaluations. `--others` takes other data instead, with which no default was chosen, and `--float32`
-samples in single precision.
+distance to the end of the exact flow of the same model, RMS per coordinate, and are
+divided by those of the paper's sampler: `GDDIM(3, "noise")` on the quadratic grid, with as
+many evaluations. `--others` takes other data instead, with which no default was chosen,
+and `--float32` samples in single precision.
 
     python benchmarks/few_steps.py
 """

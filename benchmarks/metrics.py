@@ -47,8 +47,8 @@ def at_once(a, b):
 
 
 def rooted(a: metrics.Moments, b: metrics.Moments) -> float:
-    root = scipy.linalg.sqrtm(a.covariance @ b.covariance)
-    spread = np.trace(a.covariance + b.covariance - 2 * root.real)
+    root = np.real(scipy.linalg.sqrtm(a.covariance @ b.covariance))
+    spread = np.trace(a.covariance + b.covariance - 2 * root)
     return float(((a.mean - b.mean) ** 2).sum() + spread)
 
 

@@ -174,8 +174,11 @@ class Config:
     """A file of `gddim_eqx.checkpoints.save`, or of the authors' code with `--authors`."""
     data: Data
     """What to compare with."""
-    authors: Literal["cifar10_cld", "cifar10_bdm", "celeba_cld"] | None = None
-    """The kind of network of a file of the authors' code."""
+    authors: str | None = None
+    """What network a file of the authors' code has: `cifar10_cld`, `cifar10_bdm` or
+    `celeba_cld`; or a file of their configuration, as JSON."""
+    process: Literal["cld", "bdm"] = "cld"
+    """The process of a file of the authors' code."""
     against: Literal["train", "test"] = "train"
     """Which part of the data to compare with."""
     features: Literal["pixels", "classifier", "inception"] = "classifier"
@@ -200,10 +203,7 @@ class Config:
 
 def read_model(config: Config, shape: tuple[int, ...]) -> gd.ProbabilityFlow:
     if config.authors is not None:
-        preset = getattr(gd.nn.presets, config.authors)
-        network = gd.checkpoints.load_authors(config.model, preset)
-        process = gd.BDM(shape) if config.authors == "cifar10_bdm" else gd.CLD(shape)
-        flow = gd.ProbabilityFlow(process, gd.nn.NetworkModel(process, network))
+        flow = read_authors(config.model, config.authors, config.process, shape)
     else:
         flow = gd.checkpoints.load(config.model)
         if isinstance(flow, gd.nn.NetworkModel):
@@ -216,6 +216,31 @@ def read_model(config: Config, shape: tuple[int, ...]) -> gd.ProbabilityFlow:
             f"{config.data.name} have {shape}."
         )
     return flow
+
+
+def read_authors(
+    path: Path, authors: str, process: str, shape: tuple[int, ...]
+) -> gd.ProbabilityFlow:
+    presets = ("cifar10_cld", "cifar10_bdm", "celeba_cld")
+    mixed_score = False
+    if authors in presets:
+        network = gd.checkpoints.load_authors(path, getattr(gd.nn.presets, authors))
+    elif Path(authors).is_file():
+        settings = json.loads(Path(authors).read_text())
+        network = gd.checkpoints.load_authors(path, settings, size=(shape[0], shape[1]))
+        mixed_score = settings.get("model", settings).get("mixed_score", False)
+    else:
+        raise ValueError(
+            f"`--authors` must be one of {', '.join(presets)}, or a file; got {authors!r}."
+        )
+    made = {"cld": gd.CLD, "bdm": gd.BDM}[process](shape)
+    channels = made.num_components * shape[-1]
+    if network.shape != (*shape[:2], channels):
+        raise ValueError(
+            f"{path} has a network for inputs of shape {network.shape}, and {process} "
+            f"needs {(*shape[:2], channels)}. Choose another `--process` or `--data`."
+        )
+    return gd.ProbabilityFlow(made, gd.nn.NetworkModel(made, network, mixed_score))
 
 
 def read_features(config: Config) -> gd.metrics.AbstractFeatures:
@@ -355,7 +380,7 @@ def protocol(
         "frechet_distance": features.name,
         "features": features.key,
         "model": hashlib.sha256(config.model.read_bytes()).hexdigest(),
-        "authors": config.authors,
+        "authors": config.authors and [config.authors, config.process],
         "data": {key: data[key] for key in ("name", "size", "crop")},
         "against": f"{config.against}, {len(images)} images",
         "images": hashlib.sha256(images.tobytes()).hexdigest(),

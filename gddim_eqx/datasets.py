@@ -181,8 +181,10 @@ def cifar10(directory: str | Path, train: bool = True, verify: bool = True) -> I
     with contextlib.ExitStack() as stack:
         if path.is_file():
             try:
-                archive = stack.enter_context(tarfile.open(path))
-            except (tarfile.TarError, EOFError, OSError) as error:
+                # All of it at first, as the sum that shows damage is at the end.
+                content = gzip.decompress(path.read_bytes())
+                archive = stack.enter_context(tarfile.open(fileobj=io.BytesIO(content)))
+            except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
                 raise ValueError(f"{path} is not a whole archive: {error}.") from error
         else:
             archive = None
@@ -213,7 +215,7 @@ def _batch(path: Path, archive: tarfile.TarFile | None, name: str) -> tuple[str,
     except KeyError as error:
         message = f"There is no {member} in {path}. {_where['CIFAR-10']}"
         raise ValueError(message) from error
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+    except (tarfile.TarError, EOFError, OSError) as error:
         raise ValueError(f"{path} is not a whole archive: {error}.") from error
 
 

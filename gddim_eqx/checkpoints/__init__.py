@@ -1,2 +1,3 @@
 from ._authors import load_authors as load_authors
 from ._file import load as load, save as save
+from ._pretrained import pretrained as pretrained

@@ -1,0 +1,30 @@
+import importlib.resources
+from typing import Literal
+
+from .._term import ProbabilityFlow
+from ._file import load
+
+
+def pretrained(
+    name: Literal["fashion-mnist-bdm", "fashion-mnist-cld", "fashion-mnist-vp"],
+) -> ProbabilityFlow:
+    """A model that comes with the library.
+
+    **Arguments:**
+
+    - `name`: the data it was trained on and the process: Fashion-MNIST, images of
+        28x28 in grey, under [`gddim_eqx.BDM`][], [`gddim_eqx.CLD`][] or
+        [`gddim_eqx.VP`][]. A small network, of 180,000 parameters.
+
+    **Returns:** the flow, whose `process` and `model` are for [`gddim_eqx.sample`][].
+
+    **Raises:** `ValueError` for a name that is not known.
+    """
+    files = importlib.resources.files("gddim_eqx.checkpoints")
+    ending = ".npz"
+    found = {path.name for path in files.iterdir() if path.name.endswith(ending)}
+    if f"{name}{ending}" not in found:
+        names = ", ".join(sorted(x.removesuffix(ending) for x in found))
+        raise ValueError(f"There is no model {name!r}, but {names}.")
+    with importlib.resources.as_file(files / f"{name}{ending}") as path:
+        return load(path)
