@@ -82,9 +82,9 @@ class Bench:
         devices = jax.devices()
         self.placement = gd.Placement(devices) if len(devices) > 1 else None
         if self.placement is not None:
-            self.placement.check_batch(batch_size)
             flow = self.placement.put(flow)
-        self.flow, self.batch_size = flow, batch_size
+        self.flow = flow
+        self.batch_size = -(-batch_size // len(devices)) * len(devices)
         self._evaluations = 0
         self._tolerances: list[tuple[int, float]] = []
 
@@ -192,7 +192,8 @@ class Config:
     seeds: tuple[int, ...] = (0,)
     number: int = 10_000
     """Of samples for each sampler, number of evaluations and seed."""
-    batch_size: int = 500
+    batch_size: int = 512
+    """How many are drawn together. Rounded up to a multiple of the number of devices."""
     output: Path | None = None
     """By default `evaluation` beside the model."""
     cache: Path = Path.home() / ".cache" / "gddim_eqx"
@@ -372,7 +373,10 @@ def write(path: Path, **arrays: np.ndarray) -> None:
 
 
 def protocol(
-    config: Config, features: gd.metrics.AbstractFeatures, images: np.ndarray
+    config: Config,
+    features: gd.metrics.AbstractFeatures,
+    images: np.ndarray,
+    batch_size: int,
 ) -> dict[str, Any]:
     """All that the numbers depend on, besides sampler, budget and seed."""
     data = to_json(config.data)
@@ -385,7 +389,7 @@ def protocol(
         "against": f"{config.against}, {len(images)} images",
         "images": hashlib.sha256(images.tobytes()).hexdigest(),
         "number_of_samples": config.number,
-        "batch_size": config.batch_size,
+        "batch_size": batch_size,
         "pixels": "rounded to uint8, not resized",
         "vectors_for_other_measures": min(config.number, len(images), 10_000),
     }
@@ -417,12 +421,12 @@ def evaluate(config: Config) -> list[dict[str, Any]]:
     if images.dtype != np.uint8:
         raise ValueError(f"{config.data.name} has no images.")
     flow, features = read_model(config, images.shape[1:]), read_features(config)
-    wanted = protocol(config, features, images)
+    bench = Bench(flow, min(config.batch_size, config.number))
+    wanted = protocol(config, features, images, bench.batch_size)
     results = read_results(output / "results.json", wanted)
     print(f"Comparing with {len(images)} images.", file=sys.stderr)
     number = wanted["vectors_for_other_measures"]
     reference = gd.metrics.reference(images, features, config.cache, number)
-    bench = Bench(flow, min(config.batch_size, config.number))
     done = {(r["sampler"], r["budget"], r["seed"]) for r in results}
     # Seed by seed, for a whole table early on.
     cells = [

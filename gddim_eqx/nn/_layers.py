@@ -48,6 +48,26 @@ def convolution(
     return _scaled(layer, key, scale)
 
 
+def convolve(layer: eqx.nn.Conv2d, x: Image) -> Image:
+    """The layer of an image, computed with channels last: on CPUs only such convolutions
+    are fast, and where XLA rearranges others it leaves out those in loops, as solvers have
+    them."""
+    y = _convolve(x, layer.weight, layer.stride, layer.padding)
+    return y if layer.bias is None else y + layer.bias
+
+
+def _convolve(x: Image, weight: Array, stride, padding, dilation=(1, 1)) -> Image:
+    y = jax.lax.conv_general_dilated(
+        jnp.moveaxis(x, 0, -1)[None],
+        jnp.transpose(weight, (2, 3, 1, 0)),
+        stride,
+        padding,
+        dilation,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return jnp.moveaxis(y[0], -1, 0)
+
+
 def dense(size: int, out_size: int, *, key: Key, scale: float = 1.0) -> eqx.nn.Linear:
     return _scaled(eqx.nn.Linear(size, out_size, key=key), key, scale)
 
@@ -122,7 +142,7 @@ class Downsample(eqx.Module):
             return reduce(x, BOX if self.taps is None else self.taps)
         if self.taps is not None:
             x = _filtered(x, self.taps, len(self.taps))
-        return self.convolution(x)
+        return convolve(self.convolution, x)
 
 
 class Upsample(eqx.Module):
@@ -139,11 +159,9 @@ class Upsample(eqx.Module):
     def __call__(self, x: Image) -> Image:
         if self.convolution is None or self.taps is None:
             x = enlarge(x, BOX if self.taps is None else self.taps)
-            return x if self.convolution is None else self.convolution(x)
+            return x if self.convolution is None else convolve(self.convolution, x)
         weight, bias = self.convolution.weight, self.convolution.bias
-        x = jax.lax.conv_general_dilated(
-            x[None], weight, (1, 1), [(2, 2), (2, 2)], lhs_dilation=(2, 2)
-        )[0]
+        x = _convolve(x, weight, (1, 1), [(2, 2), (2, 2)], dilation=(2, 2))
         x = _filtered(x, self.taps, len(self.taps) - 4, gain=2)
         return x if bias is None else x + bias
 
@@ -209,13 +227,14 @@ class ResidualBlock(eqx.Module):
         if self.resample is not None:
             change = {"up": enlarge, "down": reduce}[self.resample]
             h, x = change(h, self.taps), change(x, self.taps)
-        h = self.first_convolution(h)
+        h = convolve(self.first_convolution, h)
         if self.embedding is not None and embedding is not None:
             h = h + self.embedding(jax.nn.silu(embedding))[:, None, None]
         h = jax.nn.silu(self.second_normalisation(h))
         h = self.dropout(h, key=key, inference=key is None)
-        h = self.second_convolution(h)
-        return add(x if self.shortcut is None else self.shortcut(x), h, self.rescale)
+        h = convolve(self.second_convolution, h)
+        x = x if self.shortcut is None else convolve(self.shortcut, x)
+        return add(x, h, self.rescale)
 
 
 class AttentionBlock(eqx.Module):
@@ -240,9 +259,10 @@ class AttentionBlock(eqx.Module):
     def __call__(self, x: Image) -> Image:
         h = self.normalisation(x)
         query, key, value = (
-            layer(h).reshape(h.shape[0], -1) for layer in (self.query, self.key, self.value)
+            convolve(layer, h).reshape(h.shape[0], -1)
+            for layer in (self.query, self.key, self.value)
         )
         scores = jnp.matmul(query.T, key, preferred_element_type=coefficient_dtype(h))
         weights = jax.nn.softmax(scores / math.sqrt(h.shape[0]))
         h = (value @ weights.astype(h.dtype).T).reshape(h.shape)
-        return add(x, self.output(h), self.rescale)
+        return add(x, convolve(self.output, h), self.rescale)

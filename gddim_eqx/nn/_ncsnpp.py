@@ -19,6 +19,7 @@ from ._layers import (
     AttentionBlock,
     BOX,
     convolution,
+    convolve,
     dense,
     Downsample,
     normalisation,
@@ -153,7 +154,7 @@ class NCSNpp(eqx.Module):
         blocks, attentions, downsamples, upsamples = [], [], [], []
         embedding_size = None if embedding is None else 4 * features
         options: Any = dict(rescale=skip_rescale, init_scale=self.init_scale)
-        taps = self.filter_taps
+        taps, with_convolution = self.filter_taps, resample_with_convolution
 
         def add_block(channels, out_channels, resample=None):
             blocks.append(
@@ -202,9 +203,8 @@ class NCSNpp(eqx.Module):
                 if block == "biggan":
                     add_block(size, size, "down")
                 else:
-                    convolve = resample_with_convolution
                     downsamples.append(
-                        Downsample(size, size, taps, convolve, key=next(keys))
+                        Downsample(size, size, taps, with_convolution, key=next(keys))
                     )
                 if progressive_input == "residual":
                     downsamples.append(
@@ -224,8 +224,7 @@ class NCSNpp(eqx.Module):
                 if block == "biggan":
                     add_block(size, size, "up")
                 else:
-                    convolve = resample_with_convolution
-                    upsamples.append(Upsample(size, taps, convolve, key=next(keys)))
+                    upsamples.append(Upsample(size, taps, with_convolution, key=next(keys)))
         self.blocks, self.attentions = tuple(blocks), tuple(attentions)
         self.downsamples, self.upsamples = tuple(downsamples), tuple(upsamples)
         self.normalisation = normalisation(size)
@@ -335,7 +334,7 @@ class NCSNpp(eqx.Module):
 
         biggan = self.block == "biggan"
         pyramid = h
-        h = self.first(h)
+        h = convolve(self.first, h)
         skips = [h]
         for level in range(len(self.multipliers)):
             for _ in range(self.num_blocks):
@@ -356,7 +355,7 @@ class NCSNpp(eqx.Module):
                 h = through_attention(h)
             if level > 0:
                 h = through_block(h) if biggan else next(upsamples)(h)
-        return self.last(jax.nn.silu(self.normalisation(h)))
+        return convolve(self.last, jax.nn.silu(self.normalisation(h)))
 
 
 _known = {

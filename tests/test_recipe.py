@@ -1,0 +1,123 @@
+"""The commands of docs/cifar10.md, as they stand there, with small files and networks."""
+
+import json
+import pathlib
+import pickle
+import re
+import shlex
+import shutil
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from .helpers import slow
+
+
+# Networks are trained and sampled from as users do it.
+pytestmark = pytest.mark.float32
+
+_root = pathlib.Path(__file__).parents[1]
+_authors = _root / "tests" / "fixtures" / "ncsnpp_fourier_fir"
+_text = (_root / "docs" / "cifar10.md").read_text()
+_commands = [
+    shlex.split(line)
+    for block in re.findall(r"```bash\n(.*?)```", _text, re.DOTALL)
+    for line in block.splitlines()
+    if "examples/" in line
+]
+
+# Given last, these win. Everything else is as in the recipe.
+_small = {
+    "train.py": (
+        *("--network.name", "small", "--network.features", "8", "--steps", "2"),
+        *("--network.patch", "4", "--batch-size", "8", "--data.no-verify"),
+        *("--samples-every", "0"),
+    ),
+    "evaluate.py": (
+        *("--number", "6", "--batch-size", "8", "--data.no-verify"),
+        *("--features", "pixels", "--evaluations", "3", "--cache", "cache"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """What the recipe says to fetch, but small."""
+    directory = tmp_path_factory.mktemp("recipe")
+    data, random = directory / "data", np.random.default_rng(0)
+    data.mkdir()
+    batches = directory / "cifar-10-batches-py"
+    batches.mkdir()
+    for name in [f"data_batch_{n}" for n in range(1, 6)] + ["test_batch"]:
+        batch = {b"data": random.integers(0, 256, (4, 3072), np.uint8), b"labels": [0] * 4}
+        (batches / name).write_bytes(pickle.dumps(batch, protocol=2))
+    with tarfile.open(data / "cifar-10-python.tar.gz", "w:gz") as archive:
+        archive.add(batches, batches.name)
+    (data / "img_align_celeba").mkdir()
+    for n in range(1, 9):
+        pixels = random.integers(0, 256, (218, 178, 3), np.uint8)
+        Image.fromarray(pixels).save(data / "img_align_celeba" / f"{n:06d}.jpg")
+    shutil.copy(_authors / "checkpoint_7", data / "checkpoint_15")
+    return directory
+
+
+def _run(command, directory, monkeypatch):
+    script = pathlib.Path(command[1])
+    monkeypatch.chdir(directory)
+    monkeypatch.syspath_prepend(_root / script.parent)
+    module = __import__(script.stem)
+    module.main([*command[2:], *_small[script.name]])
+    monkeypatch.delitem(sys.modules, script.stem)
+
+
+def test_the_recipe_has_the_paper_s_runs():
+    assert [command[1:3] for command in _commands[:3]] == [
+        ["examples/train.py", name] for name in ("cifar10-cld", "cifar10-bdm", "celeba-cld")
+    ]
+    assert len(_commands) == 8
+
+
+@pytest.mark.parametrize("name", ["cifar10-bdm", *slow("cifar10-cld", "celeba-cld")])
+def test_training_and_measuring(name, directory, monkeypatch):
+    train, measure = (
+        next(command for command in commands if name in " ".join(command))
+        for commands in (_commands[:3], _commands[3:])
+    )
+    _run(train, directory, monkeypatch)
+    _run(measure, directory, monkeypatch)
+    output = directory / "runs" / name / "evaluation"
+    _check(output, measure)
+
+
+# The small network in the authors' format is one for CLD.
+def test_measuring_the_authors_checkpoint(directory, monkeypatch):
+    (command,) = (c for c in _commands if "cifar10_cld" in c)
+    settings = str(_authors / "config.json")
+    replaced = [settings if x == "cifar10_cld" else x for x in command]
+    _run(replaced, directory, monkeypatch)
+    _check(directory / "runs" / "authors-cld", command)
+
+
+def test_the_authors_checkpoint_of_another_process_is_refused(directory, monkeypatch):
+    (command,) = (c for c in _commands if "cifar10_bdm" in c)
+    settings = str(_authors / "config.json")
+    replaced = [settings if x == "cifar10_bdm" else x for x in command]
+    with pytest.raises(
+        SystemExit, match=r"of shape \(32, 32, 6\), and bdm needs .*32, 3\)"
+    ):
+        _run(replaced, directory, monkeypatch)
+
+
+def _check(output, command):
+    found = json.loads((output / "results.json").read_text())
+    assert found["protocol"]["pixels"] == "rounded to uint8, not resized"
+    names = command[command.index("--samplers") + 1 : command.index("--evaluations")]
+    assert [r["sampler"] for r in found["results"]] == names
+    for result in found["results"]:
+        if result["outcome"] == "finite":
+            assert result["frechet_distance"] > 0 and result["evaluations"] <= 3
+    assert any(r["outcome"] == "finite" for r in found["results"])
+    assert (output / "grid.png").stat().st_size > 1000
