@@ -22,7 +22,6 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -119,13 +118,11 @@ class Bench:
 
     def _tolerance(self, budget: int) -> float | None:
         """The least with which a batch takes no more evaluations than this."""
-        if not self._tolerances:
-            for tolerance in 10.0 ** -np.arange(-1, 7, 0.25):
-                _, used = self._adaptive(jr.key(1000), float(tolerance))
-                self._tolerances.append((used, float(tolerance)))
-                if used > 1000:
-                    break
-        fit = [tolerance for used, tolerance in self._tolerances if used <= budget]
+        tried = self._tolerances
+        while not tried or (tried[-1][0] <= budget and tried[-1][1] > 1e-7):
+            tolerance = 10 ** (1 - len(tried) / 4)
+            tried.append((self._adaptive(jr.key(1000), tolerance)[1], tolerance))
+        fit = [tolerance for used, tolerance in tried if used <= budget]
         return min(fit, default=None)
 
     def _adaptive(self, key, tolerance) -> tuple[np.ndarray, int]:
@@ -347,7 +344,7 @@ def run_cell(
     if config.keep_images:
         images = np.concatenate([part["images"] for part in parts])
         write(output / f"images-{text}.npz", images=images)
-    write(output / "first" / f"{text}.npz", images=parts[0]["images"][:64])
+    write(output / "first" / f"{text}.npz", images=parts[0]["images"][:16])
     found |= {
         "outcome": "finite",
         "evaluations": float(np.mean([part["evaluations"] for part in parts])),
@@ -449,78 +446,80 @@ def evaluate(config: Config) -> list[dict[str, Any]]:
             partial.write_text(text)
             partial.replace(output / "results.json")
             progress.update((n + 1) * num_parts - progress.n)
-    draw_grid(config, output)
+    draw_grid(results, output)
     print(f"{features.name} ({config.number} samples, against {wanted['against']}):\n")
-    print(table(results, config.samplers, config.evaluations))
+    print(table(results))
     print(f"\nAll measures: {output / 'results.json'}. Samples: {output / 'grid.png'}.")
     return results
 
 
-def table(
-    results: list[dict[str, Any]],
-    samplers: Iterable[str],
-    budgets: Iterable[int],
-    metric: str = "frechet_distance",
-) -> str:
+def samplers_in(results: list[dict[str, Any]]) -> list[str]:
+    names = {r["sampler"] for r in results if r["outcome"] != "impossible"}
+    return [name for name in SAMPLERS if name in names]
+
+
+def budgets_in(results: list[dict[str, Any]]) -> list[int]:
+    return sorted({r["budget"] for r in results})
+
+
+def table(results: list[dict[str, Any]], metric: str = "frechet_distance") -> str:
     """In Markdown: the mean over seeds, and half the range if there are several. Where
-    fewer evaluations were made than allowed by a tenth or more, their number."""
-    budgets = list(budgets)
+    the evaluations made are fewer than allowed by more than a tenth, their number."""
+    budgets = budgets_in(results)
     lines = ["| evaluations | " + " | ".join(map(str, budgets)) + " |"]
     lines.append("| --- |" + " --- |" * len(budgets))
-    for name in samplers:
+    for name in samplers_in(results):
         row = []
         for budget in budgets:
             cell = [r for r in results if (r["sampler"], r["budget"]) == (name, budget)]
             values = [r[metric] for r in cell if r["outcome"] == "finite"]
             if not values or len(values) < len(cell):
-                row.append("diverged" if any("message" in r for r in cell) else "")
+                diverged = any(r["outcome"] == "diverged" for r in cell)
+                row.append("diverged" if diverged else "")
                 continue
             text = f"{np.mean(values):.3g}"
             if len(values) > 1:
                 text += f" ± {(max(values) - min(values)) / 2:.1g}"
             used = np.mean([r["evaluations"] for r in cell])
-            row.append(text if used > 0.9 * budget else f"{text} ({used:.0f})")
-        if any(row):
-            lines.append(f"| {SAMPLERS[name].name} | " + " | ".join(row) + " |")
+            row.append(text if used >= 0.9 * budget else f"{text} ({used:.0f})")
+        lines.append(f"| {SAMPLERS[name].name} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 
-def draw_grid(config: Config, output: Path) -> None:
+def draw_grid(results: list[dict[str, Any]], output: Path) -> None:
     """Sixteen samples for each sampler and number of evaluations, from the same noise."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    path = lambda name, budget: output / "first" / f"{name}-{budget}-{config.seeds[0]}.npz"
-    names = [
-        n for n in config.samplers if any(path(n, b).exists() for b in config.evaluations)
-    ]
+    names, budgets = samplers_in(results), budgets_in(results)
     if not names:
         return
-    rows, columns = len(names), len(config.evaluations)
+    seed = min(r["seed"] for r in results)
     figure, axes = plt.subplots(
-        rows,
-        columns,
-        figsize=(1.6 + 1.3 * columns, 0.3 + 1.3 * rows),
+        len(names),
+        len(budgets),
+        figsize=(1.6 + 1.3 * len(budgets), 0.4 + 1.3 * len(names)),
         squeeze=False,
         layout="constrained",
     )
-    for row, name in enumerate(names):
-        axes[row, 0].set_ylabel(
+    for axis, budget in zip(axes[0], budgets):
+        axis.set_title(budget)
+    for row, name in zip(axes, names):
+        row[0].set_ylabel(
             textwrap.fill(SAMPLERS[name].name, 14), rotation=0, ha="right", va="center"
         )
-        for column, budget in enumerate(config.evaluations):
-            axis = axes[row, column]
+        for axis, budget in zip(row, budgets):
             axis.set(xticks=[], yticks=[])
-            if row == 0:
-                axis.set_title(budget)
-            if not path(name, budget).exists():
-                continue
-            with np.load(path(name, budget)) as file:
-                images = file["images"][:16]
-            axis.imshow(tiled(images), cmap="gray", vmin=0, vmax=255)
-    figure.suptitle("Evaluations of the network")
+            path = output / "first" / f"{name}-{budget}-{seed}.npz"
+            if path.exists():
+                with np.load(path) as file:
+                    images = tiled(file["images"][:16])
+                axis.imshow(images, cmap="gray", vmin=0, vmax=255)
+            else:
+                axis.set_frame_on(False)
+    figure.suptitle("Evaluations of the network, at most")
     figure.savefig(output / "grid.png", dpi=120)
     plt.close(figure)
 

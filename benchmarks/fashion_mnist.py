@@ -1,0 +1,140 @@
+"""The paper's comparison on real images: one network trained under VP, BDM and CLD, and
+all samplers measured at the same numbers of evaluations.
+
+    python benchmarks/fashion_mnist.py          # hours on two CPU cores
+    python benchmarks/fashion_mnist.py --gpu    # a larger network, for a GPU
+    python benchmarks/fashion_mnist.py --quick  # only to see that it runs
+
+It trains by `examples/train.py` and measures by `examples/evaluate.py`; stop it and run it
+again, and it goes on where it was. It writes the results, tables and pictures to
+`benchmarks/fashion_mnist`. Needs Debian's package `dataset-fashion-mnist`.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+
+_root = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(_root / "examples"))
+from evaluate import SAMPLERS, samplers_in, table
+
+
+_processes = ("vp", "bdm", "cld")
+_samplers = [name for name in SAMPLERS if name != "ddim"]
+_few, _many = (5, 8, 10, 15, 20, 30, 50), (100, 200)
+
+
+def call(script: str, *arguments: Any) -> None:
+    command = [sys.executable, _root / "examples" / script, *arguments]
+    subprocess.run(list(map(str, command)), check=True)
+
+
+def train(process: str, output: Path, arguments: argparse.Namespace) -> None:
+    if (output / "model.npz").exists():
+        return
+    preset = "fashion-mnist-gpu" if arguments.gpu else "fashion-mnist"
+    options = ["--steps", 20, "--batch-size", 16] if arguments.quick else []
+    call("train.py", preset, "--process", process, "--output", output, *options)
+
+
+def measure(output: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    def evaluate(seeds, budgets):
+        call(
+            "evaluate.py",
+            output / "model.npz",
+            *("--data.name", "fashion_mnist", "--number", arguments.number),
+            *("--samplers", *_samplers, "--evaluations", *budgets, "--seeds", *seeds),
+            *("--output", output / "evaluation"),
+        )
+
+    if arguments.quick:
+        evaluate([0], [8])
+    else:
+        evaluate([0], [*_few, *_many])
+        # Where samplers differ, and where they do not take long.
+        evaluate(range(1, arguments.seeds), _few)
+    return json.loads((output / "evaluation" / "results.json").read_text())
+
+
+def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
+    figure, axes = plt.subplots(
+        1, len(found), figsize=(4.2 * len(found), 4), sharey=True, layout="constrained"
+    )
+    for axis, (process, content) in zip(np.atleast_1d(axes), found.items()):
+        results = [r for r in content["results"] if r["outcome"] == "finite"]
+        for name in samplers_in(results):
+            mine = [r for r in results if r["sampler"] == name]
+            budgets = sorted({r["budget"] for r in mine})
+            groups = [[r for r in mine if r["budget"] == budget] for budget in budgets]
+            x = [np.mean([r["evaluations"] for r in group]) for group in groups]
+            y = [[r["frechet_distance"] for r in group] for group in groups]
+            style = "-" if name.startswith("gddim") else "--"
+            (line,) = axis.plot(
+                x, [np.mean(v) for v in y], style, marker=".", label=SAMPLERS[name].name
+            )
+            low, high = ([f(v) for v in y] for f in (min, max))
+            axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
+        axis.set(xscale="log", yscale="log", title=process.upper())
+        axis.set_xlabel("evaluations of the network")
+        axis.set_xticks(ticks := [5, 10, 20, 50, 100, 200], labels=map(str, ticks))
+        axis.minorticks_off()
+    first = np.atleast_1d(axes)[0]
+    first.set_ylabel(next(iter(found.values()))["protocol"]["frechet_distance"])
+    np.atleast_1d(axes)[-1].legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--runs", type=Path)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--number", type=int, help="of samples; by default 1000, or 10,000")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--gpu", action="store_true", help="train a larger network")
+    parser.add_argument("--quick", action="store_true", help="only see that it runs")
+    arguments = parser.parse_args()
+    if arguments.number is None:
+        default = 10_000 if arguments.gpu else 1000
+        arguments.number = 16 if arguments.quick else default
+    kind = "_gpu" if arguments.gpu else "_quick" if arguments.quick else ""
+    runs = arguments.runs or Path("runs") / f"fashion_mnist{kind}"
+    output = arguments.output
+    if output is None:
+        output = runs if arguments.quick else _root / "benchmarks" / f"fashion_mnist{kind}"
+    output.mkdir(parents=True, exist_ok=True)
+    found, text = {}, []
+    for process in _processes:
+        run = runs / process
+        train(process, run, arguments)
+        found[process] = content = measure(run, arguments)
+        (output / f"{process}.json").write_text(json.dumps(content, indent=1))
+        shutil.copy(run / "evaluation" / "grid.png", output / f"{process}.png")
+        protocol = content["protocol"]
+        for metric in ("frechet_distance", "precision", "recall"):
+            name = protocol.get(metric, metric.capitalize())
+            text += [
+                f"### {process.upper()}: {name}, {protocol['number_of_samples']} samples",
+                table(content["results"], metric),
+            ]
+    (output / "tables.md").write_text("\n\n".join(text) + "\n")
+    draw(found, output / "figure.png")
+    print("\n\n".join(text))
+    print(f"\nTables, pictures and results: {output}")
+
+
+if __name__ == "__main__":
+    main()
