@@ -50,22 +50,23 @@ def train(process: str, output: Path, arguments: argparse.Namespace) -> None:
     call("train.py", preset, "--process", process, "--output", output, *options)
 
 
-def measure(output: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    def evaluate(seeds, budgets):
+def measure(process: str, output: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    def evaluate(seeds, budgets, samplers=_samplers):
         call(
             "evaluate.py",
             output / "model.npz",
             *("--data.name", "fashion_mnist", "--number", arguments.number),
-            *("--samplers", *_samplers, "--evaluations", *budgets, "--seeds", *seeds),
+            *("--samplers", *samplers, "--evaluations", *budgets, "--seeds", *seeds),
             *("--output", output / "evaluation"),
         )
 
     if arguments.quick:
         evaluate([0], [8])
     else:
-        evaluate([0], [*_few, *_many])
-        # Where samplers differ, and where they do not take long.
-        evaluate(range(1, arguments.seeds), _few)
+        evaluate(range(arguments.seeds), _few)
+        evaluate([0], _many)
+        if process == "bdm":
+            evaluate([0], [1000], ["ancestral"])
     return json.loads((output / "evaluation" / "results.json").read_text())
 
 
@@ -120,7 +121,7 @@ def main() -> None:
     for process in _processes:
         run = runs / process
         train(process, run, arguments)
-        found[process] = content = measure(run, arguments)
+        found[process] = content = measure(process, run, arguments)
         (output / f"{process}.json").write_text(json.dumps(content, indent=1))
         shutil.copy(run / "evaluation" / "grid.png", output / f"{process}.png")
         protocol = content["protocol"]

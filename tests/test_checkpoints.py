@@ -270,3 +270,22 @@ def test_authors_parameters_in_our_files(tmp_path):
     network, _ = authors_network(tmp_path)
     gd.checkpoints.save(tmp_path / "ours", network)
     assert eqx.tree_equal(gd.checkpoints.load(tmp_path / "ours"), network)
+
+
+@pytest.mark.float32
+@pytest.mark.parametrize("name", ("vp", "bdm", "cld"))
+def test_pretrained_models_draw_clothes(name):
+    flow = gd.checkpoints.pretrained(f"fashion-mnist-{name}")
+    assert type(flow.process).__name__ == name.upper()
+    key = jax.random.key(0)
+    x, _ = gd.sample(flow.process, flow.model, key, 64, num_steps=20)
+    x = np.asarray(x)
+    # Bright in the middle, as the data are on average, and black at the corners.
+    assert -0.5 < x.mean() < -0.35 and 0.6 < x.std() < 0.8
+    assert np.abs(x[:, [0, 0, -1, -1], [0, -1, 0, -1]] + 1).mean() < 0.05
+    assert ((x > -1.1) & (x < 1.1)).mean() > 0.99
+
+
+def test_unknown_pretrained_models_are_refused(without_type_checks):
+    with pytest.raises(ValueError, match="no model 'cat', but .*fashion-mnist-cld"):
+        gd.checkpoints.pretrained("cat")

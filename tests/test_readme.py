@@ -6,17 +6,22 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 import gddim_eqx as gd
 
 
 _readme = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 
 
-def test_the_usage_example_runs_as_written():
-    (example,) = re.findall(r"```python\n(.*?)```", _readme, re.DOTALL)
-    assert len(example.strip().splitlines()) <= 16
-    check = "\nassert x.shape == (64, 2) and jnp.isfinite(x).all()\n"
-    subprocess.run([sys.executable, "-W", "error", "-c", example + check], check=True)
+@pytest.mark.parametrize("number, shape", [(0, (64, 2)), (1, (64, 28, 28, 1))])
+def test_the_usage_examples_run_as_written(number, shape):
+    examples = re.findall(r"```python\n(.*?)```", _readme, re.DOTALL)
+    assert len(examples) == 2
+    assert len(examples[number].strip().splitlines()) <= 16
+    check = f"\nassert x.shape == {shape} and bool((abs(x) < 10).all())\n"
+    program = examples[number] + check
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
 
 
 def test_everything_in_the_tables_exists():
