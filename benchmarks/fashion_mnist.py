@@ -61,7 +61,7 @@ def measure(process: str, output: Path, arguments: argparse.Namespace) -> dict[s
         )
 
     if arguments.quick:
-        evaluate([0], [8])
+        evaluate(range(arguments.seeds), [8])
     else:
         evaluate(range(arguments.seeds), _few)
         evaluate([0], _many)
@@ -104,13 +104,15 @@ def main() -> None:
     parser.add_argument("--runs", type=Path)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--number", type=int, help="of samples; by default 1000, or 10,000")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, help="by default 3")
     parser.add_argument("--gpu", action="store_true", help="train a larger network")
     parser.add_argument("--quick", action="store_true", help="only see that it runs")
     arguments = parser.parse_args()
     if arguments.number is None:
         default = 10_000 if arguments.gpu else 1000
         arguments.number = 16 if arguments.quick else default
+    if arguments.seeds is None:
+        arguments.seeds = 1 if arguments.quick else 3
     kind = "_gpu" if arguments.gpu else "_quick" if arguments.quick else ""
     runs = arguments.runs or Path("runs") / f"fashion_mnist{kind}"
     output = arguments.output

@@ -25,11 +25,11 @@ def features(seed: int, number: int, size: int) -> np.ndarray:
     random = np.random.default_rng(seed)
     mixing = np.random.default_rng(0).normal(size=(size, size)) / size**0.5
     mixing = mixing.astype(np.float32)
-    parts = []
+    vectors = np.empty((number, size), np.float32)
     for n in range(0, number, 1000):
         normal = random.normal(size=(min(1000, number - n), size)).astype(np.float32)
-        parts.append(np.maximum(normal @ mixing + 0.01 * seed, 0))
-    return np.concatenate(parts)
+        vectors[n : n + 1000] = np.maximum(normal @ mixing + 0.01 * seed, 0)
+    return vectors
 
 
 def streamed(a, b):
@@ -99,7 +99,7 @@ def main() -> None:
     number, size = arguments.number, arguments.size
     print(f"Two sets of {number} features of size {size}, float32:", end=" ")
     print(f"{2 * 4 * number * size / 2**30:.2f} GiB.\n")
-    print("| | seconds | GiB with the features | and at the peak | value |")
+    print("| | seconds | GiB before | and at the peak | value |")
     print("| --- | --- | --- | --- | --- |")
     context = multiprocessing.get_context("spawn")
     for name in MEASURES:
@@ -107,6 +107,9 @@ def main() -> None:
         process = context.Process(target=run, args=(name, number, size, queue))
         process.start()
         process.join()
+        if process.exitcode:
+            print(f"| {name} | failed with {process.exitcode} | | | |", flush=True)
+            continue
         seconds, before, peak, value = queue.get()
         print(
             f"| {name} | {seconds:.1f} | {before:.2f} | {peak:.2f} | {value} |", flush=True

@@ -1,7 +1,8 @@
 """Measure how good the samples of a trained model are.
 
     python examples/evaluate.py runs/fashion-mnist/model.npz --data.name fashion_mnist
-    python examples/evaluate.py model.npz --samplers gddim heun --evaluations 10 20 50
+    python examples/evaluate.py runs/digits/model.npz --data.name digits \
+        --features pixels --samplers gddim heun --evaluations 10 20 50
     python examples/evaluate.py checkpoint_15 --authors cifar10_cld --data.name cifar10 \
         --data.directory cifar-10-python.tar.gz --features inception \
         --weights pt_inception-2015-12-05-6726825d.pth --number 50000
@@ -11,7 +12,9 @@ compares them with the data. In the output directory it writes `results.json`, w
 protocol, and `grid.png`. Stop it and run it again, and it goes on where it was.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import json
@@ -21,9 +24,10 @@ import os
 import shutil
 import sys
 import textwrap
-import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, cast, Literal, NamedTuple
+from zipfile import BadZipFile
 
 import diffrax as dfx
 import equinox as eqx
@@ -34,7 +38,7 @@ import numpy as np
 import tyro
 from einops import rearrange
 from tqdm import tqdm
-from train import Data, load, to_json
+from train import load, Source, to_json
 
 import gddim_eqx as gd
 
@@ -59,6 +63,10 @@ class Sampler:
     def steps(self, evaluations: int) -> int:
         return (evaluations - self.evaluations_at_start) // self.evaluations_per_step
 
+    @property
+    def described(self) -> str:
+        return f"{self.solver!r}, lambda {self.lam}, grid {self.grid or 'by tolerance'}"
+
 
 SAMPLERS = {
     "gddim": Sampler("gDDIM", gd.GDDIM(), grid="clock"),
@@ -77,63 +85,76 @@ SAMPLERS = {
 class Bench:
     """Draws samples of a model, in batches of one size."""
 
-    def __init__(self, flow: gd.ProbabilityFlow, batch_size: int):
+    def __init__(
+        self,
+        flow: gd.ProbabilityFlow,
+        batch_size: int,
+        denoise: Literal["drift", "exact"] | None,
+    ):
         devices = jax.devices()
         self.placement = gd.Placement(devices) if len(devices) > 1 else None
         if self.placement is not None:
             flow = self.placement.put(flow)
-        self.flow = flow
+        self.flow, self.denoise = flow, denoise
         self.batch_size = -(-batch_size // len(devices)) * len(devices)
         self._evaluations = 0
         self._tolerances: list[tuple[int, float]] = []
 
-    def draw(self, sampler: Sampler, budget: int, key) -> tuple[np.ndarray, int]:
-        """A batch of samples, and how often the network was evaluated.
-
-        **Raises:** `FloatingPointError` if one is not finite.
-        """
-        flow = self.flow
-        if sampler.grid is None:
-            x, evaluations = self._adaptive(key, self._tolerance(budget))
-        else:
-            x, evaluations = gd.sample(
-                flow.process,
-                flow.model,
-                key,
-                self.batch_size,
-                solver=sampler.solver,
-                lam=sampler.lam,
-                ts=gd.time_grid(flow.process, sampler.steps(budget), sampler.grid),
-                predicts=flow.predicts,  # pyright: ignore[reportArgumentType]
-                placement=self.placement,
-            )
-        return np.asarray(x), evaluations
+    def steps(self, sampler: Sampler, budget: int) -> int:
+        return sampler.steps(budget - (self.denoise is not None))
 
     def can(self, sampler: Sampler, budget: int) -> bool:
         if sampler.only is not None and not isinstance(self.flow.process, sampler.only):
             return False
         if sampler.grid is None:
             return self._tolerance(budget) is not None
-        return sampler.steps(budget) > 0
+        return self.steps(sampler, budget) > 0
+
+    def draw(self, sampler: Sampler, budget: int, key) -> tuple[np.ndarray, int]:
+        """A batch of samples, and how often the network was evaluated.
+
+        **Raises:** `FloatingPointError` or `RuntimeError` if it fails.
+        """
+        flow = self.flow
+        if sampler.grid is None:
+            tolerance = self._tolerance(budget)
+            return self._adaptive(key, tolerance, self.batch_size, self.placement)
+        x, evaluations = gd.sample(
+            flow.process,
+            flow.model,
+            key,
+            self.batch_size,
+            solver=sampler.solver,
+            lam=sampler.lam,
+            denoise=self.denoise,  # pyright: ignore[reportArgumentType]
+            ts=gd.time_grid(flow.process, self.steps(sampler, budget), sampler.grid),
+            predicts=flow.predicts,  # pyright: ignore[reportArgumentType]
+            factor=flow.factor,  # pyright: ignore[reportArgumentType]
+            placement=self.placement,
+        )
+        return np.asarray(x), evaluations
 
     def _tolerance(self, budget: int) -> float | None:
-        """The least with which a batch takes no more evaluations than this."""
+        """The least with which a few samples take no more evaluations than this. More
+        samples may take some more, or fewer."""
         tried = self._tolerances
-        while not tried or (tried[-1][0] <= budget and tried[-1][1] > 1e-7):
+        # Always the same ones, so that what is found does not depend on other budgets.
+        while not tried or (tried[-1][0] <= 500 and len(tried) < 30):
             tolerance = 10 ** (1 - len(tried) / 4)
-            tried.append((self._adaptive(jr.key(1000), tolerance)[1], tolerance))
+            evaluations = self._adaptive(jr.key(1000), tolerance, 16, None)[1]
+            tried.append((evaluations, tolerance))
         fit = [tolerance for used, tolerance in tried if used <= budget]
         return min(fit, default=None)
 
-    def _adaptive(self, key, tolerance) -> tuple[np.ndarray, int]:
+    def _adaptive(self, key, tolerance, number, placement) -> tuple[np.ndarray, int]:
         self._evaluations = 0
         # As an array, to compile once for all.
         tolerance = jnp.asarray(tolerance)
-        x = _adaptive(self.flow, key, tolerance, self.batch_size, self._count)
+        x = _adaptive(self.flow, key, tolerance, number, placement, self._count)
         jax.block_until_ready(x)
         jax.effects_barrier()
         if not bool(jnp.isfinite(x).all()):
-            raise FloatingPointError("Samples are not finite.")
+            raise FloatingPointError("The samples are not finite.")
         return np.asarray(x), self._evaluations
 
     def _count(self) -> None:
@@ -141,23 +162,28 @@ class Bench:
 
 
 @eqx.filter_jit
-def _adaptive(flow, key, tolerance, number, count):
+def _adaptive(flow, key, tolerance, number, placement, count):
     def model(t, u, args):
         jax.debug.callback(count)
         return flow.model(t, u, args)
 
     process = flow.process
+    u = process.prior(key, (number,))
+    if placement is not None:
+        u = placement.divide(u)
     solution = dfx.diffeqsolve(
         gd.ProbabilityFlow(process, model, flow.predicts, flow.factor),
         dfx.Dopri5(),
         process.t_max,
         process.t_min,
         None,
-        process.prior(key, (number,)),
+        u,
         stepsize_controller=dfx.PIDController(rtol=tolerance, atol=tolerance),
-        max_steps=10_000,
+        max_steps=1000,
+        throw=False,
     )
-    return process.decode(solution.ys)[-1]
+    x = process.decode(solution.ys)[-1]
+    return jnp.where(solution.result == dfx.RESULTS.successful, x, jnp.nan)
 
 
 #
@@ -169,23 +195,26 @@ def _adaptive(flow, key, tolerance, number, count):
 class Config:
     model: Annotated[Path, tyro.conf.Positional]
     """A file of `gddim_eqx.checkpoints.save`, or of the authors' code with `--authors`."""
-    data: Data
+    data: Source
     """What to compare with."""
     authors: str | None = None
     """What network a file of the authors' code has: `cifar10_cld`, `cifar10_bdm` or
     `celeba_cld`; or a file of their configuration, as JSON."""
-    process: Literal["cld", "bdm"] = "cld"
-    """The process of a file of the authors' code."""
+    process: Literal["cld", "bdm"] | None = None
+    """The process of a file of the authors' code; by default CLD."""
     against: Literal["train", "test"] = "train"
     """Which part of the data to compare with."""
     features: Literal["pixels", "classifier", "inception"] = "classifier"
     """What to compare images by. The classifier is for Fashion-MNIST, Inception for
-    images in colour, and pixels for any."""
+    images in colour, and pixels for small ones of any kind."""
     weights: Path | None = None
     """The file of Inception's weights."""
     samplers: tuple[str, ...] = ("gddim", "gddim-paper", "heun", "tsit5", "ancestral")
     evaluations: tuple[int, ...] = (10, 20, 50)
     """The most that each sampler may evaluate the network."""
+    denoise: Literal["drift", "exact"] | None = None
+    """What to do with the noise that is left, as in `gddim_eqx.sample`. It takes one of
+    the evaluations. The authors of the paper use `drift`."""
     seeds: tuple[int, ...] = (0,)
     number: int = 10_000
     """Of samples for each sampler, number of evaluations and seed."""
@@ -201,7 +230,8 @@ class Config:
 
 def read_model(config: Config, shape: tuple[int, ...]) -> gd.ProbabilityFlow:
     if config.authors is not None:
-        flow = read_authors(config.model, config.authors, config.process, shape)
+        process = config.process or "cld"
+        flow = read_authors(config.model, config.authors, process, shape)
     else:
         flow = gd.checkpoints.load(config.model)
         if isinstance(flow, gd.nn.NetworkModel):
@@ -255,11 +285,24 @@ def check(config: Config) -> None:
     unknown = [name for name in config.samplers if name not in SAMPLERS]
     if unknown:
         raise ValueError(f"There is no sampler {unknown[0]!r}, but {', '.join(SAMPLERS)}.")
-    for name in ("number", "batch_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"`{name}` must be positive; got {getattr(config, name)}.")
-    if min(config.evaluations, default=0) < 1:
+    for name in ("samplers", "evaluations", "seeds"):
+        given = getattr(config, name)
+        if not given or len(set(given)) < len(given):
+            raise ValueError(f"`{name}` must be some, all different; got {given}.")
+    if config.number < 4 or config.batch_size < 1:
+        raise ValueError(
+            "`number` must be at least 4, and `batch_size` 1; got "
+            f"{config.number} and {config.batch_size}."
+        )
+    if min(config.evaluations) < 1:
         raise ValueError(f"`evaluations` must be positive; got {config.evaluations}.")
+    adaptive = [name for name in config.samplers if SAMPLERS[name].grid is None]
+    if config.denoise is not None and adaptive:
+        raise ValueError(f"`denoise` is not for {adaptive[0]}, which chooses its steps.")
+    if config.weights is not None and config.features != "inception":
+        raise ValueError("`weights` are for `--features inception`.")
+    if config.process is not None and config.authors is None:
+        raise ValueError("`process` is for `--authors`; other files say theirs.")
 
 
 #
@@ -267,37 +310,57 @@ def check(config: Config) -> None:
 #
 
 
+class Cell(NamedTuple):
+    sampler: str
+    budget: int
+    seed: int
+
+    def __str__(self):
+        return f"{self.sampler}-{self.budget}-{self.seed}"
+
+
 def draw_parts(
     config: Config,
     bench: Bench,
     features: gd.metrics.AbstractFeatures,
     directory: Path,
-    cell: tuple[str, int, int],
+    cell: Cell,
     progress: tqdm,
 ) -> list[dict[str, np.ndarray]]:
     """Samples and their features, batch by batch; batches that are in the directory are
     not drawn again."""
-    name, budget, seed = cell
     parts = []
     for n in range(-(-config.number // bench.batch_size)):
         path = directory / f"{n:05d}.npz"
-        if not path.exists():
-            key = jr.fold_in(jr.key(seed), n)
-            start = time.perf_counter()
-            x, evaluations = bench.draw(SAMPLERS[name], budget, key)
-            seconds = time.perf_counter() - start
-            images = gd.metrics.to_uint8(x[: config.number - n * bench.batch_size])
-            write(
-                path,
-                images=images,
-                vectors=features(images),
-                evaluations=np.array(evaluations),
-                seconds=np.array(seconds),
-            )
-        with np.load(path) as file:
-            parts.append({key: file[key] for key in file.files})
+        left = min(config.number - n * bench.batch_size, bench.batch_size)
+        part = read_part(path, left)
+        if part is None:
+            key = jr.fold_in(jr.key(cell.seed), n)
+            x, evaluations = bench.draw(SAMPLERS[cell.sampler], cell.budget, key)
+            images = gd.metrics.to_uint8(x[:left])
+            part = {
+                "images": images,
+                "vectors": features(images),
+                "evaluations": np.array(evaluations),
+            }
+            write(path, **part)
+        parts.append(part)
         progress.update()
     return parts
+
+
+def read_part(path: Path, number: int) -> dict[str, np.ndarray] | None:
+    if not path.exists():
+        return None
+    try:
+        with path.open("rb") as whole, np.load(whole) as file:
+            part = {key: file[key] for key in ("images", "vectors", "evaluations")}
+        if len(part["images"]) != number or len(part["vectors"]) != number:
+            raise ValueError(f"it holds {len(part['images'])} images, not {number}")
+        return part
+    except (*(ValueError, KeyError, EOFError, OSError), RuntimeError, BadZipFile) as error:
+        print(f"{path} is damaged, and is drawn again: {error}.", file=sys.stderr)
+        return None
 
 
 def measure(
@@ -307,9 +370,10 @@ def measure(
     moments = functools.reduce(
         operator.add, (metrics.Moments.of(part["vectors"]) for part in parts)
     )
-    data = reference.vectors
-    some = np.concatenate([part["vectors"] for part in parts])[: len(data)]
-    kernel = metrics.kernel_distance(some, data, 20, min(1000, len(some), len(data)))
+    some = np.concatenate([part["vectors"] for part in parts])
+    number = min(len(some), len(reference.vectors))
+    some, data = some[:number], reference.vectors[:number]
+    kernel = metrics.kernel_distance(some, data, _subsets, min(1000, number))
     precision, recall = metrics.precision_recall(some, data)
     return {
         "frechet_distance": metrics.frechet_distance(moments, reference.moments),
@@ -320,48 +384,54 @@ def measure(
     }
 
 
+_subsets = 20  # Of the kernel distance.
+
+
 def run_cell(
     config: Config,
     bench: Bench,
     features: gd.metrics.AbstractFeatures,
     reference: gd.metrics.Reference,
     output: Path,
-    cell: tuple[str, int, int],
+    directory: Path,
+    cell: Cell,
     progress: tqdm,
 ) -> dict[str, Any]:
-    name, budget, seed = cell
-    found: dict[str, Any] = {"sampler": name, "budget": budget, "seed": seed}
-    if not bench.can(SAMPLERS[name], budget):
-        return found | {"outcome": "impossible"}
-    text = f"{name}-{budget}-{seed}"
-    directory = output / "parts" / text
-    directory.mkdir(parents=True, exist_ok=True)
+    sampler = SAMPLERS[cell.sampler]
+    found: dict[str, Any] = {**cell._asdict(), "solver": sampler.described}
     try:
+        if not bench.can(sampler, cell.budget):
+            return found | {"outcome": "impossible"}
         parts = draw_parts(config, bench, features, directory, cell, progress)
-    except FloatingPointError as error:
-        shutil.rmtree(directory)
+    except (FloatingPointError, RuntimeError) as error:
         return found | {"outcome": "diverged", "message": str(error)}
     if config.keep_images:
         images = np.concatenate([part["images"] for part in parts])
-        write(output / f"images-{text}.npz", images=images)
-    write(output / "first" / f"{text}.npz", images=parts[0]["images"][:16])
-    found |= {
+        write(output / f"images-{cell}.npz", images=images)
+    write(output / "first" / f"{cell}.npz", images=parts[0]["images"][:16])
+    return found | {
         "outcome": "finite",
         "evaluations": float(np.mean([part["evaluations"] for part in parts])),
-        "seconds": round(float(sum(part["seconds"] for part in parts)), 2),
         **measure(parts, reference),
     }
-    shutil.rmtree(directory)
-    return found
 
 
 def write(path: Path, **arrays: np.ndarray) -> None:
-    """Never half a file."""
+    replace(path, lambda file: np.savez(file, **cast(Any, arrays)))
+
+
+def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file that is never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("wb") as file:
-        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 #
@@ -371,25 +441,41 @@ def write(path: Path, **arrays: np.ndarray) -> None:
 
 def protocol(
     config: Config,
+    flow: gd.ProbabilityFlow,
     features: gd.metrics.AbstractFeatures,
     images: np.ndarray,
     batch_size: int,
 ) -> dict[str, Any]:
     """All that the numbers depend on, besides sampler, budget and seed."""
-    data = to_json(config.data)
+    authors = config.authors
+    if authors is not None and Path(authors).is_file():
+        authors = digest(Path(authors).read_bytes())
+    dtype = flow.process.prior(jr.key(0), (1,))
+    dtype = jax.tree_util.tree_leaves(dtype)[0].dtype
+    used = min(config.number, len(images), 10_000)
     return {
         "frechet_distance": features.name,
         "features": features.key,
-        "model": hashlib.sha256(config.model.read_bytes()).hexdigest(),
-        "authors": config.authors and [config.authors, config.process],
-        "data": {key: data[key] for key in ("name", "size", "crop")},
+        "model": digest(config.model.read_bytes()),
+        "authors": authors,
+        "data": {k: to_json(config.data)[k] for k in ("name", "size", "crop")},
         "against": f"{config.against}, {len(images)} images",
-        "images": hashlib.sha256(images.tobytes()).hexdigest(),
+        "images": digest(np.ascontiguousarray(images).data),
         "number_of_samples": config.number,
         "batch_size": batch_size,
+        "denoise": config.denoise,
+        "last_time": flow.process.t_min,
         "pixels": "rounded to uint8, not resized",
-        "vectors_for_other_measures": min(config.number, len(images), 10_000),
+        "kernel_distance": f"{_subsets} subsets of {min(1000, used)}",
+        "sliced_wasserstein": f"256 directions, {used} images",
+        "precision_and_recall": f"3 neighbours, {used} images",
+        "computed": f"{dtype} on {jax.default_backend()}, jax {jax.__version__}, "
+        f"gddim_eqx {gd.__version__}",
     }
+
+
+def digest(content: Any) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def read_results(path: Path, wanted: dict[str, Any]) -> list[dict[str, Any]]:
@@ -397,16 +483,22 @@ def read_results(path: Path, wanted: dict[str, Any]) -> list[dict[str, Any]]:
         return []
     try:
         found = json.loads(path.read_text())
-        before, results = found["protocol"], found["results"]
+        before, results = dict(found["protocol"]), list(found["results"])
+        cells = [(r["sampler"], r["solver"], r["outcome"]) for r in results]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged ({error}). Delete it to begin anew."
         ) from error
-    for key, value in wanted.items():
-        if before.get(key) != value:
+    for key in {**wanted, **before}:
+        if before.get(key) != wanted.get(key):
             raise ValueError(
                 f"{path} was measured with another {key}: {before.get(key)!r} instead of "
-                f"{value!r}. Give another `--output`."
+                f"{wanted.get(key)!r}. Give another `--output`."
+            )
+    for name, solver, _ in cells:
+        if name not in SAMPLERS or solver != SAMPLERS[name].described:
+            raise ValueError(
+                f"{path} was measured when {name} was {solver}. Give another `--output`."
             )
     return results
 
@@ -418,38 +510,80 @@ def evaluate(config: Config) -> list[dict[str, Any]]:
     if images.dtype != np.uint8:
         raise ValueError(f"{config.data.name} has no images.")
     flow, features = read_model(config, images.shape[1:]), read_features(config)
-    bench = Bench(flow, min(config.batch_size, config.number))
-    wanted = protocol(config, features, images, bench.batch_size)
-    results = read_results(output / "results.json", wanted)
+    batch_size = min(config.batch_size, config.number)
+    bench = Bench(flow, batch_size, config.denoise)
+    wanted = protocol(config, flow, features, images, bench.batch_size)
+    output.mkdir(parents=True, exist_ok=True)
+    with only_one(output / ".lock"):
+        return run_cells(config, bench, features, images, wanted, output)
+
+
+@contextlib.contextmanager
+def only_one(path: Path):
+    """Two at once would lose each other's results."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"Another evaluation writes to {path.parent}.") from error
+        yield
+
+
+def run_cells(
+    config: Config,
+    bench: Bench,
+    features: gd.metrics.AbstractFeatures,
+    images: np.ndarray,
+    wanted: dict[str, Any],
+    output: Path,
+) -> list[dict[str, Any]]:
+    path = output / "results.json"
+    results = read_results(path, wanted)
+
+    def save() -> None:
+        text = json.dumps({"protocol": wanted, "results": results}, indent=1)
+        replace(path, lambda file: file.write(text.encode()))
+
+    # Before anything is drawn, so that nothing of another protocol is taken for it.
+    save()
+    text = json.dumps(wanted)
+    parts = output / "parts" / digest(text.encode())[:16]
     print(f"Comparing with {len(images)} images.", file=sys.stderr)
-    number = wanted["vectors_for_other_measures"]
-    reference = gd.metrics.reference(images, features, config.cache, number)
-    done = {(r["sampler"], r["budget"], r["seed"]) for r in results}
+    reference = gd.metrics.reference(images, features, config.cache)
     # Seed by seed, for a whole table early on.
     cells = [
-        (name, budget, seed)
+        Cell(name, budget, seed)
         for seed in config.seeds
         for name in config.samplers
         for budget in config.evaluations
-        if (name, budget, seed) not in done
     ]
+    done = {Cell(r["sampler"], r["budget"], r["seed"]): r for r in results}
+    if config.keep_images:
+        # What was measured before without keeping them is drawn again.
+        for cell, result in list(done.items()):
+            kept = (output / f"images-{cell}.npz").exists()
+            if cell in cells and result["outcome"] == "finite" and not kept:
+                results.remove(done.pop(cell))
+    cells = [cell for cell in cells if cell not in done]
     num_parts = -(-config.number // bench.batch_size)
-    output.mkdir(parents=True, exist_ok=True)
     with tqdm(total=num_parts * len(cells), unit=" batches", mininterval=1) as progress:
         for n, cell in enumerate(cells):
-            progress.set_description(" ".join(map(str, cell)), refresh=False)
+            progress.set_description(str(cell), refresh=False)
+            directory = parts / str(cell)
             results.append(
-                run_cell(config, bench, features, reference, output, cell, progress)
+                run_cell(
+                    config, bench, features, reference, output, directory, cell, progress
+                )
             )
-            text = json.dumps({"protocol": wanted, "results": results}, indent=1)
-            partial = output / ".results.json"
-            partial.write_text(text)
-            partial.replace(output / "results.json")
+            save()
+            shutil.rmtree(directory, ignore_errors=True)
             progress.update((n + 1) * num_parts - progress.n)
+    shutil.rmtree(output / "parts", ignore_errors=True)
     draw_grid(results, output)
     print(f"{features.name} ({config.number} samples, against {wanted['against']}):\n")
     print(table(results))
-    print(f"\nAll measures: {output / 'results.json'}. Samples: {output / 'grid.png'}.")
+    print("\n± is half the range over seeds. In brackets: the evaluations made.")
+    print(f"All measures: {path}. Samples: {output / 'grid.png'}.")
     return results
 
 
@@ -463,8 +597,8 @@ def budgets_in(results: list[dict[str, Any]]) -> list[int]:
 
 
 def table(results: list[dict[str, Any]], metric: str = "frechet_distance") -> str:
-    """In Markdown: the mean over seeds, and half the range if there are several. Where
-    the evaluations made are fewer than allowed by more than a tenth, their number."""
+    """In Markdown: the mean over seeds, and half the range if there are several; and the
+    number of evaluations, where it differs from what was allowed by a tenth."""
     budgets = budgets_in(results)
     lines = ["| evaluations | " + " | ".join(map(str, budgets)) + " |"]
     lines.append("| --- |" + " --- |" * len(budgets))
@@ -481,7 +615,8 @@ def table(results: list[dict[str, Any]], metric: str = "frechet_distance") -> st
             if len(values) > 1:
                 text += f" ± {(max(values) - min(values)) / 2:.1g}"
             used = np.mean([r["evaluations"] for r in cell])
-            row.append(text if used >= 0.9 * budget else f"{text} ({used:.0f})")
+            close = abs(used - budget) <= 0.1 * budget
+            row.append(text if close else f"{text} ({used:.0f})")
         lines.append(f"| {SAMPLERS[name].name} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
@@ -497,6 +632,7 @@ def draw_grid(results: list[dict[str, Any]], output: Path) -> None:
     if not names:
         return
     seed = min(r["seed"] for r in results)
+    finite = {(r["sampler"], r["budget"]) for r in results if r["outcome"] == "finite"}
     figure, axes = plt.subplots(
         len(names),
         len(budgets),
@@ -512,8 +648,8 @@ def draw_grid(results: list[dict[str, Any]], output: Path) -> None:
         )
         for axis, budget in zip(row, budgets):
             axis.set(xticks=[], yticks=[])
-            path = output / "first" / f"{name}-{budget}-{seed}.npz"
-            if path.exists():
+            path = output / "first" / f"{Cell(name, budget, seed)}.npz"
+            if (name, budget) in finite and path.exists():
                 with np.load(path) as file:
                     images = tiled(file["images"][:16])
                 axis.imshow(images, cmap="gray", vmin=0, vmax=255)

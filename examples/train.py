@@ -45,8 +45,8 @@ from gddim_eqx.training import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
-    """What to train on."""
+class Source:
+    """Where data are read from."""
 
     name: Literal["rings", "digits", "mnist", "fashion_mnist", "cifar10", "folder"]
     directory: Path | None = None
@@ -57,6 +57,12 @@ class Data:
     """For a folder of images: the size to bring them to."""
     crop: int | None = None
     """For a folder of images: how much of the centre to keep before; CELEBA: 140."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Data(Source):
+    """What to train on."""
+
     flip: bool = False
     """Mirror every other image."""
     dequantise: bool = False
@@ -237,10 +243,14 @@ PRESETS = {
 }
 
 
-def load(data: Data, train: bool = True) -> np.ndarray:
+def load(data: Source, train: bool = True) -> np.ndarray:
     if not train and data.name in ("rings", "digits", "folder"):
         raise ValueError(f"{data.name} has no part for tests.")
+    if data.name != "folder" and (data.size is not None or data.crop is not None):
+        raise ValueError(f"`size` and `crop` are for a folder, not for {data.name}.")
     if data.name in ("rings", "digits"):
+        if data.directory is not None:
+            raise ValueError(f"{data.name} is not read from files: no `directory`.")
         return getattr(gd.datasets, data.name)()
     if data.directory is None and data.name != "fashion_mnist":
         raise ValueError(f"{data.name} is read from files: give `--data.directory`.")

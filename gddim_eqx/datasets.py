@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from ._check import check_count
+
 
 Images = UInt8[np.ndarray, "number height width channels"]
 
@@ -127,6 +129,8 @@ def _idx(
             raise ValueError(f"it begins with {magic!r}")
         header = 4 + 4 * number_axes
         shape = struct.unpack(f">{number_axes}i", content[4:header])
+        if min(shape) < 0:
+            raise ValueError(f"it says that its shape is {shape}")
         images = np.frombuffer(content, np.uint8, offset=header).reshape(shape)
     except (ValueError, EOFError, OSError, zlib.error, struct.error) as error:
         raise ValueError(f"{path} is not a whole file of {kind}: {error}.") from error
@@ -190,15 +194,17 @@ def cifar10(directory: str | Path, train: bool = True, verify: bool = True) -> I
             archive = None
         for name in names:
             where, content = _batch(path, archive, name)
+            if verify:
+                _verify("CIFAR-10", where, name, content)
             try:
                 data = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()[b"data"]
-                parts.append(data.astype(np.uint8).reshape(-1, 3, 32, 32))
+                if data.dtype != np.uint8:
+                    raise ValueError(f"it holds {data.dtype}")
+                parts.append(data.reshape(-1, 3, 32, 32))
             except Exception as error:
                 raise ValueError(
                     f"{where} is not a whole file of images: {error}."
                 ) from error
-            if verify:
-                _verify("CIFAR-10", where, name, content)
     return np.ascontiguousarray(np.concatenate(parts).transpose(0, 2, 3, 1))
 
 
@@ -231,9 +237,12 @@ def folder(
     - `size`: of the result; without it, all images must be of one size already.
     - `crop`: how much of the centre to keep before: 140 for CELEBA.
 
-    **Raises:** `ValueError` if there are none, for images of several sizes, and for one
-    that cannot be read. Needs Pillow.
+    **Raises:** `ValueError` if there are none, for images of several sizes, for one that
+    is smaller than `crop`, and for one that cannot be read. Needs Pillow.
     """
+    for name, value in (("size", size), ("crop", crop)):
+        if value is not None:
+            check_count(name, value)
     try:
         from PIL import Image
     except ImportError as error:
@@ -250,9 +259,14 @@ def folder(
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")
-        except OSError as error:
+        except (OSError, Image.DecompressionBombError) as error:
             raise ValueError(f"{path} is not a whole image: {error}.") from error
         if crop is not None:
+            if crop > min(image.size):
+                raise ValueError(
+                    f"{path} is of {image.width}x{image.height} pixels, of which `crop` "
+                    f"cannot keep {crop}x{crop}."
+                )
             left, top = (image.width - crop) // 2, (image.height - crop) // 2
             image = image.crop((left, top, left + crop, top + crop))
         if size is not None:

@@ -106,6 +106,9 @@ def test_damaged_fashion_mnist_is_refused(idx):
     path.write_bytes(gzip.compress(struct.pack(">i", 2049) + content[4:]))
     with pytest.raises(ValueError, match=r"begins with b'.*x01'"):
         gd.datasets.fashion_mnist(directory, verify=False)
+    path.write_bytes(gzip.compress(struct.pack(">iiii", 2051, -1, 28, 28) + content[16:]))
+    with pytest.raises(ValueError, match=r"its shape is \(-1, 28, 28\)"):
+        gd.datasets.fashion_mnist(directory, verify=False)
 
 
 @pytest.fixture
@@ -146,7 +149,8 @@ def test_damaged_cifar10_is_refused(cifar10, packed):
     read = lambda: gd.datasets.cifar10(
         _pack(directory) if packed else directory, verify=False
     )
-    for damaged in (whole[:2000], b"", pickle.dumps({b"data": np.zeros(5, np.uint8)})):
+    others = [np.zeros(5, np.uint8), np.zeros((2, 3072))]
+    for damaged in (whole[:2000], b"", *(pickle.dumps({b"data": x}) for x in others)):
         batch.write_bytes(damaged)
         with pytest.raises(ValueError, match="data_batch_3.* is not a whole file"):
             read()
@@ -174,7 +178,7 @@ class _Runs:
 def test_a_pickle_runs_nothing(tmp_path, capsys):
     (tmp_path / "test_batch").write_bytes(pickle.dumps({b"data": _Runs()}))
     with pytest.raises(ValueError, match="it holds builtins.print"):
-        gd.datasets.cifar10(tmp_path, train=False)
+        gd.datasets.cifar10(tmp_path, train=False, verify=False)
     assert capsys.readouterr().out == ""
 
 
@@ -205,6 +209,11 @@ def test_folders_that_do_not_do_are_refused(tmp_path):
     _write(tmp_path, "b.png", 9, 7)
     with pytest.raises(ValueError, match="b.png is of 7x9 pixels, but .*a.png is of 8x6"):
         gd.datasets.folder(tmp_path)
+    with pytest.raises(ValueError, match="a.png is of 8x6 .* `crop` cannot keep 7x7"):
+        gd.datasets.folder(tmp_path, size=4, crop=7)
+    for option in ("size", "crop"):
+        with pytest.raises(ValueError, match=f"`{option}` must be a positive .* got 0"):
+            gd.datasets.folder(tmp_path, **{option: 0})
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
     with pytest.raises(ValueError, match="b.png is not a whole image"):
         gd.datasets.folder(tmp_path)

@@ -88,41 +88,65 @@ def test_writes_what_it_says(run, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "| evaluations | 3 | 7 |" in out and "| Euler | " in out and "SSCS" in out
     assert (tmp_path / "output" / "grid.png").stat().st_size > 1000
-    assert not any((tmp_path / "output" / "parts").iterdir())
+    assert not (tmp_path / "output" / "parts").exists()
 
 
-def test_the_distance_is_that_of_the_samples(run, tmp_path, model):
+def test_the_measures_are_those_of_the_samples(run, tmp_path, model):
     found = run("--keep-images", [], "--seeds", 3)["results"][0]
     with np.load(tmp_path / "output" / "images-euler-3-3.npz") as file:
         images = file["images"]
     assert images.shape == (20, 8, 8, 1) and images.dtype == np.uint8
-    features = gd.metrics.Pixels()
-    data = features(gd.datasets.digits())
-    expected = gd.metrics.frechet_distance(features(images), data)
-    assert found["frechet_distance"] == pytest.approx(expected, rel=1e-9)
+    metrics, features = gd.metrics, gd.metrics.Pixels()
+    reference = metrics.reference(gd.datasets.digits(), features)
+    samples, data = features(images), reference.vectors[:20]
+    precision, recall = metrics.precision_recall(samples, data)
+    expected = {
+        "frechet_distance": metrics.frechet_distance(samples, reference.moments),
+        "kernel_distance": metrics.kernel_distance(samples, data, 20, 20).mean,
+        "sliced_wasserstein": metrics.sliced_wasserstein(samples, data),
+        "precision": precision,
+        "recall": recall,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-9)
     # The first batch, drawn by hand.
-    network = gd.checkpoints.load(model)
-    process = network.process
-    x, _ = gd.sample(
-        process,
-        network,
-        jax.random.fold_in(jax.random.key(3), 0),
-        8,
-        solver=importlib.import_module("evaluate").SAMPLERS["euler"].solver,
-        ts=gd.time_grid(process, 3, "quadratic"),
-    )
-    difference = gd.metrics.to_uint8(x).astype(int) - images[:8]
+    x, _ = _draw(gd.checkpoints.load(model), 3, jax.random.key(3))
+    difference = metrics.to_uint8(x).astype(int) - images[:8]
     assert np.abs(difference).max() <= 1
 
 
-def test_goes_on_where_it_was_stopped(run, evaluate, monkeypatch, tmp_path):
-    options = ("--evaluations", [3, 4], "--seeds", [0, 1])
-    whole = run(*options, "--output", tmp_path / "output")
-    (tmp_path / "output").rename(tmp_path / "whole")
+def _draw(model, steps, key, **options):
+    process = model.process
+    return gd.sample(
+        process,
+        model,
+        jax.random.fold_in(key, 0),
+        8,
+        solver=importlib.import_module("evaluate").SAMPLERS["euler"].solver,
+        ts=gd.time_grid(process, steps, "quadratic"),
+        **options,
+    )
+
+
+def test_samples_are_of_the_whole_model_and_denoised(run, tmp_path, model):
+    # What a file says of predictions and their frame is kept to.
+    network = gd.checkpoints.load(model)
+    flow = gd.ProbabilityFlow(network.process, network, "noise", "cholesky")
+    gd.checkpoints.save(tmp_path / "model.npz", flow)
+    found = run(*("--keep-images", [], "--denoise", "exact"), path=tmp_path / "model.npz")
+    assert found["protocol"]["denoise"] == "exact"
+    assert found["results"][0]["evaluations"] == 3
+    x, _ = _draw(network, 2, jax.random.key(0), factor="cholesky", denoise="exact")
+    with np.load(tmp_path / "output" / "images-euler-3-0.npz") as file:
+        difference = gd.metrics.to_uint8(x).astype(int) - file["images"][:8]
+    assert np.abs(difference).max() <= 1
+
+
+def _interrupted(run, evaluate, monkeypatch, number, *options, **path):
+    """Stop after drawing so many batches."""
     draw, drawn = evaluate.Bench.draw, []
 
     def interrupted(self, *arguments):
-        if len(drawn) == 5:
+        if len(drawn) == number:
             raise KeyboardInterrupt
         drawn.append(arguments)
         return draw(self, *arguments)
@@ -130,65 +154,111 @@ def test_goes_on_where_it_was_stopped(run, evaluate, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(evaluate.Bench, "draw", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run(*options)
-    left = []
+            run(*options, **path)
+
+
+def test_goes_on_where_it_was_stopped(run, evaluate, monkeypatch, tmp_path, capsys):
+    options = ("--evaluations", [3, 4], "--seeds", [0, 1])
+    whole = run(*options)
+    (tmp_path / "output").rename(tmp_path / "whole")
+    _interrupted(run, evaluate, monkeypatch, 5, *options)
+    # One of the two parts of the cell that was begun is damaged.
+    (part,) = (tmp_path / "output" / "parts").glob("*/euler-4-0/00001.npz")
+    part.write_bytes(part.read_bytes()[:1000])
+    draw, drawn = evaluate.Bench.draw, []
     with monkeypatch.context() as patch:
-        count = lambda self, *arguments: left.append(0) or draw(self, *arguments)
+        count = lambda self, *arguments: drawn.append(0) or draw(self, *arguments)
         patch.setattr(evaluate.Bench, "draw", count)
-        found = run(*options)
-        assert len(drawn) + len(left) == 4 * 3
+        assert run(*options) == whole
+        assert "00001.npz is damaged, and is drawn again" in capsys.readouterr().err
+        assert len(drawn) == 4 * 3 - 5 + 1
         # More of it draws no more than that.
         more = run("--evaluations", [3, 4, 5], "--seeds", [0, 1])
-        assert len(drawn) + len(left) == 6 * 3
-    without_times = lambda found: [
-        {k: v for k, v in r.items() if k != "seconds"} for r in found["results"]
-    ]
-    assert without_times(found) == without_times(whole)
-    assert without_times(more)[:4] == without_times(whole)
+        assert more["results"][:4] == whole["results"]
+        assert len(drawn) == 6 * 3 - 5 + 1
 
 
-def test_results_of_something_else_are_not_mixed_in(run, tmp_path):
+def test_nothing_is_mixed_in_from_an_interrupted_run(run, evaluate, monkeypatch, tmp_path):
+    other = _save(tmp_path / "other.npz", gd.CLD((8, 8, 1)), jnp.negative)
+    expected = run(path=other)
+    (tmp_path / "output").rename(tmp_path / "other")
+    _interrupted(run, evaluate, monkeypatch, 2)
+    with pytest.raises(SystemExit, match="measured with another model"):
+        run(path=other)
+    # Also not when the advice is followed.
+    (tmp_path / "output" / "results.json").unlink()
+    assert run(path=other) == expected
+
+
+def test_results_of_something_else_are_not_mixed_in(run, evaluate, monkeypatch, tmp_path):
     before = run()
     for options, what in [
         (("--number", 30), "number_of_samples: 20 instead of 30"),
         (("--batch-size", 16), "batch_size: 8 instead of 16"),
-        (("--path", None), "another model"),
+        (("--denoise", "exact"), "denoise: None instead of 'exact'"),
     ]:
-        path = {}
-        if options[0] == "--path":
-            options = ()
-            path = {"path": _save(tmp_path / "other.npz", gd.CLD((8, 8, 1)), jnp.negative)}
         with pytest.raises(SystemExit, match=f"measured with .*{what}.*`--output`"):
-            run(*options, **path)
+            run(*options)
+    changed = evaluate.Sampler("Euler", evaluate.SAMPLERS["euler"].solver, grid="clock")
+    with monkeypatch.context() as patch:
+        patch.setitem(evaluate.SAMPLERS, "euler", changed)
+        with pytest.raises(SystemExit, match="when euler was Euler.*grid quadratic"):
+            run()
     results = tmp_path / "output" / "results.json"
     assert json.loads(results.read_text()) == before
-    results.write_text(results.read_text()[:100])
-    with pytest.raises(SystemExit, match="is damaged .*Delete it to begin anew"):
-        run()
+    for damaged in (results.read_text()[:100], '{"protocol": null, "results": []}'):
+        results.write_text(damaged)
+        with pytest.raises(SystemExit, match="is damaged .*Delete it to begin anew"):
+            run()
+
+
+def test_two_at_once_are_refused(run, evaluate, tmp_path):
+    (tmp_path / "output").mkdir()
+    with evaluate.only_one(tmp_path / "output" / ".lock"):
+        with pytest.raises(SystemExit, match="Another evaluation writes to .*output"):
+            run()
+
+
+def test_images_are_kept_of_what_was_measured_before(run, tmp_path):
+    before = run()
+    assert run("--keep-images", []) == before
+    assert (tmp_path / "output" / "images-euler-3-0.npz").exists()
 
 
 def test_samples_that_diverge_are_said_to(run, tmp_path, capsys):
     path = _save(tmp_path / "model.npz", gd.VP((8, 8, 1)), lambda x: x + jnp.nan)
-    found = run("--samplers", ["euler", "sscs"], path=path)["results"]
-    assert found[0]["outcome"] == "diverged" and "not finite" in found[0]["message"]
-    assert "frechet_distance" not in found[0]
-    assert found[1]["outcome"] == "impossible"
+    found = run("--samplers", ["dopri5", "euler", "sscs"], path=path)["results"]
+    for result in found[:2]:
+        assert result["outcome"] == "diverged" and "not finite" in result["message"]
+        assert "frechet_distance" not in result
+    assert found[2]["outcome"] == "impossible"
     out = capsys.readouterr().out
     assert "| Euler | diverged |" in out and "SSCS" not in out
 
 
-def test_adaptive_steps_stay_within_the_budget(run):
-    found = run("--samplers", ["dopri5"], "--evaluations", [60, 120])["results"]
-    for result in found:
+def test_adaptive_steps_do_not_depend_on_other_budgets(run, tmp_path):
+    options = ("--samplers", ["dopri5"], "--evaluations")
+    both = run(*options, [120, 60])["results"]
+    for result in both:
         assert result["outcome"] == "finite"
         assert 0.3 * result["budget"] < result["evaluations"] <= 1.2 * result["budget"]
+    assert both[0]["evaluations"] > both[1]["evaluations"]
+    assert run(*options, 60, "--output", tmp_path / "output")["results"] == both
+    (tmp_path / "output").rename(tmp_path / "both")
+    assert run(*options, 60)["results"] == both[1:]
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         (("--samplers", ["dpm"]), "no sampler 'dpm', but gddim, gddim-paper"),
-        (("--number", 0), "`number` must be positive; got 0"),
+        (("--number", 3), "`number` must be at least 4, .*; got 3"),
+        (("--seeds", [0, 0]), r"`seeds` must be some, all different; got \(0, 0\)"),
+        (("--denoise", "drift", "--samplers", ["dopri5"]), "not for dopri5"),
+        (("--weights", "/nowhere"), "`weights` are for `--features inception`"),
+        (("--process", "bdm"), "`process` is for `--authors`"),
+        (("--data.size", 3), "`size` and `crop` are for a folder, not for digits"),
+        (("--data.directory", "/nowhere"), "digits is not read from files"),
         (("--evaluations", [0]), r"`evaluations` must be positive; got \(0,\)"),
         (("--features", "inception"), "give `--weights`"),
         (("--features", "classifier"), r"of shape \(28, 28, 1\); got \(8, 8, 1\)"),

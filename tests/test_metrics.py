@@ -270,6 +270,8 @@ def test_what_cannot_be_compared_is_refused(measure, without_type_checks):
         (lambda: frechet_distance(_vectors, _vectors[:1]), "two vectors; got 1"),
         (lambda: kernel_distance(_vectors, _vectors), "from 2 to .* 5; got 1000"),
         (lambda: kernel_distance(_vectors, _vectors, 0, 3), "`num_subsets`.*got 0"),
+        (lambda: kernel_distance(_vectors, _vectors, 9, 2.5), "`subset_size`.*got 2.5"),
+        (lambda: frechet_distance(_given([np.nan], [[1.0]]), _given([0], [[1]])), "finite"),
         (lambda: sliced_wasserstein(_vectors, _vectors, 0), "`num_directions`.*got 0"),
         (lambda: precision_recall(_vectors, _vectors[:3]), "more vectors than.*3 data"),
         (lambda: precision_recall(_vectors, _vectors, 0), "`neighbours`.*got 0"),
@@ -290,6 +292,13 @@ def test_images_are_rounded_and_clipped():
     np.testing.assert_array_equal(to_uint8(levels / 127.5 - 1), levels)
     x = jnp.asarray([-1.2, -1 + 0.6 / 127.5, 0.999, 7.0])
     np.testing.assert_array_equal(to_uint8(x), [0, 1, 255, 255])
+    with pytest.raises(ValueError, match="not finite"):
+        to_uint8(jnp.array([0.0, jnp.nan]))
+
+
+def test_images_that_are_integers_are_not_rounded(without_type_checks):
+    with pytest.raises(ValueError, match="floating-point numbers; got uint8"):
+        to_uint8(np.zeros(3, np.uint8))
 
 
 def _images(number, seed=0, shape=(28, 28, 1)):
@@ -315,6 +324,13 @@ def test_features_do_not_depend_on_the_number_of_images(classifier, number):
     assert features.shape == (number, 64) and np.isfinite(features).all()
     single = [classifier(image[None])[0] for image in images[-2:]]
     np.testing.assert_allclose(features[-2:], single or features, atol=1e-5)
+
+
+def test_the_classifier_sees_images_as_it_was_trained(classifier):
+    images = _images(3)
+    embed = jax.vmap(classifier.classifier.embed)
+    expected = embed(jnp.asarray(images / 127.5 - 1, jnp.float32))
+    np.testing.assert_allclose(classifier(images), expected, atol=1e-5)
 
 
 def test_keys_tell_classifiers_apart(classifier):
@@ -437,9 +453,10 @@ def test_a_damaged_reference_is_computed_again(tmp_path):
     with pytest.raises(ValueError, match="There must be images"):
         reference(images[:0], _Counting(), tmp_path)
     whole = path.read_bytes()
-    flipped = bytearray(whole)
-    flipped[200] ^= 1
-    for damaged in (whole[:100], b"", whole[:-40], bytes(flipped)):
+    flipped = [bytearray(whole) for _ in range(2)]
+    flipped[0][200] ^= 1
+    flipped[1][whole.rindex(b"PK\x01\x02") + 8] ^= 1  # As if it were encrypted.
+    for damaged in (whole[:100], b"", whole[:-40], *map(bytes, flipped)):
         path.write_bytes(damaged)
         with pytest.warns(UserWarning, match="is damaged, and is computed again"):
             _same(first, reference(images, _Counting(), tmp_path))
@@ -477,7 +494,8 @@ def test_inception_is_torch_fidelity_s(random_weights):
     found = features(images)
     pixels = torch.from_numpy(images[48:].transpose(0, 3, 1, 2).copy())
     (expected,) = network(pixels)
-    assert found.shape == (52, 2048) and features.name == "FID"
+    # Only the published weights give what is called so.
+    assert found.shape == (52, 2048) and features.name == "Frechet distance by Inception"
     np.testing.assert_allclose(found[48:], expected.numpy(), rtol=1e-4, atol=1e-6)
     assert features(images[:0]).shape == (0, 2048)
     with pytest.raises(ValueError, match=r"three channels; got \(2, 28, 28, 1\)"):

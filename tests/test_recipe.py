@@ -69,6 +69,11 @@ def _run(command, directory, monkeypatch):
     monkeypatch.chdir(directory)
     monkeypatch.syspath_prepend(_root / script.parent)
     module = __import__(script.stem)
+    if "--weights" in command:  # Which nobody has here.
+        i = command.index("--weights")
+        command = command[:i] + command[i + 2 :]
+    # Which takes thousands of steps where a network was hardly trained.
+    command = [x for x in command if x != "dopri5"]
     module.main([*command[2:], *_small[script.name]])
     monkeypatch.delitem(sys.modules, script.stem)
 
@@ -114,8 +119,10 @@ def test_the_authors_checkpoint_of_another_process_is_refused(directory, monkeyp
 def _check(output, command):
     found = json.loads((output / "results.json").read_text())
     assert found["protocol"]["pixels"] == "rounded to uint8, not resized"
-    names = command[command.index("--samplers") + 1 : command.index("--evaluations")]
-    assert [r["sampler"] for r in found["results"]] == names
+    if "--samplers" in command:
+        names = command[command.index("--samplers") + 1 : command.index("--evaluations")]
+        found_names = [r["sampler"] for r in found["results"]]
+        assert found_names == [name for name in names if name != "dopri5"]
     for result in found["results"]:
         if result["outcome"] == "finite":
             assert result["frechet_distance"] > 0 and result["evaluations"] <= 3

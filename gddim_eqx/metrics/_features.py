@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Float, Real, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from ..checkpoints import load
 from ..nn import ImageClassifier
@@ -35,14 +35,23 @@ class AbstractFeatures(eqx.Module):
         """
 
 
-def to_uint8(x: Real[Array | np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
+def to_uint8(x: Float[Array | np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     """Images as they would be stored: numbers in [-1, 1] to the nearest of the levels 0 to
-    255, and those beyond to the first or last."""
-    return np.clip(np.rint((np.asarray(x) + 1) * 127.5), 0, 255).astype(np.uint8)
+    255, and those beyond to the first or last.
+
+    **Raises:** `ValueError` for integers, or numbers that are not finite.
+    """
+    x = np.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"Images in [-1, 1] are floating-point numbers; got {x.dtype}.")
+    if not np.isfinite(x).all():
+        raise ValueError("The images are not finite.")
+    return np.clip(np.rint((x + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
 class Pixels(AbstractFeatures):
-    """The pixels themselves, in [-1, 1]."""
+    """The pixels themselves, in [-1, 1]. For images of up to about 32x32, as covariances
+    have the square of their number of entries."""
 
     name: str = eqx.field(default="Frechet distance of pixels", init=False)
     key: str = eqx.field(default="pixels", init=False)
@@ -80,7 +89,8 @@ class Classifier(AbstractFeatures):
             with importlib.resources.as_file(files / "fashion_mnist.npz") as path:
                 classifier = load(path)
         assert classifier is not None
-        digest = hashlib.sha256(str(jtu.tree_structure(classifier)).encode())
+        made = (classifier.shape, classifier.num_classes, classifier.features)
+        digest = hashlib.sha256(repr(made).encode())
         for leaf in jtu.tree_leaves(eqx.filter(classifier, eqx.is_array)):
             digest.update(np.asarray(leaf).tobytes())
         self.classifier, self.name = classifier, name
@@ -106,6 +116,8 @@ def _embed(classifier, images):
 class Inception(AbstractFeatures):
     """The 2048 features of InceptionV3 that the FID of the literature is of, computed by
     torch-fidelity from a file of weights. Needs `pip install "gddim_eqx[fid]"`.
+
+    With other weights than the published, the distance is not called FID.
 
     Images are brought to 299x299 as TensorFlow 1 does it, which is part of the definition;
     pass them as they are.
@@ -148,8 +160,11 @@ class Inception(AbstractFeatures):
             raise ValueError(
                 f"{weights} does not hold the weights of InceptionV3: {error}"
             ) from error
-        self.name = "FID"
-        self.key = f"inception {hashlib.sha256(weights.read_bytes()).hexdigest()}"
+        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+        # The names of the published files end with the beginning of their sum.
+        published = digest.startswith("6726825d")
+        self.name = "FID" if published else "Frechet distance by Inception"
+        self.key = f"inception {digest}"
         self.network = network.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def __call__(self, images: Images) -> Float[np.ndarray, "number size"]:

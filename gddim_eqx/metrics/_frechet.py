@@ -32,15 +32,20 @@ def frechet_distance(
     """
     a, b = (x if isinstance(x, Moments) else Moments.of(x) for x in (a, b))
     check_sizes(a.mean.size, b.mean.size)
-    for count in (a.count, b.count):
-        if count < 2:
-            raise ValueError(f"A covariance needs at least two vectors; got {count}.")
+    for moments in (a, b):
+        if moments.count < 2:
+            raise ValueError(
+                f"A covariance needs at least two vectors; got {moments.count}."
+            )
+        if not (np.isfinite(moments.mean).all() and np.isfinite(moments.covariance).all()):
+            raise ValueError("The moments are not finite.")
     # The trace of the square root is the sum of these singular values. They are accurate
     # where covariances have no full rank; eigenvalues of a product would have to be rooted.
     overlap = np.linalg.svd(_root(a.covariance).T @ _root(b.covariance), compute_uv=False)
     between_means = np.sum((a.mean - b.mean) ** 2)
     spread = np.trace(a.covariance) + np.trace(b.covariance)
-    return max(float(between_means + spread - 2 * overlap.sum()), 0.0)
+    distance = float(between_means + spread - 2 * overlap.sum())
+    return max(distance, 0.0)
 
 
 def _root(covariance: Float[np.ndarray, "size size"]) -> Float[np.ndarray, "size rank"]:

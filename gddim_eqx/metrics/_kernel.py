@@ -47,6 +47,7 @@ def kernel_distance(
     a, b = as_vectors("a", a), as_vectors("b", b)
     check_sizes(a.shape[1], b.shape[1])
     check_count("num_subsets", num_subsets)
+    check_count("subset_size", subset_size)
     if not 2 <= subset_size <= min(len(a), len(b)):
         raise ValueError(
             f"`subset_size` must be from 2 to the number of vectors, which is "

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from .._check import check_count
 from ._features import AbstractFeatures, Images
 from ._moments import Moments
 
@@ -22,7 +23,7 @@ class Reference(NamedTuple):
     moments: Moments
     """Of the features of all images."""
     vectors: Float[np.ndarray, "some size"]
-    """The features of some, for measures that need them one by one."""
+    """The features of some in random order, for measures that need them one by one."""
 
 
 def reference(
@@ -40,12 +41,13 @@ def reference(
     - `directory`: where to keep the result, to read it from there the next time. Its file
         is named by the images, the features and `number`, so that it is never read for
         others.
-    - `number`: how many features to keep one by one, of images drawn at random.
+    - `number`: how many features to keep one by one, at most.
 
     **Returns:** [`gddim_eqx.metrics.Reference`][].
 
     **Raises:** `ValueError` for no images.
     """
+    check_count("number", number)
     if not len(images):
         raise ValueError("There must be images to compare with; got none.")
     if directory is None:
@@ -54,7 +56,7 @@ def reference(
         "version": _VERSION,
         "features": features.key,
         "shape": images.shape,
-        "images": hashlib.sha256(images.tobytes()).hexdigest(),
+        "images": hashlib.sha256(np.ascontiguousarray(images).data).hexdigest(),
         "number": number,
     }
     key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
@@ -64,7 +66,11 @@ def reference(
             with path.open("rb") as whole, np.load(whole) as file:
                 moments = (file["count"].item(), file["mean"], file["covariance"])
                 return Reference(Moments(*moments), file["vectors"])
-        except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+        except (
+            *(ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile),
+            # For damage that reads as a kind of archive that is not known.
+            RuntimeError,
+        ) as error:
             warnings.warn(f"{path} is damaged, and is computed again: {error}")
     found = _compute(images, features, number)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +84,8 @@ def reference(
                 mean=found.moments.mean,
                 covariance=found.moments.covariance,
             )
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -85,13 +93,12 @@ def reference(
 
 
 def _compute(images: Images, features: AbstractFeatures, number: int) -> Reference:
-    moments, parts = None, []
-    chosen = np.zeros(len(images), bool)
-    chosen[np.random.default_rng(0).permutation(len(images))[:number]] = True
+    moments, kept = None, []
+    order = np.random.default_rng(0).permutation(len(images))
     for n in range(0, len(images), 1000):
-        part = features(images[n : n + 1000])
+        part = features(images[order[n : n + 1000]])
         new = Moments.of(part)
         moments = new if moments is None else moments + new
-        parts.append(part[chosen[n : n + 1000]])
+        kept.append(part[: max(number - n, 0)])
     assert moments is not None
-    return Reference(moments, np.concatenate(parts))
+    return Reference(moments, np.concatenate(kept))
