@@ -55,7 +55,8 @@ def measure(process: str, output: Path, arguments: argparse.Namespace) -> dict[s
         call(
             "evaluate.py",
             output / "model.npz",
-            *("--data.name", "fashion_mnist", "--number", arguments.number),
+            *("--data.name", "fashion_mnist"),
+            *("--number", arguments.number, "--batch-size", 500),
             *("--samplers", *samplers, "--evaluations", *budgets, "--seeds", *seeds),
             *("--output", output / "evaluation"),
         )
