@@ -34,6 +34,7 @@ from gddim_eqx.training import (
     Augmentation,
     Batches,
     Checkpoints,
+    DataWeighting,
     DenoisingLoss,
     fit,
     JSONLines,
@@ -132,7 +133,8 @@ class Config:
     predicts: Literal["noise", "data", "score", "velocity"] = "noise"
     times: Literal["uniform", "stratified"] = "uniform"
     """How to draw times: independently, or one in each of equal intervals."""
-    weighting: Literal["prediction", "noise", "likelihood"] = "prediction"
+    weighting: Literal["prediction", "noise", "likelihood", "data"] = "prediction"
+    """What counts equally at all times; `data` is for predictions of noise."""
     shard_parameters: bool = False
     """Divide parameters over devices too."""
     seed: int = 0
@@ -192,6 +194,7 @@ PRESETS = {
                 2e-3, warmup=100, cosine=True, average_decay=0.999, debias=True
             ),
             times="stratified",
+            weighting="data",
             samples_every=2000,
         ),
     ),
@@ -207,6 +210,7 @@ PRESETS = {
                 1e-3, warmup=1000, cosine=True, average_decay=0.999, debias=True
             ),
             times="stratified",
+            weighting="data",
         ),
     ),
     "cifar10-cld": (
@@ -296,8 +300,13 @@ def make_model(config: Config, data: np.ndarray, key) -> gd.nn.NetworkModel:
     if network.precondition:
         if network.name not in ("mlp", "small"):
             raise ValueError(f"{network.name} has no `precondition`.")
-        std = float(data.std()) / (127.5 if data.dtype == np.uint8 else 1)
+        std = standard_deviation(data)
     return gd.nn.NetworkModel(process, make(key=key), network.mixed_score, std)
+
+
+def standard_deviation(data: np.ndarray) -> float:
+    """Of what the model sees."""
+    return float(data.std()) / (127.5 if data.dtype == np.uint8 else 1)
 
 
 def draw(path: Path, loss: DenoisingLoss, model: Any, number: int = 64) -> None:
@@ -362,12 +371,17 @@ def train(config: Config) -> TrainState:
     model_key, train_key = jr.split(jr.key(config.seed))
     model = make_model(config, x, model_key)
     process, first = model.process, jax.process_index() == 0
+    weighting: Any = config.weighting
+    if weighting == "data":
+        if config.predicts != "noise":
+            raise ValueError("`weighting=data` is for `predicts=noise`.")
+        weighting = DataWeighting(process, standard_deviation(x))
     times = {"uniform": UniformTimes(), "stratified": StratifiedTimes()}[config.times]
     loss = DenoisingLoss(
         process,
         config.predicts,
         times=times,
-        weighting=config.weighting,
+        weighting=weighting,
         dropout=isinstance(model.network, gd.nn.NCSNpp) and model.network.dropout > 0,
     )
     optimiser = config.optimiser

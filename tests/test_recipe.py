@@ -32,9 +32,8 @@ _commands = [
 # Given last, these win. Everything else is as in the recipe.
 _small = {
     "train.py": (
-        *("--network.name", "small", "--network.features", "8", "--steps", "2"),
-        *("--network.patch", "4", "--batch-size", "8", "--data.no-verify"),
-        *("--samples-every", "0"),
+        *("--network.name", "mlp", "--steps", "2", "--batch-size", "8"),
+        *("--data.no-verify", "--samples-every", "0"),
     ),
     "evaluate.py": (
         *("--number", "6", "--batch-size", "8", "--data.no-verify"),

@@ -17,8 +17,10 @@ import pytest
 import gddim_eqx as gd
 from gddim_eqx.training import (
     adam,
+    DataWeighting,
     DenoisingLoss,
     ImportanceTimes,
+    NoisedBatch,
     StratifiedTimes,
     Trainer,
     UniformTimes,
@@ -401,3 +403,31 @@ def test_sums_over_devices_and_no_gathered_batch():
 def test_bad_input_is_refused(call, message, without_type_checks):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("kind", (gd.VP, gd.SubVP, gd.VE, gd.CLD, gd.BDM))
+@pytest.mark.parametrize("t", (1e-3, 0.3, 1.0))
+def test_outputs_of_preconditioned_networks_can_count_equally(kind, t):
+    shape, std = (4, 4, 1), 0.7
+    process = kind(shape)
+    loss = DenoisingLoss(process, weighting=DataWeighting(process, std))
+    batch = loss.noised(jr.key(0), jnp.full((2, *shape), 0.3))
+    t = jnp.full((2,), t)
+    u, noise = jax.vmap(process.perturb)(jr.split(jr.key(1), 2), batch.x, t)
+    batch = NoisedBatch(batch.x, t, u, noise, batch.weight, None)
+
+    def of_output(value):
+        model = gd.nn.NetworkModel(
+            process, lambda t, x: jnp.full(shape, value), data_std=std
+        )
+        return loss(model, batch)
+
+    # A square of what is put out, whatever the target is.
+    low, middle, high = map(of_output, (-2.0, 0.0, 2.0))
+    np.testing.assert_allclose(low - 2 * middle + high, 2 * 2.0**2, rtol=1e-9)
+
+
+def test_weightings_of_data_need_a_standard_deviation():
+    with pytest.raises(ValueError, match="`data_std` must be positive"):
+        DataWeighting(gd.VP((2,)), 0.0)

@@ -14,3 +14,4 @@ from ._trainer import (
     Trainer as Trainer,
     TrainState as TrainState,
 )
+from ._weighting import DataWeighting as DataWeighting

@@ -68,7 +68,8 @@ class DenoisingLoss(eqx.Module):
                 $G_t^\top R_t^{-\top} \epsilon$, for a bound on the likelihood (Song et
                 al. 2021b). It grows fast towards time 0: draw times there more often, by
                 [`gddim_eqx.training.ImportanceTimes`][].
-            - a function of a time: `"prediction"`, times its value.
+            - a function of a time, such as [`gddim_eqx.training.DataWeighting`][]:
+                `"prediction"`, times its value.
         - `dropout`: whether to call the model with `key=`, as a
             [`gddim_eqx.nn.NetworkModel`][] of a network with dropout wants it.
 

@@ -1,0 +1,51 @@
+import equinox as eqx
+from jaxtyping import Array, Float
+
+from .._custom_types import RealScalarLike
+from .._process import AbstractProcess, check_positive, check_process
+
+
+class DataWeighting(eqx.Module):
+    r"""A weighting of the error of the predicted noise, for
+    [`gddim_eqx.training.DenoisingLoss`][], by which the data that follow from it count
+    equally at all times: their error in units of the standard deviation that they have
+    given the state, if they were normal.
+
+    Unweighted, errors late in the process, where a state says little of its data, count
+    almost nothing, and with them what images look like as a whole. The output of a
+    [`gddim_eqx.nn.NetworkModel`][] with the same `data_std` has weight 1 at all times.
+
+    For [`gddim_eqx.BDM`][] it is the weight of the lowest frequency.
+
+    ??? cite "Reference"
+
+        Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models",
+        2022, table 1: $\lambda(\sigma)$. Here for every process.
+    """
+
+    process: AbstractProcess
+    data_std: float = eqx.field(static=True)
+
+    def __init__(self, process: AbstractProcess, data_std: float | int):
+        """**Arguments:**
+
+        - `process`: the forward process.
+        - `data_std`: the standard deviation of the data.
+
+        **Raises:** `ValueError` for a standard deviation that is not positive.
+        """
+        check_process(process)
+        check_positive(data_std=data_std)
+        self.process, self.data_std = process, float(data_std)
+
+    def __call__(self, t: RealScalarLike) -> Float[Array, ""]:
+        """**Arguments:**
+
+        - `t`: the time.
+        """
+        process = self.process
+        carried = process.transition(t, 0.0) * process.data_scale
+        share = (process.factor(t).inverse() @ carried).blocks[:, 0]
+        signal = (share**2).sum(axis=0).max()
+        components = process.num_components
+        return components * (1 + 1 / (self.data_std**2 * signal))
