@@ -281,9 +281,9 @@ def test_pretrained_models_draw_clothes(name):
     x, _ = gd.sample(flow.process, flow.model, key, 64, num_steps=20)
     x = np.asarray(x)
     # Bright in the middle, as the data are on average, and black at the corners.
-    assert -0.5 < x.mean() < -0.35 and 0.6 < x.std() < 0.8
+    assert -0.5 < x.mean() < -0.3 and 0.6 < x.std() < 0.8
     assert np.abs(x[:, [0, 0, -1, -1], [0, -1, 0, -1]] + 1).mean() < 0.05
-    assert ((x > -1.1) & (x < 1.1)).mean() > 0.99
+    assert (np.abs(x) < 1.3).mean() > 0.99
 
 
 def test_unknown_pretrained_models_are_refused(without_type_checks):
