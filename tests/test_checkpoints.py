@@ -282,7 +282,7 @@ def test_pretrained_models_draw_clothes(name):
     x = np.asarray(x)
     # Bright in the middle, as the data are on average, and black at the corners.
     assert -0.5 < x.mean() < -0.3 and 0.6 < x.std() < 0.8
-    assert np.abs(x[:, [0, 0, -1, -1], [0, -1, 0, -1]] + 1).mean() < 0.05
+    assert np.abs(x[:, [0, 0, -1, -1], [0, -1, 0, -1]] + 1).mean() < 0.1
     assert (np.abs(x) < 1.3).mean() > 0.99
 
 
