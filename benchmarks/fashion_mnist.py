@@ -29,7 +29,7 @@ import numpy as np
 
 _root = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(_root / "examples"))
-from evaluate import SAMPLERS, samplers_in, table
+from evaluate import budgets_in, SAMPLERS, samplers_in, table
 
 
 _processes = ("vp", "bdm", "cld")
@@ -75,12 +75,11 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(
         1, len(found), figsize=(4.2 * len(found), 4), sharey=True, layout="constrained"
     )
-    for axis, (process, content) in zip(np.atleast_1d(axes), found.items()):
+    for axis, (process, content) in zip(axes, found.items()):
         results = [r for r in content["results"] if r["outcome"] == "finite"]
         for name in samplers_in(results):
             mine = [r for r in results if r["sampler"] == name]
-            budgets = sorted({r["budget"] for r in mine})
-            groups = [[r for r in mine if r["budget"] == budget] for budget in budgets]
+            groups = [[r for r in mine if r["budget"] == n] for n in budgets_in(mine)]
             x = [np.mean([r["evaluations"] for r in group]) for group in groups]
             y = [[r["frechet_distance"] for r in group] for group in groups]
             style = "-" if name.startswith("gddim") else "--"
@@ -93,9 +92,8 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
         axis.set_xlabel("evaluations of the network")
         axis.set_xticks(ticks := [5, 10, 20, 50, 100, 200], labels=map(str, ticks))
         axis.minorticks_off()
-    first = np.atleast_1d(axes)[0]
-    first.set_ylabel(next(iter(found.values()))["protocol"]["frechet_distance"])
-    np.atleast_1d(axes)[-1].legend(fontsize=7)
+    axes[0].set_ylabel(next(iter(found.values()))["protocol"]["frechet_distance"])
+    axes[-1].legend(fontsize=7)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

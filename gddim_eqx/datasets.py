@@ -3,7 +3,6 @@
 Nothing is downloaded: where a file is missing, the error says where to get it.
 """
 
-import contextlib
 import gzip
 import hashlib
 import io
@@ -182,29 +181,25 @@ def cifar10(directory: str | Path, train: bool = True, verify: bool = True) -> I
     path = Path(directory)
     names = [f"data_batch_{n}" for n in range(1, 6)] if train else ["test_batch"]
     parts = []
-    with contextlib.ExitStack() as stack:
-        if path.is_file():
-            try:
-                # All of it at first, as the sum that shows damage is at the end.
-                content = gzip.decompress(path.read_bytes())
-                archive = stack.enter_context(tarfile.open(fileobj=io.BytesIO(content)))
-            except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-                raise ValueError(f"{path} is not a whole archive: {error}.") from error
-        else:
-            archive = None
-        for name in names:
-            where, content = _batch(path, archive, name)
-            if verify:
-                _verify("CIFAR-10", where, name, content)
-            try:
-                data = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()[b"data"]
-                if data.dtype != np.uint8:
-                    raise ValueError(f"it holds {data.dtype}")
-                parts.append(data.reshape(-1, 3, 32, 32))
-            except Exception as error:
-                raise ValueError(
-                    f"{where} is not a whole file of images: {error}."
-                ) from error
+    archive = None
+    if path.is_file():
+        try:
+            # All of it at first, as the sum that shows damage is at the end.
+            content = gzip.decompress(path.read_bytes())
+            archive = tarfile.open(fileobj=io.BytesIO(content))
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+            raise ValueError(f"{path} is not a whole archive: {error}.") from error
+    for name in names:
+        where, content = _batch(path, archive, name)
+        if verify:
+            _verify("CIFAR-10", where, name, content)
+        try:
+            data = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()[b"data"]
+            if data.dtype != np.uint8:
+                raise ValueError(f"it holds {data.dtype}")
+            parts.append(data.reshape(-1, 3, 32, 32))
+        except Exception as error:
+            raise ValueError(f"{where} is not a whole file of images: {error}.") from error
     return np.ascontiguousarray(np.concatenate(parts).transpose(0, 2, 3, 1))
 
 

@@ -3,7 +3,6 @@
 import functools
 import inspect
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from .._process import (
     VP,
 )
 from .._term import ProbabilityFlow
+from .._write import write_whole
 from ..nn import ImageClassifier, NCSNpp, NetworkModel, TimeMLP
 
 
@@ -65,16 +65,7 @@ def save(path: str | Path, model: eqx.Module) -> None:
                 "for example to float32."
             )
     arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    write_whole(path, lambda file: np.savez(file, **arrays))
 
 
 def load(path: str | Path) -> Any:

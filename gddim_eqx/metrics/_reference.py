@@ -1,15 +1,15 @@
 import hashlib
 import json
-import os
 import warnings
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from .._check import check_count
+from .._write import write_whole
 from ._features import AbstractFeatures, Images
 from ._moments import Moments
 
@@ -74,21 +74,13 @@ def reference(
             warnings.warn(f"{path} is damaged, and is computed again: {error}")
     found = _compute(images, features, number)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            np.savez(
-                file,
-                vectors=found.vectors,
-                count=np.array(found.moments.count),
-                mean=found.moments.mean,
-                covariance=found.moments.covariance,
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    arrays: Any = dict(
+        vectors=found.vectors,
+        count=np.array(found.moments.count),
+        mean=found.moments.mean,
+        covariance=found.moments.covariance,
+    )
+    write_whole(path, lambda file: np.savez(file, **arrays))
     return found
 
 
