@@ -35,6 +35,7 @@ from evaluate import budgets_in, SAMPLERS, samplers_in, table
 _processes = ("vp", "bdm", "cld")
 _samplers = [name for name in SAMPLERS if name != "ddim"]
 _few, _many = (5, 8, 10, 15, 20, 30, 50), (100, 200)
+_other_grid = [name for name in _samplers if SAMPLERS[name].grid == "clock"]
 
 
 def call(script: str, *arguments: Any) -> None:
@@ -50,25 +51,34 @@ def train(process: str, output: Path, arguments: argparse.Namespace) -> None:
     call("train.py", preset, "--process", process, "--output", output, *options)
 
 
-def measure(process: str, output: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    def evaluate(seeds, budgets, samplers=_samplers):
+def measure(
+    process: str, run: Path, arguments: argparse.Namespace
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The results, and those on the other grid."""
+    kinds = [run / "evaluation", run / "evaluation-quadratic"]
+
+    def evaluate(seeds, budgets, samplers=_samplers, output=kinds[0], options=()):
         call(
             "evaluate.py",
-            output / "model.npz",
+            run / "model.npz",
             *("--data.name", "fashion_mnist"),
             *("--number", arguments.number, "--batch-size", 500),
             *("--samplers", *samplers, "--evaluations", *budgets, "--seeds", *seeds),
-            *("--output", output / "evaluation"),
+            *("--output", output, *options),
         )
 
     if arguments.quick:
         evaluate(range(arguments.seeds), [8])
+        budgets = [8]
     else:
+        budgets = [10, 20, 50]
         evaluate(range(arguments.seeds), _few)
         evaluate([0], _many)
         if process == "bdm":
             evaluate([0], [1000], ["ancestral"])
-    return json.loads((output / "evaluation" / "results.json").read_text())
+    evaluate([0], budgets, _other_grid, kinds[1], ["--grid", "quadratic"])
+    found, other = (json.loads((kind / "results.json").read_text()) for kind in kinds)
+    return found, other
 
 
 def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
@@ -122,8 +132,10 @@ def main() -> None:
     for process in _processes:
         run = runs / process
         train(process, run, arguments)
-        found[process] = content = measure(process, run, arguments)
-        (output / f"{process}.json").write_text(json.dumps(content, indent=1))
+        content, other = measure(process, run, arguments)
+        found[process] = content
+        for name, kind in ((process, content), (f"{process}-quadratic", other)):
+            (output / f"{name}.json").write_text(json.dumps(kind, indent=1))
         shutil.copy(run / "evaluation" / "grid.png", output / f"{process}.png")
         protocol = content["protocol"]
         for metric in ("frechet_distance", "precision", "recall"):
@@ -132,6 +144,10 @@ def main() -> None:
                 f"### {process.upper()}: {name}, {protocol['number_of_samples']} samples",
                 table(content["results"], metric),
             ]
+        text += [
+            f"### {process.upper()}: {protocol['frechet_distance']}, quadratic grid",
+            table(other["results"]),
+        ]
     (output / "tables.md").write_text("\n\n".join(text) + "\n")
     draw(found, output / "figure.png")
     print("\n\n".join(text))

@@ -194,7 +194,6 @@ PRESETS = {
                 2e-3, warmup=100, cosine=True, average_decay=0.999, debias=True
             ),
             times="stratified",
-            weighting="data",
             samples_every=2000,
         ),
     ),
@@ -210,7 +209,6 @@ PRESETS = {
                 1e-3, warmup=1000, cosine=True, average_decay=0.999, debias=True
             ),
             times="stratified",
-            weighting="data",
         ),
     ),
     "cifar10-cld": (

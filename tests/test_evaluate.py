@@ -114,7 +114,7 @@ def test_the_measures_are_those_of_the_samples(run, tmp_path, model):
     assert np.abs(difference).max() <= 1
 
 
-def _draw(model, steps, key, **options):
+def _draw(model, steps, key, grid="clock", **options):
     process = model.process
     return gd.sample(
         process,
@@ -122,7 +122,7 @@ def _draw(model, steps, key, **options):
         jax.random.fold_in(key, 0),
         8,
         solver=importlib.import_module("evaluate").SAMPLERS["euler"].solver,
-        ts=gd.time_grid(process, steps, "quadratic"),
+        ts=gd.time_grid(process, steps, grid),
         **options,
     )
 
@@ -132,10 +132,13 @@ def test_samples_are_of_the_whole_model_and_denoised(run, tmp_path, model):
     network = gd.checkpoints.load(model)
     flow = gd.ProbabilityFlow(network.process, network, "noise", "cholesky")
     gd.checkpoints.save(tmp_path / "model.npz", flow)
-    found = run(*("--keep-images", [], "--denoise", "exact"), path=tmp_path / "model.npz")
+    options = ("--keep-images", [], "--denoise", "exact", "--grid", "quadratic")
+    found = run(*options, path=tmp_path / "model.npz")
     assert found["protocol"]["denoise"] == "exact"
+    assert found["protocol"]["grid"] == "quadratic"
     assert found["results"][0]["evaluations"] == 3
-    x, _ = _draw(network, 2, jax.random.key(0), factor="cholesky", denoise="exact")
+    drawn = dict(grid="quadratic", factor="cholesky", denoise="exact")
+    x, _ = _draw(network, 2, jax.random.key(0), **drawn)
     with np.load(tmp_path / "output" / "images-euler-3-0.npz") as file:
         difference = gd.metrics.to_uint8(x).astype(int) - file["images"][:8]
     assert np.abs(difference).max() <= 1
@@ -196,13 +199,15 @@ def test_results_of_something_else_are_not_mixed_in(run, evaluate, monkeypatch, 
         (("--number", 30), "number_of_samples: 20 instead of 30"),
         (("--batch-size", 16), "batch_size: 8 instead of 16"),
         (("--denoise", "exact"), "denoise: None instead of 'exact'"),
+        (("--grid", "quadratic"), "grid: 'that of each sampler' instead of 'quadratic'"),
     ]:
         with pytest.raises(SystemExit, match=f"measured with .*{what}.*`--output`"):
             run(*options)
-    changed = evaluate.Sampler("Euler", evaluate.SAMPLERS["euler"].solver, grid="clock")
+    euler = evaluate.SAMPLERS["euler"]
+    changed = evaluate.Sampler("Euler", euler.solver, grid="quadratic")
     with monkeypatch.context() as patch:
         patch.setitem(evaluate.SAMPLERS, "euler", changed)
-        with pytest.raises(SystemExit, match="when euler was Euler.*grid quadratic"):
+        with pytest.raises(SystemExit, match="when euler was Euler.*grid clock"):
             run()
     results = tmp_path / "output" / "results.json"
     assert json.loads(results.read_text()) == before
