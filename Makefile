@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo fashion-mnist tables few-steps work-precision test test-float32 test-slow lint check clean
+.PHONY: demo fashion-mnist tables few-steps work-precision test test-float32 test-precision test-slow lint check clean
 
 # Installs the package with its extras once, and again when pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml
@@ -39,6 +39,11 @@ test: $(VENV)/.installed
 test-float32: $(VENV)/.installed
 	JAX_ENABLE_X64=0 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
+# What of it `.ci/run` runs: what is skipped in double precision, and what depends on it.
+test-precision: $(VENV)/.installed
+	JAX_ENABLE_X64=0 $(BIN)/python -m pytest -n 2 --dist worksteal \
+		-m "(float32 or precision) and not slow"
+
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2
 
@@ -47,7 +52,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-# What continuous integration runs: format, lint, types, and the tests in both precisions.
+# Format, lint, types, and all tests in both precisions.
 check: lint test test-float32
 
 clean:

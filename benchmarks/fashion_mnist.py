@@ -34,7 +34,8 @@ from evaluate import budgets_in, SAMPLERS, samplers_in, table
 
 _processes = ("vp", "bdm", "cld")
 _samplers = [name for name in SAMPLERS if name != "ddim"]
-_few, _many = (5, 8, 10, 15, 20, 30, 50), (100, 200)
+_budgets = (5, 8, 10, 15, 20, 30, 50, 100, 200)
+_repeated = (5, 10, 20, 50)  # with other seeds
 _other_grid = [name for name in _samplers if SAMPLERS[name].grid == "clock"]
 
 
@@ -67,13 +68,13 @@ def measure(
             *("--output", output, *options),
         )
 
+    budgets = [8] if arguments.quick else [10, 20]
     if arguments.quick:
-        evaluate(range(arguments.seeds), [8])
-        budgets = [8]
+        evaluate(range(arguments.seeds), budgets)
     else:
-        budgets = [10, 20, 50]
-        evaluate(range(arguments.seeds), _few)
-        evaluate([0], _many)
+        evaluate([0], _budgets)
+        if arguments.seeds > 1:
+            evaluate(range(1, arguments.seeds), _repeated)
         if process == "bdm":
             evaluate([0], [1000], ["ancestral"])
     evaluate([0], budgets, _other_grid, kinds[1], ["--grid", "quadratic"])

@@ -14,6 +14,9 @@ from gddim_eqx._coefficients import lagrange, moments, weights
 from .helpers import processes
 
 
+pytestmark = pytest.mark.precision
+
+
 X64 = jnp.result_type(float) == np.float64
 EXACT = 1e-12 if X64 else 1e-5
 # The most moments that are used, and one compilation for the steps of one grid.

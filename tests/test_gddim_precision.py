@@ -22,6 +22,9 @@ from .helpers import (
 )
 
 
+pytestmark = pytest.mark.precision
+
+
 @pytest.mark.x64
 def test_medians_of_the_error_on_a_mixture_under_cld():
     process = gd.CLD((1,))

@@ -12,6 +12,9 @@ import gddim_eqx as gd
 from .helpers import max_difference, processes
 
 
+pytestmark = pytest.mark.precision
+
+
 def _network(t, x, key=None):
     """Tells channels apart."""
     weights = jnp.arange(1, x.shape[-1] + 1, dtype=x.dtype)

@@ -20,6 +20,9 @@ import gddim_eqx as gd
 from .helpers import processes
 
 
+pytestmark = pytest.mark.precision
+
+
 X64 = jnp.result_type(float) == np.float64
 QUANTITIES = ("drift", "diffusion", "transition", "covariance", "factor", "cholesky")
 # Everything is evaluated for so many times at once: one compilation per dtype.

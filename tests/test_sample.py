@@ -8,6 +8,9 @@ import pytest
 import gddim_eqx as gd
 
 
+pytestmark = pytest.mark.precision
+
+
 _data = gd.GaussianMixture([[-1.0, 0.0], [1.0, 0.5]], 0.05, [0.3, 0.7])
 
 

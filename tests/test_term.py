@@ -17,6 +17,9 @@ import gddim_eqx as gd
 from .helpers import last, max_difference, mixture_for, processes
 
 
+pytestmark = pytest.mark.precision
+
+
 X64 = jnp.result_type(float) == np.float64
 
 every_process = pytest.mark.parametrize("name", processes)

@@ -407,7 +407,7 @@ def test_bad_input_is_refused(call, message, without_type_checks):
 
 @pytest.mark.x64
 @pytest.mark.parametrize("kind", (gd.VP, gd.SubVP, gd.VE, gd.CLD, gd.BDM))
-@pytest.mark.parametrize("t", (1e-3, 0.3, 1.0))
+@pytest.mark.parametrize("t", (1e-3, 1.0))
 def test_outputs_of_preconditioned_networks_can_count_equally(kind, t):
     shape, std = (4, 4, 1), 0.7
     process = kind(shape)
