@@ -82,6 +82,23 @@ def measure(
     return found, other
 
 
+def differences(results: list[dict[str, Any]], first: Path) -> list[dict[str, Any]]:
+    """How far samples are from those of the same flow and noise in the most evaluations
+    that were made."""
+
+    def images(sampler: str, budget: int) -> np.ndarray:
+        with np.load(first / f"{sampler}-{budget}-0.npz") as file:
+            return file["images"].astype(float)
+
+    results = [r for r in results if r["seed"] == 0 and SAMPLERS[r["sampler"]].lam == 0]
+    best = images("gddim", max(r["budget"] for r in results))
+    for r in results:
+        if r["outcome"] == "finite":
+            difference = images(r["sampler"], r["budget"]) - best
+            r["difference"] = float((difference**2).mean() ** 0.5)
+    return results
+
+
 def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(
         1, len(found), figsize=(4.2 * len(found), 4), sharey=True, layout="constrained"
@@ -146,6 +163,9 @@ def main() -> None:
                 table(content["results"], metric),
             ]
         text += [
+            f"### {process.upper()}: levels of 255 from the flow's samples, in the mean "
+            "square over 16",
+            table(differences(content["results"], run / "evaluation/first"), "difference"),
             f"### {process.upper()}: {protocol['frechet_distance']}, quadratic grid",
             table(other["results"]),
         ]

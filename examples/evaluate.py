@@ -18,7 +18,6 @@ import fcntl
 import functools
 import hashlib
 import json
-import math
 import operator
 import os
 import shutil
@@ -36,9 +35,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import tyro
-from einops import rearrange
 from tqdm import tqdm
-from train import load, Source, to_json
+from train import load, Source, tiled, to_json
 
 import gddim_eqx as gd
 
@@ -332,6 +330,10 @@ class Cell(NamedTuple):
         return f"{self.sampler}-{self.budget}-{self.seed}"
 
 
+def num_parts(config: Config, bench: Bench) -> int:
+    return -(-config.number // bench.batch_size)
+
+
 def draw_parts(
     config: Config,
     bench: Bench,
@@ -343,7 +345,7 @@ def draw_parts(
     """Samples and their features, batch by batch; batches that are in the directory are
     not drawn again."""
     parts = []
-    for n in range(-(-config.number // bench.batch_size)):
+    for n in range(num_parts(config, bench)):
         path = directory / f"{n:05d}.npz"
         left = min(config.number - n * bench.batch_size, bench.batch_size)
         part = read_part(path, left)
@@ -581,8 +583,8 @@ def run_cells(
             if cell in cells and result["outcome"] == "finite" and not kept:
                 results.remove(done.pop(cell))
     cells = [cell for cell in cells if cell not in done]
-    num_parts = -(-config.number // bench.batch_size)
-    with tqdm(total=num_parts * len(cells), unit=" batches", mininterval=1) as progress:
+    batches = num_parts(config, bench)
+    with tqdm(total=batches * len(cells), unit=" batches", mininterval=1) as progress:
         for n, cell in enumerate(cells):
             progress.set_description(str(cell), refresh=False)
             directory = parts / str(cell)
@@ -593,7 +595,7 @@ def run_cells(
             )
             save()
             shutil.rmtree(directory, ignore_errors=True)
-            progress.update((n + 1) * num_parts - progress.n)
+            progress.update((n + 1) * batches - progress.n)
     shutil.rmtree(output / "parts", ignore_errors=True)
     draw_grid(results, output)
     print(f"{features.name} ({config.number} samples, against {wanted['against']}):\n")
@@ -674,14 +676,6 @@ def draw_grid(results: list[dict[str, Any]], output: Path) -> None:
     figure.suptitle("Evaluations of the network, at most")
     figure.savefig(output / "grid.png", dpi=120)
     plt.close(figure)
-
-
-def tiled(images: np.ndarray) -> np.ndarray:
-    """A square of images; the last places stay black."""
-    side = math.isqrt(len(images) - 1) + 1
-    images = np.pad(images, [(0, side**2 - len(images)), (0, 1), (0, 1), (0, 0)])
-    grid = rearrange(images, "(a b) h w c -> (a h) (b w) c", a=side)
-    return grid[..., 0] if grid.shape[-1] == 1 else grid
 
 
 def main(arguments: list[str] | None = None) -> None:

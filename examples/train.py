@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import tyro
+from einops import rearrange
 
 import gddim_eqx as gd
 from gddim_eqx.training import (
@@ -250,6 +251,8 @@ def load(data: Source, train: bool = True) -> np.ndarray:
         raise ValueError(f"{data.name} has no part for tests.")
     if data.name != "folder" and (data.size is not None or data.crop is not None):
         raise ValueError(f"`size` and `crop` are for a folder, not for {data.name}.")
+    if data.name in ("rings", "digits", "folder") and not data.verify:
+        raise ValueError(f"{data.name} is not verified: no `--data.no-verify`.")
     if data.name in ("rings", "digits"):
         if data.directory is not None:
             raise ValueError(f"{data.name} is not read from files: no `directory`.")
@@ -327,15 +330,19 @@ def draw(path: Path, loss: DenoisingLoss, model: Any, number: int = 64) -> None:
         axis.scatter(*x.T, s=2)
         axis.set(aspect="equal", xlim=(-3, 3), ylim=(-3, 3))
     else:
-        side = math.isqrt(number)
-        x = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-1)
-        rows = x.reshape(side, side, *x.shape[1:]).swapaxes(1, 2)
-        grid = rows.reshape(side * x.shape[1], side * x.shape[2], -1).clip(-1, 1)
-        axis.imshow((grid + 1) / 2, cmap="gray", vmin=0, vmax=1)
+        axis.imshow(tiled(gd.metrics.to_uint8(x)), cmap="gray", vmin=0, vmax=255)
         axis.axis("off")
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def tiled(images: np.ndarray) -> np.ndarray:
+    """A square of images; the last places stay black."""
+    side = math.isqrt(len(images) - 1) + 1
+    images = np.pad(images, [(0, side**2 - len(images)), (0, 1), (0, 1), (0, 0)])
+    grid = rearrange(images, "(a b) h w c -> (a h) (b w) c", a=side)
+    return grid[..., 0] if grid.shape[-1] == 1 else grid
 
 
 @contextlib.contextmanager

@@ -89,6 +89,7 @@ def test_a_run_writes_what_it_says_and_goes_on(tmp_path):
         (("cifar10-cld",), "cifar10 is read from files: give `--data.directory`"),
         (("cifar10-cld", "--data.directory", "/nowhere"), "no data_batch_1 in /nowhere"),
         (("celeba-cld", "--data.directory", "/nowhere"), "/nowhere is no directory"),
+        (("toy", "--data.no-verify"), "rings is not verified: no `--data.no-verify`"),
         (("toy", "--network.bfloat16"), "points has no `bfloat16`"),
         (("digits", "--predicts", "data"), "`precondition` and .* for `predicts=noise`"),
         (("digits", "--network.name", "celeba_cld"), r"of shape \(64, 64, 6\), but digits"),
