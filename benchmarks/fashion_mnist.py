@@ -6,13 +6,13 @@ all samplers measured at the same numbers of evaluations.
     python benchmarks/fashion_mnist.py --quick  # only to see that it runs
 
 It trains by `examples/train.py` and measures by `examples/evaluate.py`; stop it and run it
-again, and it goes on where it was. It writes the results, tables and pictures to
-`benchmarks/fashion_mnist`. Needs Debian's package `dataset-fashion-mnist`.
+again, and it goes on where it was. `--tables` shows how far it came. It writes the
+results, tables and pictures to `benchmarks/fashion_mnist`. Needs Debian's package
+`dataset-fashion-mnist`.
 """
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +25,7 @@ matplotlib.use("agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
 
 
 _root = Path(__file__).resolve().parents[1]
@@ -68,16 +69,20 @@ def measure(
             *("--output", output, *options),
         )
 
-    budgets = [8] if arguments.quick else [10, 20]
-    if arguments.quick:
-        evaluate(range(arguments.seeds), budgets)
-    else:
-        evaluate([0], _budgets)
-        if arguments.seeds > 1:
-            evaluate(range(1, arguments.seeds), _repeated)
-        if process == "bdm":
-            evaluate([0], [1000], ["ancestral"])
-    evaluate([0], budgets, _other_grid, kinds[1], ["--grid", "quadratic"])
+    def evaluate_all():
+        budgets = [8] if arguments.quick else [10, 20]
+        if arguments.quick:
+            evaluate(range(arguments.seeds), budgets)
+        else:
+            evaluate([0], _budgets)
+            if arguments.seeds > 1:
+                evaluate(range(1, arguments.seeds), _repeated)
+            if process == "bdm":
+                evaluate([0], [1000], ["ancestral"])
+        evaluate([0], budgets, _other_grid, kinds[1], ["--grid", "quadratic"])
+
+    if not arguments.tables:
+        evaluate_all()
     found, other = (json.loads((kind / "results.json").read_text()) for kind in kinds)
     return found, other
 
@@ -101,7 +106,11 @@ def differences(results: list[dict[str, Any]], first: Path) -> list[dict[str, An
 
 def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(
-        1, len(found), figsize=(4.2 * len(found), 4), sharey=True, layout="constrained"
+        1,
+        len(found),
+        figsize=(2.2 + 3.8 * len(found), 4),
+        sharey=True,
+        layout="constrained",
     )
     for axis, (process, content) in zip(axes, found.items()):
         results = [r for r in content["results"] if r["outcome"] == "finite"]
@@ -120,8 +129,10 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
         axis.set_xlabel("evaluations of the network")
         axis.set_xticks(ticks := [5, 10, 20, 50, 100, 200], labels=map(str, ticks))
         axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_yticks(ticks := [1, 2, 5, 10, 20, 50], labels=map(str, ticks))
     axes[0].set_ylabel(next(iter(found.values()))["protocol"]["frechet_distance"])
-    axes[-1].legend(fontsize=7)
+    figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -133,6 +144,7 @@ def main() -> None:
     parser.add_argument("--number", type=int, help="of samples; by default 1000, or 10,000")
     parser.add_argument("--seeds", type=int, help="by default 3")
     parser.add_argument("--gpu", action="store_true", help="train a larger network")
+    parser.add_argument("--tables", action="store_true", help="only of what was measured")
     parser.add_argument("--quick", action="store_true", help="only see that it runs")
     arguments = parser.parse_args()
     if arguments.number is None:
@@ -149,12 +161,14 @@ def main() -> None:
     found, text = {}, []
     for process in _processes:
         run = runs / process
-        train(process, run, arguments)
+        if not arguments.tables:
+            train(process, run, arguments)
         content, other = measure(process, run, arguments)
         found[process] = content
         for name, kind in ((process, content), (f"{process}-quadratic", other)):
             (output / f"{name}.json").write_text(json.dumps(kind, indent=1))
-        shutil.copy(run / "evaluation" / "grid.png", output / f"{process}.png")
+        with Image.open(run / "evaluation" / "grid.png") as grid:
+            grid.convert("L").quantize(32).save(output / f"{process}.png", optimize=True)
         protocol = content["protocol"]
         for metric in ("frechet_distance", "precision", "recall"):
             name = protocol.get(metric, metric.capitalize())
