@@ -1,4 +1,4 @@
-"""Measure how good the samples of a trained model are.
+r"""Measure how good the samples of a trained model are.
 
     python examples/evaluate.py runs/fashion-mnist/model.npz --data.name fashion_mnist
     python examples/evaluate.py runs/digits/model.npz --data.name digits \
@@ -595,12 +595,19 @@ def run_cells(
             )
             save()
             shutil.rmtree(directory, ignore_errors=True)
+            # What is compiled takes hundreds of memory maps, which Linux limits to 65,530.
+            if n % 64 == 63:
+                jax.clear_caches()
             progress.update((n + 1) * batches - progress.n)
     shutil.rmtree(output / "parts", ignore_errors=True)
     draw_grid(results, output)
     print(f"{features.name} ({config.number} samples, against {wanted['against']}):\n")
     print(table(results))
     print("\n± is half the range over seeds. In brackets: the evaluations made.")
+    missing = [r for r in results if r["outcome"] == "impossible"]
+    if missing:
+        names = dict.fromkeys(f"{r['sampler']} in {r['budget']}" for r in missing)
+        print(f"Not possible: {', '.join(names)}.")
     print(f"All measures: {path}. Samples: {output / 'grid.png'}.")
     return results
 
@@ -654,7 +661,7 @@ def draw_grid(results: list[dict[str, Any]], output: Path) -> None:
     figure, axes = plt.subplots(
         len(names),
         len(budgets),
-        figsize=(1.6 + 1.3 * len(budgets), 0.4 + 1.3 * len(names)),
+        figsize=(max(1.6 + 1.3 * len(budgets), 4), 0.4 + 1.3 * len(names)),
         squeeze=False,
         layout="constrained",
     )

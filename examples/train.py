@@ -184,7 +184,7 @@ PRESETS = {
         ),
     ),
     "fashion-mnist": (
-        "Fashion-MNIST, 28x28, under CLD: half an hour on two CPU cores.",
+        "Fashion-MNIST, 28x28, under CLD: half an hour on one CPU core.",
         Config(
             Data("fashion_mnist"),
             Network("small", features=16, patch=2, precondition=True),

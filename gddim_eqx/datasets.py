@@ -279,4 +279,5 @@ def _found(directory: str | Path, names: tuple[str, ...], where: str) -> Path:
     for name in names:
         if (Path(directory) / name).is_file():
             return Path(directory) / name
-    raise ValueError(f"There is no {names[0]} in {directory}. {where}")
+    missing = f"{names[0]} in {directory}" if Path(directory).exists() else directory
+    raise ValueError(f"There is no {missing}. {where}")

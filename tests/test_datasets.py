@@ -72,6 +72,8 @@ def test_mnist(idx, packed, read):
 def test_says_where_to_get_what_is_missing(tmp_path, read, cure):
     with pytest.raises(ValueError, match=cure):
         read(tmp_path)
+    with pytest.raises(ValueError, match="no /not/here. "):
+        read("/not/here")
 
 
 def test_labels(tmp_path):

@@ -87,6 +87,7 @@ def test_writes_what_it_says(run, tmp_path, capsys):
         assert 0 <= outcomes[cell]["precision"] <= 1
     out = capsys.readouterr().out
     assert "| evaluations | 3 | 7 |" in out and "| Euler | " in out and "SSCS" in out
+    assert "Not possible: tsit5 in 3.\n" in out
     assert (tmp_path / "output" / "grid.png").stat().st_size > 1000
     assert not (tmp_path / "output" / "parts").exists()
 
