@@ -127,7 +127,9 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
             axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
         axis.set(xscale="log", yscale="log", title=process.upper())
         axis.set_xlabel("evaluations of the network")
-        axis.set_xticks(ticks := [5, 10, 20, 50, 100, 200], labels=map(str, ticks))
+        most = max(r["budget"] for r in results)
+        ticks = [n for n in (5, 10, 20, 50, 100, 200, 1000) if n <= most]
+        axis.set_xticks(ticks, labels=map(str, ticks))
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_yticks(ticks := [1, 2, 5, 10, 20, 50], labels=map(str, ticks))
