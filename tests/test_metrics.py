@@ -3,6 +3,7 @@
 import functools
 import operator
 import pickle
+import tracemalloc
 import warnings
 
 import equinox as eqx
@@ -236,6 +237,15 @@ def test_precision_and_recall_are_their_definition(dtype):
     assert found.precision == pytest.approx(share(samples, data), abs=2e-3)
     assert found.recall == pytest.approx(share(data, samples), abs=2e-3)
     assert 0.5 < found.precision < found.recall < 1
+
+
+def test_precision_and_recall_never_hold_all_distances():
+    vectors = _random(9).normal(size=(6000, 2)).astype(np.float32)
+    tracemalloc.start()
+    precision_recall(vectors, vectors)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 0.7 * 4 * 6000**2
 
 
 #

@@ -62,9 +62,12 @@ def _among(
     others: Real[np.ndarray, "other_number size"],
     neighbours: int,
 ) -> Bool[np.ndarray, " number"]:
-    # Each is its own nearest.
+    # Each is its own nearest. Copies, as views would keep all distances.
     radii = np.concatenate(
-        [np.partition(d, neighbours)[:, neighbours] for d in _squares(others, others)]
+        [
+            np.partition(d, neighbours)[:, neighbours].copy()
+            for d in _squares(others, others)
+        ]
     )
     return np.concatenate([(d <= radii).any(axis=1) for d in _squares(vectors, others)])
 
