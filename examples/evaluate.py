@@ -596,7 +596,7 @@ def run_cells(
             save()
             shutil.rmtree(directory, ignore_errors=True)
             # What is compiled takes hundreds of memory maps, which Linux limits to 65,530.
-            if n % 64 == 63:
+            if n % 32 == 31:
                 jax.clear_caches()
             progress.update((n + 1) * batches - progress.n)
     shutil.rmtree(output / "parts", ignore_errors=True)
