@@ -87,7 +87,7 @@ def test_a_run_writes_what_it_says_and_goes_on(tmp_path):
     "arguments, message",
     [
         (("cifar10-cld",), "cifar10 is read from files: give `--data.directory`"),
-        (("cifar10-cld", "--data.directory", "/nowhere"), "no data_batch_1 in /nowhere"),
+        (("cifar10-cld", "--data.directory", "/nowhere"), "no /nowhere. "),
         (("celeba-cld", "--data.directory", "/nowhere"), "/nowhere is no directory"),
         (("toy", "--data.no-verify"), "rings is not verified: no `--data.no-verify`"),
         (("toy", "--network.bfloat16"), "points has no `bfloat16`"),
