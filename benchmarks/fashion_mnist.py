@@ -130,7 +130,7 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
             axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2)
         axis.set(xscale="log", yscale="log", title=process.upper())
         axis.set_xlabel("evaluations of the network")
-        most = max(r["budget"] for r in results)
+        most = budgets_in(results)[-1]
         ticks = [n for n in (5, 10, 20, 50, 100, 200, 1000) if n <= most]
         axis.set_xticks(ticks, labels=map(str, ticks))
         axis.minorticks_off()
