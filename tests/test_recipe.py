@@ -90,6 +90,17 @@ def test_the_recipe_has_the_paper_s_runs():
     assert len(_commands) == 8
 
 
+# Which the other tests replace by a smaller size.
+def test_images_are_measured_as_they_are_trained_on(monkeypatch):
+    monkeypatch.syspath_prepend(_root / "examples")
+    _, config = __import__("train").PRESETS["celeba-cld"]
+    monkeypatch.delitem(sys.modules, "train")
+    (measure,) = (c for c in _commands[3:] if "celeba" in " ".join(c))
+    given = dict(zip(measure, measure[1:]))
+    assert (given["--data.size"], given["--data.crop"]) == ("64", "140")
+    assert (config.data.size, config.data.crop) == (64, 140)
+
+
 @pytest.mark.parametrize("name", ["cifar10-bdm", "celeba-cld", *slow("cifar10-cld")])
 def test_training_and_measuring(name, directory, monkeypatch):
     train, measure = (
