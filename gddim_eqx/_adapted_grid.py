@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Inexact, Real
 
-from ._check import check_count
+from ._check import as_number, check_count
 from ._custom_types import Args, State
 from ._grid import time_grid
 from ._inversion import generate
+from ._solve import check_solver
 from ._state import batch_axes, check_state, coefficient_dtype
-from ._term import ProbabilityFlow
+from ._term import check_flow, ProbabilityFlow
+from ._times import as_grid
 from .solvers import GDDIM
 
 
@@ -66,17 +68,19 @@ def adapted_grid(
 
     **Raises:** `ValueError` for arguments that do not fit.
     """
+    check_flow(flow)
+    check_solver(solver)
     process = flow.process
-    u = jax.tree.map(jnp.asarray, u)
-    check_state(u, process.num_components, process.shape, "The states `u`")
+    u = check_state(u, process.num_components, process.shape, "The states `u`")
     check_count("num_iterations", num_iterations)
     if 0 in batch_axes(u, process.shape):
         raise ValueError("`u` holds no states to learn from; give some tens.")
     if ts is None:
         ts = time_grid(process, num_steps, dtype=coefficient_dtype(u))
+    ts = as_grid(process, ts)
     number, ends = max(200, 8 * (len(ts) - 1)), dict(t0=float(ts[0]), t1=float(ts[-1]))
     fine = time_grid(process, number, **ends, dtype=ts.dtype)
-    learning_rate = float(learning_rate)
+    learning_rate = as_number("learning_rate", learning_rate)
     return _adapt(flow, u, ts, fine, solver, args, int(num_iterations), learning_rate)
 
 
@@ -110,7 +114,7 @@ def _adapt(flow, u, ts, fine, solver, args, num_iterations, learning_rate):
         (y, _), _ = jax.lax.scan(step, start, (ts[:-1], ts[1:]))
         square = ((flow.process.decode(y) - exact) ** 2).mean(axes)
         smallest = jnp.finfo(square.dtype).tiny
-        return 0.5 * jnp.log(jnp.maximum(square, smallest)).mean()
+        return 0.5 * jnp.log(jnp.where(square > smallest, square, smallest)).mean()
 
     def improve(carry, _):
         change, state, best = carry

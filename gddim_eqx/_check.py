@@ -1,4 +1,119 @@
-def check_count(name: str, value: int) -> None:
-    """**Raises:** `ValueError` unless the value is a positive integer."""
-    if isinstance(value, bool) or int(value) != value or value < 1:
-        raise ValueError(f"`{name}` must be a positive integer; got {value!r}.")
+import functools as ft
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax.core import Tracer
+from jaxtyping import Array, Inexact
+
+from ._custom_types import Key
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """**Raises:** `ValueError` unless the value is an integer, and at least the least that
+    it may be."""
+    try:
+        whole = not isinstance(value, (bool, str)) and int(value) == value >= least
+    except (TypeError, ValueError, OverflowError):
+        whole = False
+    if not whole:
+        kind = "a positive" if least == 1 else "a non-negative"
+        raise ValueError(f"`{name}` must be {kind} integer; got {value!r}.")
+
+
+def check_key(key: Any) -> Key:
+    """**Raises:** `ValueError` unless given one random key of JAX."""
+    if isinstance(key, jax.Array):
+        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
+            return key
+        if key.dtype == jnp.uint32 and key.ndim == 1:
+            return key
+        key = f"an array of {key.dtype} of shape {key.shape}"
+    raise ValueError(
+        f"`key` must be one random key, such as `jax.random.key(0)`; got {key}."
+    )
+
+
+def as_batch(batch: Any) -> tuple[int, ...]:
+    """Leading axes as a tuple. One axis may be given as an integer.
+
+    **Raises:** `ValueError` for what is not a tuple of sizes.
+    """
+    axes = batch if isinstance(batch, (tuple, list)) else (batch,)
+    for size in axes:
+        check_count("batch", size, least=0)
+    return tuple(map(int, axes))
+
+
+def as_dtype(dtype: Any) -> Any:
+    """A floating dtype, as JAX has it: single precision for double without x64.
+
+    **Raises:** `ValueError` for another.
+    """
+    try:
+        dtype = jax.dtypes.canonicalize_dtype(jnp.dtype(dtype))
+    except TypeError:
+        raise ValueError(f"`dtype` must be a floating dtype; got {dtype!r}.") from None
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"`dtype` must be a real floating dtype; got {dtype}.")
+    return dtype
+
+
+def as_number(name: str, value: Any) -> float:
+    """A finite number.
+
+    **Raises:** `ValueError` for what is not one.
+    """
+    try:
+        if isinstance(value, (bool, str)):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"`{name}` must be one number; got {value!r}.") from None
+    if not math.isfinite(number):
+        raise ValueError(f"`{name}` must be finite; got {number}.")
+    return number
+
+
+def as_constant(name: str, value: Any) -> float:
+    """A number that is a constant of the compiled program.
+
+    **Raises:** `ValueError` for what is traced by JAX, and for what is not one number.
+    """
+    if isinstance(value, Tracer):
+        raise ValueError(
+            f"`{name}` is traced by `jax.jit`, `jax.grad` or `jax.vmap`, but it is a "
+            "constant of the compiled program: what follows from it is computed on the "
+            "host, in double precision. Pass a Python number. To try several values, make "
+            "an object of each; for a derivative, take a difference quotient."
+        )
+    return as_number(name, value)
+
+
+def constant_field(name: str, default: float) -> Any:
+    """A static field for a number that is a constant of the compiled program."""
+    convert = ft.partial(as_constant, name)
+    return eqx.field(static=True, default=default, converter=convert)
+
+
+def as_floats(name: str, value: Any) -> Inexact[Array, " *shape"]:
+    """Real numbers in any form as an array of floating dtype.
+
+    **Raises:** `ValueError` for what is not made of real numbers.
+    """
+    try:
+        leaves = jtu.tree_leaves(value, is_leaf=lambda x: x is None)
+        if any(x is None or isinstance(x, (str, bytes)) for x in leaves):
+            raise TypeError
+        array = jnp.asarray(value)
+        if jnp.issubdtype(array.dtype, jnp.integer):
+            return array.astype(jnp.result_type(float))
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError
+        return array
+    except (TypeError, ValueError):
+        message = f"`{name}` must be made of real numbers; got {value!r}."
+        raise ValueError(message) from None

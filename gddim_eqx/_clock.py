@@ -1,12 +1,12 @@
-import functools
 import math
+import weakref
 from collections.abc import Callable
 from typing import Literal
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Inexact
+import numpy as np
+from jaxtyping import Array, Float, Inexact
 
 from ._process import AbstractProcess
 
@@ -19,29 +19,59 @@ VARIABLES = ("time", "sqrt", "log", "clock")
 _SLOWING = 10.0
 
 
-def clock(
-    process: AbstractProcess, t: Inexact[Array, ""], floor: float = 0.0
-) -> Inexact[Array, ""]:
+def clock(process: AbstractProcess, t: Inexact[Array, ""]) -> Inexact[Array, ""]:
     """How far sampling has come at a time: 0 at `t_max`, 1 at `t_min`.
 
     The mean of two clocks that run between these: one by the logarithm of the signal-to-
     noise ratio, which knows no scale in the data, and one by the square root of time,
     which gives the noisy half, where a sample chooses what to be, more than its share.
-    Below the time `floor` the first stands still.
     """
-    first, last = _range_of_log_snr(process)
-    by_signal = (process.log_snr(jnp.maximum(t, floor)) - first) / (last - first)
+    return _mean_of_clocks(process, jnp.sqrt(t), process.log_snr(t))
+
+
+def clock_table(
+    process: AbstractProcess,
+) -> tuple[Float[np.ndarray, " times"], Float[np.ndarray, " times"]]:
+    """Times from 0 to `t_end`, and the clock at each, in double precision. Below `t_min`,
+    where the signal-to-noise ratio may grow without bound, the clock by time runs on
+    alone."""
+    times, log_snr = _log_snr_table(process)
+    return times, _mean_of_clocks(process, np.sqrt(times), log_snr)
+
+
+def log_snr_at_start(process: AbstractProcess) -> float:
+    """The logarithm of the signal-to-noise ratio at `t_max`, where sampling starts."""
+    times, table = _log_snr_table(process)
+    return float(table[times == process.t_max][0])
+
+
+def _mean_of_clocks(process, root, log_snr):
+    first, last = log_snr_at_start(process), float(_log_snr_table(process)[1][0])
+    by_signal = (log_snr - first) / (last - first)
     first, last = math.sqrt(process.t_max), math.sqrt(process.t_min)
-    by_time = (jnp.sqrt(t) - first) / (last - first)
-    return 0.5 * (by_signal + by_time)
+    return 0.5 * (by_signal + (root - first) / (last - first))
 
 
-@functools.lru_cache(maxsize=64)
-def _range_of_log_snr(process: AbstractProcess) -> tuple[float, float]:
-    with jax.ensure_compile_time_eval():
-        ends = jnp.asarray([process.t_max, process.t_min])
-        first, last = eqx.filter_jit(jax.vmap(process.log_snr))(ends)
-        return float(first), float(last)
+# The tables of the processes that are still in use.
+_tables = weakref.WeakKeyDictionary()
+
+
+def _log_snr_table(process):
+    if process not in _tables:
+        quarter = lambda a, b, number: np.linspace(a**0.25, b**0.25, number) ** 4
+        early = quarter(0.0, process.t_min, 401)[:-1]
+        times = quarter(process.t_min, process.t_max, 4001)
+        # Not by powers, which round.
+        times[0], times[-1] = process.t_min, process.t_max
+        late = np.linspace(process.t_max, process.t_end, 401)[1:]
+        late = late[late > process.t_max]
+        with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+            # Compiled anew, as what JAX keeps of a function it keeps of its process.
+            log_snr = jax.jit(jax.vmap(lambda t: process.log_snr(t)))
+            table = np.asarray(log_snr(jnp.asarray(np.append(times, late), np.float64)))
+        table = np.concatenate([np.full(len(early), table[0]), table])
+        _tables[process] = np.concatenate([early, times, late]), table
+    return _tables[process]
 
 
 def reading(

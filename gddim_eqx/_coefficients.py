@@ -107,15 +107,23 @@ def data_step(
     return back[0], _by_parts(values, x, weight, number)
 
 
+def regular_ends(process: AbstractProcess, s: Array, t: Array) -> tuple[Array, Array]:
+    """Where a step starts and ends; but `t_min` for a step of no length where there is no
+    noise, so that the factor has no inverse: at time 0."""
+    inverse = process.factor(s).inverse().blocks
+    singular = (s == t) & ~jnp.isfinite(inverse).all()
+    return jnp.where(singular, process.t_min, s), jnp.where(singular, process.t_min, t)
+
+
 def _quadrature(process, s, t, variable):
     """Times: the start, nodes, and the end; and at the nodes the variable and the weights
     of integrals over it."""
     fraction, weight = step_quadrature(process, s, t)
-    tau = s + (t - s) * fraction
+    tau = times_at(process, s, t, fraction)
     if variable == "time":
         x = fraction
     else:
-        x, slope = progress(process, variable, s, t, jnp.where(s == t, process.t_min, tau))
+        x, slope = progress(process, variable, s, t, tau)
         weight = weight * slope
     return jnp.concatenate([s[None], tau, t[None]]), x, weight
 
@@ -141,11 +149,18 @@ def _cholesky_moments(process, s, t, number, variable):
         )
 
     fraction, weight = step_quadrature(process, s, t)
-    tau = jnp.where(s == t, process.t_min, s + (t - s) * fraction)
+    tau = times_at(process, s, t, fraction)
     values = integrand(tau)
     x = fraction if variable == "time" else progress(process, variable, s, t, tau)[0]
     powers = (t - s) * jnp.stack([weight * x**i for i in range(number)])
     return (append_axes(powers, values.ndim + 1) * values[None]).sum(1)
+
+
+def times_at(process, s, t, fraction):
+    """The times at fractions of a step; but none at time 0, to which rounding may take a
+    node, where without noise there is no inverse."""
+    tau = s + (t - s) * fraction
+    return jnp.where(tau > 0, tau, 1e-6 * process.t_min)
 
 
 def step_quadrature(process, s, t):

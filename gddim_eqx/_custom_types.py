@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any, TYPE_CHECKING
 
 import jax
@@ -19,3 +20,5 @@ else:
 # One array, a `Phase`, or a tuple of arrays; each `(*batch, *shape)`.
 State = PyTree[Inexact[Array, "..."], "State"]
 Args = PyTree[Any]
+# A level of noise, or how it depends on time.
+Level = RealScalarLike | Callable[[Array], RealScalarLike]

@@ -1,14 +1,13 @@
 from typing import Literal
 
-import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Real
 
-from ._check import check_count
-from ._clock import clock
+from ._check import as_dtype, check_count
+from ._clock import clock_table
 from ._process import AbstractProcess, check_process
+from ._times import on_time_axis
 
 
 _POWERS = {"uniform": 1.0, "quadratic": 2.0}
@@ -49,14 +48,9 @@ def time_grid(
     """
     check_process(process)
     check_count("num_steps", num_steps)
-    start = float(process.t_max if t0 is None else t0)
-    end = float(process.t_min if t1 is None else t1)
-    for name, value in (("t0", start), ("t1", end)):
-        if not 0 <= value <= process.t_end:
-            raise ValueError(
-                f"`{name}` must be in [0, {process.t_end}], the time axis of "
-                f"{type(process).__name__}; got {value}."
-            )
+    dtype = as_dtype(float if dtype is None else dtype)
+    start = on_time_axis(process, "t0", process.t_max if t0 is None else t0, dtype)
+    end = on_time_axis(process, "t1", process.t_min if t1 is None else t1, dtype)
     if start == end:
         raise ValueError(f"`t0` and `t1` must differ; both are {start}.")
     fraction = np.linspace(0, 1, int(num_steps) + 1)
@@ -67,18 +61,10 @@ def time_grid(
             raise ValueError("A 'log' grid cannot reach time 0; use a power.")
         times = np.exp(np.log(start) + fraction * (np.log(end) - np.log(start)))
     else:
-        power = _POWERS.get(grid, None) if isinstance(grid, str) else float(grid)
-        if power is None or not 0 < power < np.inf:
-            raise ValueError(
-                "`grid` must be a positive power or one of 'clock', 'uniform', "
-                f"'quadratic', 'log'; got {grid!r}."
-            )
+        power = _power(grid)
         first, last = start ** (1 / power), end ** (1 / power)
         times = (first + fraction * (last - first)) ** power
     times[0], times[-1] = start, end
-    dtype = jnp.result_type(float) if dtype is None else jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"`dtype` must be a floating dtype; got {dtype}.")
     times = times.astype(dtype)
     steps = np.diff(times.astype(np.float64)) * np.sign(end - start)
     if not (steps > 0).all():
@@ -89,18 +75,21 @@ def time_grid(
     return jnp.asarray(times)
 
 
+def _power(grid):
+    try:
+        power = _POWERS[grid] if isinstance(grid, str) else float(grid)
+        if not 0 < power < np.inf:
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            "`grid` must be a positive power or one of 'clock', 'uniform', 'quadratic', "
+            f"'log'; got {grid!r}."
+        ) from None
+    return power
+
+
 def _by_clock(process, start, end, fraction):
-    fine = np.linspace(start**0.25, end**0.25, 4001) ** 4
-    with jax.ensure_compile_time_eval():
-        times = jnp.asarray(fine, jnp.result_type(float))
-        readings = np.asarray(_readings(process, times), np.float64)
-    wanted = readings[0] + fraction * (readings[-1] - readings[0])
-    order = np.argsort(readings)
-    return np.interp(wanted, readings[order], fine[order])
-
-
-@eqx.filter_jit
-def _readings(process, times):
-    # Below `t_min`, where the signal-to-noise ratio may grow without bound, the clock by
-    # time runs on alone.
-    return jax.vmap(lambda t: clock(process, t, process.t_min))(times)
+    times, readings = clock_table(process)
+    first, last = np.interp([start, end], times, readings)
+    # The clock runs backward in time.
+    return np.interp(first + fraction * (last - first), readings[::-1], times[::-1])

@@ -5,19 +5,21 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike
 
+from ._check import as_floats, constant_field
 from ._custom_types import Args, RealScalarLike, State
-from ._operator import apply
+from ._operator import append_axes, apply
 from ._process import AbstractProcess, as_shape
 from ._state import batch_axes, join_components
+from ._takes_flow import init_takes_flow
 from ._term import ProbabilityFlow
 
 
 # Everything here is a model: it is called as `model(t, u, args)`, and stands where the
 # model that it wraps would stand. So wrappers nest.
 
-Scale = RealScalarLike | Callable[[RealScalarLike], RealScalarLike]
+Scale = ArrayLike | Callable[[RealScalarLike], ArrayLike]
 
 
 class ClassifierFreeGuidance(eqx.Module):
@@ -40,18 +42,19 @@ class ClassifierFreeGuidance(eqx.Module):
         - `conditional`, `unconditional`: models that predict the same, whatever it is.
             Both are called with the state and `args`. Of one network that knows its label
             from `args`: `net` and `lambda t, u, args: net(t, u, no_label)`.
-        - `scale`: 0 is unconditional, 1 conditional, and more is beyond. Or a function of
-            time, for example to guide in an interval only.
+        - `scale`: 0 is unconditional, 1 conditional, and more is beyond. One number, or one
+            for each sample, `(*batch,)`; or a function of time, for example to guide in an
+            interval only. Another number does not compile anew.
         """
         _check_callable(conditional=conditional, unconditional=unconditional)
         self.conditional = conditional
         self.unconditional = unconditional
-        self.scale = scale
+        self.scale = _as_scale(scale)
 
     def __call__(self, t: RealScalarLike, u: State, args: Args) -> State:
         without, scale = self.unconditional(t, u, args), _at(self.scale, t)
         return jtu.tree_map(
-            lambda a, b: b + jnp.asarray(scale, a.dtype) * (a - b),
+            lambda a, b: b + _per_sample(scale, a) * (a - b),
             self.conditional(t, u, args),
             without,
         )
@@ -83,6 +86,7 @@ class ClassifierGuidance(_Wrapper):
     log_likelihood: Callable
     scale: Scale
 
+    @init_takes_flow
     def __init__(
         self,
         process: AbstractProcess,
@@ -94,18 +98,19 @@ class ClassifierGuidance(_Wrapper):
     ):
         """**Arguments:**
 
-        - `process`: the forward process.
-        - `model`: the model, called as `model(t, u, args)`.
+        - `process`, `model`: the forward process, and the model. Or, in their place and in
+            that of `predicts` and `factor`, a [`gddim_eqx.ProbabilityFlow`][].
         - `log_likelihood`: called as `log_likelihood(t, u, args)`, in the data's
             coordinates like the model; returns one number per sample, `(*batch,)`.
-        - `scale`: what to multiply its gradient with; or a function of time.
+        - `scale`: what to multiply its gradient with, as in
+            [`gddim_eqx.ClassifierFreeGuidance`][].
         - `predicts`, `factor`: what the model predicts, as in
             [`gddim_eqx.ProbabilityFlow`][]; this predicts the same.
         """
         _check_callable(log_likelihood=log_likelihood)
         self.flow = ProbabilityFlow(process, model, predicts, factor)
         self.log_likelihood = log_likelihood
-        self.scale = scale
+        self.scale = _as_scale(scale)
 
     def __call__(self, t: RealScalarLike, u: State, args: Args) -> State:
         def total(u):
@@ -121,7 +126,8 @@ class ClassifierGuidance(_Wrapper):
         gradient = self.process.from_data(jax.grad(total)(u))
         u = self.process.from_data(u)
         noise, scale = self.flow.noise(t, u, args), _at(self.scale, t)
-        change = apply(self.process.factor(t).transpose() * scale, gradient)
+        gradient = jtu.tree_map(lambda x: _per_sample(scale, x) * x, gradient)
+        change = apply(self.process.factor(t).transpose(), gradient)
         noise = jtu.tree_map(lambda a, b: a - b, noise, change)
         return self.flow.prediction(t, u, noise)
 
@@ -132,6 +138,7 @@ class DataGuidance(_Wrapper):
 
     function: Callable
 
+    @init_takes_flow
     def __init__(
         self,
         process: AbstractProcess,
@@ -142,8 +149,8 @@ class DataGuidance(_Wrapper):
     ):
         """**Arguments:**
 
-        - `process`: the forward process.
-        - `model`: the model, called as `model(t, u, args)`.
+        - `process`, `model`: the forward process, and the model. Or, in their place and in
+            that of `predicts` and `factor`, a [`gddim_eqx.ProbabilityFlow`][].
         - `function`: called as `function(t, x, args)` with the prediction of data,
             `(*batch, *shape)`; returns what to take in its place. For example
             [`gddim_eqx.Clip`][] or [`gddim_eqx.DynamicThreshold`][]. The prediction of
@@ -178,8 +185,8 @@ class DataGuidance(_Wrapper):
 class Clip(eqx.Module):
     """Clips data to an interval. For [`gddim_eqx.DataGuidance`][]."""
 
-    low: float = -1.0
-    high: float = 1.0
+    low: float = constant_field("low", -1.0)
+    high: float = constant_field("high", 1.0)
 
     def __check_init__(self):
         if not self.low < self.high:
@@ -206,8 +213,8 @@ class DynamicThreshold(eqx.Module):
     """
 
     shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
-    quantile: float = 0.995
-    bound: float = 1.0
+    quantile: float = constant_field("quantile", 0.995)
+    bound: float = constant_field("bound", 1.0)
 
     def __check_init__(self):
         if not 0 < self.quantile <= 1 or not self.bound > 0:
@@ -219,7 +226,7 @@ class DynamicThreshold(eqx.Module):
     def __call__(self, t: RealScalarLike, x: Array, args: Args) -> Array:
         axes = tuple(range(-len(self.shape), 0))
         limit = jnp.quantile(jnp.abs(x), self.quantile, axis=axes, keepdims=True)
-        limit = jnp.maximum(limit, self.bound)
+        limit = jnp.where(limit > self.bound, limit, self.bound)
         return jnp.clip(x, -limit, limit) * (self.bound / limit)
 
 
@@ -237,5 +244,20 @@ def _check_callable(**functions: Callable) -> None:
             raise ValueError(f"`{name}` must be callable; got {function!r}.")
 
 
-def _at(scale: Scale, t: RealScalarLike) -> RealScalarLike:
+def _as_scale(scale: Scale) -> Scale:
+    """As an array, so that programs compiled for one number serve others."""
+    return scale if callable(scale) else as_floats("scale", scale)
+
+
+def _per_sample(scale: ArrayLike, x: Array) -> Array:
+    scale = as_floats("scale", scale).astype(x.dtype)
+    if scale.shape != x.shape[: scale.ndim]:
+        raise ValueError(
+            "`scale` must be one number, or one for each sample, of the shape of the "
+            f"state's leading axes; got shape {scale.shape} for a state of {x.shape}."
+        )
+    return append_axes(scale, x.ndim)
+
+
+def _at(scale: Scale, t: RealScalarLike) -> ArrayLike:
     return scale(t) if callable(scale) else scale

@@ -7,8 +7,9 @@ from jaxtyping import Array, Inexact, Real
 from ._custom_types import Args, State
 from ._grid import time_grid
 from ._solve import last, solve
-from ._state import coefficient_dtype
-from ._term import ProbabilityFlow
+from ._state import check_state, coefficient_dtype
+from ._term import check_flow, ProbabilityFlow
+from ._times import as_grid
 from .solvers import GDDIM
 
 
@@ -55,11 +56,13 @@ def invert(
 
     **Raises:** `ValueError` for arguments that do not fit.
     """
-    process = flow.process
+    check_flow(flow)
+    process, x = flow.process, jnp.asarray(x)
     u = process.encode(x)
     if ts is None:
         dtype = coefficient_dtype(u)
         ts = time_grid(process, num_steps, t0=process.t_min, t1=process.t_max, dtype=dtype)
+    ts = as_grid(process, ts, "increasing")
     latent = last(solve(flow, solver, ts, u, args))
     if not check:
         return Inversion(latent, None)
@@ -97,6 +100,11 @@ def generate(
 
     **Raises:** `ValueError` for arguments that do not fit.
     """
+    check_flow(flow)
+    latent = check_state(
+        latent, flow.process.num_components, flow.process.shape, "The latent codes"
+    )
     if ts is None:
         ts = time_grid(flow.process, num_steps, dtype=coefficient_dtype(latent))
+    ts = as_grid(flow.process, ts, "decreasing")
     return flow.process.decode(last(solve(flow, solver, ts, latent, args)))

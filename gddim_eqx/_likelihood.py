@@ -9,12 +9,14 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Inexact, Integer
 
-from ._check import check_count
+from ._check import as_dtype, as_floats, check_count, check_key
 from ._custom_types import Args, Key, RealScalarLike, State
 from ._operator import apply
-from ._process import normal_like
+from ._process import as_shape, normal_like
+from ._solve import check_solver
 from ._state import batch_axes, check_state, coefficient_dtype, join_components
-from ._term import ProbabilityFlow
+from ._term import check_flow, ProbabilityFlow
+from ._times import on_time_axis
 from .solvers import GDDIM
 
 
@@ -92,18 +94,19 @@ def log_density(
         Generative Modeling through Stochastic Differential Equations*, ICLR 2021, section
         4.3 and appendix D.2.
     """
+    check_flow(flow)
+    check_solver(solver)
     process = flow.process
-    u = jtu.tree_map(jnp.asarray, u)
-    check_state(u, process.num_components, process.shape, "The state `u`")
+    u = check_state(u, process.num_components, process.shape, "The state `u`")
     if isinstance(solver, GDDIM):
         raise ValueError(
             "`GDDIM` solves for states only, and a log density needs the divergence along "
             "the way as well. Take a solver such as `diffrax.Tsit5()`; for latent codes "
             "alone, `gddim_eqx.invert`."
         )
-    t0 = process.t_min if t0 is None else t0
-    t1 = process.t_max if t1 is None else t1
-    if not 0 <= t0 < t1 <= process.t_end:
+    t0 = on_time_axis(process, "t0", process.t_min if t0 is None else t0)
+    t1 = on_time_axis(process, "t1", process.t_max if t1 is None else t1)
+    if not t0 < t1:
         raise ValueError(
             f"Need 0 <= `t0` < `t1` <= {process.t_end}, the end of the time axis of "
             f"{type(process).__name__}; got {t0} and {t1}."
@@ -157,6 +160,7 @@ def log_likelihood(
     **Raises:** `ValueError` for arguments that do not fit, or a process with more than one
     component.
     """
+    check_flow(flow)
     process = flow.process
     if process.num_components > 1:
         raise ValueError(
@@ -204,6 +208,8 @@ def log_likelihood_bound(
         T. Dockhorn, A. Vahdat, K. Kreis, *Score-Based Generative Modeling with
         Critically-Damped Langevin Diffusion*, ICLR 2022, appendix B.3.
     """
+    check_flow(flow)
+    check_key(key)
     process = flow.process
     if process.num_components == 1:
         raise ValueError(
@@ -255,11 +261,12 @@ def dequantise(
 
     **Raises:** `ValueError` if the levels are not integers.
     """
+    check_key(key)
     levels = jnp.asarray(levels)
     if not jnp.issubdtype(levels.dtype, jnp.integer):
         raise ValueError(f"`levels` must be integers; got {levels.dtype}.")
     check_count("num_levels", num_levels)
-    dtype = jnp.result_type(float) if dtype is None else dtype
+    dtype = as_dtype(float if dtype is None else dtype)
     noise = jr.uniform(key, levels.shape, dtype)
     return 2 * (levels.astype(dtype) + noise) / num_levels - 1
 
@@ -280,7 +287,8 @@ def bits_per_dimension(
     **Raises:** `ValueError` if `num_levels` is not a positive integer.
     """
     check_count("num_levels", num_levels)
-    nats = -log_likelihood / math.prod(shape) + math.log(num_levels / 2)
+    size = math.prod(as_shape(shape))
+    nats = -as_floats("log_likelihood", log_likelihood) / size + math.log(num_levels / 2)
     return nats / math.log(2)
 
 
@@ -341,6 +349,7 @@ def _probes(divergence, num_probes, key, u):
         )
     if key is None:
         raise ValueError(f"Give a `key`: `divergence={divergence!r}` draws probes.")
+    check_key(key)
     check_count("num_probes", num_probes)
     draw = jr.rademacher if divergence == "rademacher" else jr.normal
     leaves, treedef = jtu.tree_flatten(u)

@@ -9,8 +9,9 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, ArrayLike, Inexact
 
+from ._check import as_constant, as_floats, check_count, check_key
 from ._custom_types import Key
-from ._process import AbstractProcess
+from ._process import AbstractProcess, check_process, time_for
 from ._state import batch_axes, check_state
 
 
@@ -41,25 +42,26 @@ class GaussianMixture(eqx.Module):
 
         **Raises:** `ValueError` if these do not fit.
         """
-        means = jnp.asarray(means)
-        if not jnp.issubdtype(means.dtype, jnp.floating):
-            means = means.astype(jnp.result_type(float))
+        means = as_floats("means", means)
         if means.ndim == 0 or means.shape[0] == 0:
             raise ValueError(
                 "`means` must have shape (components, *shape) with at least one "
                 f"component; got {means.shape}."
             )
-        if not (math.isfinite(scale) and scale >= 0):
-            raise ValueError(f"`scale` must be finite and not negative; got {scale}.")
+        scale = as_constant("scale", scale)
+        if scale < 0:
+            raise ValueError(f"`scale` must not be negative; got {scale}.")
         number = means.shape[0]
-        raw = np.ones(number) if weights is None else np.asarray(weights, np.float64)
+        raw = np.ones(number)
+        if weights is not None:
+            raw = np.asarray(as_floats("weights", weights), np.float64)
         if raw.shape != (number,) or not ((raw > 0) & np.isfinite(raw)).all():
             raise ValueError(
                 f"`weights` must be {number} positive numbers, one per component; got "
                 f"{weights}."
             )
         self.means = means
-        self.scale = float(scale)
+        self.scale = scale
         self.weights = jnp.asarray(raw / raw.sum(), means.dtype)
 
     def sample(self, key: Key, n: int) -> Inexact[Array, "n *shape"]:
@@ -72,6 +74,8 @@ class GaussianMixture(eqx.Module):
 
         **Returns:** data, `(n, *shape)`.
         """
+        check_key(key)
+        check_count("n", n, least=0)
         which, around = jr.split(key)
         k = jr.choice(which, self.means.shape[0], (n,), p=self.weights)
         means = self.means[k]
@@ -89,6 +93,7 @@ class GaussianMixture(eqx.Module):
 
         **Raises:** `ValueError` if the process is for data of another shape.
         """
+        check_process(process)
         if process.shape != self.means.shape[1:]:
             raise ValueError(
                 f"This mixture is of data of shape {self.means.shape[1:]}, the process "
@@ -104,10 +109,11 @@ class _MixtureModel(eqx.Module):
     def __call__(self, t, u, args):
         del args
         process, shape = self.process, self.process.shape
-        check_state(u, process.num_components, shape, "The state")
-        leaves = jtu.tree_leaves(u)
-        dtype = leaves[0].dtype
-        t = jnp.asarray(t, dtype)
+        u = check_state(u, process.num_components, shape, "The state")
+        given, t = jtu.tree_leaves(u)[0].dtype, time_for(u, t)
+        # In single precision where states are in half.
+        dtype = t.dtype
+        u = jtu.tree_map(lambda x: x.astype(dtype), u)
         means = process.basis.forward(self.mixture.means.astype(dtype))
         means = means.reshape(means.shape[0], -1)
 
@@ -152,7 +158,8 @@ class _MixtureModel(eqx.Module):
             for ai, x in zip(a, jtu.tree_leaves(process.from_data(u)), strict=True)
         ]
         residual = jtu.tree_unflatten(jtu.tree_structure(u), residual)
-        return process.to_data((factor.T @ precision).mv(residual))
+        noise = process.to_data((factor.T @ precision).mv(residual))
+        return jtu.tree_map(lambda x: x.astype(given), noise)
 
 
 def _pad(x, like):

@@ -8,18 +8,20 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from ._custom_types import Args, Key, RealScalarLike, State
+from ._check import as_batch, check_key
+from ._custom_types import Args, Key, Level, RealScalarLike, State
 from ._diffrax_compat import unwrap
+from ._level import as_level, level_at
 from ._operator import BlockLinearOperator
 from ._process import AbstractProcess, check_positive
-from ._reverse_transition import as_level
-from ._state import coefficient_dtype, join_components
+from ._state import at_least_single, coefficient_dtype, join_components
+from ._takes_flow import takes_flow
 from ._term import AbstractReverseTerm, ProbabilityFlow
 
 
 class _ReverseDrift(dfx.AbstractTerm):
     flow: ProbabilityFlow
-    lam: RealScalarLike
+    lam: Level
 
     def vf(self, t: RealScalarLike, y: State, args: Args) -> State:
         return self.flow.reverse_drift(t, y, args, self.lam)
@@ -34,14 +36,16 @@ class _ReverseDrift(dfx.AbstractTerm):
 class _ReverseDiffusion(dfx.AbstractTerm):
     process: AbstractProcess
     path: dfx.AbstractBrownianPath
-    lam: RealScalarLike
+    lam: Level
 
     def vf(self, t: RealScalarLike, y: State, args: Args) -> BlockLinearOperator:
         self.check(y)
         t = jnp.asarray(t, coefficient_dtype(y))
-        return self.process.diffusion(t) * jnp.asarray(self.lam, t.dtype)
+        return self.process.diffusion(t) * level_at(self.lam, t)
 
     def contr(self, t0: RealScalarLike, t1: RealScalarLike, **kwargs):
+        # Diffrax has no Brownian motion for times in bfloat16.
+        t0, t1 = (jnp.asarray(t, at_least_single(jnp.result_type(t))) for t in (t0, t1))
         if kwargs.get("use_levy") and self.path.levy_area is not dfx.BrownianIncrement:
             raise ValueError(
                 "Diffrax's stochastic Runge-Kutta methods, those that use Levy areas, give "
@@ -49,7 +53,7 @@ class _ReverseDiffusion(dfx.AbstractTerm):
                 "`diffrax.Euler`, `Heun`, `EulerHeun` or `ItoMilstein`."
             )
         if isinstance(self.path, dfx.VirtualBrownianTree):
-            length = abs(t1 - t0)
+            length = jnp.abs(t1 - t0)
             resolution = self.path.tol * (self.path.t1 - self.path.t0)
             t0 = eqx.error_if(
                 t0,
@@ -93,18 +97,21 @@ class ReverseSDE(dfx.MultiTerm, AbstractReverseTerm):
         diffusion.check(y)
 
         def normalise(y, increment):
-            # In the path's precision, which is what the increments are for.
-            start, end = (jnp.asarray(t, increment.dtype) for t in (t0, t1))
+            # In the path's precision, which is what the increments are for; but the
+            # difference of times in half precision would be lost.
+            wide = at_least_single(increment.dtype)
+            start, end = (jnp.asarray(t, wide) for t in (t0, t1))
             length = jnp.where(start == end, 1, jnp.abs(end - start))
-            return (increment / jnp.sqrt(length)).astype(y.dtype)
+            return (increment.astype(wide) / jnp.sqrt(length)).astype(y.dtype)
 
         return jtu.tree_map(normalise, y, self.terms[1].contr(t0, t1))
 
 
+@takes_flow
 def reverse_sde(
     process: AbstractProcess,
     model: Callable,
-    lam: RealScalarLike,
+    lam: Level,
     key: Key | dfx.AbstractBrownianPath,
     batch: tuple[int, ...] = (),
     *,
@@ -128,9 +135,14 @@ def reverse_sde(
 
     **Arguments:**
 
-    - `process`, `model`, `predicts`, `factor`: as in [`gddim_eqx.ProbabilityFlow`][].
-    - `lam`: the level of noise $\lambda$, at least 0. A Python number is a constant of
-        the compiled program; for many levels without recompiling pass an array.
+    - `process`, `model`, `predicts`, `factor`: as in [`gddim_eqx.ProbabilityFlow`][]; or
+        in their place one: `reverse_sde(flow, lam, key, batch)`.
+    - `lam`: the level of noise $\lambda$, at least 0 (for VP, DDIM's $\eta$). A Python
+        number is a constant of the compiled program; for many levels without recompiling
+        pass an array. Or a function of time, for example to add noise in an interval only
+        ("churn"): `lambda t: jnp.where((0.1 < t) & (t < 0.6), 1.0, 0.0)`. `GDDIM` is
+        exact for it too; have times of the grid where it jumps, as within a step it is
+        taken to be smooth.
     - `key`: a random key; or a Brownian path, such as `diffrax.VirtualBrownianTree`, whose
         increments have the states' structure and shape.
     - `batch`: the states' leading axes. Not needed under `jax.vmap`, or with a path.
@@ -178,7 +190,8 @@ def reverse_sde(
             )
         path = key
     else:
-        leaf = jax.ShapeDtypeStruct((*batch, *process.shape), jnp.float32)
+        check_key(key)
+        leaf = jax.ShapeDtypeStruct((*as_batch(batch), *process.shape), jnp.float32)
         # A power of two, so that times are scaled without rounding.
         end = 2.0 ** math.ceil(math.log2(process.t_end))
         tol = 2.0**-20 * end if tol is None else tol
@@ -191,7 +204,7 @@ def reverse_sde(
 
 def unwrap_reverse(
     terms: dfx.AbstractTerm,
-) -> tuple[ProbabilityFlow, RealScalarLike, RealScalarLike]:
+) -> tuple[ProbabilityFlow, Level, RealScalarLike]:
     """From what a solver is given: the probability flow, the level of noise, and the
     direction by which times are multiplied."""
     if isinstance(terms, ReverseSDE):

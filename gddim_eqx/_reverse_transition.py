@@ -16,7 +16,6 @@ $$I - \Omega \Omega^\top = \lambda^2 \int_t^s \Omega(t, \tau)\,K_\tau\,
 nothing cancels, however short the step.
 """
 
-import math
 from typing import NamedTuple
 
 import equinox as eqx
@@ -27,9 +26,11 @@ import numpy as np
 from jaxtyping import Array, Inexact, Real
 from numpy.polynomial import legendre
 
-from ._coefficients import NODES, step_quadrature, WEIGHTS
-from ._custom_types import RealScalarLike
+from ._coefficients import NODES, step_quadrature, times_at, WEIGHTS
+from ._custom_types import Level, RealScalarLike
+from ._level import as_level, level_at
 from ._operator import append_axes, BlockLinearOperator
+from ._pin import pin
 from ._process import AbstractProcess, as_times, check_process
 
 
@@ -50,43 +51,68 @@ class Contraction(NamedTuple):
 
 # Jitted so that it is traced once, not each time that Diffrax traces a step.
 @eqx.filter_jit
-def contraction(
-    process: AbstractProcess, s: Array, t: Array, lam: RealScalarLike
-) -> Contraction:
+def contraction(process: AbstractProcess, s: Array, t: Array, lam: Level) -> Contraction:
     """The contraction over a step backward in time.
 
     **Arguments:**
 
     - `process`: the forward process.
     - `s`, `t`: where the step starts and ends, `t <= s`.
-    - `lam`: the level of noise.
+    - `lam`: the level of noise, or a function of time.
     """
-    lam = jnp.asarray(lam, s.dtype)
     nodes, weights = step_quadrature(process, s, t)
-    # A step of no length may be at time 0, where there may be no inverse.
-    tau = jnp.where(s == t, process.t_min, s + (t - s) * nodes)
+    tau = times_at(process, s, t, nodes)
     loadings = jax.vmap(
         lambda tau: (process.factor(tau).inverse() @ process.diffusion(tau)).blocks
     )(tau)
     durations = append_axes((s - t) * weights, loadings.ndim)
+    mean, levels = _levels(lam, tau, t)
+    levels = append_axes(levels, loadings.ndim)
+    # All square roots are of regular quantities, to be multiplied by the level, so that
+    # they can be differentiated with respect to it where it is zero too.
     if process.num_components == 1:
-        exponents = _exponents(process, s, t, tau, loadings, durations, lam)
-        omegas, omega = (jnp.exp(x) for x in exponents)
-        increments = jnp.sqrt(durations) * lam * omegas * loadings
-        root = jnp.sqrt(-jnp.expm1(2 * exponents[1]))
+        exponents = _exponents(process, s, t, tau, loadings, durations, levels)
+        omegas, omega = (jnp.exp(mean**2 * x) for x in exponents)
+        increments = _root(durations) * levels[:-1] * omegas * loadings
+        root = _root(-2 * exponents[1] * _expm1_over(2 * mean**2 * exponents[1]))
     else:
-        omegas, omega = _collocate(loadings, durations, lam)
-        increments = jnp.sqrt(durations) * lam * jax.vmap(_matmul)(omegas, loadings)
+        loadings = levels[:-1] * loadings
+        omegas, omega = _collocate(loadings, durations, mean)
+        increments = _root(durations) * jax.vmap(_matmul)(omegas, loadings)
         root = _square_root(increments)
     # The integral of the noise against the increments of Brownian motion.
-    target = (jnp.sqrt(durations) * increments).sum(0)
-    spread = align(root, target)
+    target = (_root(durations) * increments).sum(0)
+    spread = mean * align(root, target)
     return Contraction(omega, spread, nodes, weights, omegas)
 
 
-def _exponents(process, s, t, tau, loadings, durations, lam):
+def _levels(lam, tau, end):
+    """The mean level of noise, and the levels at the nodes and at the end of the step,
+    divided by it."""
+    if not callable(lam):
+        return level_at(lam, end), jnp.ones(len(tau) + 1, end.dtype)
+    levels = jax.vmap(lambda t: level_at(lam, t))(jnp.append(tau, end))
+    mean = levels.mean()
+    return mean, jnp.where(mean == 0, 1, levels / jnp.where(mean == 0, 1, mean))
+
+
+def _root(x):
+    """The square root, with the derivative 0 at 0."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
+
+
+def _expm1_over(x):
+    """(exp(x) - 1) / x."""
+    small = jnp.abs(x) < jnp.finfo(x.dtype).eps
+    return jnp.where(small, 1 + x / 2, jnp.expm1(x) / jnp.where(small, 1, x))
+
+
+def _exponents(process, s, t, tau, loadings, durations, levels):
     """The logarithms of Omega(t, tau) and Omega(t, s) where numbers take the place of
-    matrices: Omega is the power lam^2 of R_t / (Psi R_s)."""
+    matrices, for a mean level of one. At a constant level Omega is the power lam^2 of
+    R_t / (Psi R_s); what levels differ from that at the end is regular there, and
+    integrated."""
 
     def log_ratio(tau):
         before = (process.transition(t, tau) @ process.factor(tau)).blocks
@@ -94,13 +120,19 @@ def _exponents(process, s, t, tau, loadings, durations, lam):
         regular = (before > 0) & (after > 0)
         ratio = jnp.where(regular, after / jnp.where(before > 0, before, 1), 1)
         # Without noise at time 0 the ratio is zero there. Not infinity, as lam may be 0.
-        logarithm = jnp.where(regular, jnp.minimum(jnp.log(ratio), 0), -1e9)
-        return jnp.where(tau == t, 0, logarithm)
+        logarithm = jnp.where(regular, jnp.log(ratio), -1e9)
+        return pin((tau == t) | (logarithm > 0), 0, logarithm)
 
     # The logarithm of a ratio near 1 has lost its digits; the integral has them.
-    whole, integral = log_ratio(s), -0.5 * (durations * loadings**2).sum(0)
-    whole = jnp.where(whole < -0.1, whole, integral)
-    return lam**2 * jax.vmap(log_ratio)(tau), lam**2 * whole
+    rate = 0.5 * durations * loadings**2
+    whole = log_ratio(s)
+    whole = jnp.where(whole < -0.1, whole, -rate.sum(0))
+    at_end, excess = levels[-1] ** 2, rate * (levels[:-1] ** 2 - levels[-1:] ** 2)
+    within = excess / append_axes(jnp.asarray(WEIGHTS, excess.dtype), excess.ndim)
+    within = jnp.einsum("ij,j...->i...", jnp.asarray(_BACKWARD, excess.dtype), within)
+    whole = at_end * whole - excess.sum(0)
+    whole = jnp.where(whole < 0, whole, 0)
+    return at_end[None] * jax.vmap(log_ratio)(tau) + within, whole
 
 
 def _collocate(loadings, durations, lam):
@@ -142,7 +174,7 @@ def reverse_transition(
     process: AbstractProcess,
     t: RealScalarLike,
     s: RealScalarLike,
-    lam: RealScalarLike = 1.0,
+    lam: Level = 1.0,
 ) -> tuple[BlockLinearOperator, BlockLinearOperator]:
     r"""The transition of the reverse diffusion of one data point at the origin.
 
@@ -155,7 +187,7 @@ def reverse_transition(
 
     - `process`: the forward process.
     - `t`, `s`: times in [0, T] with `t <= s`, and `s > 0`.
-    - `lam`: the level of noise; 0 for the probability flow.
+    - `lam`: the level of noise, or a function of time; 0 for the probability flow.
 
     **Returns:** the transition $\hat\Psi(t, s)$, and its covariance $P$.
 
@@ -179,23 +211,6 @@ def reverse_transition(
         (root @ root.T).blocks, process.shape, lx.positive_semidefinite_tag
     )
     return factor @ omega @ process.factor(before).inverse(), covariance
-
-
-def as_level(lam: RealScalarLike) -> RealScalarLike:
-    """A level of noise, checked: a Python float, or an array, whose value may be traced."""
-    if isinstance(lam, (Array, np.ndarray)) and jnp.shape(lam) == ():
-        message = "`lam` must be finite and not negative."
-        return eqx.error_if(jnp.asarray(lam), ~((lam >= 0) & (lam < jnp.inf)), message)
-    try:
-        level = float(lam)
-    except (TypeError, ValueError):
-        raise ValueError(f"`lam` must be one number; got {lam!r}.") from None
-    if not 0 <= level < math.inf:
-        raise ValueError(
-            "`lam` must be finite and not negative: 0 is the probability flow, 1 the "
-            f"reverse diffusion; got {lam}."
-        )
-    return level
 
 
 def _square_root(columns):

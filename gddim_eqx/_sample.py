@@ -1,4 +1,6 @@
 import itertools
+import math
+import warnings
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -11,14 +13,18 @@ import jax.tree_util as jtu
 from jax.core import Tracer
 from jaxtyping import Array, Float, Real
 
-from ._custom_types import Args, Key, RealScalarLike
+from ._check import as_floats, check_count, check_key
+from ._clock import log_snr_at_start
+from ._custom_types import Args, Key, Level
 from ._grid import time_grid
+from ._level import as_level
 from ._placement import Placement
-from ._process import AbstractProcess, check_process
+from ._process import AbstractProcess
 from ._reverse_sde import reverse_sde
-from ._reverse_transition import as_level
-from ._solve import last, solve
+from ._solve import check_solver, last, solve
+from ._takes_flow import takes_flow
 from ._term import ProbabilityFlow
+from ._times import as_grid
 from .solvers import GDDIM
 
 
@@ -50,45 +56,33 @@ class _Counted(eqx.Module):
 
 
 @eqx.filter_jit
-def _solve(
-    process,
-    model,
-    predicts,
-    factor,
-    lam,
-    solver,
-    denoise,
-    ts,
-    key,
-    number,
-    args,
-    meter,
-    placement,
-):
-    u = process.prior(key, (number,), ts.dtype)
+def _solve(flow, lam, solver, denoise, ts, dtype, key, number, args, meter, placement):
+    process = flow.process
+    u = process.prior(key, (number,), dtype)
     if placement is not None:
         u = placement.divide(u)
-    flow = ProbabilityFlow(process, model, predicts, factor)
     terms, adjoint = flow, dfx.RecursiveCheckpointAdjoint()
     if not isinstance(lam, float) or lam != 0:
         # Other than any key that the prior makes by splitting this one.
         key = jr.fold_in(key, 2**31 - 1)
         leaves = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), u)
         path = dfx.UnsafeBrownianPath(leaves, key)
-        terms = reverse_sde(process, model, lam, path, predicts=predicts, factor=factor)
+        terms = reverse_sde(flow, lam, path)
         adjoint = dfx.DirectAdjoint()
     options = dict(progress_meter=meter, adjoint=adjoint, throw=False)
     sol = solve(terms, solver, ts, u, args, **options)
     u = last(sol)
     if denoise == "drift":
         drift = flow.reverse_drift(ts[-1], u, args, 1.0)
-        u = jtu.tree_map(lambda y, d: y - ts[-1] * d, u, drift)
+        u = jtu.tree_map(lambda y, d: y - ts[-1].astype(y.dtype) * d, u, drift)
     elif denoise == "exact":
         u = flow.initial(ts[-1], u, args)
     x = process.decode(u)
-    return x, sol.result, jnp.isfinite(x).all(range(1, x.ndim)).sum()
+    finite = jnp.isfinite(x).all(range(1, x.ndim)).sum()
+    return x, sol.result, finite, jnp.sqrt((x.astype(ts.dtype) ** 2).mean())
 
 
+@takes_flow
 def sample(
     process: AbstractProcess,
     model: Callable,
@@ -97,7 +91,7 @@ def sample(
     num_steps: int | None = None,
     solver: dfx.AbstractSolver | None = None,
     *,
-    lam: RealScalarLike = 0.0,
+    lam: Level = 0.0,
     denoise: Literal["drift", "exact"] | None = None,
     ts: Real[Array, " times"] | None = None,
     predicts: Literal["noise", "data", "score", "velocity"] = "noise",
@@ -114,16 +108,19 @@ def sample(
 
     **Arguments:**
 
-    - `process`: the forward process.
-    - `model`: called as `model(t, u, args)` on the whole batch. Pass the same object
-        again and nothing is recompiled; a new `lambda` is.
+    - `process`, `model`: the forward process, and a model called as `model(t, u, args)` on
+        the whole batch. Or, in place of both and of `predicts` and `factor`, a
+        [`gddim_eqx.ProbabilityFlow`][]: `sample(flow, key, number)`. Pass the same object
+        again and nothing is recompiled; a new `lambda`, or another Python number in a
+        model, is.
     - `key`: a random key.
     - `number`: how many samples.
     - `num_steps`: the number of steps of the default grid; 50 if neither this nor `ts`
         is given.
     - `solver`: any Diffrax solver for ordinary differential equations, or for stochastic
         ones if `lam` is not 0; [`gddim_eqx.GDDIM`][] by default.
-    - `lam`: the level of noise: 0 for the probability flow, else as in
+    - `lam`: the level of noise: 0 for the probability flow, else a number or a function
+        of time, as in
         [`gddim_eqx.reverse_sde`][]. The noise is drawn afresh at every step, so another
         grid has other noise.
     - `denoise`: what to do about the noise that is left at the last time. Each takes one
@@ -136,7 +133,8 @@ def sample(
         - `"exact"`: the step of the exponential integrator to time 0, less the noise
             that the process has there: the data that the model predicts.
     - `ts`: the times to step to instead, for example from [`gddim_eqx.time_grid`][]. The
-        samples have their dtype. They must start at `process.t_max`, where the prior is.
+        samples have their dtype, while time is kept in single precision at least. They
+        must start at `process.t_max`, where the prior is.
     - `predicts`, `factor`: as in [`gddim_eqx.ProbabilityFlow`][].
     - `args`: passed to the model.
     - `placement`: over which devices to divide the samples, which are the same as on one;
@@ -147,7 +145,8 @@ def sample(
     evaluations of the model.
 
     **Raises:** `ValueError` for arguments that do not fit, or if called while JAX is
-    tracing. `FloatingPointError` if a sample is not finite.
+    tracing. `FloatingPointError` if a sample is not finite. Warns if samples are far
+    larger than data can be, as far as that is known.
     """
     if isinstance(key, Tracer):
         raise ValueError(
@@ -155,19 +154,26 @@ def sample(
             "by `jax.jit`, `jax.vmap` or `jax.grad`. There, call "
             "`diffrax.diffeqsolve(ProbabilityFlow(process, model), GDDIM(), ...)`."
         )
-    check_process(process)
-    if not isinstance(solver, dfx.AbstractSolver | None):
-        raise ValueError(f"`solver` must be a solver such as `GDDIM()`; got {solver!r}.")
-    if isinstance(number, bool) or int(number) != number or number < 0:
-        raise ValueError(f"`number` must be a non-negative integer; got {number!r}.")
+    flow = ProbabilityFlow(process, model, predicts, factor)
+    check_key(key)
+    check_count("number", number, least=0)
+    solver = GDDIM() if solver is None else solver
+    check_solver(solver)
+    if not isinstance(placement, Placement | None):
+        raise ValueError(f"`placement` must be a `Placement()`; got {placement!r}.")
+    if not isinstance(progress_meter, dfx.AbstractProgressMeter):
+        raise ValueError(
+            "`progress_meter` must be one of Diffrax, such as `TextProgressMeter()`; got "
+            f"{progress_meter!r}."
+        )
     if denoise not in (None, "drift", "exact"):
         raise ValueError(f"`denoise` must be None, 'drift' or 'exact'; got {denoise!r}.")
     if ts is None:
         ts = time_grid(process, 50 if num_steps is None else num_steps)
     elif num_steps is not None:
         raise ValueError("Give `num_steps` or `ts`, not both.")
-    else:
-        _check_times(ts, process)
+    ts = as_floats("ts", ts)
+    dtype, ts = ts.dtype, _checked_times(process, ts)
     if placement is not None:
         placement.check_batch(int(number))
     if denoise is not None and float(ts[-1]) == 0:
@@ -175,15 +181,13 @@ def sample(
     call = next(_calls)
     _evaluations[call] = 0
     try:
-        x, result, finite = _solve(
-            process,
-            _Counted(model),
-            predicts,
-            factor,
+        x, result, finite, size = _solve(
+            eqx.tree_at(lambda flow: flow.model, flow, _Counted(model)),
             as_level(lam),
-            GDDIM() if solver is None else solver,
+            solver,
             denoise,
             ts,
+            dtype,
             key,
             int(number),
             (jnp.asarray(call), args),
@@ -204,21 +208,32 @@ def sample(
             "or the solver diverged: take more steps, or `GDDIM` instead of a solver that "
             "is only stable for short ones."
         )
+    if size > (most := _most_expected(process, model)):
+        warnings.warn(
+            f"The samples are of size {float(size):.1e} (root mean square), where at most "
+            f"about {most:.1e} is plausible for this process and model. A small error of a "
+            "network in pure noise becomes a large one in the data. Precondition it, by "
+            "`gddim_eqx.nn.NetworkModel(process, network, data_std=...)`, train it for "
+            "longer, and scale data to about unit variance.",
+            stacklevel=3,
+        )
     return Samples(x, evaluations)
 
 
-def _check_times(ts, process):
-    if jnp.ndim(ts) != 1 or jnp.shape(ts)[0] < 2:
-        raise ValueError(
-            f"`ts` must hold at least two times; got an array of shape {jnp.shape(ts)}."
-        )
-    if not bool((ts[1:] < ts[:-1]).all()):
-        raise ValueError(
-            f"`ts` must be strictly decreasing, as sampling runs backward; got {ts}."
-        )
-    tolerance = float(jnp.finfo(ts.dtype).eps)
-    if not (abs(float(ts[0]) - process.t_max) <= tolerance and float(ts[-1]) >= 0):
+def _most_expected(process: AbstractProcess, model: Callable) -> float:
+    """A root mean square of data that is far too large: a hundred times what the model was
+    made for; or where data would not drown in the noise of the prior."""
+    data_std = getattr(model, "data_std", None)
+    if isinstance(data_std, (float, int)):
+        return 100.0 * data_std
+    return math.exp(min(-log_snr_at_start(process), 700.0))
+
+
+def _checked_times(process, ts):
+    grid, rounding = as_grid(process, ts, "decreasing"), float(jnp.finfo(ts.dtype).eps)
+    if abs(float(grid[0]) - process.t_max) > rounding * process.t_max:
         raise ValueError(
             f"`ts` must start at {process.t_max}, which is `process.t_max`, where the "
-            f"prior is, and not go below 0; got times from {ts[0]} to {ts[-1]}."
+            f"prior is; got times from {grid[0]} to {grid[-1]}."
         )
+    return grid

@@ -14,6 +14,7 @@ def solve(
     **kwargs,
 ) -> dfx.Solution:
     """`diffrax.diffeqsolve` through some times. It saves the state at the last."""
+    check_solver(solver)
     return dfx.diffeqsolve(
         terms,
         solver,
@@ -26,6 +27,15 @@ def solve(
         max_steps=ts.shape[0] - 1,
         **kwargs,
     )
+
+
+def check_solver(solver: object) -> None:
+    """Raise a `ValueError` unless given a solver."""
+    if not isinstance(solver, dfx.AbstractSolver):
+        raise ValueError(
+            f"`solver` must be a solver such as `GDDIM()` or `diffrax.Tsit5()`; got "
+            f"{solver!r}."
+        )
 
 
 def last(sol: dfx.Solution) -> State:

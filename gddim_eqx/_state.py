@@ -33,7 +33,11 @@ def join_components(components: Sequence[Any]) -> Any:
 def coefficient_dtype(state: State):
     """The dtype for times and operators that act on a state: the state's, but at least
     float32."""
-    dtype = jnp.result_type(*jtu.tree_leaves(state))
+    return at_least_single(jnp.result_type(*jtu.tree_leaves(state)))
+
+
+def at_least_single(dtype):
+    """A floating dtype, or float32 if that is wider."""
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
@@ -43,19 +47,27 @@ def batch_axes(state: State, shape: tuple[int, ...]) -> tuple[int, ...]:
     return leaf.shape[: leaf.ndim - len(shape)]
 
 
-def check_state(state: State, num_components: int, shape: tuple[int, ...], name: str):
-    """Raise a `ValueError` unless `state` is one for `num_components` components of
-    `shape`, with equal leading batch axes."""
+def check_state(
+    state: Any, num_components: int, shape: tuple[int, ...], name: str
+) -> State:
+    """A state as JAX arrays, checked.
+
+    **Raises:** `ValueError` unless it is a state for `num_components` components of
+    `shape`, with equal leading batch axes, of real floating-point numbers.
+    """
     expected = join_components([0] * num_components)
     kind = {1: "an array", 2: "a `Phase(x, v)`"}.get(
         num_components, f"a tuple of {num_components} arrays"
     )
     axes = ", ".join(["*batch", *map(str, shape)])
     want = f"{kind} of shape ({axes})"
+    if num_components == 1 and isinstance(state, (list, tuple)):
+        state = jnp.asarray(state)
     if jtu.tree_structure(state) != jtu.tree_structure(expected):
         raise ValueError(
             f"{name} must be {want}, but it has the structure {jtu.tree_structure(state)}."
         )
+    state = jtu.tree_map(jnp.asarray, state)
     got = [tuple(leaf.shape) for leaf in jtu.tree_leaves(state)]
     for leaf_shape in got:
         if leaf_shape[len(leaf_shape) - len(shape) :] != shape or leaf_shape != got[0]:
@@ -63,3 +75,20 @@ def check_state(state: State, num_components: int, shape: tuple[int, ...], name:
                 f"{name} must be {want}, where `shape={shape}` is the shape of one "
                 f"data sample, but it has shape {' and '.join(map(str, got))}."
             )
+    for leaf in jtu.tree_leaves(state):
+        check_real(leaf.dtype, name)
+    return state
+
+
+def check_real(dtype: Any, name: str) -> None:
+    """**Raises:** `ValueError` unless a dtype is of real floating-point numbers."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise ValueError(
+            f"{name} must be real, but has dtype {dtype}. For complex data give real and "
+            "imaginary parts an axis of their own: `jnp.stack([z.real, z.imag], -1)`."
+        )
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"{name} must have a floating-point dtype, but has {dtype}. Convert it: images "
+            "of 8 bits, for example, by `x / 127.5 - 1`."
+        )

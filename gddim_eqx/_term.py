@@ -6,10 +6,16 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from ._custom_types import Args, RealScalarLike, State
+from ._custom_types import Args, Level, RealScalarLike, State
+from ._level import as_level, level_at
 from ._operator import apply
-from ._process import AbstractDiagonalProcess, AbstractProcess, check_process
-from ._state import check_state, coefficient_dtype
+from ._process import (
+    AbstractDiagonalProcess,
+    AbstractProcess,
+    check_process,
+    time_for,
+)
+from ._state import check_state
 
 
 class AbstractReverseTerm(dfx.AbstractTerm):
@@ -43,7 +49,9 @@ class ProbabilityFlow(AbstractReverseTerm):
 
         - `process`: the forward process.
         - `model`: called as `model(t, u, args)` with a scalar time and a state in the
-            data's coordinates, `(*batch, *shape)`; returns the same structure.
+            data's coordinates, `(*batch, *shape)`; returns the same structure. It is given
+            the whole batch: of a network for single samples
+            [`gddim_eqx.nn.NetworkModel`][] makes such a model, as does `jax.vmap`.
         - `predicts`: what it returns.
             - `"noise"`: $-K_t^\top \nabla \log p_t$ (paper, equation 4).
             - `"data"`: the mean of the data given `u`. For a process with a velocity:
@@ -60,6 +68,11 @@ class ProbabilityFlow(AbstractReverseTerm):
         model returns another structure or shape.
         """
         check_process(process)
+        if isinstance(model, ProbabilityFlow):
+            raise ValueError(
+                "`model` is a `ProbabilityFlow`. Where a process and a model are wanted, "
+                "pass the flow alone, in place of both."
+            )
         if not callable(model):
             raise ValueError(
                 f"`model` must be callable as `model(t, u, args)`; got {model!r}."
@@ -85,22 +98,27 @@ class ProbabilityFlow(AbstractReverseTerm):
     def _predict(self, t: RealScalarLike, u: State, args: Args) -> tuple:
         """Check, and evaluate the model: the time in the state's dtype, the state as
         arrays, and the prediction in the basis of states."""
-        u = jtu.tree_map(jnp.asarray, u)
         process = self.process
-        check_state(u, process.num_components, process.shape, "The state")
-        t = jnp.asarray(t, coefficient_dtype(u))
-        prediction = self.model(t, process.to_data(u), args)
+        u = check_state(u, process.num_components, process.shape, "The state")
+        t = time_for(u, t)
+        try:
+            prediction = self.model(t, process.to_data(u), args)
+        except Exception as error:
+            error.add_note(_how_models_are_called(u, process))
+            raise
         if jtu.tree_structure(prediction) != jtu.tree_structure(u):
             raise ValueError(
                 "The model must return the structure of its state, "
-                f"{jtu.tree_structure(u)}; it returned {jtu.tree_structure(prediction)}."
+                f"{jtu.tree_structure(u)}; it returned {jtu.tree_structure(prediction)}. "
+                + _how_models_are_called(u, process)
             )
 
         def same(p, x):
             if jnp.shape(p) != x.shape:
                 raise ValueError(
                     "The model must return the shape of its state, "
-                    f"{x.shape}; it returned {jnp.shape(p)}."
+                    f"{x.shape}; it returned {jnp.shape(p)}. "
+                    + _how_models_are_called(u, process)
                 )
             return jnp.asarray(p, x.dtype)
 
@@ -125,6 +143,8 @@ class ProbabilityFlow(AbstractReverseTerm):
 
         **Returns:** a state.
         """
+        if factor not in ("R", "cholesky"):
+            raise ValueError(f"`factor` must be 'R' or 'cholesky'; got {factor!r}.")
         t, u, prediction = self._predict(t, u, args)
         process = self.process
         if factor == "R" or isinstance(process, AbstractDiagonalProcess):
@@ -162,7 +182,12 @@ class ProbabilityFlow(AbstractReverseTerm):
 
         **Returns:** what `model` returns: `predicts`, in the data's coordinates.
         """
-        process, t = self.process, jnp.asarray(t, coefficient_dtype(u))
+        process = self.process
+        u, noise = (
+            check_state(x, process.num_components, process.shape, name)
+            for x, name in ((u, "The state"), (noise, "The noise"))
+        )
+        t = time_for(u, t)
         root = process.factor(t)
         if self.predicts == "noise":
             if self.factor == "cholesky":
@@ -213,19 +238,18 @@ class ProbabilityFlow(AbstractReverseTerm):
         if self.predicts == "score":
             return self._predict(t, u, args)[2]
         noise = self.noise(t, u, args)
-        t = jnp.asarray(t, coefficient_dtype(noise))
+        t = time_for(noise, t)
         return apply((-self.process.factor(t).inverse()).transpose(), noise)
 
-    def reverse_drift(
-        self, t: RealScalarLike, u: State, args: Args, lam: RealScalarLike
-    ) -> State:
+    def reverse_drift(self, t: RealScalarLike, u: State, args: Args, lam: Level) -> State:
         r"""$F_t\,u - \frac{1 + \lambda^2}{2} G_t G_t^\top \nabla \log p_t(u)$: paper,
         equation 6. Arguments as [`gddim_eqx.ProbabilityFlow.noise`][], and the level of
         noise."""
+        lam = as_level(lam)
         score = self.score(t, u, args)
-        t = jnp.asarray(t, coefficient_dtype(score))
+        t = time_for(score, t)
         drift, diffusion = self.process.drift(t), self.process.diffusion(t)
-        strength = -0.5 * (1 + jnp.asarray(lam, t.dtype) ** 2)
+        strength = -0.5 * (1 + level_at(lam, t) ** 2)
         forcing = apply(diffusion @ diffusion.T * strength, score)
         return jtu.tree_map(lambda a, b: a + b, apply(drift, u), forcing)
 
@@ -237,3 +261,21 @@ class ProbabilityFlow(AbstractReverseTerm):
 
     def prod(self, vf: State, control: RealScalarLike) -> State:
         return jtu.tree_map(lambda v: jnp.asarray(control, v.dtype) * v, vf)
+
+
+def check_flow(flow: object) -> None:
+    """Raise a `ValueError` unless given a probability flow."""
+    if not isinstance(flow, ProbabilityFlow):
+        raise ValueError(
+            "`flow` must be a `ProbabilityFlow(process, model)`; got "
+            f"{type(flow).__name__}."
+        )
+
+
+def _how_models_are_called(u: State, process: AbstractProcess) -> str:
+    shapes = " and ".join(str(x.shape) for x in jtu.tree_leaves(u))
+    return (
+        f"The model was called as `model(t, u, args)` with a scalar time and a state of "
+        f"shape {shapes}, which is `(*batch, *shape)` with `shape={process.shape}`. For a "
+        "network of single samples take `gddim_eqx.nn.NetworkModel`, or `jax.vmap`."
+    )

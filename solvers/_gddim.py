@@ -1,18 +1,26 @@
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Inexact, Int, PyTree, Real
 
 from gddim_eqx._clock import scaled, Variable, VARIABLES
 from gddim_eqx._coefficients import lagrange, weights
-from gddim_eqx._custom_types import Args, BoolScalarLike, RealScalarLike, State
+from gddim_eqx._custom_types import (
+    Args,
+    BoolScalarLike,
+    Level,
+    RealScalarLike,
+    State,
+)
 from gddim_eqx._operator import apply, BlockLinearOperator
+from gddim_eqx._pin import pin
 from gddim_eqx._reverse_sde import ReverseSDE, unwrap_reverse
 from gddim_eqx._reverse_transition import contraction
 from gddim_eqx._state import check_state, coefficient_dtype
@@ -76,12 +84,20 @@ class _ExponentialInterpolation(dfx.AbstractLocalInterpolation):
 
         def finish(y, y0, corrected, y1):
             y = y + rest.astype(y.dtype) * (y0 - corrected)
-            return jnp.where(t == end, y1, y)
+            return pin(t == end, y1, y)
 
         return jtu.tree_map(finish, y, self.y0, self.corrected, self.y1)
 
 
-def _is_flow(lam: RealScalarLike) -> bool:
+_default_variables: dict[str, Variable] = {"data": "clock", "noise": "time"}
+
+
+def _is_integer(value: Any, least: int, most: int) -> bool:
+    integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    return integer and least <= value <= most
+
+
+def _is_flow(lam: Level) -> bool:
     """Whether it is known, before running, that there is no noise."""
     return isinstance(lam, float) and lam == 0
 
@@ -152,10 +168,10 @@ class GDDIM(
         ```
     """
 
-    q: int = eqx.field(static=True)
+    num_nodes: int = eqx.field(static=True)
     space: Literal["data", "noise"] = eqx.field(static=True)
-    corrector: int = eqx.field(static=True)
-    variable: Variable = eqx.field(static=True)
+    corrector: int | None = eqx.field(static=True)
+    variable: Variable | None = eqx.field(static=True)
     factor: Literal["R", "cholesky"] = eqx.field(static=True)
     reevaluate: bool = eqx.field(static=True)
 
@@ -166,18 +182,19 @@ class GDDIM(
 
     def __init__(
         self,
-        order: int = 4,
+        order: int | None = None,
         space: Literal["data", "noise"] = "data",
         corrector: int | None = None,
         *,
         variable: Variable | None = None,
         factor: Literal["R", "cholesky"] = "R",
         reevaluate: bool = False,
+        num_nodes: int | None = None,
     ):
         r"""**Arguments:**
 
         - `order`: the number of model evaluations that are combined, 1 to 4; the
-            paper's q.
+            paper's q. By default 4.
         - `space`: what is extrapolated: `"data"`, the initial state that the model
             predicts; or `"noise"`, the noise, as in the paper.
         - `corrector`: how many older evaluations, beside the new one, correct the end of
@@ -193,23 +210,24 @@ class GDDIM(
             need not be the frame in which the model predicts.
         - `reevaluate`: correct at the end of every step, with an extra evaluation there:
             two a step. The paper's predictor-corrector.
+        - `num_nodes`: the field in which `order` is kept, as `order` is a method of every
+            solver. It counts where `order` is not given, for `dataclasses.replace`.
 
         **Raises:** `ValueError` for other values, or values that exclude each other.
         """
-        if isinstance(order, bool) or order not in (1, 2, 3, 4):
+        if order is None:
+            order = 4 if num_nodes is None else num_nodes
+        if not _is_integer(order, 1, 4):
             raise ValueError(f"`order` must be 1, 2, 3 or 4; got {order!r}.")
         if space not in ("data", "noise"):
             raise ValueError(f"`space` must be 'data' or 'noise'; got {space!r}.")
-        if corrector is None:
-            corrector = order - 1 if space == "data" or reevaluate else 0
-        if isinstance(corrector, bool) or corrector not in range(order + 1):
+        default = order - 1 if space == "data" or reevaluate else 0
+        if corrector is not None and not _is_integer(corrector, 0, order):
             raise ValueError(
                 "`corrector` must be an integer from 0 (for none) to `order`, which is "
                 f"{order}; got {corrector!r}."
             )
-        if variable is None:
-            variable = "clock" if space == "data" else "time"
-        if variable not in VARIABLES:
+        if variable not in (None, *VARIABLES):
             raise ValueError(
                 f"`variable` must be one of {', '.join(map(repr, VARIABLES))}; got "
                 f"{variable!r}."
@@ -221,37 +239,55 @@ class GDDIM(
                 "`factor` is the frame of noise predictions. For the frame L_t take "
                 "`GDDIM(space='noise', factor='cholesky')`."
             )
-        if reevaluate and corrector == 0:
+        if reevaluate and (corrector == 0 or default == 0 and corrector is None):
             raise ValueError(
                 "`reevaluate` is for the corrector, but there is none. Give `corrector`, "
                 "from 1 to `order`."
             )
-        self.q = int(order)
+        self.num_nodes = int(order)
         self.space = space
-        self.corrector = int(corrector)
-        self.variable = variable
+        # `None` for what is the default, so that solvers that do the same are equal.
+        self.corrector = None if corrector in (None, default) else int(corrector)
+        self.variable = None if variable == _default_variables[space] else variable
         self.factor = factor
         self.reevaluate = bool(reevaluate)
 
+    def __repr__(self) -> str:
+        # As it is made: `order` is the argument of `num_nodes`.
+        names = ("space", "corrector", "variable", "factor", "reevaluate")
+        rest = [f"{name}={getattr(self, name)!r}" for name in names]
+        return f"GDDIM({', '.join([f'order={self.num_nodes}', *rest])})"
+
+    @property
+    def _corrector(self) -> int:
+        """How many older evaluations correct the end of a step."""
+        if self.corrector is not None:
+            return self.corrector
+        return self.num_nodes - 1 if self.space == "data" or self.reevaluate else 0
+
+    @property
+    def _variable(self) -> Variable:
+        return self.variable or _default_variables[self.space]
+
     def order(self, terms):
         # What the corrector makes of a step replaces it.
-        return self.corrector + 1 if self.corrector else self.q
+        return self._corrector + 1 if self._corrector else self.num_nodes
 
     def strong_order(self, terms):
         return 1
 
     def error_order(self, terms):
-        return max(self.q, 2) if _is_flow(unwrap_reverse(terms)[1]) else 1.5
+        return max(self.num_nodes, 2) if _is_flow(unwrap_reverse(terms)[1]) else 1.5
 
     @property
     def _slots(self) -> int:
         # Order 1 keeps one value for its error estimate.
-        return max(self.q - 1, self.corrector, 1)
+        return max(self.num_nodes - 1, self._corrector, 1)
 
     @property
     def _number(self) -> int:
         """How many moments the predictor and the corrector need."""
-        return self._slots + 1 if self.corrector else self.q
+        return self._slots + 1 if self._corrector else self.num_nodes
 
     def init(
         self,
@@ -264,20 +300,20 @@ class GDDIM(
         del t1, args
         flow, lam, _ = unwrap_reverse(terms)
         process = flow.process
-        check_state(y0, process.num_components, process.shape, "The state `y0`")
+        y0 = check_state(y0, process.num_components, process.shape, "The state `y0`")
         if self.space == "noise" and not _is_flow(lam):
-            other = GDDIM(self.q, "noise")
+            other = GDDIM(self.num_nodes, "noise")
             if self != other:
                 raise ValueError(
                     "In noise space the options of `GDDIM` are for the probability flow "
                     f"only, but these terms have noise, lam={lam}. Use `GDDIM()`, or "
-                    f"`GDDIM({self.q}, 'noise')`; got {self}."
+                    f"`GDDIM({self.num_nodes}, 'noise')`; got {self}."
                 )
             assert isinstance(terms, ReverseSDE)
             return init_stochastic(self._slots, terms, t0, y0)
         slots, dtype = self._slots, coefficient_dtype(y0)
         base = moments = None
-        if self.corrector and not self.reevaluate:
+        if self._corrector and not self.reevaluate:
             base = jtu.tree_map(jnp.zeros_like, y0)
             time = jax.ShapeDtypeStruct((), dtype)
             carried = lambda t: (process.factor(t) @ process.transition(t, t)).blocks
@@ -305,10 +341,12 @@ class GDDIM(
     ) -> tuple[State, State, dict, _History | StochasticHistory, dfx.RESULTS]:
         if isinstance(solver_state, StochasticHistory):
             assert isinstance(terms, ReverseSDE)
-            return stochastic_step(self.q, terms, t0, t1, y0, args, solver_state, made_jump)
+            return stochastic_step(
+                self.num_nodes, terms, t0, t1, y0, args, solver_state, made_jump
+            )
         flow, lam, direction = unwrap_reverse(terms)
         process, history, slots = flow.process, solver_state, self._slots
-        splitting = Splitting(process, self.space, self.factor, self.variable)
+        splitting = Splitting(process, self.space, self.factor, self._variable)
         s, t = real_times(process, t0, t1, direction, coefficient_dtype(y0))
         value = splitting.predict(flow, s, y0, args)
 
@@ -322,13 +360,13 @@ class GDDIM(
         now, readings, then = readings[0], readings[:-1], readings[-1]
 
         # By node and power: of the corrector of the last step, and of this step.
-        used, number = jnp.minimum(count, max(self.q - 1, 1)), self._number
+        used, number = jnp.minimum(count, max(self.num_nodes - 1, 1)), self._number
         before = readings[(history.slot - 1) % slots + 1]
         before = jnp.where(count > 0, before, then)
         nodes = scaled(readings, now, then)
         corrector, wide = jax.vmap(lagrange)(
             jnp.stack([scaled(readings, before, now), nodes]),
-            jnp.stack([age <= jnp.minimum(count, self.corrector), age <= used]),
+            jnp.stack([age <= jnp.minimum(count, self._corrector), age <= used]),
         )
 
         start = y0
@@ -351,7 +389,7 @@ class GDDIM(
             noise = apply(root, terms.normal(t0, t1, y0))
             base = jtu.tree_map(lambda a, b: a + b, base, noise)
 
-        if self.q == 1:
+        if self.num_nodes == 1:
             # Its one value is used even if there are others.
             polynomials = jnp.zeros_like(wide).at[0, 0].set(1)[:number, :number]
         else:
@@ -362,7 +400,7 @@ class GDDIM(
 
         if self.reevaluate:
             values = [splitting.predict(flow, t, y1, args), *values]
-            used = jnp.minimum(count, self.corrector - 1)
+            used = jnp.minimum(count, self._corrector - 1)
             polynomials = lagrange(
                 jnp.concatenate([jnp.ones_like(s)[None], nodes]),
                 jnp.concatenate([jnp.ones(1, bool), age <= used]),
@@ -376,11 +414,11 @@ class GDDIM(
             # Where no error is used XLA drops all this, and what order 1 stores for it. In
             # a variable that slows down long steps would seem accurate, so it is time.
             in_time = dataclasses.replace(splitting, variable="time")
-            _, blocks = in_time.step(s, t, max(self.q, 2), step)
+            _, blocks = in_time.step(s, t, max(self.num_nodes, 2), step)
             all_used, fewer = jax.vmap(lagrange, (None, 0))(
                 scaled(times, s, t), jnp.stack([age <= used, age < used])
             )
-            polynomials_of_error = (all_used - fewer)[:, : max(self.q, 2)]
+            polynomials_of_error = (all_used - fewer)[:, : max(self.num_nodes, 2)]
             coefficients = weights(polynomials_of_error, blocks)
             y_error = combine(process, list(zip(coefficients, values)))
 

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
 from gddim_eqx._clock import reading, Variable
-from gddim_eqx._coefficients import data_step, moments
+from gddim_eqx._coefficients import data_step, moments, regular_ends
 from gddim_eqx._custom_types import Args, State
+from gddim_eqx._pin import pin
 from gddim_eqx._process import AbstractProcess
 from gddim_eqx._reverse_transition import Contraction
 from gddim_eqx._term import ProbabilityFlow
@@ -46,14 +47,13 @@ class Splitting(eqx.Module):
         if self.space == "noise":
             linear = process.transition(t, s).blocks
             values = moments(process, s, t, number, self.factor, self.variable)
-            return linear, jnp.where(s == t, 0, values)
+            return linear, _none_if_still(s, t, values)
         omegas = None
         if noise is not None:
             whole = noise.omega[None]
             one = jnp.broadcast_to(_eye_like(noise.omega), whole.shape)
             omegas = jnp.concatenate([whole, noise.omegas, one])
-        # A step of no length may be at time 0, where the factor may have no inverse.
-        start, end = (jnp.where(s == t, process.t_min, x) for x in (s, t))
+        start, end = regular_ends(process, s, t)
         linear, values = data_step(process, start, end, number, self.variable, omegas)
         linear = eqx.error_if(
             linear,
@@ -61,7 +61,15 @@ class Splitting(eqx.Module):
             "`GDDIM` cannot start where there is no noise, at time 0. To encode data, "
             "start from `process.t_min`, or use `GDDIM(space='noise')`.",
         )
-        return linear, jnp.where(s == t, 0, values)
+        return linear, _none_if_still(s, t, values)
+
+
+def _none_if_still(s, t, values):
+    """The moments of a step, of which one of no length has none. As it is made longer only
+    that of the constant grows at first."""
+    still = s == t
+    constant = pin(still, jnp.zeros_like(values[:1]), values[:1])
+    return jnp.concatenate([constant, jnp.where(still, 0, values[1:])])
 
 
 def _eye_like(blocks):

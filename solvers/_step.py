@@ -6,6 +6,7 @@ from jaxtyping import Array, Inexact, Int, PyTree, Real
 from gddim_eqx._custom_types import BoolScalarLike, RealScalarLike, State
 from gddim_eqx._operator import apply, BlockLinearOperator
 from gddim_eqx._process import AbstractProcess
+from gddim_eqx._times import latest
 
 
 def combine(
@@ -30,9 +31,9 @@ def real_times(
     dtype,
 ) -> tuple[Array, Array]:
     """The start and end of a step in the user's time, checked."""
-    tolerance = float(jnp.finfo(jnp.asarray(t1).dtype).eps)
+    end = latest(process, jnp.asarray(t1).dtype, dtype)
     s, t = (jnp.asarray(x * direction, dtype) for x in (t0, t1))
-    inside = (jnp.minimum(s, t) >= 0) & (jnp.maximum(s, t) <= process.t_end + tolerance)
+    inside = (jnp.minimum(s, t) >= 0) & (jnp.maximum(s, t) <= end)
     return eqx.error_if(
         (s, t),
         ~inside,

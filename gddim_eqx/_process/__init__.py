@@ -7,6 +7,7 @@ from .base import (
     check_positive as check_positive,
     check_process as check_process,
     normal_like as normal_like,
+    time_for as time_for,
 )
 from .bdm import BDM as BDM
 from .cld import CLD as CLD

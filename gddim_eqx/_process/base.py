@@ -12,6 +12,7 @@ import lineax as lx
 from jaxtyping import Array, Inexact
 
 from .._basis import AbstractBasis, Identity
+from .._check import as_batch, as_constant, as_dtype, check_key
 from .._custom_types import Key, RealScalarLike, State
 from .._operator import apply, BlockLinearOperator
 from .._state import check_state, coefficient_dtype, join_components
@@ -141,7 +142,7 @@ class AbstractProcess(eqx.Module):
 
         **Returns:** a state; its velocity, if any, is zero.
         """
-        check_state(x, 1, self.shape, "The data `x`")
+        x = check_state(x, 1, self.shape, "The data `x`")
         position = self.data_scale * self.basis.forward(x)
         rest = [jnp.zeros_like(position)] * (self.num_components - 1)
         return join_components([position, *rest])
@@ -155,7 +156,7 @@ class AbstractProcess(eqx.Module):
 
         **Returns:** data, `(*batch, *shape)`.
         """
-        check_state(u, self.num_components, self.shape, "The state `u`")
+        u = check_state(u, self.num_components, self.shape, "The state `u`")
         return self.basis.inverse(jtu.tree_leaves(u)[0]) / self.data_scale
 
     def prior(self, key: Key, batch: tuple[int, ...] = (), dtype=None) -> State:
@@ -169,8 +170,9 @@ class AbstractProcess(eqx.Module):
 
         **Returns:** a state of shape `(*batch, *shape)`.
         """
-        dtype = jnp.result_type(float) if dtype is None else dtype
-        noise = [jnp.zeros((*batch, *self.shape), dtype)] * self.num_components
+        dtype = as_dtype(float if dtype is None else dtype)
+        check_key(key)
+        noise = [jnp.zeros((*as_batch(batch), *self.shape), dtype)] * self.num_components
         noise = normal_like(key, join_components(noise))
         return self.prior_factor().astype(dtype).mv(noise)
 
@@ -183,7 +185,7 @@ class AbstractProcess(eqx.Module):
 
         **Returns:** one number per sample.
         """
-        check_state(u, self.num_components, self.shape, "The state `u`")
+        u = check_state(u, self.num_components, self.shape, "The state `u`")
         factor, axes = self.prior_factor(), tuple(range(-len(self.shape), 0))
         squares = jtu.tree_map(lambda x: (x**2).sum(axes), apply(factor.inverse(), u))
         squares = jnp.stack(jtu.tree_leaves(squares)).sum(0)
@@ -210,8 +212,9 @@ class AbstractProcess(eqx.Module):
         second from `to_data` of the first.
         """
         mean = self.encode(x)
+        check_key(key)
         noise = normal_like(key, mean)
-        t = jnp.asarray(t, coefficient_dtype(mean))
+        t = time_for(mean, t)
         dtype = jtu.tree_leaves(mean)[0].dtype
         mean = self.transition(t, jnp.zeros_like(t)).astype(dtype).mv(mean)
         spread = self.factor(t).astype(dtype).mv(noise)
@@ -294,7 +297,14 @@ class AbstractScalarProcess(AbstractDiagonalProcess):
 
 def as_time(t: RealScalarLike) -> Array:
     """A time as an array of floating dtype."""
-    t = jnp.asarray(float(t) if isinstance(t, int) else t)
+    try:
+        if isinstance(t, str):
+            raise TypeError
+        t = jnp.asarray(float(t) if isinstance(t, int) else t)
+    except (TypeError, ValueError):
+        raise ValueError(f"A time must be a number; got {t!r}.") from None
+    if jnp.issubdtype(t.dtype, jnp.complexfloating):
+        raise ValueError(f"A time must be real; got {t}.")
     if t.ndim:
         raise ValueError(
             f"A time must be a scalar; got an array of shape {t.shape}. For one each in a "
@@ -303,6 +313,11 @@ def as_time(t: RealScalarLike) -> Array:
     if not jnp.issubdtype(t.dtype, jnp.floating):
         t = t.astype(jnp.result_type(float))
     return t
+
+
+def time_for(state: State, t: RealScalarLike) -> Array:
+    """A time as what acts on a state needs it."""
+    return as_time(t).astype(coefficient_dtype(state))
 
 
 def as_times(*times: RealScalarLike) -> list[Array]:
@@ -323,7 +338,7 @@ def coarse_and_rest(value: float) -> tuple[float, float]:
 def check_positive(**values: float) -> None:
     """Raise a `ValueError` that names the first value that is not positive."""
     for name, value in values.items():
-        if not value > 0:
+        if not as_constant(name, value) > 0:
             raise ValueError(f"`{name}` must be positive; got {value}.")
 
 

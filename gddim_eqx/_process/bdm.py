@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._basis import AbstractBasis, Cosine
+from .._check import constant_field
 from .._piecewise import nodes_of_panels, PiecewisePolynomial
 from .base import AbstractDiagonalProcess, as_shape, check_positive, coarse_and_rest
 
@@ -35,11 +36,11 @@ class BDM(AbstractDiagonalProcess):
     """
 
     shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
-    sigma_blur_max: float = eqx.field(static=True, default=10.0, converter=float)
-    min_scale: float = eqx.field(static=True, default=0.001, converter=float)
-    offset: float = eqx.field(static=True, default=0.004, converter=float)
-    t_min: float = eqx.field(static=True, default=1e-5, converter=float)
-    t_end: float = eqx.field(static=True, default=1.0, converter=float)
+    sigma_blur_max: float = constant_field("sigma_blur_max", 10.0)
+    min_scale: float = constant_field("min_scale", 0.001)
+    offset: float = constant_field("offset", 0.004)
+    t_min: float = constant_field("t_min", 1e-5)
+    t_end: float = constant_field("t_end", 1.0)
 
     def __check_init__(self):
         if len(self.shape) != 3:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .._basis import AbstractBasis, Identity
+from .._check import constant_field
 from .._custom_types import RealScalarLike
 from .._operator import BlockLinearOperator
 from .._piecewise import cumulative_integral, PiecewisePolynomial
@@ -41,13 +42,13 @@ class CLD(AbstractProcess):
     #   dx = w dy,  dw = -(x + 2 w) dy + 2 dW(y),  stationary covariance the identity.
 
     shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
-    beta: float = eqx.field(static=True, default=4.0, converter=float)
-    beta_slope: float = eqx.field(static=True, default=0.0, converter=float)
-    mass_inverse: float = eqx.field(static=True, default=4.0, converter=float)
-    gamma: float = eqx.field(static=True, default=0.04, converter=float)
-    epsilon: float = eqx.field(static=True, default=1e-6, converter=float)
-    t_min: float = eqx.field(static=True, default=1e-3, converter=float)
-    t_end: float = eqx.field(static=True, default=1.0, converter=float)
+    beta: float = constant_field("beta", 4.0)
+    beta_slope: float = constant_field("beta_slope", 0.0)
+    mass_inverse: float = constant_field("mass_inverse", 4.0)
+    gamma: float = constant_field("gamma", 0.04)
+    epsilon: float = constant_field("epsilon", 1e-6)
+    t_min: float = constant_field("t_min", 1e-3)
+    t_end: float = constant_field("t_end", 1.0)
 
     def __check_init__(self):
         check_positive(
@@ -188,7 +189,9 @@ def _exponential_tail(x, xp):
     """1 - exp(-x) (1 + x + x^2 / 2), to full relative precision for all x >= 0."""
     # Where cancellation costs less than one digit, and fewer terms than these do.
     switch = 1.0 if x.dtype == np.float64 else 3.0
-    small = xp.minimum(x, switch)
+    # Not a minimum: its derivative compares numbers for equality, and XLA may compute
+    # them twice, rounded differently.
+    small = xp.where(x < switch, x, switch)
     series = 0.0
     for k in range(18, 3, -1):
         series = (1 + series) * small / k

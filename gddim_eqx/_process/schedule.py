@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from .._check import constant_field
+
 
 class AbstractSchedule(eqx.Module):
     r"""The noise schedule of a variance-preserving process: a rate $\beta_t$ and what
@@ -39,10 +41,10 @@ class Linear(AbstractSchedule):
     r"""$\beta_t = \beta_\text{min} + (\beta_\text{max} - \beta_\text{min})\,t$ on [0, 1]
     (Song et al. 2021)."""
 
-    beta_min: float = eqx.field(static=True, default=0.1, converter=float)
-    beta_max: float = eqx.field(static=True, default=20.0, converter=float)
-    t_min: float = eqx.field(static=True, default=1e-3, converter=float)
-    t_end: float = eqx.field(static=True, default=1.0, converter=float)
+    beta_min: float = constant_field("beta_min", 0.1)
+    beta_max: float = constant_field("beta_max", 20.0)
+    t_min: float = constant_field("t_min", 1e-3)
+    t_end: float = constant_field("t_end", 1.0)
 
     def __check_init__(self):
         _check_times(self.t_min, self.t_end)
@@ -79,9 +81,9 @@ class CosineSquared(AbstractSchedule):
     DPM-Solver (Lu et al. 2022) has it.
     """
 
-    offset: float = eqx.field(static=True, default=0.008, converter=float)
-    t_min: float = eqx.field(static=True, default=1e-3, converter=float)
-    t_end: float = eqx.field(static=True, default=0.9946, converter=float)
+    offset: float = constant_field("offset", 0.008)
+    t_min: float = constant_field("t_min", 1e-3)
+    t_end: float = constant_field("t_end", 0.9946)
 
     def __check_init__(self):
         _check_times(self.t_min, self.t_end)
@@ -117,7 +119,7 @@ def as_schedule(schedule: "str | AbstractSchedule") -> AbstractSchedule:
     named = {"linear": Linear, "cosine": CosineSquared}
     if isinstance(schedule, AbstractSchedule):
         return schedule
-    if schedule not in named:
+    if not isinstance(schedule, str) or schedule not in named:
         raise ValueError(
             f"`schedule` must be one of {', '.join(map(repr, named))} or an "
             f"`AbstractSchedule`; got {schedule!r}."

@@ -3,6 +3,7 @@ import math
 import equinox as eqx
 import jax.numpy as jnp
 
+from .._check import constant_field
 from .base import AbstractScalarProcess, as_shape, check_positive, coarse_and_rest
 
 
@@ -24,10 +25,10 @@ class VE(AbstractScalarProcess):
     """
 
     shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
-    sigma_min: float = eqx.field(static=True, default=0.01, converter=float)
-    sigma_max: float = eqx.field(static=True, default=50.0, converter=float)
-    t_min: float = eqx.field(static=True, default=1e-5, converter=float)
-    t_end: float = eqx.field(static=True, default=1.0, converter=float)
+    sigma_min: float = constant_field("sigma_min", 0.01)
+    sigma_max: float = constant_field("sigma_max", 50.0)
+    t_min: float = constant_field("t_min", 1e-5)
+    t_end: float = constant_field("t_end", 1.0)
 
     def __check_init__(self):
         check_positive(sigma_min=self.sigma_min)

@@ -92,7 +92,7 @@ class NetworkModel(eqx.Module):
         **Returns:** the prediction, a state like `u`.
         """
         process = self.process
-        check_state(u, process.num_components, process.shape, "The state")
+        u = check_state(u, process.num_components, process.shape, "The state")
         leaves = jtu.tree_leaves(u)
         batch = batch_axes(u, process.shape)
         x = jnp.concatenate(leaves, axis=-1)

@@ -111,7 +111,7 @@ class DenoisingLoss(eqx.Module):
         **Raises:** `ValueError` for data of another shape.
         """
         process = self.process
-        check_state(x, 1, process.shape, "The batch")
+        x = check_state(x, 1, process.shape, "The batch")
         if x.ndim != 1 + len(process.shape):
             raise ValueError(
                 f"The batch must have one axis before {process.shape}; got {x.shape}."

@@ -1,0 +1,48 @@
+import math
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Inexact
+
+from ._custom_types import Level
+
+
+def as_level(lam: Level) -> Level:
+    """A level of noise, checked: a Python float; an array, whose value may be traced; or
+    a function of time."""
+    if callable(lam):
+        return lam
+    if isinstance(lam, (Array, np.ndarray)) and _is_real_scalar(lam):
+        return _check_level(jnp.asarray(lam))
+    if isinstance(lam, bool) or not isinstance(lam, (int, float, np.number)):
+        raise ValueError(f"`lam` must be one number, or a function of time; got {lam!r}.")
+    level = float(lam)
+    if not 0 <= level < math.inf:
+        raise ValueError(
+            "`lam` must be finite and not negative: 0 is the probability flow, 1 the "
+            f"reverse diffusion; got {lam}."
+        )
+    return level
+
+
+def level_at(lam: Level, t: Inexact[Array, ""]) -> Inexact[Array, ""]:
+    """The level of noise at a time."""
+    if not callable(lam):
+        return jnp.asarray(lam, t.dtype)
+    level = jnp.asarray(lam(t))
+    if not _is_real_scalar(level):
+        raise ValueError(
+            "`lam(t)` must be one real number; it returned an array of "
+            f"{level.dtype} and shape {level.shape}."
+        )
+    return _check_level(level.astype(t.dtype))
+
+
+def _is_real_scalar(x) -> bool:
+    return x.shape == () and jnp.issubdtype(x.dtype, jnp.number) and x.dtype.kind != "c"
+
+
+def _check_level(lam):
+    message = "`lam` must be finite and not negative."
+    return eqx.error_if(lam, ~((lam >= 0) & (lam < jnp.inf)), message)

@@ -1,0 +1,69 @@
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Real
+
+from ._check import as_constant, as_floats
+from ._process import AbstractProcess
+from ._state import at_least_single
+
+
+def on_time_axis(process: AbstractProcess, name: str, t: Any, dtype=np.float32) -> float:
+    """A time as a Python number. Half of all end times round up in single precision, so
+    that by which a dtype may round them past the end is allowed, and taken back.
+
+    **Arguments:**
+
+    - `process`: whose time axis.
+    - `name`: of the time.
+    - `t`: the time.
+    - `dtype`: the narrowest that it may have been rounded to, besides its own.
+
+    **Raises:** `ValueError` for what is not one time in [0, t_end].
+    """
+    value = as_constant(name, t)
+    if not 0 <= value <= latest(process, dtype, getattr(t, "dtype", dtype)):
+        raise ValueError(
+            f"`{name}` must be in [0, {process.t_end}], the time axis of "
+            f"{type(process).__name__}; got {value}."
+        )
+    return min(value, process.t_end)
+
+
+def latest(process: AbstractProcess, *dtypes: Any) -> float:
+    """The end of the time axis, or what it is in the narrowest of some dtypes."""
+    floating = [x for x in dtypes if jnp.issubdtype(x, jnp.floating)]
+    return process.t_end * (1 + max(float(jnp.finfo(x).eps) for x in floating))
+
+
+def as_grid(
+    process: AbstractProcess,
+    ts: Any,
+    direction: Literal["decreasing", "increasing"] | None = None,
+) -> Real[Array, " times"]:
+    """Times to step to, at least in single precision whatever that of the states, and
+    checked as far as they are known.
+
+    **Raises:** `ValueError` unless they are at least two, strictly monotone, in this
+    direction if one is given, and on the process' time axis.
+    """
+    ts = as_floats("ts", ts)
+    if ts.ndim != 1 or ts.shape[0] < 2:
+        raise ValueError(
+            f"`ts` must hold at least two times; got an array of shape {ts.shape}."
+        )
+    if not isinstance(ts, Tracer):
+        steps = np.diff(np.asarray(ts, np.float64))
+        found = {(True, False): "increasing", (False, True): "decreasing"}.get(
+            (bool((steps > 0).all()), bool((steps < 0).all()))
+        )
+        if found is None or direction not in (None, found):
+            raise ValueError(
+                f"`ts` must be strictly {direction or 'decreasing or increasing'}, as "
+                f"sampling runs backward in time and encoding forward; got {ts}."
+            )
+        for t in (ts[0], ts[-1]):
+            on_time_axis(process, "ts", t, ts.dtype)
+    return jnp.minimum(ts.astype(at_least_single(ts.dtype)), process.t_end)
