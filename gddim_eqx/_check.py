@@ -109,11 +109,11 @@ def as_floats(name: str, value: Any) -> Inexact[Array, " *shape"]:
         if any(x is None or isinstance(x, (str, bytes)) for x in leaves):
             raise TypeError
         array = jnp.asarray(value)
-        if jnp.issubdtype(array.dtype, jnp.integer):
-            return array.astype(jnp.result_type(float))
-        if not jnp.issubdtype(array.dtype, jnp.floating):
+        whole = jnp.issubdtype(array.dtype, jnp.integer)
+        if not (whole or jnp.issubdtype(array.dtype, jnp.floating)):
             raise TypeError
-        return array
+        # With a dtype, so that numbers and arrays are of one type to JAX.
+        return jnp.asarray(array, float if whole else array.dtype)
     except (TypeError, ValueError):
         message = f"`{name}` must be made of real numbers; got {value!r}."
         raise ValueError(message) from None

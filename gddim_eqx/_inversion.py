@@ -7,7 +7,7 @@ from jaxtyping import Array, Inexact, Real
 from ._custom_types import Args, State
 from ._grid import time_grid
 from ._solve import last, solve
-from ._state import check_state, coefficient_dtype
+from ._state import at_least_single, check_state, coefficient_dtype
 from ._term import check_flow, ProbabilityFlow
 from ._times import as_grid
 from .solvers import GDDIM
@@ -68,6 +68,7 @@ def invert(
         return Inversion(latent, None)
     decoded = generate(flow, latent, solver=solver, ts=ts[::-1], args=args)
     axes = tuple(range(-len(process.shape), 0))
+    decoded, x = (y.astype(at_least_single(y.dtype)) for y in (decoded, x))
     error = jnp.sqrt(((decoded - x) ** 2).mean(axes) / (x**2).mean(axes))
     return Inversion(latent, error)
 

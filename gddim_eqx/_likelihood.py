@@ -64,6 +64,7 @@ def log_density(
 
     - `flow`: the probability flow of the model.
     - `u`: states at `t0`, `(*batch, *shape)`, in the basis in which the process keeps them.
+        From half precision they are converted to single.
     - `key`: a random key, for the probes.
     - `divergence`: how the model's part of the divergence is computed; that of the drift
         is always exact.
@@ -113,14 +114,15 @@ def log_density(
         )
     if stepsize_controller is None:
         stepsize_controller = dfx.PIDController(rtol=1e-5, atol=1e-5, norm=_norm)
+    batch, dtype = batch_axes(u, process.shape), coefficient_dtype(u)
+    # In half precision the sums would be lost.
+    u = jtu.tree_map(lambda x: x.astype(dtype), u)
     probes = _probes(divergence, num_probes, key, u)
-    dtype = jnp.result_type(*jtu.tree_leaves(u))
-    batch = batch_axes(u, process.shape)
     sol = dfx.diffeqsolve(
         dfx.ODETerm(_Augmented(flow)),
         solver,
-        jnp.asarray(t0, coefficient_dtype(u)),
-        jnp.asarray(t1, coefficient_dtype(u)),
+        jnp.asarray(t0, dtype),
+        jnp.asarray(t1, dtype),
         dt0,
         (u, jnp.zeros(batch, dtype)),
         (args, probes),

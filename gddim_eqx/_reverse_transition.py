@@ -16,7 +16,7 @@ $$I - \Omega \Omega^\top = \lambda^2 \int_t^s \Omega(t, \tau)\,K_\tau\,
 nothing cancels, however short the step.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -86,7 +86,7 @@ def contraction(process: AbstractProcess, s: Array, t: Array, lam: Level) -> Con
     return Contraction(omega, spread, nodes, weights, omegas)
 
 
-def _levels(lam, tau, end):
+def _levels(lam: Any, tau, end):
     """The mean level of noise, and the levels at the nodes and at the end of the step,
     divided by it."""
     if not callable(lam):

@@ -61,7 +61,7 @@ def check_state(
     )
     axes = ", ".join(["*batch", *map(str, shape)])
     want = f"{kind} of shape ({axes})"
-    if num_components == 1 and isinstance(state, (list, tuple)):
+    if num_components == 1 and isinstance(state, list):
         state = jnp.asarray(state)
     if jtu.tree_structure(state) != jtu.tree_structure(expected):
         raise ValueError(

@@ -94,7 +94,7 @@ _default_variables: dict[str, Variable] = {"data": "clock", "noise": "time"}
 
 def _is_integer(value: Any, least: int, most: int) -> bool:
     integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    return integer and least <= value <= most
+    return integer and bool(least <= value <= most)
 
 
 def _is_flow(lam: Level) -> bool:

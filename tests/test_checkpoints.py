@@ -278,7 +278,7 @@ def test_pretrained_models_draw_clothes(name):
     flow = gd.checkpoints.pretrained(f"fashion-mnist-{name}")
     assert type(flow.process).__name__ == name.upper()
     key = jax.random.key(0)
-    x, _ = gd.sample(flow.process, flow.model, key, 64, num_steps=20)
+    x, _ = gd.sample(flow, key, 64, num_steps=20)
     x = np.asarray(x)
     # As bright as the data, whose mean is -0.43 (BDM's are brighter), black at the corners,
     # and of all kinds.

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import gddim_eqx as gd
+from gddim_eqx.solvers._splitting import Splitting
 
 from .helpers import (
     accurate,
@@ -135,3 +136,20 @@ def test_any_batch_axes(batch):
     y = solve(term, gd.GDDIM(), gd.time_grid(process, 4), y0)
     assert y.shape == (*batch, 2, 3, 1)
     assert process.decode(y).shape == (*batch, 2, 3, 1)
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("name", processes)
+def test_coefficients_in_single_precision_survive_the_compiler(name):
+    """`make test-precision` runs this under XLA's default flags, and with most of its
+    optimisations off, where it once took a term out of the clock's derivative."""
+    process = processes[name]()
+    splitting = Splitting(process, "data", "R", "clock")
+    ts = gd.time_grid(process, 20, dtype=jnp.float32)
+    step = jax.jit(jax.vmap(lambda s, t: splitting.step(s, t, 4)))
+    single = step(ts[:-1], ts[1:])
+    double = step(ts[:-1].astype(jnp.float64), ts[1:].astype(jnp.float64))
+    for a, b in zip(single, double):
+        size = jnp.abs(b).reshape(20, -1).max(1)
+        error = jnp.abs(a.astype(b.dtype) - b).reshape(20, -1).max(1) / size
+        assert error.max() < 2e-5

@@ -1,4 +1,6 @@
+import gc
 import math
+import weakref
 
 import diffrax as dfx
 import hypothesis.strategies as st
@@ -170,3 +172,73 @@ def test_half_precision_holds_a_few_times(dtype):
     assert ts.dtype == dtype
     assert (ts[0], ts[-1]) == (dtype(1.0), dtype(1e-3))
     assert (np.diff(np.asarray(ts, float)) < 0).all()
+
+
+# Half of all end times round up in single precision.
+_ends_that_round_up = {
+    "vp": lambda: gd.VP((2,), gd.Linear(t_end=0.6)),
+    "ve": lambda: gd.VE((2,), sigma_min=0.01, sigma_max=5.0, t_end=80.3),
+    "cld": lambda: gd.CLD((2,), beta=0.1, t_end=70.1),
+}
+
+
+@pytest.mark.precision
+@pytest.mark.parametrize("name", _ends_that_round_up)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_times_that_rounding_takes_past_the_end_are_the_librarys_own(name, dtype):
+    process = _ends_that_round_up[name]()
+    assert float(jnp.asarray(process.t_end, jnp.float32)) > process.t_end
+    model = gd.GaussianMixture([[0.5, 0.0]], 0.3).model(process)
+    flow = gd.ProbabilityFlow(process, model)
+    ts = gd.time_grid(process, 5, dtype=dtype)
+    u = process.prior(jax.random.key(0), (3,), jnp.float32)
+    adapted = gd.adapted_grid(flow, u, ts=ts, num_iterations=1)
+    assert jnp.isfinite(adapted.error)
+    assert gd.sample(flow, jax.random.key(0), 2, ts=ts).x.dtype == dtype
+    assert jnp.isfinite(gd.generate(flow, u, ts=ts)).all()
+    back = gd.time_grid(process, 5, t0=float(ts[-1]), t1=float(ts[0]), dtype=dtype)
+    assert back[-1] == ts[0]
+    # States in single precision, times in another.
+    solve = lambda ts: dfx.diffeqsolve(
+        flow, gd.GDDIM(), ts[0], ts[-1], None, u, stepsize_controller=dfx.StepTo(ts)
+    )
+    assert jnp.isfinite(solve(gd.time_grid(process, 5)).ys).all()
+    if dtype == jnp.float32:
+        t1 = jnp.asarray(process.t_end, dtype)
+        assert jnp.isfinite(
+            gd.log_density(flow, u, t0=0.5, t1=t1, max_steps=999).value
+        ).all()
+
+
+def test_times_that_are_really_past_the_end_are_refused():
+    process = gd.VP((2,), gd.Linear(t_end=0.6))
+    with pytest.raises(ValueError, match="`t0` must be in"):
+        gd.time_grid(process, 5, t0=0.60001)
+    with pytest.raises(ValueError, match="`ts` must be in"):
+        model = gd.GaussianMixture([[0.5, 0.0]], 0.3).model(process)
+        gd.generate(gd.ProbabilityFlow(process, model), jnp.ones(2), ts=[0.61, 0.1])
+
+
+@pytest.mark.x64
+def test_a_grid_does_not_depend_on_what_was_computed_before():
+    """In single precision."""
+    alone = gd.time_grid(gd.VP((2,), gd.Linear(beta_max=19.0)), 10)
+    with jax.enable_x64(False):
+        gd.time_grid(gd.VP((2,), gd.Linear(beta_max=18.0)), 10)
+    after = gd.time_grid(gd.VP((2,), gd.Linear(beta_max=18.0)), 10)
+    # From the definition: the mean of two clocks.
+    for ts, slope in ((alone, 18.9), (after, 17.9)):
+        t = np.asarray(ts)
+        integral = 0.1 * t + 0.5 * slope * t**2
+        log_snr = -0.5 * np.log(np.expm1(integral))
+        clocks = [(x - x[0]) / (x[-1] - x[0]) for x in (log_snr, np.sqrt(t))]
+        np.testing.assert_allclose(sum(clocks) / 2, np.linspace(0, 1, 11), atol=2e-7)
+
+
+def test_grids_do_not_keep_processes_alive():
+    process = gd.VP((2,), gd.Linear(beta_max=17.0))
+    gd.time_grid(process, 10)
+    reference = weakref.ref(process)
+    del process
+    gc.collect()
+    assert reference() is None

@@ -281,3 +281,15 @@ def test_bad_input_is_refused(call, message, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_sums_are_in_single_precision_where_states_are_in_half():
+    process = gd.VP((64,))
+    model = gd.GaussianMixture(jnp.zeros((1, 64)), 1.0).model(process)
+    x = jax.random.normal(jax.random.key(0), (3, 64), jnp.float16)
+    value = gd.log_likelihood(gd.ProbabilityFlow(process, model), x).value
+    # Standard normal data stay standard normal.
+    wide = np.asarray(x, np.float64)
+    expected = -0.5 * (wide**2).sum(-1) - 32 * np.log(2 * np.pi)
+    assert value.dtype == jnp.float32
+    np.testing.assert_allclose(value, expected, atol=2e-2)

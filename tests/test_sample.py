@@ -163,3 +163,39 @@ def test_classes_in_place_of_instances_are_refused(process, solver, message, mon
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=message):
         gd.sample(process, lambda t, u, args: u, jax.random.key(0), 1, 3, solver)
+
+
+def test_warns_of_samples_that_are_far_larger_than_data():
+    process = gd.CLD((2,))
+    wild = lambda t, u, args: gd.Phase(-3 * u.x, -3 * u.v)
+    with pytest.warns(UserWarning, match="data_std"):
+        gd.sample(process, wild, jax.random.key(0), 4, 20)
+    # Where the scale of the data is known, a hundred times that is too large.
+    process, far = gd.VP((2,)), lambda t, x: 1e4 * jnp.ones_like(x)
+    model = gd.nn.NetworkModel(process, far, data_std=0.1)
+    with pytest.warns(UserWarning, match="1.0e.01 is plausible"):
+        gd.sample(process, model, jax.random.key(0), 4, 20)
+
+
+def test_half_precision_is_of_states_and_not_of_times():
+    process = gd.VP((2,))
+    model, key = _data.model(process), jax.random.key(0)
+    for lam in (0.0, 1.0):
+        single = gd.sample(process, model, key, 200, 50, lam=lam).x
+        for dtype, error in ((jnp.float16, 0.02), (jnp.bfloat16, 0.1)):
+            ts = gd.time_grid(process, 20, dtype=dtype)
+            x = gd.sample(process, model, key, 200, ts=ts, lam=lam).x
+            assert x.dtype == dtype
+            x = x.astype(single.dtype)
+            np.testing.assert_allclose(
+                jnp.abs(x).mean(), jnp.abs(single).mean(), rtol=error
+            )
+
+
+def test_sampling_may_end_at_time_zero():
+    process = gd.VP((2,))
+    model, key = _data.model(process), jax.random.key(0)
+    for solver in (gd.GDDIM(), gd.GDDIM(2, variable="time"), gd.GDDIM(2, "noise")):
+        for times in ([1.0, 0.0], [1.0, 0.5, 0.0]):
+            x = gd.sample(process, model, key, 4, solver=solver, ts=times).x
+            assert jnp.isfinite(x).all()

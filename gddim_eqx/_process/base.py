@@ -186,6 +186,7 @@ class AbstractProcess(eqx.Module):
         **Returns:** one number per sample.
         """
         u = check_state(u, self.num_components, self.shape, "The state `u`")
+        u = jtu.tree_map(lambda x: x.astype(coefficient_dtype(u)), u)
         factor, axes = self.prior_factor(), tuple(range(-len(self.shape), 0))
         squares = jtu.tree_map(lambda x: (x**2).sum(axes), apply(factor.inverse(), u))
         squares = jnp.stack(jtu.tree_leaves(squares)).sum(0)
@@ -210,6 +211,11 @@ class AbstractProcess(eqx.Module):
         **Returns:** the state $u_t$ and the standard normal $\epsilon$, both in the basis
         of states. A noise-predicting network is trained to return `to_data` of the
         second from `to_data` of the first.
+
+        Near `t_max` a small error in the noise is a large one in the data that it amounts
+        to. [`gddim_eqx.nn.NetworkModel`][] preconditions a network by `data_std`, so that
+        it need not be that accurate; without it, training takes much longer, for
+        [`gddim_eqx.CLD`][] above all.
         """
         mean = self.encode(x)
         check_key(key)

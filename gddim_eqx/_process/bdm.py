@@ -151,7 +151,7 @@ BDM.__init__.__doc__ = """**Arguments:**
 """
 
 
-@ft.cache
+@ft.lru_cache(maxsize=64)
 def _blur_time(sigma_blur_max: float, t_end: float) -> PiecewisePolynomial:
     """tau_t on panels: twelve bits of its value at the left edge, the rest of that, and
     the difference to it."""

@@ -28,6 +28,10 @@ class CLD(AbstractProcess):
     with some $\varepsilon$ must be sampled with the same, since the frame $R_t$ in which
     noise is predicted turns with it.
 
+    Train networks for it with the preconditioning of [`gddim_eqx.nn.NetworkModel`][],
+    `data_std`. Where the process ends, the noise in the velocity says almost nothing of the
+    data, and a small error in it becomes a very large one in the samples.
+
     This is equation 10 of the paper with its two misprints (the sign of the force, and
     the noise, which lacks the mass) put right.
 
@@ -216,7 +220,7 @@ def _cholesky(y, a, b, xp=jnp):
     return p, q, xp.sqrt(ww - q * q)
 
 
-@ft.cache
+@ft.lru_cache(maxsize=64)
 def _rotation(clock_end: float, a: float, b: float) -> PiecewisePolynomial:
     """The cosine and sine of the angle of R_t against L_t, as a function of the clock.
 

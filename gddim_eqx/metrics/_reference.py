@@ -5,6 +5,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -56,6 +57,9 @@ def reference(
         "version": _VERSION,
         "features": features.key,
         "shape": images.shape,
+        "dtype": str(images.dtype),
+        # In which networks compute.
+        "precision": str(jnp.result_type(float)),
         "images": hashlib.sha256(np.ascontiguousarray(images).data).hexdigest(),
         "number": number,
     }

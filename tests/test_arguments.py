@@ -1,0 +1,365 @@
+"""Arguments are checked where they enter: the message names the argument."""
+
+import dataclasses
+import warnings
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import pytest
+
+import gddim_eqx as gd
+
+from .helpers import prior_state, processes
+
+
+pytestmark = pytest.mark.usefixtures("without_type_checks")
+
+_process = gd.VP((2,))
+_data = gd.GaussianMixture([[-1.0, 0.0], [1.0, 0.5]], 0.3)
+_model = _data.model(_process)
+_flow = gd.ProbabilityFlow(_process, _model)
+_key = jax.random.key(0)
+_x = np.zeros((3, 2))
+
+
+def _sample(**kwargs):
+    arguments = dict(process=_process, model=_model, key=_key, number=4) | kwargs
+    names = ("process", "model", "key", "number")
+    return gd.sample(*[arguments.pop(name) for name in names], **arguments)
+
+
+_refused = {
+    "`ts` must be an array|`ts` must be made": [
+        lambda: _sample(ts="abc"),
+        lambda: _sample(ts=[1.0, None]),
+        lambda: _sample(ts=[1.0 + 0j, 0.1]),
+    ],
+    "`ts` must be strictly decreasing": [
+        lambda: _sample(ts=[0.001, 1.0]),
+        lambda: _sample(ts=[1.0, np.nan, 0.1]),
+        lambda: gd.generate(_flow, _x, ts=[0.1, 1.0]),
+    ],
+    "`ts` must be strictly increasing": [lambda: gd.invert(_flow, _x, ts=[1.0, 0.1])],
+    "`ts` must hold at least two": [lambda: _sample(ts=[[1.0, 0.5]])],
+    "`number` must be": [
+        lambda: _sample(number=(2, 3)),
+        lambda: _sample(number="4"),
+        lambda: _sample(number=-1),
+        lambda: _sample(number=2.5),
+    ],
+    "`num_steps` must be": [
+        lambda: _sample(num_steps="2"),
+        lambda: gd.time_grid(_process, None),
+        lambda: gd.invert(_flow, _x, 0),
+    ],
+    "`model` must be callable": [
+        lambda: _sample(model=None),
+        lambda: gd.reverse_sde(_process, 3, 1.0, _key),
+    ],
+    "`model` is a `ProbabilityFlow`": [lambda: _sample(model=_flow)],
+    "`process` must be a forward process": [
+        lambda: _sample(process="vp"),
+        lambda: _data.model("vp"),
+        lambda: gd.reverse_transition(_model, 0.1, 0.5),
+    ],
+    "`flow` must be": [
+        lambda: gd.log_likelihood(_process, _x),
+        lambda: gd.log_density(_process, _x),
+        lambda: gd.log_likelihood_bound(_model, _x, _key),
+        lambda: gd.invert(_process, _x),
+        lambda: gd.generate(_model, _x),
+        lambda: gd.adapted_grid(_process, _x),
+    ],
+    "`key` must be one random key": [
+        lambda: _sample(key=0),
+        lambda: _sample(key=jax.random.split(_key)),
+        lambda: _process.prior(None),
+        lambda: _process.perturb(0, _x, 0.5),
+        lambda: _data.sample(0, 3),
+        lambda: gd.reverse_sde(_flow, 1.0, 3),
+        lambda: gd.log_likelihood(_flow, _x, 3, divergence="rademacher"),
+        lambda: gd.dequantise(0, np.zeros((2, 2), np.uint8)),
+    ],
+    "`solver` must be a solver": [
+        lambda: _sample(solver="heun"),
+        lambda: _sample(solver=gd.GDDIM),
+        lambda: gd.invert(_flow, _x, solver="heun"),
+        lambda: gd.adapted_grid(_flow, _x, 3, "heun"),
+        lambda: gd.log_likelihood(_flow, _x, solver="heun"),
+    ],
+    "`placement` must be": [lambda: _sample(placement=3)],
+    "`progress_meter` must be": [lambda: _sample(progress_meter=True)],
+    "`batch` must be": [lambda: _process.prior(_key, "a")],
+    "`n` must be": [lambda: _data.sample(_key, -1)],
+    "A time must be": [
+        lambda: _process.drift(None),
+        lambda: _process.drift("0"),
+        lambda: _process.drift(1j),
+        lambda: _process.perturb(_key, _x, "a"),
+        lambda: _flow.noise("a", _x, None),
+        lambda: _flow.score(np.ones(3), _x, None),
+    ],
+    "`t[01]` must be": [
+        lambda: gd.time_grid(_process, 3, t0=2.0),
+        lambda: gd.time_grid(_process, 3, t1=np.nan),
+        lambda: gd.log_likelihood(_flow, _x, t0="a"),
+    ],
+    "`t0` is traced": [lambda: jax.jit(lambda t: gd.time_grid(_process, 3, t0=t))(1.0)],
+    "`grid` must be": [
+        lambda: gd.time_grid(_process, 3, None),
+        lambda: gd.time_grid(_process, 3, "karras"),
+    ],
+    "`dtype` must be": [
+        lambda: gd.time_grid(_process, 3, dtype=int),
+        lambda: gd.time_grid(_process, 3, dtype="abc"),
+        lambda: _process.prior(_key, (3,), int),
+        lambda: _process.prior(_key, (3,), complex),
+    ],
+    "`scale` must be": [
+        lambda: gd.ClassifierFreeGuidance(_model, _model, "a"),
+        lambda: gd.ClassifierFreeGuidance(_model, _model, None),
+        lambda: _sample(model=gd.ClassifierFreeGuidance(_model, _model, jnp.ones(3))),
+        lambda: gd.GaussianMixture(jnp.zeros((2, 2)), "a"),
+        lambda: gd.GaussianMixture(jnp.zeros((2, 2)), np.ones(2)),
+    ],
+    "`(means|weights)` must be": [
+        lambda: gd.GaussianMixture("abc"),
+        lambda: gd.GaussianMixture(jnp.zeros((2, 2), complex)),
+        lambda: gd.GaussianMixture(jnp.zeros((2, 2)), 0.1, ["a", "b"]),
+    ],
+    "`(low|quantile)` must be": [
+        lambda: gd.Clip("a", 1),
+        lambda: gd.DynamicThreshold((2,), "a"),
+    ],
+    "`(learning_rate|tol)` must be": [
+        lambda: gd.adapted_grid(_flow, _x, 3, learning_rate="a"),
+        lambda: gd.reverse_sde(_flow, 1.0, _key, (4,), tol="a"),
+    ],
+    "`(order|corrector)` must be": [
+        lambda: gd.GDDIM(2.0),
+        lambda: gd.GDDIM(True),
+        lambda: gd.GDDIM(np.arange(2)),
+        lambda: gd.GDDIM(2, corrector="x"),
+    ],
+    "`(sigma_max|beta_min|offset|mass_inverse)` must be": [
+        lambda: gd.VE((2,), sigma_max=None),
+        lambda: gd.VE((2,), sigma_max=np.ones(2)),
+        lambda: gd.VE((2,), sigma_max=np.inf),
+        lambda: gd.Linear("a"),
+        lambda: gd.BDM((2, 2, 1), offset="a"),
+        lambda: gd.CLD((2,), mass_inverse=np.inf),
+    ],
+    "`schedule` must be": [lambda: gd.VP((2,), ["linear"])],
+    "`factor` must be": [lambda: _flow.noise(0.5, _x, None, "L")],
+    "`lam` must be": [lambda: _flow.reverse_drift(0.5, _x, None, "1")],
+    "The noise must be": [lambda: _flow.prediction(0.5, _x, None)],
+    "must have a floating-point dtype": [
+        lambda: _process.perturb(_key, np.zeros((3, 2), np.uint8), 0.5),
+        lambda: gd.log_likelihood(_flow, np.zeros((3, 2), int)),
+        lambda: gd.generate(_flow, np.zeros((3, 2), int)),
+    ],
+    "shape of one data sample": [
+        lambda: gd.log_likelihood(_flow, 1.0),
+        lambda: gd.invert(_flow, 1.0),
+        lambda: gd.adapted_grid(_flow, 1.0),
+    ],
+    "`log_likelihood` must be": [lambda: gd.bits_per_dimension("a", (2,))],
+    "is a part of the flow": [
+        lambda: gd.sample(_flow, _key, 4, predicts="data"),
+        lambda: gd.reverse_sde(_flow, 1.0, _key, factor="R"),
+        lambda: gd.DataGuidance(_flow, gd.Clip(), model=_model),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "message, call",
+    [
+        pytest.param(message, call, id=f"{message.split('` ')[0]} {n}")
+        for message, calls in _refused.items()
+        for n, call in enumerate(calls)
+    ],
+)
+def test_a_bad_argument_is_named(message, call):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+_complex = {
+    "perturb": lambda p, u: p.perturb(_key, jtu.tree_leaves(u)[0], 0.5),
+    "encode": lambda p, u: p.encode(jtu.tree_leaves(u)[0]),
+    "decode": lambda p, u: p.decode(u),
+    "prior": lambda p, u: p.prior(_key, (), jnp.complex64),
+    "prior_log_density": lambda p, u: p.prior_log_density(u),
+    "flow": lambda p, u: _zero_flow(p).vf(0.5, u, None),
+    "GDDIM": lambda p, u: gd.GDDIM().init(_zero_flow(p), 1.0, 0.5, u, None),
+    "generate": lambda p, u: gd.generate(_zero_flow(p), u, 2),
+    "invert": lambda p, u: gd.invert(_zero_flow(p), jtu.tree_leaves(u)[0], 2),
+    "adapted_grid": lambda p, u: gd.adapted_grid(_zero_flow(p), u, 2),
+    "log_density": lambda p, u: gd.log_density(_zero_flow(p), u),
+    "reverse_sde": lambda p, u: (
+        gd.reverse_sde(_zero_flow(p), 1.0, _key, ()).terms[0].vf(0.5, u, None)
+    ),
+    "loss": lambda p, u: gd.training.DenoisingLoss(p).noised(
+        _key, jtu.tree_leaves(u)[0][None]
+    ),
+    "mixture": lambda p, u: gd.GaussianMixture(jnp.ones((1, *p.shape))).model(p)(
+        0.5, u, None
+    ),
+    "network": lambda p, u: gd.nn.NetworkModel(p, lambda t, x: x)(0.5, u),
+}
+
+
+def _zero_flow(process):
+    return gd.ProbabilityFlow(process, lambda t, u, args: jtu.tree_map(jnp.zeros_like, u))
+
+
+@pytest.mark.parametrize("entry", _complex)
+@pytest.mark.parametrize("name", ["vp", "cld"])
+def test_complex_states_are_refused_by_every_entry(name, entry):
+    process = processes[name]()
+    u = jtu.tree_map(lambda x: x.astype(jnp.complex64), prior_state(process))
+    with pytest.raises(ValueError, match="real"):
+        _complex[entry](process, u)
+
+
+def test_complex_data_work_as_real_and_imaginary_parts():
+    z = jnp.array([1 + 2j, -0.5j])
+    x = jnp.stack([z.real, z.imag], -1)
+    process = gd.VP(x.shape)
+    data = gd.GaussianMixture(x[None])
+    samples = gd.sample(process, data.model(process), _key, 3, 10, denoise="exact").x
+    np.testing.assert_allclose(samples, jnp.broadcast_to(x, (3, *x.shape)), atol=1e-4)
+
+
+def test_lists_and_arrays_of_numpy_are_data_without_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for x in (_x, _x.astype(np.float32), [[0.0, 1.0]], _x.astype(np.float16)):
+            u, noise = _process.perturb(_key, x, np.float64(0.5))
+            assert u.dtype == noise.dtype == jnp.asarray(x).dtype
+            _process.prior_log_density(_process.encode(x))
+            _flow.noise(0.5, x, None)
+        assert _process.prior(_key, 3, np.float64).shape == (3, 2)
+        assert gd.sample(_process, _model, _key, 2, ts=[1.0, 0.5, 0.001]).x.shape == (2, 2)
+        assert gd.log_likelihood(_flow, [[0.0, 1.0]]).value.shape == (1,)
+
+
+@pytest.mark.parametrize(
+    "make, parameter",
+    [
+        (lambda a: gd.VE((2,), sigma_max=a), "sigma_max"),
+        (lambda a: gd.VP((2,), gd.Linear(beta_max=a)), "beta_max"),
+        (lambda a: gd.VP((2,), gd.CosineSquared(offset=a)), "offset"),
+        (lambda a: gd.CLD((2,), beta=a), "beta"),
+        (lambda a: gd.BDM((2, 2, 1), sigma_blur_max=a), "sigma_blur_max"),
+        (lambda a: gd.GaussianMixture(jnp.zeros((1, 2)), a), "scale"),
+    ],
+)
+@pytest.mark.parametrize("transform", [jax.jit, jax.grad, jax.vmap])
+def test_a_traced_number_of_a_process_is_named(make, parameter, transform):
+    argument = jnp.array([5.0]) if transform is jax.vmap else 5.0
+    with pytest.raises(ValueError, match=f"`{parameter}` is traced.*constant"):
+        transform(lambda a: (make(a), a)[1])(argument)
+
+
+def test_a_guidance_scale_can_differ_between_samples():
+    guided = lambda scale: gd.ClassifierFreeGuidance(
+        _model, lambda t, u, args: 0 * u, scale
+    )
+    u = prior_state(_process, (3,))
+    got = guided(jnp.array([0.0, 1.0, 2.5]))(0.5, u, None)
+    for n, scale in enumerate((0.0, 1.0, 2.5)):
+        np.testing.assert_allclose(got[n], guided(scale)(0.5, u, None)[n], rtol=1e-6)
+
+
+def test_another_guidance_scale_does_not_compile_anew():
+    traces = []
+
+    def model(t, u, args):
+        traces.append(None)
+        return _model(t, u, args)
+
+    number = []
+    for scale in (1.0, 2.0, 3):
+        guided = gd.ClassifierFreeGuidance(model, model, scale)
+        gd.sample(_process, guided, _key, 2, 3)
+        number.append(len(traces))
+    assert number[0] == number[1] == number[2]
+
+
+def test_what_a_model_raises_says_how_it_was_called():
+    def of_one(t, u, args):
+        return jnp.eye(2) @ u
+
+    with pytest.raises(Exception) as caught:
+        gd.sample(_process, of_one, _key, 5, 3)
+    notes = " ".join(caught.value.__notes__)
+    assert "(5, 2)" in notes and "NetworkModel" in notes
+
+
+def _outputs(flow, kind):
+    u = prior_state(flow.process, (4,))
+    if kind == "sample":
+        return gd.sample(flow, _key, 4, num_steps=3, lam=0.5).x
+    if kind == "reverse_sde":
+        return gd.reverse_sde(flow, 0.5, _key, (4,)).terms[0].vf(0.5, u, None)
+    if kind == "ClassifierGuidance":
+        return gd.ClassifierGuidance(flow, lambda t, u, args: u.sum(-1), 2.0)(0.5, u, None)
+    return gd.DataGuidance(flow, gd.Clip())(0.5, u, None)
+
+
+@pytest.mark.parametrize(
+    "kind", ["sample", "reverse_sde", "ClassifierGuidance", "DataGuidance"]
+)
+def test_a_flow_stands_for_its_parts(kind):
+    def data(t, u, args):
+        return 0.5 * u
+
+    flow = gd.ProbabilityFlow(_process, data, "data")
+    u = prior_state(_process, (4,))
+    parts = dict(predicts="data", factor="R")
+    expected = {
+        "sample": lambda: (
+            gd.sample(_process, data, _key, 4, num_steps=3, lam=0.5, **parts).x
+        ),
+        "reverse_sde": lambda: (
+            gd.reverse_sde(_process, data, 0.5, _key, (4,), **parts)
+            .terms[0]
+            .vf(0.5, u, None)
+        ),
+        "ClassifierGuidance": lambda: gd.ClassifierGuidance(
+            _process, data, lambda t, u, args: u.sum(-1), 2.0, **parts
+        )(0.5, u, None),
+        "DataGuidance": lambda: gd.DataGuidance(_process, data, gd.Clip(), **parts)(
+            0.5, u, None
+        ),
+    }[kind]()
+    np.testing.assert_array_equal(_outputs(flow, kind), expected)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        gd.GDDIM(),
+        gd.GDDIM(2, corrector=0, variable="log"),
+        gd.GDDIM(3, "noise", reevaluate=True),
+        gd.GDDIM(1, "noise", factor="cholesky"),
+    ],
+)
+def test_a_solver_can_be_replaced_and_made_from_what_it_prints(solver):
+    assert dataclasses.replace(solver) == solver
+    assert eval(repr(solver), {"GDDIM": gd.GDDIM}) == solver
+
+
+def test_a_field_of_a_solver_can_be_replaced():
+    replace = dataclasses.replace
+    assert replace(gd.GDDIM(), order=2) == gd.GDDIM(2) == gd.GDDIM(2, corrector=1)
+    assert replace(gd.GDDIM(), space="noise") == gd.GDDIM(4, "noise")
+    assert replace(gd.GDDIM(2), corrector=2) == gd.GDDIM(2, corrector=2)
+    assert replace(gd.GDDIM(2), corrector=2) != gd.GDDIM(2)
+    guided = gd.ClassifierGuidance(_flow, lambda t, u, args: u.sum(-1), 2.0)
+    assert float(replace(guided, scale=3.0).scale) == 3
+    assert replace(guided, scale=3.0).flow == _flow
