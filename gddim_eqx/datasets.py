@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from ._check import check_count
+from ._read_image import read_image
 
 
 Images = UInt8[np.ndarray, "number height width channels"]
@@ -226,6 +227,10 @@ def folder(
     """All images in a directory and those within it, in the order of their names. For
     CELEBA: `img_align_celeba` from mmlab.ie.cuhk.edu.hk/projects/CelebA.html.
 
+    They become RGB of 8 bits. Grey levels become three equal channels, those of 16 bits
+    divided by 257 and rounded down; images are turned as EXIF says, and colours with an
+    ICC profile are converted to sRGB.
+
     **Arguments:**
 
     - `directory`: with PNG, JPEG, BMP or WebP files.
@@ -233,7 +238,9 @@ def folder(
     - `crop`: how much of the centre to keep before: 140 for CELEBA.
 
     **Raises:** `ValueError` if there are none, for images of several sizes, for one that
-    is smaller than `crop`, and for one that cannot be read. Needs Pillow.
+    is smaller than `crop`, and for one that cannot be read. Also for one that cannot be
+    converted without guessing: with transparent pixels, several frames, colours of 16 bits
+    or levels without a known range. Needs Pillow.
     """
     for name, value in (("size", size), ("crop", crop)):
         if value is not None:
@@ -251,11 +258,7 @@ def folder(
         raise ValueError(f"{directory} {what}. Images end in {', '.join(_image_endings)}.")
     images = []
     for path in paths:
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except (OSError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path} is not a whole image: {error}.") from error
+        image = read_image(path)
         if crop is not None:
             if crop > min(image.size):
                 raise ValueError(

@@ -1,0 +1,117 @@
+"""One image file, as the RGB of 8 bits that a screen would show."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+_formats = ("PNG", "JPEG", "MPO", "BMP", "DIB", "WEBP", "GIF")  # Whatever the ending is.
+
+# The primaries and white of sRGB, and its nearest power, as PNG has them.
+_srgb = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
+_gamma = 1 / 2.2
+
+
+def read_image(path: Path) -> Any:
+    """**Returns:** a Pillow image of mode RGB, upright.
+
+    **Raises:** `ValueError` for a file that is no whole image, or of which 8 bits of sRGB
+    cannot be made without guessing. Needs Pillow.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            file.load()
+            image = ImageOps.exif_transpose(file)
+            depth, frames = _png_depth(path), getattr(file, "n_frames", 1)
+            kind = file.format
+    except Exception as error:  # Pillow has no common class for what a damaged file does.
+        raise ValueError(f"{path} is not a whole image: {error}.") from error
+    if kind not in _formats:
+        raise ValueError(f"{path} is a file of {kind}. Convert it, for example to PNG.")
+    # The other pictures in one of MPO are of the same, for example smaller.
+    if frames > 1 and kind != "MPO":
+        raise ValueError(f"{path} has {frames} frames. Save the one that is meant, alone.")
+    if depth == 16:
+        image = _from_16_bits(path, image)
+    _check_opaque(path, image)
+    return _to_srgb(path, image)
+
+
+def _png_depth(path: Path) -> int | None:
+    """Of the bits of a channel. Pillow does not say, and drops the lower 8 of colours."""
+    with path.open("rb") as file:
+        head = file.read(25)
+    return head[24] if head.startswith(b"\x89PNG") else None
+
+
+def _from_16_bits(path: Path, image: Any) -> Any:
+    from PIL import Image
+
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        raise ValueError(
+            f"{path} has colours or transparency of 16 bits, of which Pillow reads 8. "
+            "Convert it to 8 bits."
+        )
+    found = Image.fromarray((np.asarray(image).astype(np.int64) // 257).astype(np.uint8))
+    found.info = image.info
+    return found
+
+
+def _check_opaque(path: Path, image: Any) -> None:
+    transparent = image.mode != "P" and "transparency" in image.info
+    if not transparent and image.mode in ("P", "PA", "LA", "RGBA"):
+        transparent = image.convert("RGBA").getextrema()[3][0] < 255
+    if transparent:
+        raise ValueError(
+            f"{path} is transparent in places, and what is behind is not known. Put it "
+            "onto a background, by Pillow's `Image.alpha_composite`."
+        )
+
+
+def _to_srgb(path: Path, image: Any) -> Any:
+    info, mode = image.info, image.mode
+    if mode in ("P", "PA", "RGBA"):
+        image = image.convert("RGBA").convert("RGB")
+    elif mode in ("1", "LA"):
+        image = image.convert("L")
+    elif mode not in ("L", "RGB", "CMYK"):
+        raise ValueError(
+            f"{path} has Pillow's mode {mode!r}, whose black and white are not known. "
+            "Convert it to grey or RGB of 8 bits."
+        )
+    if mode == "CMYK" and "adobe" not in info:
+        raise ValueError(
+            f"{path} is of CMYK, and does not say whether 0 is no ink or all of it. "
+            "Convert it to RGB."
+        )
+    if "icc_profile" in info:
+        return _by_profile(path, image, info["icc_profile"])
+    if "srgb" not in info:
+        power = info.get("gamma", _gamma)
+        primaries = info.get("chromaticity", _srgb)
+        if abs(power / _gamma - 1) > 0.05 or not np.allclose(primaries, _srgb, atol=0.01):
+            raise ValueError(
+                f"{path} is not in sRGB: it says that its gamma is {power:.5g} and its "
+                f"chromaticities are {tuple(primaries)}. Convert it to sRGB."
+            )
+    return image.convert("RGB")
+
+
+def _by_profile(path: Path, image: Any, profile: bytes) -> Any:
+    from PIL import ImageCms
+
+    try:
+        found = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        # Left as it is, where a conversion could only round.
+        if "sRGB" in ImageCms.getProfileDescription(found):
+            return image.convert("RGB")
+        srgb: Any = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, found, srgb, outputMode="RGB")
+    except (OSError, ImageCms.PyCMSError) as error:
+        raise ValueError(
+            f"{path} has an ICC profile that does not do: {error}. Convert it to sRGB."
+        ) from error
