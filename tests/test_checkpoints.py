@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -201,21 +202,155 @@ def test_what_is_saved_is_loaded(tmp_path, make):
     assert type(loaded) is type(model)
 
 
+class _Own(eqx.Module):
+    """A network as a user would write it."""
+
+    layers: list
+    frequencies: np.ndarray
+    dropout: eqx.nn.Dropout
+    activation: Callable
+
+    def __init__(self, width, depth=1, activation=jnp.tanh, *, key):
+        keys = jax.random.split(key, 3)
+        self.layers = [
+            eqx.nn.MLP(3, width, width, depth, jax.nn.softplus, key=keys[0]),
+            eqx.nn.LayerNorm(width),
+            eqx.nn.Linear(width, 2, key=keys[2]),
+        ]
+        self.frequencies = np.arange(1, 3).astype(np.float32)
+        self.dropout = eqx.nn.Dropout(0.1)
+        self.activation = activation
+
+    def __call__(self, t, x, *, key=None):
+        mlp, norm, last = self.layers
+        x = jnp.asarray(self.frequencies, x.dtype) * x
+        h = self.activation(norm(mlp(jnp.concatenate([t[None], x]))))
+        return last(self.dropout(h, key=key, inference=key is None))
+
+
+def _sde(rate=1.0):
+    return gd.LinearSDE((2,), lambda t: -rate * t, lambda t: t + 1.0)
+
+
+def _as_user_model(process, network):
+    return gd.ProbabilityFlow(process, gd.nn.NetworkModel(process, network), "data")
+
+
+@pytest.mark.parametrize("shapes_only", (False, True))
+@pytest.mark.parametrize("whole", (False, True))
+def test_networks_of_ones_own(tmp_path, shapes_only, whole):
+    process = gd.VP((2,), gd.Linear(beta_max=15.0))
+    flow = _as_user_model(process, _Own(8, key=jax.random.key(0)))
+    flow = eqx.tree_at(lambda f: f.model.network.frequencies, flow, np.float32([3, 4]))
+    gd.checkpoints.save(tmp_path / "model", flow)
+    make = lambda key: _Own(8, key=key)
+    if shapes_only:
+        make = functools.partial(eqx.filter_eval_shape, make)
+    like = make(jax.random.key(1))
+    like = _as_user_model(process, like) if whole else like
+    loaded = gd.checkpoints.load(tmp_path / "model", like=like)
+    assert loaded.process == process and loaded.predicts == "data"
+    t, x = jnp.array(0.3), jnp.array([0.1, -0.2])
+    np.testing.assert_array_equal(loaded.model(t, x), flow.model(t, x))
+    assert eqx.tree_equal(*(eqx.filter(f, eqx.is_array) for f in (loaded, flow)))
+
+
+def test_models_of_ones_own_without_a_network_model(tmp_path):
+    mixture = gd.GaussianMixture(jnp.float32([[0, 1], [2, 3]]), 0.1, [0.3, 0.7])
+    process = gd.CLD((2,))
+    flow = gd.ProbabilityFlow(process, mixture.model(process), factor="cholesky")
+    gd.checkpoints.save(tmp_path / "model", flow)
+    like = gd.GaussianMixture(jnp.zeros((2, 2)), 0.1).model(process)
+    loaded = gd.checkpoints.load(tmp_path / "model", like=like)
+    assert eqx.tree_equal(loaded, flow) and loaded.factor == "cholesky"
+    gd.checkpoints.save(tmp_path / "alone", _Own(8, key=jax.random.key(0)))
+    alone = gd.checkpoints.load(tmp_path / "alone", like=_Own(8, key=jax.random.key(1)))
+    assert eqx.tree_equal(alone, _Own(8, key=jax.random.key(0)))
+
+
+def test_processes_of_ones_own(tmp_path):
+    process = _sde()
+    model = gd.nn.NetworkModel(process, _points(jax.random.key(0)), data_std=0.5)
+    flow = gd.ProbabilityFlow(process, model)
+    gd.checkpoints.save(tmp_path / "model", flow)
+    loaded = gd.checkpoints.load(tmp_path / "model", like=process)
+    assert eqx.tree_equal(loaded, flow) and loaded.process == process
+    # With a network of one's own too, the whole is needed.
+    own = _as_user_model(process, _Own(8, key=jax.random.key(0)))
+    gd.checkpoints.save(tmp_path / "model", own)
+    like = _as_user_model(process, _Own(8, key=jax.random.key(1)))
+    assert eqx.tree_equal(gd.checkpoints.load(tmp_path / "model", like=like), own)
+    for part in (process, own.model.network):
+        match = "a LinearSDE and a _Own: `like` must be a whole ProbabilityFlow with them"
+        with pytest.raises(ValueError, match=match):
+            gd.checkpoints.load(tmp_path / "model", like=part)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda key: None, "has the arrays of a _Own, .*Make one .*`load\\(path, like="),
+        (lambda key: _Own(4, key=key), r"array .model.network.*has shape .*needs \(4,"),
+        (lambda key: _Own(8, 2, key=key), r"no array .*network.layers\[0\].layers\[2\].we"),
+        (lambda key: _Own(8, 0, key=key), "has shape|which has no place"),
+        (
+            lambda key: _as_user_model(gd.VP((2,)), _Own(8, key=key)),
+            "was saved with model.process.schedule.beta_max 15.0, but `like` has 20.0",
+        ),
+        (
+            lambda key: _as_user_model(gd.VE((2,)), _Own(8, key=key)),
+            "was saved with model.process a VP, but `like` has a VE",
+        ),
+    ],
+)
+def test_what_is_not_like_what_was_saved_is_refused(tmp_path, make, message):
+    process = gd.VP((2,), gd.Linear(beta_max=15.0))
+    flow = _as_user_model(process, _Own(8, key=jax.random.key(0)))
+    gd.checkpoints.save(tmp_path / "model", flow)
+    with pytest.raises(ValueError, match=message) as error:
+        gd.checkpoints.load(tmp_path / "model", like=make(jax.random.key(0)))
+    assert len(str(error.value)) < 500
+
+
+def test_what_needs_no_like_refuses_others(tmp_path):
+    gd.checkpoints.save(tmp_path / "model", _points(jax.random.key(0)))
+    with pytest.raises(
+        ValueError, match="needs no `like`, as it has a TimeMLP; got a _Own"
+    ):
+        gd.checkpoints.load(tmp_path / "model", like=_Own(8, key=jax.random.key(0)))
+    like = _points(jax.random.key(1))
+    loaded = gd.checkpoints.load(tmp_path / "model", like=like)
+    assert eqx.tree_equal(loaded, _points(jax.random.key(0)))
+
+
+@pytest.mark.parametrize(
+    "dtype", ("bfloat16", "float16", "float8_e4m3fn", "int8", "bool", "complex64")
+)
+def test_arrays_of_every_dtype(tmp_path, dtype):
+    model = {"a": jnp.asarray([0, 1, 0.5, -2], jnp.float32).astype(dtype)}
+    model["b"], model["key"] = model["a"][1], jax.random.key(3)
+    gd.checkpoints.save(tmp_path / "model", model)
+    like = eqx.filter_eval_shape(lambda: model)
+    loaded = gd.checkpoints.load(tmp_path / "model", like=like)
+    assert loaded["a"].dtype == dtype and eqx.tree_equal(loaded, model)
+
+
+@pytest.mark.x64
+def test_a_model_of_half_precision_stays_one(tmp_path):
+    cast = lambda x: x.astype(jnp.bfloat16) if eqx.is_inexact_array(x) else x
+    half = jtu.tree_map(cast, _flow(jax.random.key(0)))
+    gd.checkpoints.save(tmp_path / "model", half)
+    assert eqx.tree_equal(gd.checkpoints.load(tmp_path / "model"), half)
+
+
 @pytest.mark.x64
 def test_a_failed_save_leaves_the_file_before(tmp_path):
     path, model = tmp_path / "model", _points(jax.random.key(0))
     gd.checkpoints.save(path, model)
     before = path.read_bytes()
-    process = gd.LinearSDE((2,), lambda t: -t, lambda t: t + 1.0)
-    with pytest.raises(ValueError, match="Cannot save LinearSDE"):
-        gd.checkpoints.save(path, gd.nn.NetworkModel(process, model))
-    with pytest.raises(ValueError, match="Cannot save <function"):
-        gd.checkpoints.save(path, gd.nn.NetworkModel(gd.VP((2,)), lambda t, x: x))
-    half = jtu.tree_map(
-        lambda x: x.astype(jnp.bfloat16) if eqx.is_inexact_array(x) else x, model
-    )
-    with pytest.raises(ValueError, match="NumPy cannot save.*bfloat16"):
-        gd.checkpoints.save(path, half)
+    for value in (np.array(["a"]), np.array([None])):
+        with pytest.raises(ValueError, match=r"array \['x'\] is .*no kind of number"):
+            gd.checkpoints.save(path, {"x": value})
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 

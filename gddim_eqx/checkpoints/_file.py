@@ -1,7 +1,5 @@
 """Files of models that say themselves what is in them."""
 
-import functools
-import inspect
 import json
 import zipfile
 from pathlib import Path
@@ -10,78 +8,101 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 
-from .._process import (
-    BDM,
-    CLD,
-    CosineSquared,
-    Linear,
-    SubVP,
-    VE,
-    VP,
-)
-from .._term import ProbabilityFlow
 from .._write import write_whole
-from ..nn import ImageClassifier, NCSNpp, NetworkModel, TimeMLP
+from ._describe import build, describe
 
 
 _VERSION = 1
 
-# What can be saved. Each keeps the arguments of its `__init__` under their names.
-_classes: dict[str, type[eqx.Module]] = {
-    cls.__name__: cls
-    for cls in (
-        *(BDM, CLD, SubVP, VE, VP, Linear, CosineSquared),
-        *(ImageClassifier, NCSNpp, TimeMLP, NetworkModel, ProbabilityFlow),
-    )
-}
 
-
-def save(path: str | Path, model: eqx.Module) -> None:
+def save(path: str | Path, model: Any) -> None:
     """Save a model with its architecture and its process, for
     [`gddim_eqx.checkpoints.load`][].
 
     The file is NumPy's `.npz`: the parameters, and in `header` what they are of, as JSON.
     It is written under another name first, so that `path` is never half a file.
 
+    Networks and processes of your own, and a `LinearSDE`, cannot be described: of these
+    it has the arrays, and `load` needs one like them.
+
     **Arguments:**
 
     - `path`: of the file, with any ending.
     - `model`: a [`gddim_eqx.nn.NetworkModel`][]; or a [`gddim_eqx.ProbabilityFlow`][] of
-        one, to keep too what it predicts; or a network alone.
+        one, or of a model of your own, to keep too what it predicts; or a network alone.
 
-    **Raises:** `ValueError` for a model with a part that cannot be described, such as a
-    function, or a `LinearSDE`.
+    **Raises:** `ValueError` for arrays of something else than numbers.
     """
-    path = Path(path)
-    header = {"format": "gddim_eqx", "version": _VERSION, "model": _describe(model)}
-    arrays: Any = {name: np.asarray(x) for name, x in _arrays(model)}
-    for name, array in arrays.items():
-        if array.dtype.kind not in "fiub":
-            raise ValueError(
-                f"NumPy cannot save the parameters {name}, of {array.dtype}; convert them, "
-                "for example to float32."
-            )
+    arrays: dict[str, np.ndarray] = {}
+    dtypes = {}
+    for name, array in _arrays(model):
+        arrays[name], kind = _to_numpy(name, array)
+        if kind is not None:
+            dtypes[name] = kind
+    header = {
+        "format": "gddim_eqx",
+        "version": _VERSION,
+        "model": describe(model),
+        "dtypes": dtypes,
+    }
     arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    write_whole(path, lambda file: np.savez(file, **arrays))
+    contents: Any = arrays
+    write_whole(Path(path), lambda file: np.savez(file, **contents))
 
 
-def load(path: str | Path) -> Any:
+def load(path: str | Path, like: Any = None) -> Any:
     """Load what [`gddim_eqx.checkpoints.save`][] saved.
 
     **Arguments:**
 
     - `path`: of the file.
+    - `like`: where the file has the arrays of a network or process of your own: one of
+        the same structure, or a whole model with it. Its arrays are replaced, and may be
+        shapes only, by `eqx.filter_eval_shape`. What is no array is kept, such as
+        activation functions or the functions of a `LinearSDE`, and is not compared with
+        what was saved.
 
     **Returns:** the model.
 
     **Raises:** `ValueError` for a file that is no such file, is not whole, was written by
-    a later version of the library, or whose arrays are not those of its architecture. It
-    names the first that does not fit.
+    a later version of the library, needs a `like`, or whose arrays are not those of its
+    architecture. It names the first that does not fit.
     """
     path = Path(path)
+    header, arrays = _read(path)
+    model = build(header["model"], like, path)
+    values = []
+    for name, wanted in _arrays(model):
+        if name not in arrays:
+            raise ValueError(f"{path} has no array {name}, which its network needs.")
+        array = arrays.pop(name)
+        if array.shape != wanted.shape:
+            raise ValueError(
+                f"{path}: the array {name} has shape {array.shape}, but its network needs "
+                f"{wanted.shape}."
+            )
+        if isinstance(array, jax.Array) or isinstance(wanted, np.ndarray):
+            values.append(array)
+            continue
+        if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+            raise ValueError(
+                f"{path}: the array {name} is {array.dtype}. Enable double precision: "
+                '`jax.config.update("jax_enable_x64", True)`.'
+            )
+        values.append(jnp.asarray(array))
+    if arrays:
+        raise ValueError(f"{path} has an array {next(iter(arrays))}, which has no place.")
+    dynamic, static = eqx.partition(model, _is_array)
+    dynamic = jtu.tree_unflatten(jtu.tree_structure(dynamic), values)
+    return eqx.combine(dynamic, static)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The header, and the arrays as they were before saving."""
     try:
         with path.open("rb") as whole, np.load(whole, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -97,78 +118,35 @@ def load(path: str | Path) -> Any:
             f"{path} has version {header.get('version')} of the format, and this library "
             f"reads version {_VERSION}. Update `gddim_eqx`."
         )
-    model = _build(header["model"], path)
-    values = []
-    for name, wanted in _arrays(model):
-        if name not in arrays:
-            raise ValueError(f"{path} has no array {name}, which its network needs.")
-        array = arrays.pop(name)
-        if array.shape != wanted.shape:
-            raise ValueError(
-                f"{path}: the array {name} has shape {array.shape}, but its network needs "
-                f"{wanted.shape}."
-            )
-        if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
-            raise ValueError(
-                f"{path}: the array {name} is {array.dtype}. Enable double precision: "
-                '`jax.config.update("jax_enable_x64", True)`.'
-            )
-        values.append(jnp.asarray(array))
-    if arrays:
-        raise ValueError(f"{path} has an array {next(iter(arrays))}, which has no place.")
-    dynamic, static = eqx.partition(model, _is_array)
-    dynamic = jtu.tree_unflatten(jtu.tree_structure(dynamic), values)
-    return eqx.combine(dynamic, static)
+    kinds = header.get("dtypes", {})
+    arrays = {name: _from_numpy(x, kinds.get(name)) for name, x in arrays.items()}
+    return header, arrays
 
 
 def _is_array(x: Any) -> bool:
-    return eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
+    return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
 
 
-def _arrays(model: eqx.Module) -> list[tuple[str, Any]]:
+def _arrays(model: Any) -> list[tuple[str, Any]]:
     leaves = jtu.tree_leaves_with_path(eqx.filter(model, _is_array))
     return [(jtu.keystr(path), leaf) for path, leaf in leaves]
 
 
-def _describe(value: Any) -> Any:
-    """A value as JSON has it; of a module, its class and arguments."""
-    if type(value) in _classes.values():
-        names = [n for n in inspect.signature(type(value)).parameters if n != "key"]
-        arguments = {name: _describe(getattr(value, name)) for name in names}
-        return {"class": type(value).__name__, "arguments": arguments}
-    if isinstance(value, tuple | list):
-        return [_describe(x) for x in value]
-    if isinstance(value, np.dtype):
-        return value.name
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise ValueError(
-        f"Cannot save {value!r} such that it could be loaded. These can be: "
-        f"{', '.join(sorted(_classes))}."
-    )
+def _to_numpy(name: str, x: Any) -> tuple[np.ndarray, str | None]:
+    """An array that NumPy can save, and of what it is if that is not its dtype."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return np.asarray(jr.key_data(x)), f"key {jr.key_impl(x)}"
+    x = np.asarray(x)
+    if x.dtype.isbuiltin == 1 and x.dtype.kind in "fiubc":
+        return x, None
+    if not jnp.issubdtype(x.dtype, jnp.number):
+        raise ValueError(f"The array {name} is {x.dtype}, which is no kind of number.")
+    return x.view(f"u{x.dtype.itemsize}"), x.dtype.name
 
 
-def _build(value: Any, path: Path) -> Any:
-    """What `_describe` described, with shapes in place of parameters."""
-    if isinstance(value, list):
-        return tuple(_build(x, path) for x in value)
-    if not isinstance(value, dict):
-        return value
-    cls = _classes.get(value["class"])
-    if cls is None:
-        raise ValueError(
-            f"{path} has a {value['class']}, which this version of the library does not "
-            "know. Update `gddim_eqx`."
-        )
-    arguments = {name: _build(x, path) for name, x in value["arguments"].items()}
-    known = inspect.signature(cls).parameters
-    unknown = set(arguments) - set(known)
-    if unknown:
-        raise ValueError(
-            f"{path} has the arguments {sorted(unknown)} of {cls.__name__}, which this "
-            "version of the library does not know. Update `gddim_eqx`."
-        )
-    if "key" not in known:
-        return cls(**arguments)
-    make = functools.partial(cls, **arguments)
-    return eqx.filter_eval_shape(make, key=jax.random.key(0))
+def _from_numpy(x: np.ndarray, kind: str | None) -> Any:
+    if kind is None:
+        return x
+    if kind.startswith("key "):
+        return jr.wrap_key_data(jnp.asarray(x), impl=kind.removeprefix("key "))
+    return x.view(jnp.dtype(kind))
