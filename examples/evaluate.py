@@ -2,7 +2,8 @@ r"""Measure how good the samples of a trained model are.
 
     python examples/evaluate.py runs/fashion-mnist/model.npz --data.name fashion_mnist
     python examples/evaluate.py runs/digits/model.npz --data.name digits \
-        --features pixels --samplers gddim heun --evaluations 10 20 50
+        --samplers gddim heun --evaluations 10 20 50
+    python examples/evaluate.py mine.npz --like mine.py:network --data.name digits
     python examples/evaluate.py checkpoint_15 --authors cifar10_cld --data.name cifar10 \
         --data.directory cifar-10-python.tar.gz --features inception \
         --weights pt_inception-2015-12-05-6726825d.pth --number 50000
@@ -17,6 +18,8 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
+import importlib
+import importlib.util
 import json
 import operator
 import os
@@ -80,6 +83,10 @@ SAMPLERS = {
     "em": Sampler("Euler-Maruyama", dfx.Euler(), lam=1.0),
     "sscs": Sampler("SSCS", gd.SSCS(), lam=1.0, only=gd.CLD),
 }
+
+
+def _names(samplers: dict[str, Sampler]) -> list[str]:
+    return [f"`{name}` ({sampler.name})" for name, sampler in samplers.items()]
 
 
 class Bench:
@@ -202,14 +209,21 @@ class Config:
     `celeba_cld`; or a file of their configuration, as JSON."""
     process: Literal["cld", "bdm"] | None = None
     """The process of a file of the authors' code; by default CLD."""
+    like: str | None = None
+    """For a model with a network or process of your own: `path.py:name` or `module:name`
+    of a function without arguments. It returns one of the same structure, as
+    `gddim_eqx.checkpoints.load` takes it."""
     against: Literal["train", "test"] = "train"
     """Which part of the data to compare with."""
-    features: Literal["pixels", "classifier", "inception"] = "classifier"
-    """What to compare images by. The classifier is for Fashion-MNIST, Inception for
-    images in colour, and pixels for small ones of any kind."""
+    features: Literal["pixels", "classifier", "inception"] | None = None
+    """What to compare images by: by default the classifier for Fashion-MNIST, Inception
+    for images in colour, and else pixels, which are for small images of any kind."""
     weights: Path | None = None
     """The file of Inception's weights."""
-    samplers: tuple[str, ...] = ("gddim", "gddim-paper", "heun", "tsit5", "ancestral")
+    samplers: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(help="Some of " + ", ".join(_names(SAMPLERS)) + "."),
+    ] = ("gddim", "gddim-paper", "heun", "tsit5", "ancestral")
     evaluations: tuple[int, ...] = (10, 20, 50)
     """The most that each sampler may evaluate the network."""
     grid: Literal["clock", "quadratic"] | None = None
@@ -220,6 +234,7 @@ class Config:
     """What to do with the noise that is left, as in `gddim_eqx.sample`. It takes one of
     the evaluations. The authors of the paper use `drift`."""
     seeds: tuple[int, ...] = (0,)
+    """Of the random numbers: everything is measured once with each."""
     number: int = 10_000
     """Of samples for each sampler, number of evaluations and seed."""
     batch_size: int = 512
@@ -244,17 +259,61 @@ def read_model(config: Config, shape: tuple[int, ...]) -> gd.ProbabilityFlow:
         process = config.process or "cld"
         flow = read_authors(config.model, config.authors, process, shape)
     else:
-        flow = gd.checkpoints.load(config.model)
+        flow = read_ours(config.model, config.like)
         if isinstance(flow, gd.nn.NetworkModel):
             flow = gd.ProbabilityFlow(flow.process, flow)
     if not isinstance(flow, gd.ProbabilityFlow):
-        raise ValueError(f"{config.model} holds a {type(flow).__name__}, not a model.")
+        raise ValueError(
+            f"{config.model} holds a {type(flow).__name__}, not a model and its process. "
+            "Save a `gddim_eqx.ProbabilityFlow` of it, or a `gddim_eqx.nn.NetworkModel`."
+        )
     if flow.process.shape != shape:
         raise ValueError(
             f"{config.model} is for data of shape {flow.process.shape}; those of "
             f"{config.data.name} have {shape}."
         )
     return flow
+
+
+def read_ours(path: Path, like: str | None) -> Any:
+    if like is not None:
+        return gd.checkpoints.load(path, like=named(like)())
+    try:
+        return gd.checkpoints.load(path)
+    except ValueError as error:
+        if "like=" in str(error):
+            raise ValueError(f"{error} Here: by `--like path.py:function`.") from error
+        raise
+
+
+def named(name: str) -> Callable[[], Any]:
+    """What `--like` names."""
+    where, _, function = name.rpartition(":")
+    try:
+        found = getattr(module(where), function)
+    except (ImportError, AttributeError, OSError, ValueError) as error:
+        raise ValueError(
+            f"`--like` must be path.py:name or module:name of a function; got {name!r}, "
+            f"where {error}."
+        ) from error
+    if not callable(found):
+        raise ValueError(f"`--like` must name a function; {name} is {found!r}.")
+    return found
+
+
+@functools.cache
+def module(where: str) -> Any:
+    path = Path(where)
+    if path.suffix != ".py":
+        sys.path.append(os.getcwd())
+        return importlib.import_module(where)
+    # By its path, as it may have the name of another, such as `train`.
+    sys.path.append(str(path.resolve().parent))
+    spec = importlib.util.spec_from_file_location(f"like_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
 
 
 def read_authors(
@@ -282,14 +341,38 @@ def read_authors(
     return gd.ProbabilityFlow(made, gd.nn.NetworkModel(made, network, mixed_score))
 
 
-def read_features(config: Config) -> gd.metrics.AbstractFeatures:
-    if config.features == "pixels":
-        return gd.metrics.Pixels()
-    if config.features == "classifier":
-        return gd.metrics.Classifier()
-    if config.weights is None:
-        raise ValueError("Inception is read from a file: give `--weights`.")
-    return gd.metrics.Inception(config.weights)
+def features_of(config: Config, shape: tuple[int, ...]) -> str:
+    if config.features is not None:
+        return config.features
+    if config.weights is not None or shape[-1] == 3:
+        return "inception"
+    return "classifier" if config.data.name == "fashion_mnist" else "pixels"
+
+
+def read_features(config: Config, shape: tuple[int, ...]) -> gd.metrics.AbstractFeatures:
+    name = features_of(config, shape)
+    found = gd.metrics.Pixels()
+    if name == "classifier":
+        found = gd.metrics.Classifier()
+        if shape != found.classifier.shape:
+            raise ValueError(
+                f"`--features classifier` is for images of shape {found.classifier.shape}; "
+                f"got {shape}. Use `--features pixels`."
+            )
+    if name == "inception":
+        if config.weights is None:
+            raise ValueError(
+                "Inception is read from a file: give `--weights`; or `--features pixels`, "
+                "with which distances are no FID."
+            )
+        if shape[-1] != 3:
+            raise ValueError(
+                f"`--features inception` is for images in colour; got the shape {shape}. "
+                "Use `--features pixels`."
+            )
+        found = gd.metrics.Inception(config.weights)
+    print(f"Comparing by {name}.", file=sys.stderr)
+    return found
 
 
 def check(config: Config) -> None:
@@ -310,10 +393,12 @@ def check(config: Config) -> None:
     adaptive = [name for name in config.samplers if SAMPLERS[name].grid is None]
     if config.denoise is not None and adaptive:
         raise ValueError(f"`denoise` is not for {adaptive[0]}, which chooses its steps.")
-    if config.weights is not None and config.features != "inception":
+    if config.weights is not None and config.features not in (None, "inception"):
         raise ValueError("`weights` are for `--features inception`.")
     if config.process is not None and config.authors is None:
         raise ValueError("`process` is for `--authors`; other files say theirs.")
+    if config.like is not None and config.authors is not None:
+        raise ValueError("`like` is not for `--authors`, which says what network it is.")
 
 
 #
@@ -473,6 +558,7 @@ def protocol(
         "features": features.key,
         "model": digest(config.model.read_bytes()),
         "authors": authors,
+        "like": None if config.like is None else source_of(config.like),
         "data": {k: to_json(config.data)[k] for k in ("name", "size", "crop")},
         "against": f"{config.against}, {len(images)} images",
         "images": digest(np.ascontiguousarray(images).data),
@@ -488,6 +574,12 @@ def protocol(
         "computed": f"{dtype} on {jax.default_backend()}, jax {jax.__version__}, "
         f"gddim_eqx {gd.__version__}",
     }
+
+
+def source_of(like: str) -> str:
+    """The name and the file that has it, as they say what is measured."""
+    file = module(like.rpartition(":")[0]).__file__
+    return f"{like} {digest(Path(file).read_bytes())}"
 
 
 def digest(content: Any) -> str:
@@ -507,6 +599,9 @@ def read_results(
         raise ValueError(
             f"{path} is damaged ({error}). Delete it to begin anew."
         ) from error
+    # A run that failed before it drew anything leaves nothing to mix up.
+    if not cells and not any((path.parent / "parts").glob("*/*/*.npz")):
+        return []
     for key in {**wanted, **before}:
         if before.get(key) != wanted.get(key):
             raise ValueError(
@@ -527,7 +622,8 @@ def evaluate(config: Config) -> list[dict[str, Any]]:
     images = load(config.data, train=config.against == "train")
     if images.dtype != np.uint8:
         raise ValueError(f"{config.data.name} has no images.")
-    flow, features = read_model(config, images.shape[1:]), read_features(config)
+    flow = read_model(config, images.shape[1:])
+    features = read_features(config, images.shape[1:])
     batch_size = min(config.batch_size, config.number)
     bench = Bench(flow, batch_size, config.denoise)
     wanted = protocol(config, flow, features, images, bench.batch_size)

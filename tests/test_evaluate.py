@@ -3,12 +3,14 @@
 import importlib
 import json
 import pathlib
+import re
 import sys
 
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+import PIL.Image
 import pytest
 
 import gddim_eqx as gd
@@ -60,6 +62,7 @@ def run(evaluate, model, tmp_path):
             "--output": tmp_path / "output",
             "--cache": tmp_path / "cache",
         } | arguments
+        arguments = {k: v for k, v in arguments.items() if v is not None}
         command = [str(path)]
         for name, value in arguments.items():
             values = value if isinstance(value, list) else [value]
@@ -267,7 +270,19 @@ def test_adaptive_steps_do_not_depend_on_other_budgets(run, tmp_path):
         (("--data.directory", "/nowhere"), "digits is not read from files"),
         (("--evaluations", [0]), r"`evaluations` must be positive; got \(0,\)"),
         (("--features", "inception"), "give `--weights`"),
-        (("--features", "classifier"), r"of shape \(28, 28, 1\); got \(8, 8, 1\)"),
+        (
+            ("--features", "classifier"),
+            r"of shape \(28, 28, 1\); got \(8, 8, 1\). Use `--features pixels`",
+        ),
+        (
+            ("--features", "inception", "--weights", "/nowhere"),
+            "is for images in colour; .*Use `--features pixels`",
+        ),
+        (("--like", "nowhere.py:f"), "path.py:name or module:name .*'nowhere.py:f'"),
+        (("--like", "nowhere"), "path.py:name or module:name .*got 'nowhere'"),
+        (("--like", "json:other"), "path.py:name or module:name .*'other'"),
+        (("--like", "json:__name__"), "must name a function; json:__name__ is 'json'"),
+        (("--like", "json:dumps", "--authors", "x"), "`like` is not for `--authors`"),
         (("--against", "test"), "digits has no part for tests"),
         (("--data.name", "rings"), "rings has no images"),
         (("--data.name", "cifar10"), "give `--data.directory`"),
@@ -289,3 +304,100 @@ def test_what_is_no_model_is_refused(run, tmp_path):
     match = r"data of shape \(8, 6, 1\); those of digits have \(8, 8, 1\)"
     with pytest.raises(SystemExit, match=match):
         run(path=other)
+
+
+def _folder_of_colours(directory):
+    directory.mkdir()
+    for n in range(4):
+        PIL.Image.new("RGB", (8, 8), (n, 0, 0)).save(directory / f"{n}.png")
+    return ("--data.name", "folder", "--data.directory", directory)
+
+
+def test_what_to_compare_by_is_chosen_by_the_data(run, evaluate, tmp_path, capsys):
+    found = run("--features", None)
+    assert found["protocol"]["frechet_distance"] == "Frechet distance of pixels"
+    assert "Comparing by pixels." in capsys.readouterr().err
+    fashion = evaluate.Config(tmp_path, evaluate.Source("fashion_mnist"))
+    assert evaluate.features_of(fashion, (28, 28, 1)) == "classifier"
+    colours = _save(tmp_path / "colours.npz", gd.VP((8, 8, 3)))
+    options = _folder_of_colours(tmp_path / "images")
+    with pytest.raises(SystemExit, match="give `--weights`; or `--features pixels`"):
+        run("--features", None, *options, path=colours)
+
+
+def test_a_run_that_failed_before_it_drew_is_no_obstacle(run, evaluate, monkeypatch):
+    with monkeypatch.context() as patch:
+
+        def fails(*_):
+            raise ValueError("out of luck")
+
+        patch.setattr(evaluate.Bench, "draw", fails)
+        with pytest.raises(SystemExit, match="out of luck"):
+            run()
+        patch.setattr(gd.metrics, "reference", fails)
+        with pytest.raises(SystemExit, match="out of luck"):
+            run("--number", 30)
+    assert run("--batch-size", 16)["protocol"]["batch_size"] == 16
+
+
+def test_help_names_what_there_is_to_choose(evaluate, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for name in (*evaluate.SAMPLERS, "cifar10_cld", "cifar10_bdm", "celeba_cld"):
+        assert f"`{name}`" in text
+    assert "{None,pixels,classifier,inception}" in text
+    # Every option says what it is.
+    silent = r"--(\S+) (?:\S+|\[\w+ \[\w+ \.\.\.\]\]) \(default"
+    assert re.findall(silent, text) == []
+
+
+_mine = """
+import equinox as eqx
+import jax
+import gddim_eqx as gd
+
+
+class Mine(eqx.Module):
+    layer: eqx.nn.Linear
+
+    def __call__(self, t, x):
+        return self.layer(x.ravel()).reshape(x.shape)
+
+
+def network(key=jax.random.key(0)):
+    return Mine(eqx.nn.Linear(64, 64, key=key))
+"""
+
+
+def test_networks_of_ones_own(run, evaluate, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    # Also where it has the name of the example.
+    path = tmp_path / "train.py"
+    path.write_text(_mine)
+    network = evaluate.named(f"{path}:network")(jax.random.key(1))
+    process = gd.VP((8, 8, 1))
+    model = gd.nn.NetworkModel(process, network)
+    gd.checkpoints.save(tmp_path / "mine.npz", model)
+    with pytest.raises(SystemExit, match="the arrays of a Mine.*`--like path.py:function`"):
+        run(path=tmp_path / "mine.npz")
+    options = ("--keep-images", [], "--like", f"{path}:network")
+    found = run(*options, path=tmp_path / "mine.npz")
+    assert found["results"][0]["outcome"] == "finite"
+    x, _ = _draw(model, 3, jax.random.key(0))
+    with np.load(tmp_path / "output" / "images-euler-3-0.npz") as file:
+        difference = gd.metrics.to_uint8(x).astype(int) - file["images"][:8]
+    assert np.abs(difference).max() <= 1
+    # Results of other code are others.
+    path.write_text(_mine.replace("self.layer(x", "-self.layer(x"))
+    evaluate.module.cache_clear()
+    with pytest.raises(SystemExit, match="measured with another like"):
+        run(*options, path=tmp_path / "mine.npz")
+    # As a module.
+    (tmp_path / "mine.py").write_text(_mine)
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.named("mine:network")().layer.in_features == 64
+    # A network without its process.
+    gd.checkpoints.save(tmp_path / "alone.npz", network)
+    with pytest.raises(SystemExit, match="a Mine, not a model and its process. Save a"):
+        run(*options, path=tmp_path / "alone.npz")
