@@ -6,8 +6,10 @@ for order 3 on the 50-step quadratic grid, in float32, as the authors have it, a
 float64, so that what is measured is the method.
 
     python benchmarks/coefficients.py
+    python benchmarks/coefficients.py --quick  # only to see that it runs
 """
 
+import argparse
 import functools as ft
 import time
 
@@ -126,7 +128,11 @@ def exact(ts: jax.Array) -> np.ndarray:
 
 
 def main() -> None:
-    ts = gd.time_grid(_process, 50, "quadratic")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="only see that it runs")
+    quick = parser.parse_args().quick
+    steps, million, many = (5, 1000, 100) if quick else (50, 1_000_000, 10_000)
+    ts = gd.time_grid(_process, steps, "quadratic")
     reference = exact(ts)
 
     def seconds(fn) -> float:
@@ -135,7 +141,7 @@ def main() -> None:
         return time.perf_counter() - start
 
     columns = ("first call", "again", "max error", "relative")
-    print(f"{'CLD, order 3, 50 steps':28s}" + "".join(f"{c:>12s}" for c in columns))
+    print(f"{f'CLD, order 3, {steps} steps':28s}" + "".join(f"{c:>12s}" for c in columns))
 
     def report(name: str, fn) -> tuple[float, float]:
         first, again = seconds(fn), min(seconds(fn) for _ in range(3))
@@ -144,7 +150,6 @@ def main() -> None:
         print(f"{name:28s}{first:10.2e} s{again:10.2e} s{error:12.1e}{relative:12.1e}")
         return again, error
 
-    million, many = 1_000_000, 10_000
     report("this library, float32", lambda: ours(ts.astype(jnp.float32)))
     fast, exactness = report("this library, float64", lambda: ours(ts))
     report("the authors', float32", lambda: authors(ts, million, many, jnp.float32))

@@ -6,6 +6,7 @@ paper's numbers, FID on CIFAR10 with trained networks, stand beside for comparis
 
     python benchmarks/paper_tables.py            # everything; about an hour on 2 cores
     python benchmarks/paper_tables.py --data ring
+    python benchmarks/paper_tables.py --quick    # only to see that it runs
     python benchmarks/paper_tables.py --help
 """
 
@@ -35,6 +36,7 @@ from quickstart import load_images
 
 
 _key = jr.key(0)
+_row = 12  # How many samples are in a row of figure 1.
 _metrics = {
     "median": "median distance to the exact flow, RMS per coordinate",
     "rms": "the same, root mean square over samples: ruled by those that end elsewhere",
@@ -77,8 +79,11 @@ def ring() -> Data:
     return Data("ring", np.stack([np.cos(angle), np.sin(angle)], -1), 0.05, 16_384)
 
 
-def digits() -> Data:
-    return Data("digits", np.asarray(load_images(jr.key(0)), np.float64)[:1000], 0.02, 1024)
+def digits(quick: bool = False) -> Data:
+    images = np.asarray(load_images(jr.key(0)), np.float64)
+    if quick:
+        return Data("digits", images[:20], 0.02, _row)
+    return Data("digits", images[:1000], 0.02, 1024)
 
 
 def fashion(directory: Path) -> Data:
@@ -201,8 +206,12 @@ class Row:
     """The paper's FID, column by column."""
 
 
-def table(title: str, columns: Sequence[float], rows: list[Row], data: Data) -> str:
+def table(
+    title: str, columns: Sequence[float], rows: list[Row], data: Data, quick: bool
+) -> str:
     """Run a table, and write it in Markdown: one block for each measure."""
+    if quick:
+        rows = [rows[0], rows[-1]]
     cells: list[list[Cell]] = []
     for row in rows:
         start = time.perf_counter()
@@ -227,7 +236,7 @@ def table(title: str, columns: Sequence[float], rows: list[Row], data: Data) -> 
                 texts = [_text(cell, metric, c) for cell, c in zip(found, columns)]
                 lines.append(f"| {row.name} | " + " | ".join(texts) + " |")
             if row.paper is not None and metric == "frechet":
-                paper = " | ".join(str(x) for x in row.paper)
+                paper = " | ".join(str(x) for x in row.paper[: len(columns)])
                 lines.append(f"| *the paper's FID* | {paper} |")
         lines.append("")
     text = "\n".join(lines)
@@ -245,9 +254,9 @@ def _text(cell: Cell, metric: str, column: float) -> str:
     return text if met else f"{text} ({cell.evaluations})"
 
 
-def table_1(data: Data) -> str:
+def table_1(data: Data, quick: bool) -> str:
     bench = Bench(data, data.processes()["CLD"])
-    columns = (10, 20, 30, 40, 50, 100, 200)
+    columns = (10, 20, 30, 40, 50, 100, 200)[: 1 if quick else None]
     paper = {
         "cholesky": ("", 368, 167, 4.12, 3.31, "", ""),
         "R": ("", "3.90", 2.64, 2.37, 2.26, "", ""),
@@ -262,15 +271,16 @@ def table_1(data: Data) -> str:
         for factor, name in frames
         for order in (1, 3)
     ]
-    return table("Table 1, CLD, L_t against R_t", columns, rows, data)
+    return table("Table 1, CLD, L_t against R_t", columns, rows, data, quick)
 
 
-def table_2(data: Data) -> str:
+def table_2(data: Data, quick: bool) -> str:
     bench = Bench(data, data.processes()["CLD"])
+    evaluations = 10 if quick else 50
 
     def row(name, solver, paper=None):
         # An array, so as to compile once for all levels.
-        run = lambda lam: bench.fixed(solver, jnp.asarray(lam))(50)
+        run = lambda lam: bench.fixed(solver, jnp.asarray(lam))(evaluations)
         return Row(name, run, paper)
 
     rows = [
@@ -280,14 +290,15 @@ def table_2(data: Data) -> str:
         row("EM", dfx.Euler(), (346, 168, 137, 89, 45, 57)),
     ]
     columns = (0.0, 0.1, 0.3, 0.5, 0.7, 1.0)
-    return table("Table 2, CLD, levels of noise at 50 evaluations", columns, rows, data)
+    title = f"Table 2, CLD, levels of noise at {evaluations} evaluations"
+    return table(title, columns, rows, data, quick)
 
 
-def table_3(data: Data, most: int) -> str:
+def table_3(data: Data, most: int, quick: bool) -> str:
     columns = tuple(n for n in (10, 20, 50, 100, 1000) if n <= most)
     parts = []
     processes = data.processes()
-    for name in ("DDPM", "BDM", "CLD"):
+    for name in ("CLD",) if quick else ("DDPM", "BDM", "CLD"):
         if name not in processes:
             continue
         bench = Bench(data, processes[name])
@@ -322,7 +333,7 @@ def table_3(data: Data, most: int) -> str:
                 Row("gDDIM, order 3", order_3, (13.41, 3.39, 2.26, 2.26, 2.25)),
             ],
         }[name]
-        parts.append(table(f"Table 3, {name}", columns, rows, data))
+        parts.append(table(f"Table 3, {name}", columns, rows, data, quick))
     return "\n".join(parts)
 
 
@@ -343,7 +354,7 @@ def _along_the_flow(bench: Bench, u, ts):
     return sol.ys
 
 
-def figure_1(data: Data, path: Path) -> None:
+def figure_1(data: Data, path: Path, quick: bool) -> None:
     """Under CLD positions oscillate, and so does the noise prediction with respect to L_t,
     but not the one with respect to R_t; and what samples come of it."""
     process = data.processes()["CLD"]
@@ -372,17 +383,22 @@ def figure_1(data: Data, path: Path) -> None:
         axis.set_ylim(-3.5, 3.5)
     methods: list[tuple[str, dfx.AbstractSolver, tuple[int, int]]] = [
         ("Euler", dfx.Euler(), (500, 1000)),
-        ("$L_t$, order 1", gd.GDDIM(1, factor="cholesky"), (100, 200)),
+        ("$L_t$, order 1", gd.GDDIM(1, "noise", factor="cholesky"), (100, 200)),
         ("$R_t$, order 1", gd.GDDIM(1, "noise"), (10, 50)),
         ("$R_t$, order 3", gd.GDDIM(3, "noise"), (10, 20)),
     ]
+    if quick:
+        methods = [(name, solver, (10, 10)) for name, solver, _ in methods]
     rows = [
-        (f"{name}\n{n} evaluations", gd.sample(process, bench.model, _key, 12, n, solver).x)
+        (
+            f"{name}\n{n} evaluations",
+            gd.sample(process, bench.model, _key, _row, n, solver).x,
+        )
         for name, solver, numbers in methods
         for n in numbers
     ]
     for tolerance in (3e-1, 1e-3):
-        x, used = Bench(dataclasses.replace(data, number=12), process).adaptive(
+        x, used = Bench(dataclasses.replace(data, number=_row), process).adaptive(
             dfx.Dopri5(), tolerance
         )
         rows.insert(2, (f"RK45\n{used} evaluations", x))
@@ -435,10 +451,14 @@ def main() -> None:
     )
     parser.add_argument("--most", type=int, default=1000, help="evaluations, in table 3")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--quick", action="store_true", help="only see that it runs")
     arguments = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
 
+    quick = arguments.quick
     names = arguments.data or ["ring", "digits", "fashion-mnist"]
+    if quick:
+        names, arguments.most = ["digits"], 10
     if "fashion-mnist" in names and not arguments.fashion_mnist.exists():
         message = (
             f"{arguments.fashion_mnist} is not there (apt install dataset-fashion-mnist)"
@@ -452,13 +472,17 @@ def main() -> None:
     for name in names:
         data = {
             "ring": ring,
-            "digits": digits,
+            "digits": lambda: digits(quick),
             "fashion-mnist": lambda: fashion(arguments.fashion_mnist),
         }[name]()
-        parts = [table_1(data), table_2(data), table_3(data, arguments.most)]
+        parts = [
+            table_1(data, quick),
+            table_2(data, quick),
+            table_3(data, arguments.most, quick),
+        ]
         (arguments.output / f"tables_{name}.md").write_text("\n".join(parts))
         if name != "ring":
-            figure_1(data, arguments.output / "figure_1.png")
+            figure_1(data, arguments.output / "figure_1.png", quick)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ At a batch of 64 CLD states of 32 x 32 x 3 in float32, with a trivial network:
   the state and the new prediction are written.
 
     python benchmarks/step.py
+    python benchmarks/step.py --quick  # only to see that it runs
 """
 
+import argparse
 import time
 from collections.abc import Callable
 
@@ -26,7 +28,6 @@ from gddim_eqx._coefficients import lagrange, moments, weights
 
 
 _process = gd.CLD(shape=(32, 32, 3))
-_steps = 100
 
 
 def network(t: jax.Array, u: Phase, args: None) -> Phase:
@@ -46,7 +47,7 @@ def with_diffrax(order: int) -> Callable:
             None,
             u,
             stepsize_controller=dfx.StepTo(ts),
-            max_steps=_steps,
+            max_steps=len(ts) - 1,
             throw=False,
         ).ys
 
@@ -57,7 +58,7 @@ def by_hand(order: int, ts: jax.Array) -> Callable:
     """What one would write for CLD alone, with all coefficients known and the stored
     predictions in a ring."""
     slots = order - 1
-    step = np.arange(_steps)[:, None]
+    step = np.arange(len(ts) - 1)[:, None]
     # Node 0 is the new prediction, node k + 1 is slot k, last written at this step:
     written = step - 1 - (step - 1 - np.arange(slots)) % max(slots, 1)
     written = np.concatenate([step, written], axis=1)
@@ -112,40 +113,47 @@ def read_and_write(order: int) -> Callable:
             return (new, ring), None
 
         ring = jtu.tree_map(lambda x: jnp.zeros((slots, *x.shape)), u)
-        return jax.lax.scan(step, (u, ring), jnp.arange(_steps))[0][0]
+        return jax.lax.scan(step, (u, ring), jnp.arange(len(ts) - 1))[0][0]
 
     return run
 
 
-def measure(candidates: dict[str, tuple]) -> dict[str, float]:
+def measure(candidates: dict[str, tuple], rounds: int) -> dict[str, float]:
     """The best time of each, run in turn so that all meet the same conditions."""
     best = dict.fromkeys(candidates, np.inf)
     for fn, arguments in candidates.values():
         jax.block_until_ready(fn(*arguments))
-    for _ in range(30):
+    for _ in range(rounds):
         for name, (fn, arguments) in candidates.items():
             start = time.perf_counter()
             jax.block_until_ready(fn(*arguments))
             best[name] = min(best[name], time.perf_counter() - start)
-    return {name: value / _steps for name, value in best.items()}
+    return best
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="only see that it runs")
+    quick = parser.parse_args().quick
+    steps, rounds, batch, orders = (
+        (5, 2, 1, (1, 2)) if quick else (100, 30, 64, (1, 2, 3, 4))
+    )
     device = jax.devices()[0]
-    print(f"{device.device_kind}, {_steps} steps, microseconds a step, best of 30")
+    print(f"{device.device_kind}, {steps} steps, microseconds a step, best of {rounds}")
     columns = ("diffeqsolve", "scan", "ratio", "bytes once", "ratio")
     print("order " + "".join(f"{c:>13s}" for c in columns))
-    ts = gd.time_grid(_process, _steps, "quadratic")
-    u = _process.prior(jax.random.key(0), (64,))
-    for order in (1, 2, 3, 4):
+    ts = gd.time_grid(_process, steps, "quadratic")
+    u = _process.prior(jax.random.key(0), (batch,))
+    for order in orders:
         times = measure(
             {
                 "diffrax": (with_diffrax(order), (u, ts)),
                 "scan": (by_hand(order, ts), (u, ts)),
                 "bytes": (read_and_write(order), (u, ts)),
-            }
+            },
+            rounds,
         )
-        ours, scan, once = (1e6 * times[k] for k in ("diffrax", "scan", "bytes"))
+        ours, scan, once = (1e6 * times[k] / steps for k in ("diffrax", "scan", "bytes"))
         print(
             f"{order:5d} {ours:12.1f} {scan:12.1f} {ours / scan:12.2f} "
             f"{once:12.1f} {ours / once:12.2f}"

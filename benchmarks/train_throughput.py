@@ -6,6 +6,7 @@ process for the speed, so that other work on the machine meets both, and each in
 of its own for the peak of memory.
 
     python benchmarks/train_throughput.py
+    python benchmarks/train_throughput.py --quick  # only to see that it runs
 """
 
 import argparse
@@ -31,7 +32,10 @@ def make(case: str, dtype: str):
     """The model, images and the size of a batch."""
     key, random = jr.key(0), np.random.default_rng(0)
     inside = jnp.bfloat16 if dtype == "bfloat16" else None
-    if case == "mlp":
+    if case == "quick":
+        shape, batch = (8, 8, 1), 4
+        network = gd.nn.presets.mlp((8, 8, 2), key=key, width=8)
+    elif case == "mlp":
         shape, batch = (8, 8, 1), 256
         network = gd.nn.presets.mlp((8, 8, 2), key=key)
     elif case == "small":
@@ -116,6 +120,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="*", default=["float32"])
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--seconds", type=float, default=4.0, help="of a round, about")
+    parser.add_argument("--quick", action="store_true", help="only see that it runs")
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:
@@ -123,6 +128,8 @@ def main() -> None:
         _ways[name](*make(case, dtype)).run(5)
         print(peak_bytes())
         return
+    if options.quick:
+        options.cases, options.rounds, options.seconds = ["quick"], 1, 0.0
     print(
         "| network | inside | images a second | by hand | ratio | peak memory | by hand |"
     )

@@ -13,6 +13,7 @@ brackets the root mean square over samples, which a few decide that end elsewher
 minutes a case on two CPU cores, most of it compilation.
 
     make work-precision
+    python benchmarks/work_precision.py --quick  # only to see that it runs
 """
 
 import argparse
@@ -40,9 +41,8 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 
-_steps = (3, 5, 8, 10, 12, 15, 20, 25, 30, 40, 50, 70, 100, 150)
-_tolerances = tuple(10.0**-k for k in range(1, 8))
 _targets = (1e-2, 1e-3, 1e-4)
+_quick = ("GDDIM(), adapted_grid", "Diffrax Heun", "Diffrax Kvaerno5, adaptive")
 
 
 class Point(NamedTuple):
@@ -53,8 +53,14 @@ class Point(NamedTuple):
 
 
 class Case:
-    def __init__(self, process, mixture, number):
+    def __init__(self, process, mixture, number, quick):
         self.process, self.number = process, number
+        self.steps = (3, 5, 8, 10, 12, 15, 20, 25, 30, 40, 50, 70, 100, 150)
+        self.tolerances = tuple(10.0**-k for k in range(1, 8))
+        self.adapted_steps = (5, 10, 20)
+        if quick:
+            self.steps, self.tolerances = self.steps[:2], self.tolerances[:1]
+            self.adapted_steps = self.adapted_steps[:1]
         self.model = mixture.model(process)
         self.u = process.prior(jax.random.key(0), (number,))
         self.pilot = process.prior(jax.random.key(1), (min(number, 128),))
@@ -81,13 +87,13 @@ class Case:
             min(seconds),
         )
 
-    def fixed(self, solver: dfx.AbstractSolver, *grids: Callable, steps=_steps):
+    def fixed(self, solver: dfx.AbstractSolver, *grids: Callable, steps=None):
         """Points of a solver on grids of any number of steps: compiled once."""
 
         def run(model, u, ts):
             return few_steps.step_through(self.process, model, solver, u, ts)
 
-        return [self.measure(run, grid(n)) for grid in grids for n in steps]
+        return [self.measure(run, grid(n)) for grid in grids for n in steps or self.steps]
 
     def adaptive(self, solver: dfx.AbstractSolver, *ratios: float, one_by_one=False):
         """Points of a solver with adaptive steps, by tolerance. One by one, samples have
@@ -113,7 +119,7 @@ class Case:
 
         return [
             self.measure(run, jnp.asarray(t), jnp.asarray(r * t), one_by_one=one_by_one)
-            for r, t in itertools.product(ratios, _tolerances)
+            for r, t in itertools.product(ratios, self.tolerances)
         ]
 
 
@@ -132,7 +138,9 @@ def samplers(case: Case) -> dict[str, Callable[[], list[Point]]]:
         return lambda: case.adaptive(solver, 1.0, 0.1, 0.01)
 
     found = {
-        "GDDIM(), adapted_grid": lambda: case.fixed(gd.GDDIM(), adapted, steps=(5, 10, 20)),
+        "GDDIM(), adapted_grid": lambda: case.fixed(
+            gd.GDDIM(), adapted, steps=case.adapted_steps
+        ),
         "GDDIM()": lambda: case.fixed(gd.GDDIM(), grid("clock")),
         'GDDIM(3, "noise"): the paper': lambda: case.fixed(
             gd.GDDIM(3, "noise"), grid("quadratic")
@@ -189,7 +197,11 @@ def table(name: str, results: dict[str, list[Point]]) -> str:
 
 def draw(everything: dict[str, dict[str, list[Point]]], path: Path) -> None:
     figure, axes = plt.subplots(
-        2, len(everything), figsize=(4.6 * len(everything), 8), layout="constrained"
+        2,
+        len(everything),
+        figsize=(4.6 * len(everything), 8),
+        squeeze=False,
+        layout="constrained",
     )
     costs = [
         ("evaluations of the model", lambda p: p.evaluations),
@@ -220,17 +232,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     parser.add_argument("--fashion-mnist", type=Path, default=few_steps.fashion_mnist)
+    parser.add_argument("--quick", action="store_true", help="only see that it runs")
     arguments = parser.parse_args()
-    data = few_steps.mixtures(arguments.fashion_mnist, others=False)
+    quick = arguments.quick
+    data = few_steps.mixtures(arguments.fashion_mnist, others=False, quick=quick)
     cases = [("ring, VP", gd.VP, "8 in 2-D"), ("ring, CLD", gd.CLD, "8 in 2-D")]
-    if "images" in data:
+    if quick:
+        cases = [("two points, VP", gd.VP, "2 in 2-D")]
+    elif "images" in data:
         cases.append(("images, VP", gd.VP, "images"))
     everything = {}
     for name, kind, which in cases:
         mixture, number = data[which]
-        case = Case(kind(mixture.means.shape[1:]), mixture, number)
+        case = Case(kind(mixture.means.shape[1:]), mixture, number, quick)
+        every = samplers(case)
+        if quick:
+            every = {sampler: every[sampler] for sampler in _quick}
         everything[name] = {
-            sampler: run() for sampler, run in tqdm(samplers(case).items(), desc=name)
+            sampler: run() for sampler, run in tqdm(every.items(), desc=name)
         }
         print("\n" + table(name, everything[name]), flush=True)
     path = arguments.output / "work_precision.png"
