@@ -8,7 +8,7 @@ os.environ.setdefault("JAX_ENABLE_X64", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
-def _is_known(flag: str) -> bool:
+def is_known(flag: str) -> bool:
     """Whether this XLA has a flag. At one that it lacks it ends the process, so another
     process tries."""
     command = [sys.executable, "-c", "import jax; jax.devices()"]
@@ -20,7 +20,7 @@ def _is_known(flag: str) -> bool:
 # XLA_FLAGS is set: `XLA_FLAGS= make test` compiles as users do. Workers inherit it.
 if "XLA_FLAGS" not in os.environ:
     _fast = ("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false")
-    os.environ["XLA_FLAGS"] = " ".join(filter(_is_known, _fast))
+    os.environ["XLA_FLAGS"] = " ".join(filter(is_known, _fast))
 
 import equinox.internal as eqxi
 import hypothesis

@@ -289,7 +289,7 @@ def test_processes_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda key: None, "has the arrays of a _Own, .*Make one .*`load\\(path, like="),
+        (lambda key: None, "holds a _Own, which .*Make one .*`load\\(path, like="),
         (lambda key: _Own(4, key=key), r"array .model.network.*has shape .*needs \(4,"),
         (lambda key: _Own(8, 2, key=key), r"no array .*network.layers\[0\].layers\[2\].we"),
         (lambda key: _Own(8, 0, key=key), "has shape|which has no place"),

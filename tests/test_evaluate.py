@@ -379,7 +379,7 @@ def test_networks_of_ones_own(run, evaluate, tmp_path, monkeypatch):
     process = gd.VP((8, 8, 1))
     model = gd.nn.NetworkModel(process, network)
     gd.checkpoints.save(tmp_path / "mine.npz", model)
-    with pytest.raises(SystemExit, match="the arrays of a Mine.*`--like path.py:function`"):
+    with pytest.raises(SystemExit, match="holds a Mine.*`--like path.py:function`"):
         run(path=tmp_path / "mine.npz")
     options = ("--keep-images", [], "--like", f"{path}:network")
     found = run(*options, path=tmp_path / "mine.npz")

@@ -1,12 +1,15 @@
 """The installed package is the whole of the source tree."""
 
 import importlib
+import os
 import pathlib
 import subprocess
 import sys
 import tomllib
 
 import gddim_eqx as gd
+
+from .conftest import is_known
 
 
 _root = pathlib.Path(__file__).parent.parent
@@ -43,6 +46,12 @@ def test_the_private_name_of_diffrax_is_still_there():
     assert unwrap(term) == (term, 1)
     inner, direction = unwrap(WrapTerm(WrapTerm(term, -1), -1))
     assert inner is term and direction == 1
+
+
+def test_flags_that_xla_lacks_are_left_out():
+    # It would end the process, and all workers with it.
+    assert not is_known("--xla_no_such_flag=1")
+    assert all(map(is_known, os.environ["XLA_FLAGS"].split()))
 
 
 def test_nothing_but_the_declared_dependencies_is_imported():

@@ -71,8 +71,8 @@ def build(description: Any, like: Any, path: Path) -> Any:
     whole = name is not None and type(like).__name__ == name
     if like is None and kinds:
         raise ValueError(
-            f"{path} has the arrays of a {' and a '.join(kinds)}, but not how to make one. "
-            "Make one of the same structure, such as you had before training, and pass it: "
+            f"{path} holds a {' and a '.join(kinds)}, which the library cannot make. Make "
+            "one of the same structure, such as you had before training, and pass it: "
             "`load(path, like=...)`."
         )
     if like is not None and not (kinds or whole):
@@ -81,7 +81,7 @@ def build(description: Any, like: Any, path: Path) -> Any:
         )
     if len(kinds) > 1 and not whole:
         raise ValueError(
-            f"{path} has a {' and a '.join(kinds)}: `like` must be a whole {name} with "
+            f"{path} holds a {' and a '.join(kinds)}: `like` must be a whole {name} with "
             f"them; got a {type(like).__name__}."
         )
     return _Builder(path, whole)(description, like, "model")
