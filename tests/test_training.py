@@ -1,5 +1,6 @@
 """The loss, the steps of training, and how they are divided over devices."""
 
+import dataclasses
 import functools as ft
 import re
 
@@ -242,6 +243,100 @@ def test_average_is_the_weighted_mean_of_all_parameters(debias):
     weights[0] = 0 if debias else decay**steps
     expected = np.tensordot(weights / weights.sum(), np.stack(seen), 1)
     np.testing.assert_allclose(state.average.network.first.weight, expected, atol=1e-6)
+
+
+# Precision
+
+
+def _in_precision(model, dtype):
+    cast = lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x
+    return jtu.tree_map(cast, model)
+
+
+def _vector(tree):
+    leaves = jtu.tree_leaves(eqx.filter(tree, eqx.is_inexact_array))
+    return np.concatenate([np.asarray(x, np.float64).ravel() for x in leaves])
+
+
+@pytest.mark.float32
+@pytest.mark.parametrize("dtype", ("bfloat16", "float16", "float32"))
+@pytest.mark.parametrize(
+    "decay, debias", [(0.9999, False), (0.9999, True), (0.999999, True), (0.0, True)]
+)
+def test_the_average_is_that_of_double_precision(dtype, decay, debias):
+    dtype = jnp.dtype(dtype)
+    options = dict(average_decay=decay, debias=debias)
+    trainer = Trainer(DenoisingLoss(gd.VP((2,))), optax.adam(1e-2), **options)
+    state = trainer.init(_in_precision(_points(), dtype), jr.key(1))
+    expected = _vector(state.model)
+    for n in range(100):
+        state, metrics = trainer.step(state, _data(16))
+        share = (1 - decay) / (1 - decay ** (n + 1) if debias else 1)
+        expected += share * (_vector(state.model) - expected)
+    assert np.isfinite(metrics.gradient_norm)
+    np.testing.assert_allclose(_vector(state.average), expected, rtol=1e-5, atol=1e-6)
+    # Of the model's precision at the end, and all of it is held in at least single.
+    averaged = eqx.filter(state.averaged, eqx.is_inexact_array)
+    assert {x.dtype for x in jtu.tree_leaves(averaged)} == {dtype}
+    rounding = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(_vector(averaged), expected, rtol=rounding, atol=1e-6)
+    kept = eqx.filter((state.average, state.optimiser), eqx.is_inexact_array)
+    assert {x.dtype for x in jtu.tree_leaves(kept)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.float32
+def test_half_precision_does_not_swallow_small_steps():
+    # Each is a fortieth of what bfloat16 can tell from 1.
+    step = optax.stateless(
+        lambda gradient, _: jtu.tree_map(lambda x: jnp.full_like(x, 1e-4), gradient)
+    )
+    trainer = Trainer(DenoisingLoss(gd.VP((2,))), step)
+    model = jtu.tree_map(
+        lambda x: jnp.ones_like(x) if eqx.is_inexact_array(x) else x,
+        _in_precision(_points(), jnp.bfloat16),
+    )
+    state = trainer.init(model, jr.key(1))
+    for _ in range(200):
+        state, _ = trainer.step(state, _data(4))
+    assert _vector(state.model) == pytest.approx(1.02, abs=2**-8)
+
+
+@pytest.mark.float32
+def test_parts_of_a_batch_are_summed_in_single_precision():
+    # An optimiser that only keeps the gradient.
+    zeros = ft.partial(jtu.tree_map, jnp.zeros_like)
+    keep = optax.GradientTransformation(zeros, lambda g, state, params: (zeros(g), g))
+    rounded = _in_precision(_points(), jnp.bfloat16)
+
+    def gradient(dtype, parts):
+        trainer = Trainer(DenoisingLoss(gd.VP((2,))), keep, accumulate=parts)
+        state = trainer.init(_in_precision(rounded, dtype), jr.key(1))
+        state, _ = trainer.step(state, _data(512))
+        return _vector(state.optimiser)
+
+    expected, got = gradient(jnp.float32, 1), gradient(jnp.bfloat16, 256)
+    # Summed in bfloat16 it is 2e-2.
+    assert np.linalg.norm(got - expected) < 4e-3 * np.linalg.norm(expected)
+
+
+@pytest.mark.float32
+@pytest.mark.parametrize("debias", (False, True))
+def test_long_averages_do_not_stand_still(debias):
+    # Without a compensated sum, changes of less than six per cent are lost.
+    decay, steps = 0.999999, 100_000
+    options = dict(average_decay=decay, debias=debias)
+    trainer = Trainer(DenoisingLoss(gd.VP((2,))), optax.sgd(0.0), **options)
+    state = trainer.init(jnp.ones((2,), jnp.float32), jr.key(0))
+
+    def step(state, n):
+        parameters = jnp.asarray([1.01, 0.999], jnp.float32)
+        average, lost = trainer._average(state, parameters, n)
+        return dataclasses.replace(state, average=average, lost=lost), None
+
+    state, _ = jax.lax.scan(step, state, jnp.arange(1, steps + 1, dtype=jnp.int32))
+    share = 1.0 if debias else 1 - decay**steps
+    expected = 1 + share * np.array([0.01, -0.001])
+    np.testing.assert_allclose(state.average, expected, rtol=2e-7)
 
 
 def test_the_paper_s_optimiser():

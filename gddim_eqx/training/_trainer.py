@@ -1,4 +1,5 @@
 import functools as ft
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,18 +23,26 @@ class TrainState(eqx.Module):
     model: PyTree
     """The model, with its current parameters."""
     average: PyTree
-    """The running average of the parameters; `None` in place of everything else."""
+    """The running average of the parameters, at least in single precision; `None` in place
+    of everything else."""
     optimiser: PyTree
     """The state of the optimiser."""
     step: Int[Array, ""]
     """How many steps were done."""
     key: Key
     """What is random in step n follows from this and n."""
+    precise: PyTree = None
+    """The parameters in single precision where the model has them in half precision, which
+    cannot hold a small update: what the optimiser works on. `None` elsewhere."""
+    lost: PyTree = None
+    """What rounding has added to the average, where the decay is so close to 1 that it
+    would matter. `None` elsewhere."""
 
     @property
     def averaged(self) -> Any:
-        """The model with the running average of its parameters, to sample with."""
-        return eqx.combine(self.average, self.model)
+        """The model with the running average of its parameters, in the precision of the
+        model, to sample with."""
+        return eqx.combine(_cast_like(self.average, _parameters(self.model)), self.model)
 
 
 class Metrics(eqx.Module):
@@ -57,6 +66,12 @@ class Trainer(eqx.Module):
 
     What is random in it depends on the state's key and the number of the step alone: not
     on how many devices there are, nor on whether training was interrupted.
+
+    A model may have its parameters in bfloat16 or float16. The optimiser then works on a
+    copy of them in float32 ("master weights"), which the model's are rounded from after
+    each step; gradients, the optimiser's moments and the average are in float32 too. The
+    loss is not scaled against the underflow of gradients, which float16 may need:
+    prefer bfloat16.
     """
 
     loss: DenoisingLoss
@@ -111,14 +126,15 @@ class Trainer(eqx.Module):
         - `model`: whose floating-point arrays are the parameters.
         - `key`: a random key, for all of training.
         """
-        parameters = eqx.filter(model, eqx.is_inexact_array)
         # Of its own memory, as a step gives its input's memory away.
-        copied = jtu.tree_map(lambda x: x.copy() if eqx.is_array(x) else x, model)
-        average = jtu.tree_map(jnp.copy, parameters)
-        optimiser = self.optimiser.init(parameters)
-        state = TrainState(
-            copied, average, optimiser, jnp.zeros((), jnp.int32), jnp.copy(key)
+        copied, average = copy(model), copy(_in_single(_parameters(model)))
+        optimiser = copy(self.optimiser.init(average))
+        precise = copy(_where_changed(average, _parameters(model)))
+        lost = jtu.tree_map(
+            lambda x: jnp.zeros_like(x) if self._rounds(x) else None, average
         )
+        step = jnp.zeros((), jnp.int32)
+        state = TrainState(copied, average, optimiser, step, copy(key), precise, lost)
         return state if self.placement is None else self.placement.put(state)
 
     def step(
@@ -162,28 +178,57 @@ class Trainer(eqx.Module):
         if self.placement is not None:
             gradient = self.placement.constrain(gradient)
         metrics = Metrics(loss, optax.tree.norm(gradient))
+        precise = eqx.combine(state.precise, parameters)
         # Optax mixes integers with floats.
         with jax.numpy_dtype_promotion("standard"):
-            updates, optimiser = self.optimiser.update(
-                gradient, state.optimiser, parameters
-            )
-        parameters = eqx.apply_updates(parameters, updates)
+            updates, optimiser = self.optimiser.update(gradient, state.optimiser, precise)
+        precise = eqx.apply_updates(precise, updates)
+        parameters = _cast_like(precise, parameters)
         model, step = eqx.combine(parameters, static), state.step + 1
-        change = 1 - self.average_decay
-        if self.debias:
-            change = change / (1 - self.average_decay ** step.astype(jnp.float32))
-        average = jtu.tree_map(
-            lambda old, new: old + jnp.asarray(change, old.dtype) * (new - old),
-            state.average,
-            parameters,
-        )
-        state = TrainState(model, average, optimiser, step, state.key)
+        average, lost = self._average(state, parameters, step)
+        precise = _where_changed(precise, parameters)
+        state = TrainState(model, average, optimiser, step, state.key, precise, lost)
         if self.placement is not None:
             state = self.placement.constrain(state)
         return state, metrics
 
+    def _average(self, state, parameters, step):
+        """The average with the newest parameters in it, and what rounding added to it."""
+
+        def change(old, new):
+            return self._share(step, old.dtype) * (new.astype(old.dtype) - old)
+
+        changes = jtu.tree_map(change, state.average, parameters)
+        # Kahan's sum, where `lost` is not `None`.
+        known = eqx.combine(state.lost, jtu.tree_map(jnp.zeros_like, changes))
+        changes = jtu.tree_map(jnp.subtract, changes, known)
+        average = jtu.tree_map(jnp.add, state.average, changes)
+        lost = jtu.tree_map(
+            lambda old, new, change: new - old - change if self._rounds(old) else None,
+            state.average,
+            average,
+            changes,
+        )
+        return average, lost
+
+    def _share(self, step, dtype) -> Array:
+        """Of the newest parameters in the average."""
+        dtype, share = jnp.finfo(dtype).dtype, 1 - self.average_decay
+        if not self.debias:
+            return jnp.asarray(share, dtype)
+        log = math.log(self.average_decay) if self.average_decay else -math.inf
+        # One minus a power of the decay, of which rounding would leave little.
+        return share / -jnp.expm1(step.astype(dtype) * log)
+
+    def _rounds(self, x: Array) -> bool:
+        """Whether the average would lose all but a few bits of a change."""
+        return 1 - self.average_decay < 2**9 * float(jnp.finfo(x.dtype).eps)
+
     def _gradient(self, mean_loss, parameters, noised):
-        value_and_gradient = jax.value_and_grad(mean_loss)
+        def value_and_gradient(parameters, noised):
+            value, gradient = jax.value_and_grad(mean_loss)(parameters, noised)
+            return value, _in_single(gradient)
+
         number = self.accumulate
         size = noised.x.shape[0]
         if self.placement is not None:
@@ -210,6 +255,30 @@ class Trainer(eqx.Module):
         zero = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), zero)
         total, _ = jax.lax.scan(add, zero, parts)
         return jtu.tree_map(lambda x: x / number, total)
+
+
+def copy(tree: PyTree) -> Any:
+    """The same with arrays of their own memory."""
+    return jtu.tree_map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, tree)
+
+
+def _parameters(model: PyTree) -> Any:
+    return eqx.filter(model, eqx.is_inexact_array)
+
+
+def _in_single(tree: PyTree) -> Any:
+    """Arrays at least in single precision."""
+    half = lambda x: jnp.finfo(x.dtype).bits < 32
+    return jtu.tree_map(lambda x: x.astype(jnp.float32) if half(x) else x, tree)
+
+
+def _cast_like(tree: PyTree, other: PyTree) -> Any:
+    return jtu.tree_map(lambda x, y: x.astype(y.dtype), tree, other)
+
+
+def _where_changed(tree: PyTree, other: PyTree) -> Any:
+    """The arrays that have another precision in the other tree."""
+    return jtu.tree_map(lambda x, y: None if x.dtype == y.dtype else x, tree, other)
 
 
 class _Fixed:
