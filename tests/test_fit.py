@@ -323,6 +323,86 @@ def test_a_checkpoint_of_another_run_is_refused(finished):
             checkpoints.restore(other, 3)
 
 
+def _state(dtype=jnp.float32, key=jr.key(1), optimiser=None, **options):
+    process = gd.VP((2,))
+    model = gd.nn.NetworkModel(process, gd.nn.TimeMLP(2, width=16, key=jr.key(0)))
+    cast = lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x
+    trainer = Trainer(DenoisingLoss(process), optimiser or adam(1e-2, 2), **options)
+    return trainer.init(jtu.tree_map(cast, model), key)
+
+
+@pytest.mark.parametrize(
+    "saved, wanted, message",
+    [
+        ({}, dict(dtype=jnp.bfloat16), "saved as float32, asked for as bfloat16"),
+        (dict(dtype=jnp.bfloat16), {}, "saved as bfloat16, asked for as float32"),
+        (
+            dict(dtype=jnp.bfloat16),
+            dict(dtype=jnp.float16),
+            "saved as bfloat16, asked for as float16",
+        ),
+        (
+            {},
+            dict(optimiser=adam(1e-2, 2, mu_dtype=jnp.bfloat16)),
+            r"array optimiser.*mu.* was saved as float32, asked for as bfloat16",
+        ),
+        (
+            {},
+            dict(key=jr.key(1, impl="rbg")),
+            "array key was saved as threefry2x32 key, asked for as rbg key",
+        ),
+        (
+            dict(key=jr.key(1, impl="unsafe_rbg")),
+            dict(key=jr.key(1, impl="rbg")),
+            "array key was saved as unsafe_rbg key, asked for as rbg key",
+        ),
+        ({}, dict(optimiser=optax.adamw(1e-2)), "array optimiser.* is not there"),
+        ({}, dict(optimiser=optax.sgd(1e-2)), "an array optimiser.*which has no place"),
+        ({}, dict(average_decay=0.999999), "array lost.* is not there"),
+    ],
+)
+def test_a_checkpoint_in_another_precision_is_refused(tmp_path, saved, wanted, message):
+    with Checkpoints(tmp_path, {}) as checkpoints:
+        checkpoints.save(_state(**saved))
+        checkpoints.wait()
+        # It is said before anything is read.
+        shutil.rmtree(tmp_path / "0" / "state")
+        with pytest.raises(ValueError, match=message) as error:
+            checkpoints.restore(_state(**wanted))
+    assert "delete" not in str(error.value) and "damaged" not in str(error.value)
+
+
+def test_a_checkpoint_of_double_precision_is_refused_in_single(tmp_path, finished):
+    with jax.enable_x64(True), Checkpoints(finished[1], {"seed": 0}) as checkpoints:
+        with pytest.raises(ValueError, match="saved as float32, asked for as float64"):
+            checkpoints.restore(_state(jnp.float64), 10)
+
+
+class _Parameters(eqx.Module):
+    values: dict
+
+
+def test_arrays_of_any_kind_and_name_are_saved(tmp_path):
+    values = {
+        "a.b": jnp.arange(3.0),
+        "a": {"b": jnp.arange(4.0), "c/d": jnp.ones(2, bool)},
+        "complex": jnp.array([1 + 2j, -1j]),
+        "empty": jnp.zeros((0, 3)),
+        "half": jnp.ones((2, 2), jnp.bfloat16),
+        "none": None,
+    }
+    trainer = Trainer(DenoisingLoss(gd.VP((2,))), optax.sgd(0.1))
+    state = trainer.init(_Parameters(values), jr.key(0))
+    with Checkpoints(tmp_path, {"nan": float("nan")}) as checkpoints:
+        checkpoints.save(state)
+        checkpoints.wait()
+    zeros = jtu.tree_map(jnp.zeros_like, values)
+    with Checkpoints(tmp_path, {"nan": float("nan")}) as checkpoints:
+        restored = checkpoints.restore(trainer.init(_Parameters(zeros), jr.key(0)))
+    _assert_equal(restored, state)
+    assert jtu.tree_structure(restored) == jtu.tree_structure(state)
+
+
 def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path):
     # Files may not grow beyond 2 kB, as little as if there were no space.
     out = _run_apart(f"""
@@ -351,6 +431,7 @@ except OSError as error:
             r"`flip` is for images.*got an array of shape \(40, 2\)",
         ),
         (lambda: Batches(_points, 0), "`batch_size` must be a positive integer"),
+        (lambda: Checkpoints("runs", {"data": object()}), "`config` must be what JSON"),
         (lambda: fit(*_trainer(), Batches(_points, 8), 1, log_every=0), "`log_every` must"),
     ],
 )

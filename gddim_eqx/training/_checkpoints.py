@@ -1,3 +1,4 @@
+import functools as ft
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,13 +36,17 @@ class Checkpoints:
         - `keep`: how many of the latest to keep.
         - `keep_every`: also keep those of multiples of this step, for ever.
 
-        **Raises:** `ValueError` for a directory that is a file.
+        **Raises:** `ValueError` for a directory that is a file, or a config that JSON
+        cannot hold.
         """
         ocp = _orbax()
         self.directory = Path(directory).absolute()
         if self.directory.exists() and not self.directory.is_dir():
             raise ValueError(f"{self.directory} is a file; checkpoints need a directory.")
-        self.config = json.loads(json.dumps(config))
+        try:
+            self.config = json.loads(json.dumps(config))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`config` must be what JSON can hold: {error}.") from error
         policies = ocp.checkpoint_managers.preservation_policy
         policy = policies.LatestN(keep)
         if keep_every is not None:
@@ -79,7 +84,11 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         arrays = {name: _plain(x) for name, x in _named(state).items()}
-        about = {"config": self.config, "sums": _as_numbers(_sums(arrays))}
+        about = {
+            "config": self.config,
+            "sums": _as_numbers(_sums(arrays)),
+            "kinds": _kinds(_named(state)),
+        }
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)
         )
@@ -95,7 +104,8 @@ class Checkpoints:
         - `step`: by default the latest.
 
         **Raises:** `ValueError` if there is none, if it is damaged, or if it is of another
-        config or another network. It names the first array that does not fit.
+        config, network, optimiser or precision. It names the first array that does not
+        fit, and reads none then.
         """
         ocp, steps = _orbax(), self.steps
         step = max(steps, default=None) if step is None else step
@@ -109,23 +119,16 @@ class Checkpoints:
                 step, args=ocp.args.Composite(about=ocp.args.JsonRestore())
             )["about"]
             config, sums = about["config"], about["sums"]
-            saved = self._manager.item_metadata(step)["state"]
-            saved = {name: tuple(x.shape) for name, x in saved.items()}
         except Exception as error:
             raise _damaged(folder, error) from error
         self._check_config(config, folder)
+        if "kinds" not in about:
+            raise ValueError(
+                f"{folder} was saved by an earlier version of gddim_eqx, which this one "
+                "cannot read. Use another directory."
+            )
         wanted = _named(state)
-        for name, x in wanted.items():
-            shape = _plain(x).shape
-            if saved.get(name) != shape:
-                found = f"of shape {saved[name]}" if name in saved else "not there"
-                raise ValueError(
-                    f"{folder}: the array {name} is {found}, where this network and "
-                    f"optimiser need shape {shape}."
-                )
-        for name in saved:
-            if name not in wanted:
-                raise ValueError(f"{folder} has an array {name}, which has no place.")
+        _check_kinds(about["kinds"], _kinds(wanted), folder)
         abstract = {
             name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
             for name, x in ((name, _plain(x)) for name, x in wanted.items())
@@ -139,25 +142,27 @@ class Checkpoints:
                     raise ValueError(f"the array {name} is not what was saved")
         except Exception as error:
             raise _damaged(folder, error) from error
-        values = [
+        values = iter(
             jr.wrap_key_data(arrays[name], impl=jr.key_impl(x))
             if is_key(x)
             else arrays[name]
             for name, x in wanted.items()
-        ]
-        dynamic, static = eqx.partition(state, eqx.is_array)
-        dynamic = jtu.tree_unflatten(jtu.tree_structure(dynamic), values)
-        return eqx.combine(dynamic, static)
+        )
+        return jtu.tree_map(
+            lambda x: next(values) if eqx.is_array(x) and x.size else x, state
+        )
 
     def _check_config(self, config: Any, folder: Path) -> None:
-        if config != self.config:
+        # As text, as NaN is not equal to itself.
+        text = ft.partial(json.dumps, sort_keys=True)
+        if text(config) != text(self.config):
             names = sorted({*config, *self.config}, key=str)
             absent = "absent"
             differences = [
                 f"{name}: {config.get(name, absent)!r} there, "
                 f"{self.config.get(name, absent)!r} here"
                 for name in names
-                if config.get(name, absent) != self.config.get(name, absent)
+                if text(config.get(name, absent)) != text(self.config.get(name, absent))
             ]
             raise ValueError(
                 f"{folder} was saved with another config ({'; '.join(differences)}). Use "
@@ -212,7 +217,40 @@ def _brief(error: Exception) -> str:
 
 def _named(state: TrainState) -> dict[str, jax.Array]:
     leaves = jtu.tree_leaves_with_path(eqx.filter(state, eqx.is_array))
-    return {jtu.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    named = {jtu.keystr(path).lstrip("."): leaf for path, leaf in leaves}
+    # Orbax cannot save arrays without numbers, which nothing is lost of.
+    return {name: x for name, x in named.items() if x.size}
+
+
+def _kinds(arrays: dict[str, jax.Array]) -> dict[str, list]:
+    """The shape and the dtype of each array, as JSON holds them; of a random key its
+    kind."""
+    dtype = lambda x: f"{jr.key_impl(x)} key" if is_key(x) else str(x.dtype)
+    return {name: [list(x.shape), dtype(x)] for name, x in arrays.items()}
+
+
+def _check_kinds(saved: dict, wanted: dict, folder: Path) -> None:
+    cure = "Restore with what it was saved with, or use another directory."
+    for name, (shape, dtype) in wanted.items():
+        found_shape, found = saved.get(name, (None, dtype))
+        if found_shape != shape:
+            found = "not there" if found_shape is None else f"of shape {tuple(found_shape)}"
+            raise ValueError(
+                f"{folder}: the array {name} is {found}, where this network and optimiser "
+                f"need shape {tuple(shape)}. {cure}"
+            )
+        if found != dtype:
+            raise ValueError(
+                f"{folder}: the array {name} was saved as {found}, asked for as {dtype}. "
+                "Restore in the precision that it was saved in (of the parameters, or of "
+                f"`JAX_ENABLE_X64`), or with that kind of key, or use another directory."
+            )
+    for name in saved:
+        if name not in wanted:
+            raise ValueError(
+                f"{folder} has an array {name}, which has no place in this network and "
+                f"optimiser. {cure}"
+            )
 
 
 def _plain(x: jax.Array) -> jax.Array:
@@ -232,6 +270,8 @@ def _sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def _sum(x: jax.Array) -> jax.Array:
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        x = jnp.stack([x.real, x.imag])
     if x.dtype == bool:
         words = x.astype(jnp.uint32)
     else:
