@@ -154,6 +154,9 @@ class Config:
     """A project of Weights & Biases to write to (`pip install wandb`)."""
 
 
+# Of the paper's Table 4, and of the authors' configurations.
+PAPER = Optimiser(2e-4, warmup=5000, average_decay=0.9999, debias=False)
+
 PRESETS = {
     "toy": (
         "Five rings in the plane under CLD: a minute on a CPU.",
@@ -219,6 +222,7 @@ PRESETS = {
             Network("cifar10_cld"),
             "cld",
             steps=1_000_000,
+            optimiser=PAPER,
             save_every=10_000,
         ),
     ),
@@ -229,6 +233,7 @@ PRESETS = {
             Network("cifar10_bdm"),
             "bdm",
             steps=1_000_000,
+            optimiser=PAPER,
             save_every=10_000,
         ),
     ),
@@ -239,7 +244,7 @@ PRESETS = {
             Network("celeba_cld"),
             "cld",
             steps=150_000,
-            optimiser=Optimiser(average_decay=0.999),
+            optimiser=dataclasses.replace(PAPER, average_decay=0.999),
             save_every=10_000,
         ),
     ),

@@ -1,5 +1,6 @@
 """Training as a whole: data, checkpoints, what is written, and being stopped."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -7,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import equinox as eqx
 import jax
@@ -173,14 +176,110 @@ def test_some_checkpoints_are_kept_for_ever(tmp_path):
         assert checkpoints.steps == [4, 8, 10]
 
 
-def test_a_signal_to_end_saves(tmp_path, finished):
-    before = signal.getsignal(signal.SIGTERM)
-    ask = lambda state: os.kill(os.getpid(), signal.SIGTERM)
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+def test_a_signal_to_end_saves(tmp_path, finished, number):
+    before = signal.getsignal(number)
+    ask = lambda state: os.kill(os.getpid(), number)
     state = _fit(tmp_path, 10, callbacks=[(5, ask)])
     # It is seen at the end of the next step.
     assert int(state.step) == 6
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
     _assert_equal(_fit(tmp_path, 10), finished[0])
+
+
+def test_a_second_interrupt_ends_at_once(capfd):
+    trainer, state = _trainer()
+    interrupts = []
+
+    def interrupt(state):
+        for _ in range(2):
+            interrupts.append(int(state.step))
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+
+    batches = Batches(_points, 8)
+    with pytest.raises(KeyboardInterrupt):
+        fit(trainer, state, batches, 10, callbacks=[(3, interrupt)])
+    assert interrupts == [3, 3]
+    assert "Interrupt again to stop at once" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    # What was given is still there.
+    _assert_equal(fit(trainer, state, batches, 2, progress=False), _steps(2))
+
+
+def _steps(number):
+    trainer, state = _trainer()
+    for n in range(number):
+        state, _ = trainer.step(state, Batches(_points, 8)[n])
+    return state
+
+
+def test_an_interrupt_returns_the_newest_state():
+    trainer, state = _trainer()
+    interrupt = lambda _: os.kill(os.getpid(), signal.SIGINT)
+    options = dict(callbacks=[(3, interrupt)], progress=False)
+    got = fit(trainer, state, Batches(_points, 8), 10, **options)
+    _assert_equal(got, _steps(4))
+    _assert_equal(state, _trainer()[1])
+
+
+def test_interrupts_that_are_ignored_stay_so():
+    trainer, state = _trainer()
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    ask = lambda _: [os.kill(os.getpid(), number) for number in before]
+    try:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+        options = dict(callbacks=[(3, ask)], progress=False)
+        state = fit(trainer, state, Batches(_points, 8), 6, **options)
+        assert int(state.step) == 6
+        assert all(signal.getsignal(number) == signal.SIG_IGN for number in before)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_threads_train_too():
+    trainer, state = _trainer()
+    with ThreadPoolExecutor(1) as pool:
+        options = dict(progress=False)
+        got = pool.submit(fit, trainer, state, Batches(_points, 8), 4, **options).result()
+    _assert_equal(got, _steps(4))
+
+
+def test_the_state_that_was_given_is_kept():
+    trainer, state = _trainer()
+    batches = Batches(_points, 8)
+
+    def fail(*_):
+        raise _Killed
+
+    for options in (dict(callbacks=[(2, fail)]), dict(logs=[fail], log_every=2)):
+        with pytest.raises(_Killed):
+            fit(trainer, state, batches, 4, progress=False, **options)
+    bad = Batches(np.full_like(_points, np.nan), 8)
+    with pytest.raises(FloatingPointError):
+        fit(trainer, state, bad, 4, progress=False)
+    for _ in range(2):
+        _assert_equal(fit(trainer, state, batches, 4, progress=False), _steps(4))
+    _assert_equal(state, _trainer()[1])
+
+
+def test_an_average_of_initial_parameters_is_warned_of():
+    # With the bias correction they have no part in it.
+    for decay, debias, warns in ((0.9, False, True), (0.5, False, False), (0.99, True, 0)):
+        process = gd.VP((2,))
+        model = gd.nn.NetworkModel(process, gd.nn.TimeMLP(2, width=16, key=jr.key(0)))
+        options = dict(average_decay=decay, debias=debias)
+        trainer = Trainer(DenoisingLoss(process), adam(1e-2, 2), **options)
+        expected = (
+            pytest.warns(UserWarning, match="initial parameters are still 59%")
+            if warns
+            else contextlib.nullcontext()
+        )
+        with expected:
+            state = trainer.init(model, jr.key(0))
+            fit(trainer, state, Batches(_points, 8), 5, progress=False)
 
 
 def test_a_loss_that_is_not_finite_stops_and_is_not_saved(tmp_path):

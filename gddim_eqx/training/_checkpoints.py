@@ -11,7 +11,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 
 from .._placement import is_key
-from ._trainer import TrainState
+from ._trainer import copy, TrainState
 
 
 class Checkpoints:
@@ -148,8 +148,9 @@ class Checkpoints:
             else arrays[name]
             for name, x in wanted.items()
         )
+        # No memory is shared with `state`.
         return jtu.tree_map(
-            lambda x: next(values) if eqx.is_array(x) and x.size else x, state
+            lambda x: next(values) if eqx.is_array(x) and x.size else copy(x), state
         )
 
     def _check_config(self, config: Any, folder: Path) -> None:

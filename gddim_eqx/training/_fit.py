@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from jax.experimental import multihost_utils
 from .._check import check_count
 from ._batches import Batches
 from ._checkpoints import Checkpoints
-from ._trainer import Metrics, Trainer, TrainState
+from ._trainer import copy, Metrics, Trainer, TrainState
 
 
 # Called with the number of steps done and what was measured.
@@ -59,31 +60,58 @@ class JSONLines:
 
 
 class _Stop:
-    """Whether this process was asked to end, by SIGTERM, and the others with it."""
+    """Whether this process was asked to end, by SIGTERM or SIGINT, and the others with it.
 
-    def __init__(self):
-        self._asked = False
-        # JAX listens to the signal itself where there are several processes.
+    A second SIGINT goes where it would without this: it raises `KeyboardInterrupt`.
+    """
+
+    def __init__(self, notice: bool):
+        self._asked, self._notice = False, notice
+        # JAX listens to SIGTERM itself where there are several processes.
         self._several = jax.process_count() > 1
-        self._before: Any = None
-        self._listens = threading.current_thread() is threading.main_thread()
+        self._before: dict[int, Any] = {}
 
     def __enter__(self):
-        def ask(*_):
-            self._asked = True
-
-        if self._listens and not self._several:
-            self._before = signal.signal(signal.SIGTERM, ask)
+        # Python lets no other thread listen.
+        if threading.current_thread() is threading.main_thread():
+            self._listen(signal.SIGINT, self._interrupt)
+            if not self._several:
+                self._listen(signal.SIGTERM, self._ask)
         return self
 
     def __exit__(self, *_):
-        if self._listens and not self._several:
-            signal.signal(signal.SIGTERM, self._before)
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def _listen(self, number, handler):
+        before = signal.getsignal(number)
+        # Not if it is to be ignored, as under `nohup`, or belongs to other than Python.
+        if before not in (None, signal.SIG_IGN):
+            self._before[number] = before
+            signal.signal(number, handler)
+
+    def _ask(self, *_):
+        self._asked = True
+
+    def _interrupt(self, *_):
+        # So that the next goes there. (There is none left just before all are put back.)
+        before = self._before.pop(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, before)
+        self._asked = True
+        if self._several:
+            # This tells the other processes too.
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self._notice:
+            # `print` must not be used here: it may just be printing.
+            os.write(2, _notice)
 
     def __call__(self, step: int) -> bool:
         if self._several:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._asked
+
+
+_notice = b"\nStopping after this step. Interrupt again to stop at once.\n"
 
 
 def fit(
@@ -102,12 +130,22 @@ def fit(
     """Train until a number of steps is done.
 
     If `checkpoints` holds some, training goes on from the latest, and comes to the same
-    parameters as if it had never stopped. On SIGTERM it saves and returns.
+    parameters as if it had never stopped.
+
+    On SIGTERM, and on SIGINT (Ctrl-C, or a notebook's "interrupt"), it finishes the step,
+    saves if there are `checkpoints`, and returns the newest state; a second SIGINT raises
+    `KeyboardInterrupt` at once. In a thread other than the main one it cannot listen to
+    signals.
+
+    Afterwards sample with `state.averaged`; see [`gddim_eqx.training.Trainer`][] for how
+    to choose the average, and [`gddim_eqx.training.adam`][] for the learning rate.
 
     **Arguments:**
 
     - `trainer`: how to train.
-    - `state`: from its `init`, or of a run to go on with.
+    - `state`: from its `init`, or of a run to go on with. It stays as it is, and can be
+        used again whatever happens. Its memory is free after the first step only if you
+        do not keep it: `fit(trainer, trainer.init(model, key), ...)`.
     - `batches`: what to train on.
     - `num_steps`: to be done in all, those of `state` included.
     - `checkpoints`: where to save.
@@ -117,18 +155,24 @@ def fit(
         [`gddim_eqx.training.JSONLines`][].
     - `log_every`: how many steps between two calls.
     - `callbacks`: pairs of a number of steps and what to call with the state that often,
-        for example to draw samples. They run on all processes.
+        for example to draw samples. They run on all processes. The next step uses the
+        memory of the state that they are called with: copy what you keep of it.
     - `progress`: whether to show a progress bar. Needs tqdm.
 
     **Returns:** the state. If its `step` is less than `num_steps`, a signal came.
 
     **Raises:** `FloatingPointError` when the loss or its gradient is not finite. Such a
     step is not saved. `OSError` if a checkpoint could not be saved.
+
+    **Warns:** if the initial parameters still are more than a twentieth of the average.
     """
     check_count("save_every", save_every)
     check_count("log_every", log_every)
     if checkpoints is not None and checkpoints.steps:
         state = checkpoints.restore(state)
+    elif int(state.step) < num_steps:
+        # A step uses the memory of the state it is given.
+        state = copy(state)
     start = done = int(state.step)
     first = jax.process_index() == 0
     measured: list[tuple[int, Metrics]] = []
@@ -148,10 +192,11 @@ def fit(
             totals.append((loss, norm))
 
     with contextlib.ExitStack() as stack:
+        # First, so that it still listens while the last checkpoint is written.
+        stop = stack.enter_context(_Stop(notice=progress))
         if checkpoints is not None:
             stack.callback(checkpoints.wait)
         bar = stack.enter_context(_bar(num_steps, done)) if progress and first else None
-        stop = stack.enter_context(_Stop())
         stream = stack.enter_context(contextlib.closing(batches.since(done)))
         while done < num_steps:
             state, metrics = trainer.step(state, next(stream))
@@ -189,7 +234,21 @@ def fit(
                     callback(state)
             if stopped:
                 break
+    if done >= num_steps and first:
+        _warn_of_initial(trainer, done)
     return state
+
+
+def _warn_of_initial(trainer: Trainer, steps: int) -> None:
+    share = 0.0 if trainer.debias else trainer.average_decay**steps
+    if share > 0.05:
+        warnings.warn(
+            f"After {steps} steps with `average_decay={trainer.average_decay}` the initial "
+            f"parameters are still {share:.0%} of the average. Sample with `state.model` "
+            "in place of `state.averaged`, train for longer, or choose a smaller "
+            "`average_decay` or `debias=True`.",
+            stacklevel=3,
+        )
 
 
 def _kept(checkpoints: Checkpoints | None) -> str:
