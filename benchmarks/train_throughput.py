@@ -96,7 +96,9 @@ class Ours:
 
     def run(self, steps: int) -> None:
         self.done += steps
-        self.state = fit(self.trainer, self.state, self.batches, self.done, progress=False)
+        # Kept nowhere else, so that its memory is free after the first step.
+        state, self.state = [self.state], None
+        self.state = fit(self.trainer, state.pop(), self.batches, self.done, progress=False)
 
 
 _ways = {"by hand": ByHand, "fit": Ours}

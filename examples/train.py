@@ -312,7 +312,7 @@ def make_model(config: Config, data: np.ndarray, key) -> gd.nn.NetworkModel:
 
 def standard_deviation(data: np.ndarray) -> float:
     """Of what the model sees."""
-    return float(data.std()) / (127.5 if data.dtype == np.uint8 else 1)
+    return float(data.std(dtype=np.float64)) / (127.5 if data.dtype == np.uint8 else 1)
 
 
 def draw(path: Path, loss: DenoisingLoss, model: Any, number: int = 64) -> None:

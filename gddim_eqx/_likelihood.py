@@ -261,7 +261,8 @@ def dequantise(
 
     **Returns:** numbers in [-1, 1], of the same shape.
 
-    **Raises:** `ValueError` if the levels are not integers.
+    **Raises:** `ValueError` if the levels are not integers. An error, under `jax.jit` too,
+    if they are not from 0 to `num_levels - 1`.
     """
     check_key(key)
     levels = jnp.asarray(levels)
@@ -269,6 +270,14 @@ def dequantise(
         raise ValueError(f"`levels` must be integers; got {levels.dtype}.")
     check_count("num_levels", num_levels)
     dtype = as_dtype(float if dtype is None else dtype)
+    held = jnp.iinfo(levels.dtype)
+    if held.min < 0 or held.max >= num_levels:
+        outside = (levels < 0) | (levels >= num_levels)
+        levels = eqx.error_if(
+            levels,
+            outside,
+            f"`levels` must be from 0 to {num_levels - 1}, for `num_levels={num_levels}`.",
+        )
     noise = jr.uniform(key, levels.shape, dtype)
     return 2 * (levels.astype(dtype) + noise) / num_levels - 1
 

@@ -85,6 +85,44 @@ def test_images_become_numbers_from_minus_one_to_one():
     np.testing.assert_array_equal(Augmentation()(jr.key(0), points), points)
 
 
+@pytest.mark.parametrize("dtype", ("uint8", "uint16"))
+def test_levels_become_numbers_whatever_their_range(dtype):
+    highest = np.iinfo(dtype).max
+    levels = np.array([0, 1, highest // 3, highest - 1, highest], dtype)
+    exact = levels.astype(np.float64) / highest * 2 - 1
+    x = Augmentation()(jr.key(0), jnp.asarray(levels)[:, None])
+    np.testing.assert_allclose(x[:, 0], exact, atol=2e-7)
+    assert x[0, 0] == -1 and x[-1, 0] == 1
+    filled = Augmentation(dequantise=True)(jr.key(0), jnp.asarray(levels)[:, None])
+    cells = (np.asarray(filled, np.float64)[:, 0] + 1) * (highest + 1) / 2
+    assert (levels <= cells).all() and (cells <= levels + 1.0).all()
+
+
+def test_binary_images_become_minus_one_and_one():
+    x = jnp.asarray([[True, False]])
+    np.testing.assert_array_equal(Augmentation()(jr.key(0), x), [[1, -1]])
+    filled = Augmentation(dequantise=True)(jr.key(0), x)
+    assert 0 <= filled[0, 0] <= 1 and -1 <= filled[0, 1] <= 0
+
+
+@pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16, jnp.complex64))
+def test_numbers_stay_as_they_are(dtype):
+    x = jnp.asarray([[0.3, -2.0]], dtype)
+    y = Augmentation(dequantise=True)(jr.key(0), x)
+    assert y.dtype == dtype and (x == y).all()
+
+
+def test_images_need_no_preparation():
+    images = np.random.default_rng(0).integers(0, 256, (40, 2), np.uint8)
+    got, expected = (
+        fit(*_trainer(), Batches(data, 8), 3, progress=False)
+        for data in (images, images.astype(np.float32) / 127.5 - 1)
+    )
+    one, other = (jtu.tree_leaves(eqx.filter(s.model, eqx.is_array)) for s in (got, expected))
+    for a, b in zip(one, other):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
 def test_half_of_the_images_are_mirrored():
     images = jnp.asarray(
         np.random.default_rng(0).integers(0, 256, (400, 4, 6, 3), np.uint8)
@@ -528,6 +566,14 @@ except OSError as error:
         (
             lambda: Augmentation(flip=True)(jr.key(0), jnp.asarray(_points)),
             r"`flip` is for images.*got an array of shape \(40, 2\)",
+        ),
+        (
+            lambda: Augmentation()(jr.key(0), jnp.ones((2, 2), jnp.int32)),
+            "got int32, whose range is not known",
+        ),
+        (
+            lambda: fit(*_trainer(), Batches(_points.astype(np.int32), 8), 1),
+            "got int32, whose range is not known",
         ),
         (lambda: Batches(_points, 0), "`batch_size` must be a positive integer"),
         (lambda: Checkpoints("runs", {"data": object()}), "`config` must be what JSON"),

@@ -237,6 +237,19 @@ def test_dequantised_levels_fill_their_cells():
     assert abs(float(spread) - 1 / math.sqrt(12)) < 0.01
 
 
+@pytest.mark.parametrize("levels", ([0, 256], [-1, 3]))
+def test_levels_that_are_not_there_are_refused(levels):
+    for dtype in (jnp.int32, jnp.int16):
+        levels = jnp.asarray(levels, dtype)
+        for call in (gd.dequantise, jax.jit(gd.dequantise)):
+            with pytest.raises(Exception, match="`levels` must be from 0 to 255"):
+                jax.block_until_ready(call(jax.random.key(0), levels))
+    with pytest.raises(Exception, match="from 0 to 3, for `num_levels=4`"):
+        gd.dequantise(jax.random.key(0), jnp.asarray([4], jnp.uint8), 4)
+    x = gd.dequantise(jax.random.key(0), jnp.asarray([65535], jnp.uint16), 65536)
+    assert 1 - 2 / 65536 <= x[0] <= 1
+
+
 _vp = gd.VP((2,))
 _flow = gd.ProbabilityFlow(_vp, mixture_for(_vp).model(_vp))
 _cld = gd.CLD((2,))

@@ -7,11 +7,13 @@ import re
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import pytest
 
 import gddim_eqx as gd
+from gddim_eqx.nn import _layers
 
 from .helpers import slow
 from .ncsnpp_oracle import authors_network
@@ -272,3 +274,35 @@ def _make(shape=(8, 8, 2), **options):
 def test_bad_input_is_refused(call, message, without_type_checks):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 3, 3), (7, 4), (16, 16, 1, 1)])
+@pytest.mark.parametrize("scale", (1.0, 0.1, 0.0))
+def test_initial_weights_are_those_of_variance_scaling(shape, scale):
+    out_size, size, *window = shape
+    layer = (
+        _layers.convolution(size, out_size, window[0], key=jr.key(3), scale=scale)
+        if window
+        else _layers.dense(size, out_size, key=jr.key(3), scale=scale)
+    )
+    initial = jax.nn.initializers.variance_scaling(
+        scale or 1e-10, "fan_avg", "uniform", in_axis=1, out_axis=0
+    )
+    expected = initial(jr.key(3), shape, layer.weight.dtype)
+    np.testing.assert_array_equal(layer.weight, expected)
+    assert not layer.bias.any()
+
+
+def test_few_programs_are_compiled_for_initial_weights(monkeypatch):
+    drawn, uniform = [], jr.uniform
+
+    def record(key, shape, *args, **options):
+        # Others are not drawn: their shapes are found.
+        if not isinstance(key, jax.core.Tracer):
+            drawn.append(shape)
+        return uniform(key, shape, *args, **options)
+
+    monkeypatch.setattr(jr, "uniform", record)
+    gd.nn.presets.small((28, 28, 2), key=jr.key(0))
+    assert all(len(shape) == 1 for shape in drawn)
+    assert len(drawn) > 20 and len(set(drawn)) < 12

@@ -18,8 +18,10 @@ import pytest
 import gddim_eqx as gd
 from gddim_eqx.training import (
     adam,
+    Batches,
     DataWeighting,
     DenoisingLoss,
+    fit,
     ImportanceTimes,
     NoisedBatch,
     StratifiedTimes,
@@ -50,6 +52,10 @@ def _quantities(process, x, t, u):
     )
 
 
+def _batch_of_one(state):
+    return jtu.tree_map(lambda x: x[None], state)
+
+
 def _state(process, vector):
     parts = np.split(np.asarray(vector), process.num_components)
     parts = [jnp.asarray(part.reshape(process.shape)) for part in parts]
@@ -73,7 +79,9 @@ def test_loss_is_of_the_difference_to_what_should_be_predicted(name):
                 process, x[i], batch.t[i], jtu.tree_map(lambda y: y[i], batch.u)
             )
             size = len(right["noise"])
-            model = lambda t, u, args, error=0.0: _state(process, right[predicts] + error)
+            model = lambda t, u, args, error=0.0: _batch_of_one(
+                _state(process, right[predicts] + error)
+            )
             assert float(loss(model, sample)[0]) < 1e-18
             error = np.linspace(-1, 2, size)
             got = loss(ft.partial(model, error=error), sample)[0]
@@ -95,7 +103,8 @@ def test_weightings(name):
     def model(predicts):
         flow = gd.ProbabilityFlow(process, lambda t, u, args: u, predicts)
         state = process.from_data(_state(process, noise))
-        return lambda t, u, args: flow.prediction(batch.t[0], first(batch.u), state)
+        prediction = flow.prediction(batch.t[0], first(batch.u), state)
+        return lambda t, u, args: _batch_of_one(prediction)
 
     error = noise - right["noise"]
     expected = dict(
@@ -121,9 +130,9 @@ def test_noise_in_the_frame_of_the_cholesky_factor():
     mean = process.transition(t, jnp.asarray(0.0)).mv(process.encode(x[0]))
     rest = jtu.tree_map(jnp.subtract, first(batch.u), mean)
     noise = process.cholesky(t).inverse().mv(rest)
-    assert float(loss(lambda t, u, args: noise, batch)[0]) < 1e-18
+    assert float(loss(lambda t, u, args: _batch_of_one(noise), batch)[0]) < 1e-18
     other = process.factor(t).inverse().mv(rest)
-    assert float(loss(lambda t, u, args: other, batch)[0]) > 1e-2
+    assert float(loss(lambda t, u, args: _batch_of_one(other), batch)[0]) > 1e-2
 
 
 @pytest.mark.x64
@@ -165,6 +174,25 @@ def test_times_lie_between_start_and_end():
         low, high = (np.asarray(x, t.dtype) for x in (low, high))
         assert low <= t.min() < low + 0.01 * (high - low) + 0.01
         assert high - 0.01 * (high - low) - 0.01 < t.max() <= high
+
+
+@pytest.mark.parametrize("name", ("vp", "cld"))
+def test_models_are_called_as_in_sampling(name):
+    process, seen = processes[name](), []
+
+    def model(t, u, args):
+        leaf = jtu.tree_leaves(u)[0]
+        seen.append((jnp.ndim(t), leaf.ndim, leaf.shape[1:]))
+        return u
+
+    loss = DenoisingLoss(process)
+    loss(model, loss.noised(jr.key(0), jnp.zeros((3, *process.shape))))
+    gd.sample(process, model, jr.key(0), 3, num_steps=1)
+    assert set(seen) == {(0, 1 + len(process.shape), process.shape)}
+    # A model of one sample alone is refused at once, not only in sampling.
+    one = lambda t, u, args: jtu.tree_map(lambda x: x[0], u)
+    with pytest.raises(ValueError, match="must return the shape of its state"):
+        loss(one, loss.noised(jr.key(0), jnp.zeros((3, *process.shape))))
 
 
 # Steps
@@ -243,6 +271,25 @@ def test_average_is_the_weighted_mean_of_all_parameters(debias):
     weights[0] = 0 if debias else decay**steps
     expected = np.tensordot(weights / weights.sum(), np.stack(seen), 1)
     np.testing.assert_allclose(state.average.network.first.weight, expected, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.float32
+@pytest.mark.parametrize("kind", (gd.VP, gd.CLD))
+def test_what_a_newcomer_writes_first_works(kind):
+    process, x = kind((2,)), gd.datasets.rings()
+    network = gd.nn.presets.points(2 * process.num_components, key=jr.key(0))
+    trainer = Trainer(DenoisingLoss(process))
+    state = trainer.init(gd.nn.NetworkModel(process, network), jr.key(1))
+    state = fit(trainer, state, Batches(x, 128), 3000, progress=False)
+
+    def distance(model):
+        samples = gd.sample(process, model, jr.key(2), 2000, num_steps=30).x
+        return gd.metrics.sliced_wasserstein(np.asarray(samples), x[:2000])
+
+    average, last = distance(state.averaged), distance(state.model)
+    print(kind.__name__, average, last)
+    assert average < 0.3 and average < 1.2 * last
 
 
 # Precision
@@ -477,6 +524,10 @@ def test_sums_over_devices_and_no_gathered_batch():
         (lambda: DenoisingLoss(gd.VP((2,)), times=0.5), "`times` must be times"),
         (lambda: DenoisingLoss(gd.VP((2,)), times=UniformTimes(0.5, 2.0)), "in .0, 1.0"),
         (lambda: adam(warmup=10, num_steps=10), "`num_steps` must be more .* got 10"),
+        (
+            lambda: DenoisingLoss(gd.VP((2,))).noised(jr.key(0), jnp.ones((4, 2), int)),
+            "must be floating-point numbers; got int.*`Augmentation",
+        ),
         (lambda: UniformTimes(0.0), "Need 0 < `start`"),
         (lambda: StratifiedTimes(0.5, 0.4), "Need 0 < `start`"),
         (lambda: ImportanceTimes((1.0, 0.0)), "`density` must hold positive"),

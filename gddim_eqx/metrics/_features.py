@@ -46,6 +46,9 @@ def to_uint8(x: Float[Array | np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shap
         raise ValueError(f"Images in [-1, 1] are floating-point numbers; got {x.dtype}.")
     if not np.isfinite(x).all():
         raise ValueError("The images are not finite.")
+    if x.dtype.itemsize < 4:
+        # The sum would be rounded to more than one level.
+        x = x.astype(np.float32)
     return np.clip(np.rint((x + 1) * 127.5), 0, 255).astype(np.uint8)
 
 

@@ -9,6 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jaxtyping import Array, Float, Inexact
 
 from .._custom_types import Key
@@ -22,16 +23,26 @@ Taps = tuple[float, ...]
 BOX = (1.0, 1.0)
 
 
-def _scaled(layer, key: Key, scale: float):
-    """The layer with the initial weights of Ho et al. 2020: uniform, of variance `scale`
+def _initialised(kind, *args, key: Key, scale: float, **options):
+    """A layer with the initial weights of Ho et al. 2020: uniform, of variance `scale`
     over the mean of the numbers of inputs and outputs. A scale of 0 means almost 0, so
     that gradients pass. Its bias is 0."""
-    initial = jax.nn.initializers.variance_scaling(
-        scale or 1e-10, "fan_avg", "uniform", in_axis=1, out_axis=0
-    )
-    weight = initial(key, layer.weight.shape, layer.weight.dtype)
-    zeros = jnp.zeros_like(layer.bias)
-    return eqx.tree_at(lambda x: (x.weight, x.bias), layer, (weight, zeros))
+    # Equinox's own initial weights are not drawn, only their shapes found.
+    layer = eqx.filter_eval_shape(kind, *args, **options, key=key)
+    shape, dtype = layer.weight.shape, layer.weight.dtype
+    out_size, size, *window = shape
+    mean = (size + out_size) / 2 * math.prod(window)
+    width = np.sqrt(np.asarray(3, dtype) * np.asarray((scale or 1e-10) / mean, dtype))
+    weight = _uniform(key, math.prod(shape), dtype) * width
+    zeros = jnp.zeros(layer.bias.shape, dtype)
+    return eqx.tree_at(lambda x: (x.weight, x.bias), layer, (weight.reshape(shape), zeros))
+
+
+def _uniform(key: Key, size: int, dtype) -> Array:
+    """Numbers in [-1, 1). Compilation takes most of the time of small draws, so that a few
+    sizes serve for all."""
+    larger = 1 << (size - 1).bit_length()
+    return jr.uniform(key, (larger,), dtype, -1)[:size]
 
 
 def convolution(
@@ -44,8 +55,8 @@ def convolution(
     stride: int = 1,
     padding: str | int | Sequence[tuple[int, int]] = "SAME",
 ) -> eqx.nn.Conv2d:
-    layer = eqx.nn.Conv2d(channels, out_channels, size, stride, padding, key=key)
-    return _scaled(layer, key, scale)
+    args = (channels, out_channels, size, stride, padding)
+    return _initialised(eqx.nn.Conv2d, *args, key=key, scale=scale)
 
 
 def convolve(layer: eqx.nn.Conv2d, x: Image) -> Image:
@@ -69,7 +80,7 @@ def _convolve(x: Image, weight: Array, stride, padding, dilation=(1, 1)) -> Imag
 
 
 def dense(size: int, out_size: int, *, key: Key, scale: float = 1.0) -> eqx.nn.Linear:
-    return _scaled(eqx.nn.Linear(size, out_size, key=key), key, scale)
+    return _initialised(eqx.nn.Linear, size, out_size, key=key, scale=scale)
 
 
 def normalisation(channels: int) -> eqx.nn.GroupNorm:

@@ -85,7 +85,8 @@ class NetworkModel(eqx.Module):
         """**Arguments:**
 
         - `t`: the time of the whole batch.
-        - `u`: the state, in data coordinates, with any batch axes.
+        - `u`: the state, in data coordinates, with any batch axes: in training and in
+            sampling one.
         - `args`: not used.
         - `key`: a random key for dropout; without it there is none.
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Inexact, Shaped
 
 from .._check import check_count
 from .._custom_types import Key
@@ -108,21 +108,25 @@ class Batches:
 class Augmentation(eqx.Module):
     """From images as they are stored to what models are trained on, on the device.
 
-    Integers, from 0 to 255, become numbers in [-1, 1]; numbers stay as they are.
+    The levels of `uint8` and `uint16`, from the first to the last, become numbers in
+    [-1, 1], and so do `False` and `True`; floating-point numbers stay as they are.
 
     **Arguments:**
 
     - `flip`: whether to mirror images left to right, each with probability one half.
     - `dequantise`: whether to add noise that fills the levels of integers, as in
         [`gddim_eqx.dequantise`][]. The paper does not.
+
+    **Raises:** `ValueError` for other integers, whose range is not known, and for `flip` of
+    what are not images.
     """
 
     flip: bool = eqx.field(default=False, static=True)
     dequantise: bool = eqx.field(default=False, static=True)
 
     def __call__(
-        self, key: Key, x: Num[Array, "batch *shape"]
-    ) -> Float[Array, "batch *shape"]:
+        self, key: Key, x: Shaped[Array, "batch *shape"]
+    ) -> Inexact[Array, "batch *shape"]:
         flip_key, noise_key = jr.split(key)
         if self.flip:
             if x.ndim != 4:
@@ -132,8 +136,21 @@ class Augmentation(eqx.Module):
                 )
             flipped = jr.bernoulli(flip_key, shape=(len(x), *[1] * (x.ndim - 1)))
             x = jnp.where(flipped, jnp.flip(x, -2), x)
-        if jnp.issubdtype(x.dtype, jnp.floating):
+        if jnp.issubdtype(x.dtype, jnp.inexact):
             return x
+        highest = _highest_level(x.dtype)
         if self.dequantise:
-            return dequantise(noise_key, x, dtype=jnp.float32)
-        return x.astype(jnp.float32) / 127.5 - 1
+            x = x.astype(jnp.uint8) if x.dtype == bool else x
+            return dequantise(noise_key, x, highest + 1, dtype=jnp.float32)
+        return x.astype(jnp.float32) / (highest / 2) - 1
+
+
+def _highest_level(dtype) -> int:
+    known = {"bool": 1, "uint8": 255, "uint16": 65535}
+    if str(dtype) not in known:
+        raise ValueError(
+            f"Images are of dtype uint8 or uint16, whose levels become numbers in [-1, 1], "
+            f"or of floating-point numbers; got {dtype}, whose range is not known. Convert "
+            "them to one of these."
+        )
+    return known[str(dtype)]

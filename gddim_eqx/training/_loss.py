@@ -108,7 +108,7 @@ class DenoisingLoss(eqx.Module):
 
         **Returns:** what the loss of each sample depends on, besides the model.
 
-        **Raises:** `ValueError` for data of another shape.
+        **Raises:** `ValueError` for data of another shape, or of integers.
         """
         process = self.process
         x = check_state(x, 1, process.shape, "The batch")
@@ -134,8 +134,10 @@ class DenoisingLoss(eqx.Module):
 
         **Arguments:**
 
-        - `model`: called as `model(t, u, args)`, with one time and one state in the data's
-            coordinates, and with `key=` for dropout.
+        - `model`: called as in sampling, as `model(t, u, args)` with one time and a batch
+            of states `(batch, *shape)` in the data's coordinates, and with `key=` for
+            dropout. As each sample has a time of its own, it is called on batches of one
+            (under `jax.vmap`).
         - `batch`: from [`gddim_eqx.training.DenoisingLoss.noised`][].
         - `args`: passed to the model.
 
@@ -144,6 +146,9 @@ class DenoisingLoss(eqx.Module):
         return jax.vmap(lambda sample: self._of_one(model, sample, args))(batch)
 
     def _of_one(self, model, sample, args):
+        # Models are for batches, here as in sampling.
+        x, u, noise = jtu.tree_map(lambda x: x[None], (sample.x, sample.u, sample.noise))
+        sample = sample._replace(x=x, u=u, noise=noise)
         _, t, u, noise, weight, key = sample
         keyed = model if key is None else lambda t, u, args: model(t, u, args, key=key)
         flow = ProbabilityFlow(self.process, keyed, self.predicts, self.factor)

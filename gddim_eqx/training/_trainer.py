@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from .._check import check_count
 from .._custom_types import Key
 from .._placement import Placement
+from ._batches import Augmentation
 from ._loss import DenoisingLoss
 
 
@@ -90,7 +91,7 @@ class Trainer(eqx.Module):
         average_decay: float = 0.995,
         debias: bool = True,
         accumulate: int = 1,
-        prepare: Callable | None = None,
+        prepare: Callable | None = Augmentation(),
         placement: Placement | None = None,
     ):
         """**Arguments:**
@@ -108,8 +109,9 @@ class Trainer(eqx.Module):
             steps.
         - `accumulate`: in how many parts to compute the gradient of a batch, one after the
             other, for less memory. The result is the same up to rounding.
-        - `prepare`: called as `prepare(key, batch)` on the whole batch, for example
-            [`gddim_eqx.training.Augmentation`][].
+        - `prepare`: called as `prepare(key, batch)` on the whole batch. By default images
+            of integers become numbers in [-1, 1], and what are numbers stays as it is:
+            [`gddim_eqx.training.Augmentation`][], which can do more. `None` for nothing.
         - `placement`: which devices hold what; by default one device holds all.
 
         **Raises:** `ValueError` for numbers out of range.
