@@ -8,14 +8,16 @@ The first argument is a preset; all that it sets can be changed by the options t
 In the output directory it writes checkpoints, the measured loss as lines of JSON, pictures
 of samples, and at the end `model.npz` for `gddim_eqx.checkpoints.load`.
 
-Run it again and it goes on where it stopped, with the same result as if it had not. On
-several machines, or processes, give each `--processes.coordinator`, `--processes.number`
-and `--processes.index`.
+Ctrl-C or SIGTERM makes it save and stop; Ctrl-C twice, stop at once. Run it again and it
+goes on where it stopped, with the same result as if it had not. On several machines, or
+processes, give each `--processes.coordinator`, `--processes.number` and
+`--processes.index`.
 """
 
 import contextlib
 import dataclasses
 import functools as ft
+import importlib.util
 import math
 import sys
 from pathlib import Path
@@ -251,16 +253,84 @@ PRESETS = {
 }
 
 
+def check(config: Config) -> None:
+    """Refuse, before anything takes time, what cannot be trained."""
+    optimiser, network, several = config.optimiser, config.network, config.processes
+    lowest = {
+        "--steps": (config.steps, 1),
+        "--batch-size": (config.batch_size, 1),
+        "--save-every": (config.save_every, 1),
+        "--log-every": (config.log_every, 1),
+        "--keep": (config.keep, 1),
+        "--samples-every": (config.samples_every, 0),
+        "--seed": (config.seed, 0),
+        "--optimiser.warmup": (optimiser.warmup, 0),
+        "--optimiser.accumulate": (optimiser.accumulate, 1),
+        "--network.patch": (network.patch, 1),
+    }
+    for option, (value, least) in lowest.items():
+        if value < least:
+            raise ValueError(f"`{option}` must be at least {least}; got {value}.")
+    for option, value in {
+        "--optimiser.learning-rate": optimiser.learning_rate,
+        "--optimiser.clip": optimiser.clip,
+    }.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"`{option}` must be positive and finite; got {value}.")
+    if not 0 <= optimiser.average_decay < 1:
+        raise ValueError(
+            f"`--optimiser.average-decay` must be in [0, 1); got {optimiser.average_decay}."
+        )
+    if config.batch_size % optimiser.accumulate:
+        raise ValueError(
+            f"`--batch-size` {config.batch_size} cannot be divided into "
+            f"`--optimiser.accumulate` {optimiser.accumulate} equal parts."
+        )
+    if several.coordinator is None and (several.number, several.index) != (None, None):
+        raise ValueError(
+            "`--processes.number` and `--processes.index` need `--processes.coordinator`."
+        )
+    check_warmup(config)
+    if config.weighting == "data" and config.predicts != "noise":
+        raise ValueError("`--weighting data` is for `--predicts noise`.")
+    if config.predicts != "noise" and (network.precondition or network.mixed_score):
+        raise ValueError(
+            "`precondition` and `mixed_score` are for `predicts=noise`: leave out "
+            "`--predicts`, or give `--network.no-precondition` and "
+            "`--network.no-mixed-score`."
+        )
+    if config.samples_every and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(
+            'Samples are drawn by matplotlib: `pip install "gddim_eqx[examples]"`, or give '
+            "`--samples-every 0`."
+        )
+
+
+def check_warmup(config: Config) -> None:
+    steps, warmup = config.steps, config.optimiser.warmup
+    if steps > warmup:
+        return
+    message = f"`--steps` {steps} should be more than `--optimiser.warmup` {warmup}"
+    if config.optimiser.cosine:
+        raise ValueError(
+            f"{message}: the learning rate would not fall before the end, as "
+            "`--optimiser.cosine` has it. Give more steps, or a shorter warm-up."
+        )
+    print(f"{message}: the learning rate still rises when training ends.", file=sys.stderr)
+
+
 def load(data: Source, train: bool = True) -> np.ndarray:
     if not train and data.name in ("rings", "digits", "folder"):
         raise ValueError(f"{data.name} has no part for tests.")
     if data.name != "folder" and (data.size is not None or data.crop is not None):
-        raise ValueError(f"`size` and `crop` are for a folder, not for {data.name}.")
+        raise ValueError(
+            f"`--data.size` and `--data.crop` are for a folder, not for {data.name}."
+        )
     if data.name in ("rings", "digits", "folder") and not data.verify:
         raise ValueError(f"{data.name} is not verified: no `--data.no-verify`.")
     if data.name in ("rings", "digits"):
         if data.directory is not None:
-            raise ValueError(f"{data.name} is not read from files: no `directory`.")
+            raise ValueError(f"{data.name} is not read from files: no `--data.directory`.")
         return getattr(gd.datasets, data.name)()
     if data.directory is None and data.name != "fashion_mnist":
         raise ValueError(f"{data.name} is read from files: give `--data.directory`.")
@@ -279,7 +349,10 @@ def make_model(config: Config, data: np.ndarray, key) -> gd.nn.NetworkModel:
     input_shape = (*shape[:-1], process.num_components * shape[-1])
     if network.name in ("points", "mlp"):
         if network.bfloat16 or network.checkpoint:
-            raise ValueError(f"{network.name} has no `bfloat16` and no `checkpoint`.")
+            raise ValueError(
+                f"{network.name} has no `bfloat16` and no `checkpoint`: leave out "
+                "`--network.bfloat16` and `--network.checkpoint`."
+            )
     else:
         options = dict(
             dtype=jnp.bfloat16 if network.bfloat16 else None, checkpoint=network.checkpoint
@@ -287,7 +360,10 @@ def make_model(config: Config, data: np.ndarray, key) -> gd.nn.NetworkModel:
     if network.name == "small":
         options |= dict(features=network.features or 32, patch=network.patch)
     elif network.features is not None or network.patch != 1:
-        raise ValueError(f"{network.name} has no `features` and no `patch`.")
+        raise ValueError(
+            f"{network.name} has no `features` and no `patch`: leave out "
+            "`--network.features` and `--network.patch`."
+        )
     make = ft.partial(getattr(gd.nn.presets, network.name), **options)
     if network.name == "points":
         make = ft.partial(make, math.prod(input_shape))
@@ -301,11 +377,11 @@ def make_model(config: Config, data: np.ndarray, key) -> gd.nn.NetworkModel:
             f"under {config.process} gives {input_shape}."
         )
     std = None
-    if config.predicts != "noise" and (network.precondition or network.mixed_score):
-        raise ValueError("`precondition` and `mixed_score` are for `predicts=noise`.")
     if network.precondition:
         if network.name not in ("mlp", "small"):
-            raise ValueError(f"{network.name} has no `precondition`.")
+            raise ValueError(
+                f"{network.name} has no `precondition`: give `--network.no-precondition`."
+            )
         std = standard_deviation(data)
     return gd.nn.NetworkModel(process, make(key=key), network.mixed_score, std)
 
@@ -375,16 +451,15 @@ def wandb(project: str, config: dict[str, Any]):
 
 
 def train(config: Config) -> TrainState:
-    x = load(config.data)
     placement = gd.Placement(shard_parameters=config.shard_parameters)
+    placement.check_batch(config.batch_size)
+    x = load(config.data)
     batches = Batches(x, config.batch_size, config.seed, placement)
     model_key, train_key = jr.split(jr.key(config.seed))
     model = make_model(config, x, model_key)
     process, first = model.process, jax.process_index() == 0
     weighting: Any = config.weighting
     if weighting == "data":
-        if config.predicts != "noise":
-            raise ValueError("`weighting=data` is for `predicts=noise`.")
         weighting = DataWeighting(process, standard_deviation(x))
     times = {"uniform": UniformTimes(), "stratified": StratifiedTimes()}[config.times]
     loss = DenoisingLoss(
@@ -409,7 +484,6 @@ def train(config: Config) -> TrainState:
         prepare=Augmentation(config.data.flip, config.data.dequantise),
         placement=placement,
     )
-    state = trainer.init(model, train_key)
     output = config.output
     assert output is not None
     # What may change when a run goes on is left out.
@@ -442,7 +516,8 @@ def train(config: Config) -> TrainState:
         every = config.samples_every
         state = fit(
             trainer,
-            state,
+            # Kept nowhere else, so that its memory is free after the first step.
+            trainer.init(model, train_key),
             batches,
             config.steps,
             checkpoints=checkpoints,
@@ -477,15 +552,24 @@ def main(arguments: list[str] | None = None) -> None:
     if config.output is None:
         config = dataclasses.replace(config, output=Path("runs") / arguments[0])
     several = config.processes
-    if several.coordinator is not None:
-        jax.distributed.initialize(
-            several.coordinator,
-            several.number,
-            several.index,
-            heartbeat_timeout_seconds=several.timeout,
-        )
     try:
+        check(config)
+        if several.coordinator is not None:
+            jax.distributed.initialize(
+                several.coordinator,
+                several.number,
+                several.index,
+                heartbeat_timeout_seconds=several.timeout,
+            )
         train(config)
+    except KeyboardInterrupt:
+        print(
+            f"\nInterrupted. Run the same again to go on from the last checkpoint in "
+            f"{config.output}, if there is one.",
+            file=sys.stderr,
+        )
+        # As shells have it for SIGINT.
+        sys.exit(130)
     except (ValueError, ImportError, OSError, FloatingPointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except jax.errors.JaxRuntimeError as error:

@@ -118,7 +118,9 @@ def test_images_need_no_preparation():
         fit(*_trainer(), Batches(data, 8), 3, progress=False)
         for data in (images, images.astype(np.float32) / 127.5 - 1)
     )
-    one, other = (jtu.tree_leaves(eqx.filter(s.model, eqx.is_array)) for s in (got, expected))
+    one, other = (
+        jtu.tree_leaves(eqx.filter(s.model, eqx.is_array)) for s in (got, expected)
+    )
     for a, b in zip(one, other):
         np.testing.assert_allclose(a, b, atol=1e-6)
 

@@ -93,6 +93,21 @@ def test_a_run_writes_what_it_says_and_goes_on(tmp_path):
         (("toy", "--network.bfloat16"), "points has no `bfloat16`"),
         (("digits", "--predicts", "data"), "`precondition` and .* for `predicts=noise`"),
         (("digits", "--network.name", "celeba_cld"), r"of shape \(64, 64, 6\), but digits"),
+        (
+            ("digits", "--steps", 100),
+            "`--steps` 100 should be more than `--optimiser.warmup` 100: .*cosine",
+        ),
+        (("toy", "--steps", 0), "`--steps` must be at least 1; got 0"),
+        (("toy", "--batch-size", 0), "`--batch-size` must be at least 1"),
+        (("toy", "--optimiser.average-decay", 1), "`--optimiser.average-decay` must be"),
+        (("toy", "--optimiser.learning-rate", "nan"), "`--optimiser.learning-rate` must"),
+        (
+            ("toy", "--optimiser.accumulate", 3),
+            "1024 cannot be .* `--optimiser.accumulate`",
+        ),
+        (("toy", "--processes.number", 2), "need `--processes.coordinator`"),
+        (("toy", "--seed", -1), "`--seed` must be at least 0"),
+        (("toy", "--data.size", 8), "`--data.size` and `--data.crop` are for a folder"),
     ],
 )
 def test_what_cannot_be_trained_is_said(tmp_path, arguments, message):
@@ -108,18 +123,42 @@ def test_unknown_presets_and_options_are_refused(tmp_path):
     assert "--optimizer.learning-rate" in out
 
 
-def test_sigterm_saves(tmp_path):
-    output = tmp_path / "run"
-    process = _start(*_few, "--steps", 100_000, "--output", output)
+def _wait_for_lines(process, output):
     path = output / "metrics.jsonl"
     while not path.exists() or path.read_text().count("\n") < 3:
         assert process.poll() is None and time.sleep(0.1) is None
-    process.send_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+def test_a_signal_saves_and_the_run_comes_to_the_same(tmp_path, number):
+    output, whole = tmp_path / "run", tmp_path / "whole"
+    process = _start(*_few, "--steps", 100_000, "--output", output)
+    _wait_for_lines(process, output)
+    process.send_signal(number)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, out
+    assert process.returncode == 0 and "Traceback" not in out, out
     assert "Stopped at step" in out and "Run the same again to go on." in out
     step = int(out.split("Stopped at step ")[1].split(".")[0])
     assert (output / "checkpoints" / str(step)).is_dir()
+    for directory in (output, whole):
+        _run(*_few, "--steps", step + 10, "--output", directory)
+    _assert_equal(_arrays(output), _arrays(whole))
+
+
+def test_an_interrupt_before_training_is_no_traceback(tmp_path):
+    process = _start("toy", "--output", tmp_path / "run")
+    while not (tmp_path / "run").exists():
+        assert process.poll() is None and time.sleep(0.01) is None
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    # Where training has begun, it saves.
+    assert process.returncode in (0, 130) and "Traceback" not in out, out
+    assert "Interrupted. " in out or "Stopped at step" in out
+
+
+def test_a_warm_up_that_does_not_end_is_said(tmp_path):
+    out = _run(*_few, "--steps", 10, "--output", tmp_path / "run")
+    assert "`--steps` 10 should be more than `--optimiser.warmup` 500" in out
 
 
 @pytest.mark.slow
