@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -25,7 +26,7 @@ import optax
 from network import peak_bytes
 
 import gddim_eqx as gd
-from gddim_eqx.training import Augmentation, Batches, DenoisingLoss, fit, Trainer
+from gddim_eqx.training import Batches, DenoisingLoss, fit, Trainer
 
 
 def make(case: str, dtype: str):
@@ -91,8 +92,11 @@ class ByHand:
 class Ours:
     def __init__(self, model, images, batch):
         self.batches = Batches(images, batch)
-        self.trainer = Trainer(DenoisingLoss(model.process), prepare=Augmentation())
-        self.state, self.done = self.trainer.init(model, jr.key(1)), 0
+        self.trainer = Trainer(
+            DenoisingLoss(model.process), average_decay=0.9999, debias=False
+        )
+        self.state: Any = self.trainer.init(model, jr.key(1))
+        self.done = 0
 
     def run(self, steps: int) -> None:
         self.done += steps

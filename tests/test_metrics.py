@@ -302,6 +302,9 @@ def test_images_are_rounded_and_clipped():
     np.testing.assert_array_equal(to_uint8(levels / 127.5 - 1), levels)
     x = jnp.asarray([-1.2, -1 + 0.6 / 127.5, 0.999, 7.0])
     np.testing.assert_array_equal(to_uint8(x), [0, 1, 255, 255])
+    # As all values are of this precision, each has one nearest level.
+    half = jnp.linspace(-1, 1, 1001).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(to_uint8(half), to_uint8(np.asarray(half, np.float64)))
     with pytest.raises(ValueError, match="not finite"):
         to_uint8(jnp.array([0.0, jnp.nan]))
 

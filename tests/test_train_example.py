@@ -215,14 +215,15 @@ def test_two_processes_train_and_go_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_of_two_processes_saves(tmp_path):
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+def test_a_signal_to_one_of_two_processes_saves(tmp_path, number):
     output = tmp_path / "run"
     options = (*_few, "--shard-parameters", "--output", output)
     processes = _start_two(*options, "--steps", 1_000_000)
     path = output / "metrics.jsonl"
     while not path.exists() or path.read_text().count("\n") < 3:
         assert processes[0].poll() is None and time.sleep(0.1) is None
-    processes[1].send_signal(signal.SIGTERM)
+    processes[1].send_signal(number)
     outs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outs
     (step,) = re.findall("Stopped at step ([0-9]+)", outs[0])
