@@ -127,16 +127,13 @@ class Bench:
             tolerance = self._tolerance(budget)
             return self._adaptive(key, tolerance, self.batch_size, self.placement)
         x, evaluations = gd.sample(
-            flow.process,
-            flow.model,
+            flow,
             key,
             self.batch_size,
             solver=sampler.solver,
             lam=sampler.lam,
-            denoise=self.denoise,  # pyright: ignore[reportArgumentType]
+            denoise=self.denoise,
             ts=gd.time_grid(flow.process, self.steps(sampler, budget), sampler.grid),
-            predicts=flow.predicts,  # pyright: ignore[reportArgumentType]
-            factor=flow.factor,  # pyright: ignore[reportArgumentType]
             placement=self.placement,
         )
         return np.asarray(x), evaluations

@@ -391,16 +391,15 @@ def standard_deviation(data: np.ndarray) -> float:
     return float(data.std(dtype=np.float64)) / (127.5 if data.dtype == np.uint8 else 1)
 
 
-def draw(path: Path, loss: DenoisingLoss, model: Any, number: int = 64) -> None:
+def draw(path: Path, flow: gd.ProbabilityFlow, number: int = 64) -> None:
     """Draw samples, by 20 evaluations of the model."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    key, predicts = jr.key(0), loss.predicts
     try:
-        x = gd.sample(loss.process, model, key, number, num_steps=20, predicts=predicts).x
+        x = gd.sample(flow, jr.key(0), number, num_steps=20).x
     except FloatingPointError as error:
         # Early on a network may not be fit for it.
         print(f"No {path.name}: {error}")
@@ -511,7 +510,7 @@ def train(config: Config) -> TrainState:
             model = placement.gather(state.averaged)
             if first:
                 path = output / "samples" / f"{int(state.step):07d}.png"
-                draw(path, loss, model)
+                draw(path, gd.ProbabilityFlow(process, model, config.predicts))
 
         every = config.samples_every
         state = fit(

@@ -89,6 +89,6 @@ def check_real(dtype: Any, name: str) -> None:
         )
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
-            f"{name} must have a floating-point dtype, but has {dtype}. Convert it: images "
-            "of 8 bits, for example, by `x / 127.5 - 1`."
+            f"{name} must be floating-point numbers; got {dtype}. Bring images to [-1, 1], "
+            "as `gddim_eqx.training.Augmentation()` does."
         )

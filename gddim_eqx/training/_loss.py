@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Float, Inexact
 
 from .._custom_types import Args, Key, State
@@ -13,6 +14,7 @@ from .._operator import apply
 from .._process import AbstractProcess, check_process
 from .._state import check_state, coefficient_dtype
 from .._term import ProbabilityFlow
+from .._times import latest
 from ._times import AbstractTimes, UniformTimes
 
 
@@ -90,7 +92,7 @@ class DenoisingLoss(eqx.Module):
                 f"`times` must be times such as `UniformTimes()`; got {times!r}."
             )
         end = process.t_end if times.end is None else times.end
-        if not times.start < end <= process.t_end:
+        if not times.start < end <= latest(process, np.float32):
             raise ValueError(
                 f"`times` must lie in (0, {process.t_end}], the time axis of the process; "
                 f"got {times.start} to {end}."
@@ -120,7 +122,7 @@ class DenoisingLoss(eqx.Module):
         number, dtype = x.shape[0], coefficient_dtype(x)
         fractions, weight = self.times.fractions(time_key, number, dtype)
         start, end = self.times.start, self.times.end
-        end = process.t_end if end is None else end
+        end = process.t_end if end is None else min(end, process.t_end)
         # The sum may round to more than `end`.
         t = jnp.minimum(start + (end - start) * fractions, end)
         u, noise = jax.vmap(process.perturb)(jr.split(noise_key, number), x, t)
