@@ -132,7 +132,7 @@ class Bench:
             self.batch_size,
             solver=sampler.solver,
             lam=sampler.lam,
-            denoise=self.denoise,
+            denoise=self.denoise,  # pyright: ignore[reportArgumentType]
             ts=gd.time_grid(flow.process, self.steps(sampler, budget), sampler.grid),
             placement=self.placement,
         )

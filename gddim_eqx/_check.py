@@ -1,4 +1,3 @@
-import functools as ft
 import math
 from typing import Any
 
@@ -22,6 +21,12 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
     if not whole:
         kind = "a positive" if least == 1 else "a non-negative"
         raise ValueError(f"`{name}` must be {kind} integer; got {value!r}.")
+
+
+def check_instance(name: str, value: Any, kind: Any, wanted: str) -> None:
+    """**Raises:** `ValueError` unless the value is of a kind, such as what is wanted."""
+    if not isinstance(value, kind):
+        raise ValueError(f"`{name}` must be {wanted}; got {value!r}.")
 
 
 def check_key(key: Any) -> Key:
@@ -93,9 +98,13 @@ def as_constant(name: str, value: Any) -> float:
     return as_number(name, value)
 
 
-def constant_field(name: str, default: float) -> Any:
-    """A static field for a number that is a constant of the compiled program."""
-    convert = ft.partial(as_constant, name)
+def constant_field(name: str, default: float | None) -> Any:
+    """A static field for a number that is a constant of the compiled program, or for
+    `None` where that is the default."""
+
+    def convert(value: Any) -> float | None:
+        return None if value is None is default else as_constant(name, value)
+
     return eqx.field(static=True, default=default, converter=convert)
 
 

@@ -33,6 +33,12 @@ class Placement(eqx.Module):
         - `shard_parameters`: whether each device holds a part of the parameters only.
         """
         devices = jax.devices() if devices is None else devices
+        if (
+            isinstance(devices, str)
+            or not len(devices)
+            or not all(isinstance(device, jax.Device) for device in devices)
+        ):
+            raise ValueError(f"`devices` must be some of `jax.devices()`; got {devices!r}.")
         self.mesh = Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
         self.shard_parameters = shard_parameters
 

@@ -89,9 +89,10 @@ def contraction(process: AbstractProcess, s: Array, t: Array, lam: Level) -> Con
 def _levels(lam: Any, tau, end):
     """The mean level of noise, and the levels at the nodes and at the end of the step,
     divided by it."""
+    at = lambda t: level_at(lam, t)
     if not callable(lam):
-        return level_at(lam, end), jnp.ones(len(tau) + 1, end.dtype)
-    levels = jax.vmap(lambda t: level_at(lam, t))(jnp.append(tau, end))
+        return at(end), jnp.ones(len(tau) + 1, end.dtype)
+    levels = jax.vmap(at)(jnp.append(tau, end))
     mean = levels.mean()
     return mean, jnp.where(mean == 0, 1, levels / jnp.where(mean == 0, 1, mean))
 

@@ -26,6 +26,8 @@ _image_endings = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 def rings(number: int = 12_800, seed: int = 0) -> Float[np.ndarray, "number 2"]:
     """The authors' points in the plane: five rings, scaled to unit variance."""
+    check_count("number", number)
+    check_count("seed", seed, least=0)
     random = np.random.default_rng(seed)
     centres = np.array([[-3.5, 1.5], [0, 1.5], [3.5, 1.5], [-2.1, -1.5], [2.1, -1.5]]) / 2
     angle = random.uniform(0, 2 * np.pi, number)

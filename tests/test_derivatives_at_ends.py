@@ -85,7 +85,7 @@ def test_dense_output_has_a_derivative_at_both_ends_of_a_step(process, name, way
         y, _, dense, state, _ = step(t0, t1, y, None, state)
     local = solver.interpolation_cls(t0=t0, t1=t1, **dense)
 
-    near = 1e-6 * (t1 - t0)
+    near = 1e-8 * (t1 - t0)
     at = jnp.stack([t0, t0 + near, t1 - near, t1])
     slope = eqx.filter_jit(
         lambda local, t: jax.jvp(local.evaluate, (t,), (jnp.ones_like(t),))[1]

@@ -3,6 +3,7 @@ from .base import (
     AbstractProcess as AbstractProcess,
     AbstractScalarProcess as AbstractScalarProcess,
     as_shape as as_shape,
+    as_time as as_time,
     as_times as as_times,
     check_positive as check_positive,
     check_process as check_process,

@@ -1,4 +1,5 @@
 import equinox as eqx
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Real
 
@@ -52,6 +53,11 @@ class Moments(eqx.Module):
 
 def as_vectors(name: str, vectors: Real[np.ndarray, "..."]) -> np.ndarray:
     vectors = np.asarray(vectors)
+    if vectors.dtype.kind not in "fiub":
+        # Of numbers that NumPy does not have, such as bfloat16.
+        if not jnp.issubdtype(vectors.dtype, jnp.floating):
+            raise ValueError(f"`{name}` must be real numbers; got {vectors.dtype}.")
+        vectors = vectors.astype(np.float32)
     if vectors.ndim != 2 or vectors.shape[1] == 0:
         raise ValueError(
             f"`{name}` must be of shape (number, size); got {vectors.shape}. Reshape "

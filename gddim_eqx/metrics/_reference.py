@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from .._check import check_count
+from .._check import check_count, check_instance
 from .._write import write_whole
 from ._features import AbstractFeatures, Images
 from ._moments import Moments
@@ -49,6 +49,14 @@ def reference(
     **Raises:** `ValueError` for no images.
     """
     check_count("number", number)
+    wanted = "features of images, such as `Pixels()`"
+    check_instance("features", features, AbstractFeatures, wanted)
+    images = np.asarray(images)
+    if images.ndim != 4 or images.dtype != np.uint8:
+        raise ValueError(
+            "`images` must be of dtype uint8 and shape (number, height, width, channels); "
+            f"got {images.dtype} of shape {images.shape}. See `to_uint8`."
+        )
     if not len(images):
         raise ValueError("There must be images to compare with; got none.")
     if directory is None:

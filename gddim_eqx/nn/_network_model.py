@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from .._custom_types import Args, Key, RealScalarLike, State
 from .._operator import apply, BlockLinearOperator
-from .._process import AbstractProcess, check_positive, check_process, CLD
+from .._process import AbstractProcess, as_time, check_positive, check_process, CLD
 from .._state import (
     batch_axes,
     check_state,
@@ -66,6 +66,11 @@ class NetworkModel(eqx.Module):
         check_process(process)
         if not callable(network):
             raise ValueError(f"`network` must be callable; got {network!r}.")
+        if not process.shape:
+            raise ValueError(
+                "Data of a `NetworkModel` need an axis along which components are joined; "
+                "the process has shape (). Give it (1,)."
+            )
         if mixed_score and not isinstance(process, CLD):
             raise ValueError(
                 "`mixed_score` is for processes with a velocity, such as `CLD`; got "
@@ -98,12 +103,16 @@ class NetworkModel(eqx.Module):
         batch = batch_axes(u, process.shape)
         x = jnp.concatenate(leaves, axis=-1)
         x = x.reshape(math.prod(batch), *x.shape[len(batch) :])
-        t = jnp.asarray(t)
+        t = as_time(t)
         if key is None:
             y = jax.vmap(lambda x: self.network(t, x))(x)
         else:
             keys = jr.split(key, x.shape[0])
             y = jax.vmap(lambda x, key: self.network(t, x, key=key))(x, keys)
+        if not isinstance(y, jax.Array):
+            raise ValueError(
+                f"The network must return an array; it returned {type(y).__name__}."
+            )
         number = process.num_components if self.data_std is None else 1
         shape = (*process.shape[:-1], number * process.shape[-1])
         if y.shape[1:] != shape:

@@ -8,10 +8,11 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Inexact, Shaped
 
-from .._check import check_count
+from .._check import check_count, check_instance, check_key
 from .._custom_types import Key
 from .._likelihood import dequantise
 from .._placement import Placement
+from .._state import check_real
 
 
 class Batches:
@@ -44,10 +45,15 @@ class Batches:
         **Raises:** `ValueError` for no data, or a batch that does not divide over devices.
         """
         check_count("batch_size", batch_size)
+        check_count("seed", seed, least=0)
+        check_instance("placement", placement, Placement | None, "a `Placement()`")
+        data = np.asarray(data) if isinstance(data, (list, tuple)) else data
         if np.ndim(data) < 1 or len(data) == 0:
             raise ValueError(
                 f"`data` must hold samples; got an array of shape {np.shape(data)}."
             )
+        if not (jnp.issubdtype(data.dtype, jnp.number) or data.dtype == bool):
+            raise ValueError(f"`data` must be numbers; got {data.dtype}.")
         if placement is not None:
             placement.check_batch(batch_size)
         self.data, self.batch_size, self.seed = data, batch_size, seed
@@ -127,6 +133,7 @@ class Augmentation(eqx.Module):
     def __call__(
         self, key: Key, x: Shaped[Array, "batch *shape"]
     ) -> Inexact[Array, "batch *shape"]:
+        check_key(key)
         flip_key, noise_key = jr.split(key)
         if self.flip:
             if x.ndim != 4:
@@ -137,6 +144,7 @@ class Augmentation(eqx.Module):
             flipped = jr.bernoulli(flip_key, shape=(len(x), *[1] * (x.ndim - 1)))
             x = jnp.where(flipped, jnp.flip(x, -2), x)
         if jnp.issubdtype(x.dtype, jnp.inexact):
+            check_real(x.dtype, "The batch")
             return x
         highest = _highest_level(x.dtype)
         if self.dequantise:

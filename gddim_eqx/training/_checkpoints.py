@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 
+from .._check import check_count
 from .._placement import is_key
 from ._trainer import copy, TrainState
 
@@ -44,10 +45,11 @@ class Checkpoints:
         if self.directory.exists() and not self.directory.is_dir():
             raise ValueError(f"{self.directory} is a file; checkpoints need a directory.")
         try:
-            self.config = json.loads(json.dumps(config))
+            self.config = json.loads(json.dumps(dict(config), allow_nan=False))
         except (TypeError, ValueError) as error:
             raise ValueError(f"`config` must be what JSON can hold: {error}.") from error
         policies = ocp.checkpoint_managers.preservation_policy
+        check_count("keep", keep)
         policy = policies.LatestN(keep)
         if keep_every is not None:
             policy = policies.AnyPreservationPolicy(

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from .._check import check_count
+from .._check import check_count, check_instance
 from ._batches import Batches
 from ._checkpoints import Checkpoints
 from ._trainer import copy, Metrics, Trainer, TrainState
@@ -166,8 +166,26 @@ def fit(
 
     **Warns:** if the initial parameters still are more than a twentieth of the average.
     """
+    check_instance("trainer", trainer, Trainer, "a `Trainer(loss)`")
+    check_instance("state", state, TrainState, "a state from `Trainer.init`")
+    check_instance("batches", batches, Batches, "`Batches(data, batch_size)`")
+    wanted = "`Checkpoints(directory, config)`"
+    check_instance("checkpoints", checkpoints, Checkpoints | None, wanted)
+    check_count("num_steps", num_steps, least=0)
     check_count("save_every", save_every)
     check_count("log_every", log_every)
+    for log in logs:
+        if not callable(log):
+            raise ValueError(
+                f"`logs` must be callable as `log(step, metrics)`; got {log!r}."
+            )
+    for pair in callbacks:
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and callable(pair[1])):
+            raise ValueError(
+                "`callbacks` must be pairs of a number of steps and what to call with the "
+                f"state; got {pair!r}."
+            )
+        check_count("callbacks", pair[0])
     if checkpoints is not None and checkpoints.steps:
         state = checkpoints.restore(state)
     elif int(state.step) < num_steps:

@@ -9,6 +9,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, Inexact
 
+from .._check import check_key
 from .._custom_types import Args, Key, State
 from .._operator import apply
 from .._process import AbstractProcess, check_process
@@ -113,11 +114,14 @@ class DenoisingLoss(eqx.Module):
         **Raises:** `ValueError` for data of another shape, or of integers.
         """
         process = self.process
+        check_key(key)
         x = check_state(x, 1, process.shape, "The batch")
         if x.ndim != 1 + len(process.shape):
             raise ValueError(
                 f"The batch must have one axis before {process.shape}; got {x.shape}."
             )
+        if x.shape[0] == 0:
+            raise ValueError("The batch is empty; it must hold at least one sample.")
         time_key, noise_key, model_key = jr.split(key, 3)
         number, dtype = x.shape[0], coefficient_dtype(x)
         fractions, weight = self.times.fractions(time_key, number, dtype)

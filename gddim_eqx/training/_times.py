@@ -8,6 +8,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float
 
+from .._check import as_constant, constant_field
 from .._custom_types import Key
 
 
@@ -55,8 +56,8 @@ class UniformTimes(AbstractTimes):
     - `end`: the greatest; by default the end of the process' time axis.
     """
 
-    start: float = eqx.field(default=1e-5, static=True)
-    end: float | None = eqx.field(default=None, static=True)
+    start: float = constant_field("start", 1e-5)
+    end: float | None = constant_field("end", None)
 
     def fractions(self, key, number, dtype):
         return jr.uniform(key, (number,), dtype), jnp.ones(number, dtype)
@@ -69,8 +70,8 @@ class StratifiedTimes(AbstractTimes):
     **Arguments:** as [`gddim_eqx.training.UniformTimes`][].
     """
 
-    start: float = eqx.field(default=1e-5, static=True)
-    end: float | None = eqx.field(default=None, static=True)
+    start: float = constant_field("start", 1e-5)
+    end: float | None = constant_field("end", None)
 
     def fractions(self, key, number, dtype):
         return _stratified(key, number, dtype), jnp.ones(number, dtype)
@@ -88,10 +89,10 @@ class ImportanceTimes(AbstractTimes):
     """
 
     density: tuple[float, ...] = eqx.field(
-        converter=lambda x: tuple(map(float, x)), static=True
+        converter=lambda x: tuple(as_constant("density", y) for y in x), static=True
     )
-    start: float = eqx.field(default=1e-5, static=True)
-    end: float | None = eqx.field(default=None, static=True)
+    start: float = constant_field("start", 1e-5)
+    end: float | None = constant_field("end", None)
 
     def __check_init__(self):
         if not self.density or not all(0 < x < math.inf for x in self.density):

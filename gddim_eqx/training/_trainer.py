@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from .._check import check_count
+from .._check import as_constant, as_number, check_count, check_instance, check_key
 from .._custom_types import Key
 from .._placement import Placement
 from ._batches import Augmentation
@@ -116,11 +116,21 @@ class Trainer(eqx.Module):
 
         **Raises:** `ValueError` for numbers out of range.
         """
+        check_instance("loss", loss, DenoisingLoss, "a `DenoisingLoss(process)`")
+        optimiser = adam() if optimiser is None else optimiser
+        wanted = "an optimiser of Optax, such as `adam()`"
+        check_instance("optimiser", optimiser, optax.GradientTransformation, wanted)
+        check_instance("placement", placement, Placement | None, "a `Placement()`")
+        if prepare is not None and not callable(prepare):
+            raise ValueError(
+                f"`prepare` must be callable as `prepare(key, batch)`; got {prepare!r}."
+            )
+        average_decay = as_constant("average_decay", average_decay)
         if not 0 <= average_decay < 1:
             raise ValueError(f"`average_decay` must be in [0, 1); got {average_decay}.")
         check_count("accumulate", accumulate)
         self.loss = loss
-        self.optimiser = adam() if optimiser is None else optimiser
+        self.optimiser = optimiser
         self.average_decay, self.debias = average_decay, debias
         self.accumulate, self.prepare, self.placement = accumulate, prepare, placement
 
@@ -131,7 +141,15 @@ class Trainer(eqx.Module):
 
         - `model`: whose floating-point arrays are the parameters.
         - `key`: a random key, for all of training.
+
+        **Raises:** `ValueError` for a model without parameters, or what is no key.
         """
+        check_key(key)
+        if not jtu.tree_leaves(_parameters(model)):
+            raise ValueError(
+                "`model` has no parameters, that is, no floating-point arrays of JAX; got "
+                f"{type(model).__name__}."
+            )
         # Of its own memory, as a step gives its input's memory away.
         copied, average = copy(model), copy(_in_single(_parameters(model)))
         optimiser = copy(self.optimiser.init(average))
@@ -160,6 +178,8 @@ class Trainer(eqx.Module):
         **Raises:** `ValueError` for a batch that does not divide into `accumulate` parts,
         or over the devices.
         """
+        check_instance("state", state, TrainState, "a state from `Trainer.init`")
+        batch = jnp.asarray(batch) if isinstance(batch, list) else batch
         fixed, leaves = _Fixed.of(self, state)
         leaves, metrics = _step(fixed, leaves, batch, args)
         return fixed.unflatten(leaves), metrics
@@ -347,8 +367,15 @@ def adam(
         paper's does not; short training with a high rate wants it.
     - `options`: of `optax.adam`.
 
-    **Raises:** `ValueError` if `num_steps` is within the warm-up.
+    **Raises:** `ValueError` for numbers out of range, and if `num_steps` is within the
+    warm-up.
     """
+    check_count("warmup", warmup, least=0)
+    for name, value in (("learning_rate", learning_rate), ("clip", clip)):
+        if not as_number(name, value) > 0:
+            raise ValueError(f"`{name}` must be positive; got {value}.")
+    if num_steps is not None:
+        check_count("num_steps", num_steps)
     if num_steps is None:
         rest = optax.constant_schedule(learning_rate)
     elif num_steps > warmup:
