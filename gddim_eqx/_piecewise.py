@@ -3,6 +3,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Inexact, Int
 from numpy.polynomial import chebyshev
 
@@ -29,14 +30,23 @@ class PiecewisePolynomial:
         degree = node_values.shape[1] - 1
         self.coefficients = np.einsum("dn,pn...->pd...", to_chebyshev(degree), node_values)
 
+    def _beyond_edges(self, x: Inexact[Array, ""]) -> Inexact[Array, " edges"]:
+        """How far an argument is beyond each edge, to the last digit of its dtype, to which
+        panels may be narrow."""
+        rounded = self.edges.astype(x.dtype)
+        rest = (self.edges - rounded.astype(np.float64)).astype(x.dtype)
+        return (x - jnp.asarray(rounded)) - jnp.asarray(rest)
+
     def panel(self, x: Inexact[Array, ""]) -> Int[Array, ""]:
         """The index of the panel of an argument; the first or last for one outside."""
-        return (x >= jnp.asarray(self.edges[1:-1], x.dtype)).sum()
+        return (self._beyond_edges(x)[1:-1] >= 0).sum()
 
     def __call__(self, x: Inexact[Array, ""]) -> Inexact[Array, "*value"]:
-        edges, panel = jnp.asarray(self.edges, x.dtype), self.panel(x)
-        left, right = edges[panel], edges[panel + 1]
-        u = ((x - left) - (right - x)) / (right - left)
+        beyond, panel = self._beyond_edges(x), self.panel(x)
+        width = jnp.asarray(np.diff(self.edges), x.dtype)[panel]
+        u = (beyond[panel] + beyond[panel + 1]) / width
+        # Half of all ends round up, perhaps by more than the last panel is wide.
+        u = u - lax.stop_gradient(u - jnp.clip(u, -1, 1))
         coefficients = jnp.asarray(self.coefficients, x.dtype)[panel]
         # Clenshaw's recurrence.
         one, two = jnp.zeros_like(coefficients[0]), jnp.zeros_like(coefficients[0])
@@ -65,6 +75,14 @@ def integration_matrix(degree: int) -> np.ndarray:
     integrals = np.stack([chebyshev.chebint(column, lbnd=-1) for column in columns])
     ends = chebyshev.chebvander(np.append(nodes, 1.0), degree + 1)
     return ends @ integrals.T
+
+
+@ft.cache
+def differentiation_matrix(degree: int) -> np.ndarray:
+    """The matrix from values at `panel_nodes(degree)` to the derivatives there."""
+    columns = to_chebyshev(degree).T
+    derivatives = np.stack([chebyshev.chebder(column) for column in columns])
+    return chebyshev.chebvander(panel_nodes(degree), degree - 1) @ derivatives.T
 
 
 @ft.cache

@@ -1,0 +1,277 @@
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from .._piecewise import (
+    differentiation_matrix,
+    integration_matrix,
+    panel_nodes,
+    PiecewisePolynomial,
+    to_chebyshev,
+)
+from .edge_transitions import EdgeTransitions
+from .linear_sde_coefficients import Coefficients
+
+
+_DEGREE = 15
+_TOLERANCE = 1e-13
+# Before `t_min`, where no accuracy is promised, and a velocity alone has had time to
+# gather noise.
+_TOLERANCE_EARLY = 1e-9
+# Relative to time, narrower panels could not be told from rounding errors.
+_NARROWEST = 2.0**-36
+# Rounding errors of the coefficients, relative to them, that are put up with.
+_MOST_ROUNDING, _MOST_ROUNDING_EARLY = 1e-6, 1e-2
+_MOST_PANELS = 8192
+
+
+class Solution:
+    """The tables of a `LinearSDE`, and the functions they came from.
+
+    A constant that compares and hashes by identity, for the reasons of
+    `PiecewisePolynomial`.
+    """
+
+    within: PiecewisePolynomial  # Psi(t, left edge of t's panel)
+    between: EdgeTransitions
+    rotation: PiecewisePolynomial  # L^-1 R
+
+    def __init__(self, coefficients: Coefficients, t_min: float, t_end: float):
+        self.drift, self.diffusion = coefficients.drift, coefficients.diffusion
+        with np.errstate(all="ignore"):
+            panels = _solve(coefficients, t_min, t_end)
+            self.between = EdgeTransitions(
+                np.stack([panel.within_end for panel in panels])[:-1]
+            )
+        edges = np.array([panel.left for panel in panels] + [t_end])
+
+        def table(values):
+            values = np.moveaxis(np.stack(values), (-2, -1), (2, 3))
+            return PiecewisePolynomial(edges, values)
+
+        self.within = table([panel.within for panel in panels])
+        self.rotation = table([panel.rotation for panel in panels])
+        self._cholesky = table([panel.cholesky for panel in panels])
+        singular = _is_singular(coefficients.initial_covariance)
+        self._early = float(edges[1]) if singular else 0.0
+        self._early_ends = [
+            np.moveaxis(x, (-2, -1), (0, 1))
+            for x in (panels[0].cholesky_start, panels[0].cholesky_end)
+        ]
+
+    def cholesky(self, t: Array) -> Array:
+        value = self._cholesky(t)
+        if not self._early:
+            return value
+        start, end = (jnp.asarray(x, t.dtype) for x in self._early_ends)
+        early = t < self._early
+        fraction = jnp.sqrt(jnp.where(early, t / self._early, 1))
+        return jnp.where(early, start + (end - start) * fraction, value)
+
+
+@dataclasses.dataclass
+class _Panel:
+    """The solution on one panel: at its nodes, and at its right end."""
+
+    left: float
+    within: np.ndarray
+    within_end: np.ndarray
+    covariance_end: np.ndarray
+    cholesky_start: np.ndarray
+    cholesky: np.ndarray
+    cholesky_end: np.ndarray
+    rotation: np.ndarray
+    rotation_end: np.ndarray
+
+
+class _Unresolved(Exception):
+    """Why a panel is too wide."""
+
+
+def _solve(coefficients: Coefficients, t_min: float, t_end: float) -> list[_Panel]:
+    """Solve on panels, each of which is halved until it is resolved."""
+    covariance = coefficients.initial_covariance
+    rotation = np.broadcast_to(np.eye(coefficients.num_components), coefficients.batch)
+    if _is_singular(covariance):
+        rotation = None
+    start = t_min / 1000
+    doublings = int(np.log2(t_end / start))
+    edges = [0.0, *(start * 2.0 ** np.arange(doublings)), t_end]
+    todo = list(zip(edges[:-1], edges[1:]))[::-1]
+    panels: list[_Panel] = []
+    while todo:
+        left, right = todo.pop()
+        try:
+            panel = _solve_panel(
+                coefficients, left, right, covariance, rotation, early=right <= t_min
+            )
+        except (_Unresolved, np.linalg.LinAlgError) as fault:
+            if right - left < _NARROWEST * max(right, start):
+                raise ValueError(f"{fault} This is near t = {left:.6g}.") from None
+            if len(panels) + len(todo) > _MOST_PANELS:
+                raise ValueError(
+                    f"The process changes too often on [0, {t_end:g}] to be tabulated: it "
+                    f"took {len(panels)} pieces up to t = {left:.6g}, each of which spans "
+                    "a few times in which states decay or turn. Let the time axis end "
+                    f"before. The last piece was too wide because: {fault}"
+                ) from None
+            middle = 0.5 * (left + right)
+            todo += [(middle, right), (left, middle)]
+            continue
+        panels.append(panel)
+        covariance, rotation = panel.covariance_end, panel.rotation_end
+    return panels
+
+
+def _solve_panel(coefficients, left, right, covariance, rotation, *, early) -> _Panel:
+    """**Raises:** `_Unresolved` if polynomials are not enough, or there is no solution."""
+    width, eye = right - left, np.eye(coefficients.num_components)
+    tolerance = _TOLERANCE_EARLY if early else _TOLERANCE
+    integrate = integration_matrix(_DEGREE) * width / 2
+    values = _at_nodes(coefficients, left, right)
+    drift, noise = values["drift"], values["diffusion"]
+
+    # What is tolerated in the coefficients is what changes nothing in the solution.
+    within = _collocate(drift, np.broadcast_to(eye, drift.shape[1:]), integrate)
+    inverse = np.linalg.inv(within[:-1])
+    added = np.tensordot(integrate, inverse @ noise @ _T(inverse), 1)
+    covariances = within @ (covariance + added) @ _T(within)
+    spread = np.sqrt(np.diagonal(covariances[-1], axis1=-2, axis2=-1))
+    spread = np.nan_to_num(spread * spread.min(-1, keepdims=True))
+    negligible = dict(drift=np.ones(1), diffusion=spread)
+    tolerance = _check_coefficients(
+        coefficients, left, right, values, negligible, tolerance, early
+    )
+    _check_resolved("The transition", within[:-1], tolerance)
+
+    if not np.isfinite(covariances).all():
+        raise _Unresolved(
+            "The covariance must stay finite, but it overflows: `drift` lets it grow too "
+            "long. Let the time axis end before."
+        )
+    cholesky = _cholesky(covariances)
+    if not (np.diagonal(cholesky, axis1=-2, axis2=-1) > 0).all():
+        raise _Unresolved(
+            "The covariance must be positive definite after time 0, but it is singular: "
+            "through `diffusion` and `drift`, noise must reach every component."
+        )
+    if rotation is None:
+        # The factors have no polynomial here: see `Solution.cholesky`.
+        rotations = np.broadcast_to(eye, cholesky.shape)
+        cholesky = np.broadcast_to(cholesky[-1], cholesky.shape)
+    else:
+        precision = np.linalg.inv(cholesky[:-1])
+        precision = _T(precision) @ precision
+        turning = drift + 0.5 * noise @ precision
+        factor = _collocate(turning, _cholesky(covariance) @ rotation, integrate)
+        rotations = np.linalg.solve(cholesky, factor)
+    _check_resolved("The covariance", cholesky[:-1], tolerance)
+    _check_resolved("The factor R", rotations[:-1], tolerance)
+    # The nearest rotation, so that rounding errors do not add up.
+    left_vectors, _, right_vectors = np.linalg.svd(rotations[-1])
+    return _Panel(
+        left,
+        within[:-1],
+        within[-1],
+        0.5 * (covariances[-1] + _T(covariances[-1])),
+        _cholesky(covariance),
+        cholesky[:-1],
+        cholesky[-1],
+        rotations[:-1],
+        left_vectors @ right_vectors,
+    )
+
+
+def _at_nodes(coefficients, left, right):
+    """The coefficients at the nodes of a panel: not at the nearest floating-point numbers,
+    which makes a difference next to singularities."""
+    half = (right - left) / 2
+    offsets = half * (1 + panel_nodes(_DEGREE))
+    times = left + offsets
+    missed = (offsets - (times - left)) / half
+    to_node = missed[:, None] * differentiation_matrix(_DEGREE)
+    values = coefficients(times)
+    return {k: v + np.tensordot(to_node, v, 1) for k, v in values.items()}
+
+
+def _check_coefficients(coefficients, left, right, values, negligible, tolerance, early):
+    """Raise `_Unresolved` if one of the coefficients is. Returns the tolerance for the
+    solution, which may have to be larger on account of their rounding errors."""
+    most = _MOST_ROUNDING_EARLY if early else _MOST_ROUNDING
+    rounding, width = None, right - left
+    solution_tolerance = tolerance
+    for name, value in values.items():
+        tail, scale = _tail(value)
+        floor = negligible[name] / width
+        allowed = tolerance * scale + 4 * np.finfo(np.float64).eps * floor
+        if (tail <= allowed).all():
+            continue
+        rounding = coefficients.rounding_errors(left, right) if not rounding else rounding
+        # Ten times a median, as they grow towards singularities.
+        errors, scale = 10 * rounding[name], np.maximum(scale, floor)
+        if not (tail <= np.maximum(allowed, errors)).all():
+            raise _Unresolved(
+                f"`{name}` must be smooth on [0, t_end] and compute in the dtype of its "
+                "argument; it could not be resolved."
+            )
+        relative = float((errors / scale).max())
+        if not relative <= most:
+            raise _Unresolved(
+                f"`{name}` has rounding errors of about {relative / 10:.0e} of its size. "
+                "Write it such that nothing cancels, for example by `jnp.expm1`; or let "
+                "the time axis end before."
+            )
+        solution_tolerance += relative
+    return solution_tolerance
+
+
+def _check_resolved(name, values, tolerance):
+    tail, scale = _tail(values)
+    if not (tail <= tolerance * scale).all():
+        raise _Unresolved(f"{name} could not be resolved: it changes too fast.")
+
+
+def _tail(values):
+    """The end of the Chebyshev series through values at nodes, and the largest value,
+    row by row."""
+    coefficients = np.abs(np.tensordot(to_chebyshev(_DEGREE)[-2:], values, 1))
+    return coefficients.max(axis=(0, -1)), np.abs(values).max(axis=(0, -1))
+
+
+def _is_singular(covariance):
+    return bool((np.linalg.eigvalsh(covariance) <= 0).any())
+
+
+def _collocate(drift, initial, integrate):
+    """Solve Y' = drift Y from `initial` by collocation: Y at the nodes and the end."""
+    number, n = drift.shape[0], drift.shape[-1]
+    # [..., i, a, j, b] = integrate[i, j] drift[j, a, b]
+    system = -np.einsum("ij,j...ab->...iajb", integrate[:-1], drift)
+    size = number * n
+    system = system.reshape(*system.shape[:-4], size, size) + np.eye(size)
+    right = np.broadcast_to(
+        initial[..., None, :, :], (*initial.shape[:-2], number, n, n)
+    ).reshape(*initial.shape[:-2], size, n)
+    solution = np.linalg.solve(system, right)
+    solution = np.moveaxis(solution.reshape(*right.shape[:-2], number, n, n), -3, 0)
+    end = initial + np.tensordot(integrate[-1], drift @ solution, 1)
+    return np.concatenate([solution, end[None]])
+
+
+def _cholesky(matrices):
+    """The Cholesky factor, of positive semi-definite matrices too; `nan` for others."""
+    n = matrices.shape[-1]
+    factor = np.zeros_like(matrices)
+    for j in range(n):
+        rest = matrices - factor @ _T(factor)
+        pivot = np.sqrt(rest[..., j, j])
+        column = rest[..., j:, j] / np.where(pivot == 0, 1, pivot)[..., None]
+        factor[..., j:, j] = column
+        factor[..., j, j] = pivot
+    return factor
+
+
+def _T(x):
+    return np.swapaxes(x, -1, -2)
