@@ -47,7 +47,10 @@ class PiecewisePolynomial:
         u = (beyond[panel] + beyond[panel + 1]) / width
         # Half of all ends round up, perhaps by more than the last panel is wide.
         u = u - lax.stop_gradient(u - jnp.clip(u, -1, 1))
-        coefficients = jnp.asarray(self.coefficients, x.dtype)[panel]
+        # What the dtype cannot hold is huge, rather than not a number.
+        largest = float(jnp.finfo(x.dtype).max) / 256
+        coefficients = np.clip(self.coefficients, -largest, largest)
+        coefficients = jnp.asarray(coefficients, x.dtype)[panel]
         # Clenshaw's recurrence.
         one, two = jnp.zeros_like(coefficients[0]), jnp.zeros_like(coefficients[0])
         for coefficient in coefficients[:0:-1]:

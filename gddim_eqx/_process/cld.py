@@ -234,6 +234,11 @@ def _rotation(clock_end: float, a: float, b: float) -> PiecewisePolynomial:
     panels = 40 + 14 * math.ceil(math.log2(1 + clock_end / onset))
     grid = np.linspace(0, np.arcsinh(clock_end / onset), panels + 1)
     edges = onset * np.sinh(grid)
+    # In the end it turns at a speed of 1: no panel is to be wider than half a radian.
+    pieces = np.ceil(2 * np.diff(edges))
+    edges = np.interp(
+        np.arange(pieces.sum() + 1), np.concatenate([[0], np.cumsum(pieces)]), edges
+    )
 
     def speed(y):
         p, _, r = _cholesky(y, a, b, np)

@@ -48,9 +48,16 @@ class EdgeTransitions:
 
 def saturated_product(a: Array, b: Array) -> Array:
     """The product of two blocks, where the largest number stands for all beyond it:
-    infinity times zero would not be a number."""
+    infinity times zero, or less infinity, would not be a number."""
+
+    def product(a, b):
+        return (a[:, :, None] * b[None]).sum(1)
+
     largest = float(jnp.finfo(a.dtype).max)
-    return jnp.clip((a[:, :, None] * b[None]).sum(1), -largest, largest)
+    value = jnp.clip(product(a, b), -largest, largest)
+    small = 0.1 * largest**-0.5
+    overflown = largest * jnp.sign(product(small * a, small * b))
+    return jnp.where(jnp.isnan(value), overflown, value)
 
 
 def _levels(steps: np.ndarray) -> np.ndarray:

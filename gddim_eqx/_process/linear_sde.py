@@ -21,7 +21,9 @@ class LinearSDE(AbstractProcess):
     Transition, covariance and both factors come from ordinary differential equations,
     the factor from equation 17 of the paper. They are solved once, on the host and in
     float64 whatever JAX's default, by spectral collocation on panels that are refined
-    until rounding errors remain, and kept as piecewise polynomials.
+    until rounding errors remain, and kept as piecewise polynomials. There is a panel for
+    each time in which states decay or turn noticeably, of at most 4096; solving takes
+    about 2 ms for each.
 
     The square root $R_t$ is determined up to a constant rotation. It equals the Cholesky
     factor at time 0; if the initial covariance is singular, so that no such start exists,
@@ -77,14 +79,15 @@ class LinearSDE(AbstractProcess):
         first component carries the data.
 
         **Raises:** `ValueError` if the shapes do not fit, the times are not in order, the
-        coefficients are not finite or not smooth, or the covariance is not positive
-        definite for times after 0.
+        coefficients are not finite or not smooth or have large rounding errors, or the
+        covariance overflows or is not positive definite for times after 0.
         """
         check_positive(t_min=t_min, data_scale=data_scale)
         t_max = t_end if t_max is None else t_max
-        if not t_min < t_max <= t_end:
+        if not t_min < t_max <= t_end < float("inf"):
             raise ValueError(
-                f"Need t_min < t_max <= t_end; got {t_min}, {t_max} and {t_end}."
+                "Need t_min < t_max <= t_end, and them finite; got "
+                f"{t_min}, {t_max} and {t_end}."
             )
         self.shape = as_shape(shape)
         self.basis = Identity() if basis is None else basis
@@ -92,8 +95,7 @@ class LinearSDE(AbstractProcess):
         self.t_min, self.t_max, self.t_end = float(t_min), float(t_max), float(t_end)
         self.t_vanish = float("inf")
         coefficients = Coefficients(self.shape, drift, diffusion, initial_covariance)
-        if not _is_semidefinite(coefficients.initial_covariance):
-            raise ValueError("`initial_covariance` must be positive semi-definite.")
+        _check_covariance(coefficients.initial_covariance)
         self.num_components = coefficients.num_components
         self._solution = Solution(coefficients, self.t_min, self.t_end)
 
@@ -134,9 +136,16 @@ class LinearSDE(AbstractProcess):
         return self.cholesky(self.t_max)
 
 
-def _is_semidefinite(covariance: np.ndarray) -> bool:
-    eigenvalues = np.linalg.eigvalsh(covariance)
-    return bool((eigenvalues >= -1e-12 * np.abs(eigenvalues).max(initial=0)).all())
+def _check_covariance(covariance: np.ndarray) -> None:
+    """In units of each component's standard deviation, as they may be of any size."""
+    variances = np.diagonal(covariance, axis1=-2, axis2=-1)[..., None]
+    unit = np.sqrt(np.where(variances > 0, variances, 1))
+    correlation = covariance / (unit * np.swapaxes(unit, -1, -2))
+    if not np.abs(correlation - np.swapaxes(correlation, -1, -2)).max() < 1e-6:
+        raise ValueError("`initial_covariance` must be symmetric, and finite.")
+    semidefinite = np.linalg.eigvalsh(correlation) >= -1e-12
+    if not ((variances >= 0).all() and semidefinite.all()):
+        raise ValueError("`initial_covariance` must be positive semi-definite.")
 
 
 def _not_after(t: Array, end: float) -> Array:

@@ -24,7 +24,7 @@ _TOLERANCE_EARLY = 1e-9
 _NARROWEST = 2.0**-36
 # Rounding errors of the coefficients, relative to them, that are put up with.
 _MOST_ROUNDING, _MOST_ROUNDING_EARLY = 1e-6, 1e-2
-_MOST_PANELS = 8192
+_MOST_PANELS = 4096
 
 
 class Solution:
@@ -41,7 +41,8 @@ class Solution:
     def __init__(self, coefficients: Coefficients, t_min: float, t_end: float):
         self.drift, self.diffusion = coefficients.drift, coefficients.diffusion
         with np.errstate(all="ignore"):
-            panels = _solve(coefficients, t_min, t_end)
+            singular = _is_singular(coefficients.initial_covariance)
+            panels = _solve(coefficients, singular, t_min, t_end)
             self.between = EdgeTransitions(
                 np.stack([panel.within_end for panel in panels])[:-1]
             )
@@ -54,7 +55,6 @@ class Solution:
         self.within = table([panel.within for panel in panels])
         self.rotation = table([panel.rotation for panel in panels])
         self._cholesky = table([panel.cholesky for panel in panels])
-        singular = _is_singular(coefficients.initial_covariance)
         self._early = float(edges[1]) if singular else 0.0
         self._early_ends = [
             np.moveaxis(x, (-2, -1), (0, 1))
@@ -90,12 +90,13 @@ class _Unresolved(Exception):
     """Why a panel is too wide."""
 
 
-def _solve(coefficients: Coefficients, t_min: float, t_end: float) -> list[_Panel]:
+def _solve(
+    coefficients: Coefficients, singular: bool, t_min: float, t_end: float
+) -> list[_Panel]:
     """Solve on panels, each of which is halved until it is resolved."""
     covariance = coefficients.initial_covariance
     rotation = np.broadcast_to(np.eye(coefficients.num_components), coefficients.batch)
-    if _is_singular(covariance):
-        rotation = None
+    rotation = None if singular else rotation
     start = t_min / 1000
     doublings = int(np.log2(t_end / start))
     edges = [0.0, *(start * 2.0 ** np.arange(doublings)), t_end]
@@ -107,15 +108,18 @@ def _solve(coefficients: Coefficients, t_min: float, t_end: float) -> list[_Pane
             panel = _solve_panel(
                 coefficients, left, right, covariance, rotation, early=right <= t_min
             )
-        except (_Unresolved, np.linalg.LinAlgError) as fault:
-            if right - left < _NARROWEST * max(right, start):
-                raise ValueError(f"{fault} This is near t = {left:.6g}.") from None
+        except (_Unresolved, np.linalg.LinAlgError) as error:
+            fault = str(error)
+            if not isinstance(error, _Unresolved):
+                fault = f"The transition near t = {left:.6g} is singular."
+            if _is_narrowest(left, right) or right < _NARROWEST * start:
+                raise ValueError(fault) from None
             if len(panels) + len(todo) > _MOST_PANELS:
                 raise ValueError(
-                    f"The process changes too often on [0, {t_end:g}] to be tabulated: it "
-                    f"took {len(panels)} pieces up to t = {left:.6g}, each of which spans "
-                    "a few times in which states decay or turn. Let the time axis end "
-                    f"before. The last piece was too wide because: {fault}"
+                    f"The process changes too often on [0, {t_end:g}] to be tabulated: "
+                    f"{len(panels)} pieces reach t = {left:.6g} only. Let the time axis "
+                    "end before, or after fewer times in which states decay or turn. "
+                    f"Where it stopped: {fault}"
                 ) from None
             middle = 0.5 * (left + right)
             todo += [(middle, right), (left, middle)]
@@ -127,7 +131,7 @@ def _solve(coefficients: Coefficients, t_min: float, t_end: float) -> list[_Pane
 
 def _solve_panel(coefficients, left, right, covariance, rotation, *, early) -> _Panel:
     """**Raises:** `_Unresolved` if polynomials are not enough, or there is no solution."""
-    width, eye = right - left, np.eye(coefficients.num_components)
+    width, eye, near = right - left, np.eye(coefficients.num_components), f"{left:.6g}"
     tolerance = _TOLERANCE_EARLY if early else _TOLERANCE
     integrate = integration_matrix(_DEGREE) * width / 2
     values = _at_nodes(coefficients, left, right)
@@ -138,37 +142,38 @@ def _solve_panel(coefficients, left, right, covariance, rotation, *, early) -> _
     inverse = np.linalg.inv(within[:-1])
     added = np.tensordot(integrate, inverse @ noise @ _T(inverse), 1)
     covariances = within @ (covariance + added) @ _T(within)
-    spread = np.sqrt(np.diagonal(covariances[-1], axis1=-2, axis2=-1))
-    spread = np.nan_to_num(spread * spread.min(-1, keepdims=True))
-    negligible = dict(drift=np.ones(1), diffusion=spread)
+    spread = np.nan_to_num(np.sqrt(_diagonal(covariances[-1])))
+    negligible = dict(
+        drift=np.nan_to_num(spread / spread.max(-1, keepdims=True)),
+        diffusion=spread * spread.min(-1, keepdims=True),
+    )
     tolerance = _check_coefficients(
         coefficients, left, right, values, negligible, tolerance, early
     )
-    _check_resolved("The transition", within[:-1], tolerance)
+    _check_resolved(f"The transition near t = {near}", within[:-1], tolerance)
 
     if not np.isfinite(covariances).all():
         raise _Unresolved(
-            "The covariance must stay finite, but it overflows: `drift` lets it grow too "
-            "long. Let the time axis end before."
+            f"The covariance overflows near t = {near}, as `drift` lets it grow so long. "
+            "Let the time axis end before."
         )
     cholesky = _cholesky(covariances)
-    if not (np.diagonal(cholesky, axis1=-2, axis2=-1) > 0).all():
+    if not (_diagonal(cholesky) > 0).all():
         raise _Unresolved(
-            "The covariance must be positive definite after time 0, but it is singular: "
-            "through `diffusion` and `drift`, noise must reach every component."
+            "The covariance must be positive definite after time 0, but it is not near "
+            f"t = {near}: through `diffusion` and `drift`, noise must reach every "
+            "component."
         )
     if rotation is None:
         # The factors have no polynomial here: see `Solution.cholesky`.
         rotations = np.broadcast_to(eye, cholesky.shape)
         cholesky = np.broadcast_to(cholesky[-1], cholesky.shape)
     else:
-        precision = np.linalg.inv(cholesky[:-1])
-        precision = _T(precision) @ precision
-        turning = drift + 0.5 * noise @ precision
-        factor = _collocate(turning, _cholesky(covariance) @ rotation, integrate)
-        rotations = np.linalg.solve(cholesky, factor)
-    _check_resolved("The covariance", cholesky[:-1], tolerance)
-    _check_resolved("The factor R", rotations[:-1], tolerance)
+        rotations = _rotations(
+            drift, noise, cholesky, _cholesky(covariance) @ rotation, integrate
+        )
+    _check_resolved(f"The covariance near t = {near}", cholesky[:-1], tolerance)
+    _check_resolved(f"The factor R near t = {near}", rotations[:-1], tolerance)
     # The nearest rotation, so that rounding errors do not add up.
     left_vectors, _, right_vectors = np.linalg.svd(rotations[-1])
     return _Panel(
@@ -182,6 +187,18 @@ def _solve_panel(coefficients, left, right, covariance, rotation, *, early) -> _
         rotations[:-1],
         left_vectors @ right_vectors,
     )
+
+
+def _rotations(drift, noise, cholesky, start, integrate):
+    """L^-1 R at the nodes and the end, by equation 17 of the paper from R = `start`."""
+    # In units of each component's standard deviation: they may be of any size.
+    unit = np.linalg.norm(cholesky[-1], axis=-1, keepdims=True)
+    drift, noise = drift * _T(unit) / unit, noise / (unit * _T(unit))
+    cholesky = cholesky / unit
+    precision = np.linalg.inv(cholesky[:-1])
+    precision = _T(precision) @ precision
+    turning = drift + 0.5 * noise @ precision
+    return np.linalg.solve(cholesky, _collocate(turning, start / unit, integrate))
 
 
 def _at_nodes(coefficients, left, right):
@@ -200,31 +217,31 @@ def _check_coefficients(coefficients, left, right, values, negligible, tolerance
     """Raise `_Unresolved` if one of the coefficients is. Returns the tolerance for the
     solution, which may have to be larger on account of their rounding errors."""
     most = _MOST_ROUNDING_EARLY if early else _MOST_ROUNDING
-    rounding, width = None, right - left
     solution_tolerance = tolerance
     for name, value in values.items():
         tail, scale = _tail(value)
-        floor = negligible[name] / width
+        floor = negligible[name] / (right - left)
         allowed = tolerance * scale + 4 * np.finfo(np.float64).eps * floor
         if (tail <= allowed).all():
             continue
-        rounding = coefficients.rounding_errors(left, right) if not rounding else rounding
-        # Ten times a median, as they grow towards singularities.
-        errors, scale = 10 * rounding[name], np.maximum(scale, floor)
-        if not (tail <= np.maximum(allowed, errors)).all():
+        scale, rounding = np.maximum(scale, floor), np.zeros(1)
+        if (tail <= most * scale).all():
+            # Ten times a median, as they grow towards singularities.
+            rounding = 10 * coefficients.rounding_errors(left, right)[name]
+        relative = float((rounding / scale).max())
+        if not (tail <= np.maximum(allowed, rounding)).all() or relative > most:
             raise _Unresolved(
-                f"`{name}` must be smooth on [0, t_end] and compute in the dtype of its "
-                "argument; it could not be resolved."
-            )
-        relative = float((errors / scale).max())
-        if not relative <= most:
-            raise _Unresolved(
-                f"`{name}` has rounding errors of about {relative / 10:.0e} of its size. "
-                "Write it such that nothing cancels, for example by `jnp.expm1`; or let "
-                "the time axis end before."
+                f"`{name}` could not be resolved near t = {left:.6g}. It must be smooth on "
+                "[0, t_end] to all digits: it must compute in the dtype of its argument, "
+                "nothing in it may cancel (as in `1 - jnp.exp(-t)` without `jnp.expm1`), "
+                "and the time axis must end before a singularity."
             )
         solution_tolerance += relative
     return solution_tolerance
+
+
+def _is_narrowest(left, right):
+    return right - left < _NARROWEST * right
 
 
 def _check_resolved(name, values, tolerance):
@@ -241,7 +258,9 @@ def _tail(values):
 
 
 def _is_singular(covariance):
-    return bool((np.linalg.eigvalsh(covariance) <= 0).any())
+    """Whether one of the components is determined by those before it."""
+    rest, variances = _diagonal(_cholesky(covariance)), _diagonal(covariance)
+    return not (rest > 1e-7 * np.sqrt(variances)).all()
 
 
 def _collocate(drift, initial, integrate):
@@ -271,6 +290,10 @@ def _cholesky(matrices):
         factor[..., j:, j] = column
         factor[..., j, j] = pivot
     return factor
+
+
+def _diagonal(matrices):
+    return np.diagonal(matrices, axis1=-2, axis2=-1)
 
 
 def _T(x):
