@@ -295,9 +295,8 @@ def test_refusals_name_what_is_wrong():
     with pytest.raises(ValueError, match="`drift` could not be resolved .* may cancel"):
         gd.LinearSDE((2,), lambda t: (1 - 1e14) - (t - 1e14), one)
     with pytest.raises(ValueError, match="`initial_covariance` must be symmetric"):
-        gd.LinearSDE(
-            (2,), lambda t: -jnp.eye(2), lambda t: jnp.eye(2), [[1.0, 0.5], [0.0, 1.0]]
-        )
+        eye = lambda t: jnp.eye(2, dtype=t.dtype)
+        gd.LinearSDE((2,), eye, eye, np.array([[1.0, 0.5], [0.0, 1.0]]))
 
 
 def test_rough_on_all_scales_ends(monkeypatch):
