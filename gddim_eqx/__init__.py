@@ -17,6 +17,7 @@ from ._basis import (
     Cosine as Cosine,
     Identity as Identity,
 )
+from ._check_process import check_process as check_process
 from ._grid import time_grid as time_grid
 from ._guidance import (
     ClassifierFreeGuidance as ClassifierFreeGuidance,

@@ -6,7 +6,7 @@ from jaxtyping import Array, Real
 
 from ._check import as_dtype, check_count
 from ._clock import clock_table
-from ._process import AbstractProcess, check_process
+from ._process import AbstractProcess, require_process
 from ._times import on_time_axis
 
 
@@ -46,7 +46,7 @@ def time_grid(
     distinct or outside `[0, process.t_end]`, the grid is unknown, or the dtype cannot
     hold so many different times.
     """
-    check_process(process)
+    require_process(process)
     check_count("num_steps", num_steps)
     dtype = as_dtype(float if dtype is None else dtype)
     start = on_time_axis(process, "t0", process.t_max if t0 is None else t0, dtype)

@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Inexact
 
 from ._check import as_constant, as_floats, check_count, check_key
 from ._custom_types import Key
-from ._process import AbstractProcess, check_process, time_for
+from ._process import AbstractProcess, require_process, time_for
 from ._state import batch_axes, check_state
 
 
@@ -93,7 +93,7 @@ class GaussianMixture(eqx.Module):
 
         **Raises:** `ValueError` if the process is for data of another shape.
         """
-        check_process(process)
+        require_process(process)
         if process.shape != self.means.shape[1:]:
             raise ValueError(
                 f"This mixture is of data of shape {self.means.shape[1:]}, the process "

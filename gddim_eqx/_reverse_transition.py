@@ -31,7 +31,7 @@ from ._custom_types import Level, RealScalarLike
 from ._level import as_level, level_at
 from ._operator import append_axes, BlockLinearOperator
 from ._pin import pin
-from ._process import AbstractProcess, as_times, check_process
+from ._process import AbstractProcess, as_times, require_process
 
 
 class Contraction(NamedTuple):
@@ -194,7 +194,7 @@ def reverse_transition(
 
     **Raises:** `ValueError` for a negative `lam`; at run time if `t > s`.
     """
-    check_process(process)
+    require_process(process)
     lam = as_level(lam)
     after, before = as_times(t, s)
     after = eqx.error_if(

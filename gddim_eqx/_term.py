@@ -12,7 +12,7 @@ from ._operator import apply
 from ._process import (
     AbstractDiagonalProcess,
     AbstractProcess,
-    check_process,
+    require_process,
     time_for,
 )
 from ._state import check_state
@@ -67,7 +67,7 @@ class ProbabilityFlow(AbstractReverseTerm):
         it is not defined. When evaluated: if the state does not fit the process or the
         model returns another structure or shape.
         """
-        check_process(process)
+        require_process(process)
         if isinstance(model, ProbabilityFlow):
             raise ValueError(
                 "`model` is a `ProbabilityFlow`. Where a process and a model are wanted, "

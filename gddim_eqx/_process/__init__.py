@@ -6,8 +6,8 @@ from .base import (
     as_time as as_time,
     as_times as as_times,
     check_positive as check_positive,
-    check_process as check_process,
     normal_like as normal_like,
+    require_process as require_process,
     time_for as time_for,
 )
 from .bdm import BDM as BDM

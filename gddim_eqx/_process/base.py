@@ -38,7 +38,10 @@ class AbstractProcess(eqx.Module):
 
     !!! info "Implementing a process"
 
-        Subclass, and provide the abstract methods such that, for all times:
+        Subclass, and provide the attributes `shape`, `num_components`, `basis`,
+        `data_scale`, `t_min`, `t_max`, `t_end` and `t_vanish`, as fields or properties,
+        and the methods `drift`, `diffusion`, `transition`, `covariance`, `factor`,
+        `cholesky` and `prior_factor`, such that, for all times:
 
         1. `transition(t, r) @ transition(r, s)` equals `transition(t, s)`, and
             its derivative in `t` is `drift(t) @ transition(t, s)`;
@@ -48,15 +51,52 @@ class AbstractProcess(eqx.Module):
         4. the derivative of `factor(t)` is `(F + G G.T Sigma^-1 / 2) @ factor(t)`
             (gDDIM, equation 17).
 
+        [`gddim_eqx.check_process`][] checks these, and names the one that does not hold.
+
         Compute in the dtype of the time that is passed. Keep every number a static
         field, so that a process has no leaves: it is then a constant of the compiled
         program and no optimiser can mistake it for parameters.
+
+        If all there is are the coefficients of the equation, use
+        [`gddim_eqx.LinearSDE`][], which solves for the rest. A process of one component
+        is an [`gddim_eqx.AbstractScalarProcess`][], to which `basis`, `data_scale`,
+        `t_max` and `num_components` are known and for which four functions are enough:
+
+        ```python
+        import equinox as eqx
+        import gddim_eqx as gd
+        import jax.numpy as jnp
+
+        class OrnsteinUhlenbeck(gd.AbstractScalarProcess):
+            shape: tuple[int, ...] = eqx.field(static=True)
+            rate: float = eqx.field(static=True, default=5.0)
+            t_min: float = eqx.field(static=True, default=1e-3)
+            t_end: float = eqx.field(static=True, default=1.0)
+            t_vanish: float = eqx.field(static=True, default=float("inf"))
+
+            def _drift(self, t):
+                return jnp.full_like(t, -self.rate)
+
+            def _diffusion(self, t):
+                return jnp.full_like(t, (2 * self.rate) ** 0.5)
+
+            def _transition(self, t, s):
+                return jnp.exp(-self.rate * (t - s))
+
+            def _std(self, t):
+                return jnp.sqrt(-jnp.expm1(-2 * self.rate * t))
+
+            def prior_factor(self):
+                return gd.BlockLinearOperator(jnp.ones((1, 1)), self.shape)
+
+        gd.check_process(OrnsteinUhlenbeck((2,)))
+        ```
     """
 
     shape: AbstractVar[tuple[int, ...]]
     """The shape of one data sample."""
     num_components: AbstractVar[int]
-    """The number of components of a state: 1, or 2 with a velocity."""
+    """The number of components of a state: 1, or 2 with a velocity, or more."""
     basis: AbstractVar[AbstractBasis]
     """The basis in which states are kept."""
     data_scale: AbstractVar[float]
@@ -236,23 +276,34 @@ def normal_like(key: Key, state: State) -> State:
 
 
 class AbstractDiagonalProcess(AbstractProcess):
-    """A process of one component, hence one number per coordinate in place of every
+    r"""A process of one component, hence one number per coordinate in place of every
     matrix. There the two square roots of the covariance are the same.
 
-    Subclasses give the arrays: scalars, or of a shape that broadcasts to the data's.
+    Subclasses give `prior_factor`, the attributes of [`gddim_eqx.AbstractProcess`][] but
+    for `num_components`, and these four, of scalar times. Each returns an array in the
+    dtype of its arguments: a scalar, for all coordinates alike, or one number per
+    coordinate in the basis of states, with as many axes as the data and of a shape that
+    broadcasts to `shape`.
+
+    - `_drift(t)`: $f_t$, in $\mathrm{d}u = f_t\,u\,\mathrm{d}t +
+        g_t\,\mathrm{d}w$.
+    - `_diffusion(t)`: $g_t$.
+    - `_transition(t, s)`: $\exp \int_s^t f$, the ratio of the means at `t` and `s`.
+    - `_std(t)`: the standard deviation of $u_t$ given data; its square has the derivative
+        $2 f_t \sigma_t^2 + g_t^2$.
     """
 
     @abc.abstractmethod
     def _drift(self, t: Array) -> Array:
-        """F."""
+        """$f_t$."""
 
     @abc.abstractmethod
     def _diffusion(self, t: Array) -> Array:
-        """G."""
+        """$g_t$."""
 
     @abc.abstractmethod
     def _transition(self, t: Array, s: Array) -> Array:
-        """The ratio of the means at `t` and `s`."""
+        """The ratio of the means at `t` and `s`. Either may be the later."""
 
     @abc.abstractmethod
     def _std(self, t: Array) -> Array:
@@ -286,7 +337,10 @@ class AbstractDiagonalProcess(AbstractProcess):
 
 
 class AbstractScalarProcess(AbstractDiagonalProcess):
-    """A diagonal process with the same number for all coordinates of the data."""
+    """A diagonal process with the same number for all coordinates of the data, whose
+    `_drift`, `_diffusion`, `_transition` and `_std` are scalars. States are the data's
+    own coordinates, and sampling starts at `t_end`. [`gddim_eqx.AbstractProcess`][] has
+    an example."""
 
     @property
     def basis(self) -> AbstractBasis:
@@ -348,7 +402,7 @@ def check_positive(**values: float) -> None:
             raise ValueError(f"`{name}` must be positive; got {value}.")
 
 
-def check_process(process: object) -> None:
+def require_process(process: object) -> None:
     """Raise a `ValueError` unless given a process."""
     if not isinstance(process, AbstractProcess):
         raise ValueError(

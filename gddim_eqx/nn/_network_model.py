@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from .._custom_types import Args, Key, RealScalarLike, State
 from .._operator import apply, BlockLinearOperator
-from .._process import AbstractProcess, as_time, check_positive, check_process, CLD
+from .._process import AbstractProcess, as_time, check_positive, CLD, require_process
 from .._state import (
     batch_axes,
     check_state,
@@ -63,7 +63,7 @@ class NetworkModel(eqx.Module):
         **Raises:** `ValueError` for `mixed_score` with a process without velocity, or with
         `data_std`.
         """
-        check_process(process)
+        require_process(process)
         if not callable(network):
             raise ValueError(f"`network` must be callable; got {network!r}.")
         if not process.shape:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Inexact
 from .._check import check_key
 from .._custom_types import Args, Key, State
 from .._operator import apply
-from .._process import AbstractProcess, check_process
+from .._process import AbstractProcess, require_process
 from .._state import check_state, coefficient_dtype
 from .._term import ProbabilityFlow
 from .._times import latest
@@ -79,7 +79,7 @@ class DenoisingLoss(eqx.Module):
         **Raises:** `ValueError` for arguments that do not fit, as `ProbabilityFlow`, and
         for times beyond the process' time axis.
         """
-        check_process(process)
+        require_process(process)
         # Checks `predicts` and `factor`.
         ProbabilityFlow(process, _no_model, predicts, factor)
         known = ("prediction", "noise", "likelihood")

@@ -2,7 +2,7 @@ import equinox as eqx
 from jaxtyping import Array, Float
 
 from .._custom_types import RealScalarLike
-from .._process import AbstractProcess, check_positive, check_process
+from .._process import AbstractProcess, check_positive, require_process
 
 
 class DataWeighting(eqx.Module):
@@ -34,7 +34,7 @@ class DataWeighting(eqx.Module):
 
         **Raises:** `ValueError` for a standard deviation that is not positive.
         """
-        check_process(process)
+        require_process(process)
         check_positive(data_std=data_std)
         self.process, self.data_std = process, float(data_std)
 
