@@ -84,7 +84,7 @@ class ProbabilityFlow(AbstractReverseTerm):
             )
         if factor not in ("R", "cholesky"):
             raise ValueError(f"`factor` must be 'R' or 'cholesky'; got {factor!r}.")
-        if predicts == "velocity" and not isinstance(process, AbstractDiagonalProcess):
+        if predicts == "velocity" and process.num_components != 1:
             raise ValueError(
                 "`predicts='velocity'` is only defined for processes with one number "
                 f"per coordinate, not for {type(process).__name__}. Use 'noise', 'data' "

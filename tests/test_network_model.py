@@ -30,6 +30,33 @@ def test_all_channels_of_the_data_come_first():
     np.testing.assert_allclose(got.v, v * [3, 4] + 0.5, rtol=1e-6, atol=1e-6)
 
 
+def test_a_mixed_score_is_for_every_process_with_a_velocity():
+    cld = gd.CLD((3,))
+    initial = np.diag([1e-6, 0.01 + 1e-6])
+    solved = gd.LinearSDE((3,), cld.drift, cld.diffusion, initial)
+    u, t = cld.prior(jax.random.key(0), (2,)), jnp.asarray(0.3)
+    got, expected = (
+        gd.nn.NetworkModel(process, _network, mixed_score=True)(t, u)
+        for process in (solved, cld)
+    )
+    assert max_difference(got, expected) < 1e-4
+    # In the frame of a basis of its own.
+    kernel = lambda value: lambda t: jnp.asarray(value, t.dtype)
+    process = gd.LinearSDE(
+        (4, 4, 1),
+        kernel([[0.0, 1.0], [-1.0, -2.0]]),
+        kernel([[0.0, 0.0], [0.0, 2.0]]),
+        basis=gd.Cosine(),
+    )
+    u = process.to_data(process.prior(jax.random.key(0), (2,)))
+    mixed = gd.nn.NetworkModel(process, _network, mixed_score=True)(t, u)
+    bare = gd.nn.NetworkModel(process, _network)(t, u)
+    change = process.from_data(jtu.tree_map(jnp.subtract, mixed, bare))
+    back = process.to_data(process.factor(t).mv(change))
+    np.testing.assert_allclose(back.x, 0, atol=1e-4)
+    np.testing.assert_allclose(back.v, u.v, atol=1e-4)
+
+
 @pytest.mark.parametrize("batch", [(), (0,), (1,), (2, 3)])
 @pytest.mark.parametrize("process", [gd.VP((2,)), gd.BDM((4, 4, 1)), gd.CLD((2,))])
 def test_any_batch(process, batch):

@@ -16,6 +16,7 @@ from hypothesis import given
 from scipy.integrate import solve_ivp
 
 import gddim_eqx as gd
+from gddim_eqx._process.base import coarse_and_rest
 
 from .helpers import processes
 
@@ -711,3 +712,13 @@ def test_data_and_states_that_do_not_fit_raise(name):
     ):
         with pytest.raises(ValueError, match=r"\(\*batch, "):
             call()
+
+
+def test_numbers_are_split_exactly_all_at_once():
+    values = np.concatenate([[0.0], np.random.default_rng(0).uniform(-1e3, 1e3, 1000)])
+    coarse, rest = coarse_and_rest(values.reshape(7, -1))
+    assert (coarse + rest == values.reshape(7, -1)).all()
+    assert (np.abs(rest) <= np.abs(values.reshape(7, -1)) * 2.0**-12).all()
+    # Twelve bits: products of two are exact in float32.
+    products = np.float32(coarse[:, :, None]) * np.float32(coarse[:, None])
+    assert (products == coarse[:, :, None] * coarse[:, None]).all()

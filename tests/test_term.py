@@ -369,3 +369,16 @@ def test_model_that_returns_something_else_raises(name, model, message):
     term = gd.ProbabilityFlow(process, model)
     with pytest.raises(ValueError, match="The model must return the " + message):
         term.vf(0.5, process.prior(jr.key(0), (2,)), None)
+
+
+def test_velocity_is_for_every_process_of_one_number_per_coordinate():
+    process = gd.VP((3,))
+    solved = gd.LinearSDE((3,), process.drift, process.diffusion)
+    model = lambda t, u, args: 0.3 * u + t
+    u, t = process.prior(jax.random.key(0), (4,)), jnp.asarray(0.4)
+    terms = [gd.ProbabilityFlow(p, model, "velocity") for p in (solved, process)]
+    for method in ("noise", "score", "initial"):
+        got, expected = (getattr(term, method)(t, u, None) for term in terms)
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    back = terms[0].prediction(t, u, terms[0].noise(t, u, None))
+    np.testing.assert_allclose(back, model(t, u, None), rtol=1e-4, atol=1e-4)

@@ -2,13 +2,14 @@ import abc
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import lineax as lx
+import numpy as np
 from jaxtyping import Array, Inexact
 
 from .._basis import AbstractBasis, Identity
@@ -387,11 +388,11 @@ def as_times(*times: RealScalarLike) -> list[Array]:
     return [t if t.dtype == dtype else t.astype(dtype) for t in arrays]
 
 
-def coarse_and_rest(value: float) -> tuple[float, float]:
-    """Split a number into twelve leading bits, products of two of which are exact in
+def coarse_and_rest(value: float | np.ndarray) -> tuple[Any, Any]:
+    """Split numbers into twelve leading bits, products of two of which are exact in
     float32, and the rest."""
-    mantissa, exponent = math.frexp(value)
-    coarse = math.ldexp(round(mantissa * 2**12), exponent - 12)
+    mantissa, exponent = np.frexp(value)
+    coarse = np.ldexp(np.round(mantissa * 2**12), exponent - 12)
     return coarse, value - coarse
 
 

@@ -101,8 +101,8 @@ class BDM(AbstractDiagonalProcess):
         table = _blur_time(self.sigma_blur_max, self.t_end)
         edge_coarse, edge_rest, difference = table(t)
         dissipation = self._dissipation()
-        coarse = np.vectorize(lambda x: coarse_and_rest(x)[0])(dissipation)
-        rest = jnp.asarray(dissipation - coarse, t.dtype)
+        coarse, rest = coarse_and_rest(dissipation)
+        rest = jnp.asarray(rest, t.dtype)
         dissipation = jnp.asarray(dissipation, t.dtype)
         coarse = jnp.asarray(coarse, t.dtype)
         small = rest * edge_coarse + dissipation * (edge_rest + difference)
@@ -162,7 +162,7 @@ def _blur_time(sigma_blur_max: float, t_end: float) -> PiecewisePolynomial:
         return 0.5 * sigma_blur_max**2 * np.sin(0.5 * np.pi * t) ** 4
 
     at_edges = blur_time(edges[:-1])
-    parts = np.array([coarse_and_rest(value) for value in at_edges])
+    parts = np.stack(coarse_and_rest(at_edges), -1)
     difference = blur_time(nodes_of_panels(edges, degree)) - at_edges[:, None]
     constants = np.repeat(parts[:, None], degree + 1, axis=1)
     return PiecewisePolynomial(

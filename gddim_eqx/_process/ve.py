@@ -57,7 +57,7 @@ class VE(AbstractScalarProcess):
     def _std(self, t):
         # An exponent of 8.5 carries a rounding error of 1e-6 in float32, so split it:
         # twelve bits times twelve bits, which is exact, and a small rest.
-        growth, growth_rest = coarse_and_rest(self._growth())
+        growth, growth_rest = map(float, coarse_and_rest(self._growth()))
         coarse = jnp.round(t * 2**11) / 2**11
         rest = growth_rest * coarse + self._growth() * (t - coarse)
         at_coarse = self.sigma_min * jnp.exp(growth * coarse)

@@ -10,13 +10,12 @@ from jaxtyping import Array
 
 from .._custom_types import Args, Key, RealScalarLike, State
 from .._operator import apply, BlockLinearOperator
-from .._process import AbstractProcess, as_time, check_positive, CLD, require_process
+from .._process import AbstractProcess, as_time, check_positive, require_process
 from .._state import (
     batch_axes,
     check_state,
     coefficient_dtype,
     join_components,
-    Phase,
 )
 
 
@@ -47,11 +46,11 @@ class NetworkModel(eqx.Module):
             is given for dropout, on the time and the joined components of one sample, of
             shape `(*shape[:-1], num_components * shape[-1])`. It returns as much; with
             `data_std` it returns an array of the data's `shape`.
-        - `mixed_score`: for [`gddim_eqx.CLD`][], whether $R_t^{-1} (0, v)$ is added to
-            what the network returns, so that it has less to learn: the noise in the
-            velocity if that were all there is. It predicts noise in the frame of $R_t$
-            then. (The authors' code; Dockhorn et al. 2022 have the like for one
-            component.)
+        - `mixed_score`: for processes with a velocity, such as [`gddim_eqx.CLD`][],
+            whether $R_t^{-1} (0, v)$ is added to what the network returns, so that it has
+            less to learn: the noise in the velocity if that were all there is. It
+            predicts noise in the frame of $R_t$ then. (The authors' code; Dockhorn et al.
+            2022 have the like for one component.)
         - `data_std`: the standard deviation of the data, to precondition the network.
             What it returns is then what the data are besides their mean given the state,
             in units of their standard deviation given the state, if they were normal with
@@ -71,7 +70,7 @@ class NetworkModel(eqx.Module):
                 "Data of a `NetworkModel` need an axis along which components are joined; "
                 "the process has shape (). Give it (1,)."
             )
-        if mixed_score and not isinstance(process, CLD):
+        if mixed_score and process.num_components == 1:
             raise ValueError(
                 "`mixed_score` is for processes with a velocity, such as `CLD`; got "
                 f"{type(process).__name__}."
@@ -128,8 +127,9 @@ class NetworkModel(eqx.Module):
         noise = join_components(parts)
         if not self.mixed_score:
             return noise
-        alone = apply(process.factor(t).inverse(), Phase(jnp.zeros_like(u.x), u.v))
-        return jtu.tree_map(jnp.add, noise, alone)
+        alone = join_components([jnp.zeros_like(leaves[0]), *leaves[1:]])
+        alone = apply(process.factor(t).inverse(), process.from_data(alone))
+        return jtu.tree_map(jnp.add, noise, process.to_data(alone))
 
     def _noise(self, t: Array, u: State, output: Array, variance: float) -> State:
         process = self.process
