@@ -151,6 +151,15 @@ _refused = {
         lambda: gd.BDM((2, 2, 1), offset="a"),
         lambda: gd.CLD((2,), mass_inverse=np.inf),
     ],
+    "`(drift|diffusion|initial_covariance|t_min|basis)` must be": [
+        lambda: gd.LinearSDE((2,), 1.0, lambda t: 1.0),
+        lambda: gd.LinearSDE((2,), lambda t: None, lambda t: 1.0),
+        lambda: gd.LinearSDE((2,), lambda t: -1.0, lambda t: "a"),
+        lambda: gd.LinearSDE((2,), lambda t: 1j, lambda t: 1.0),
+        lambda: gd.LinearSDE((2,), lambda t: -1.0, lambda t: 1.0, "a"),
+        lambda: gd.LinearSDE((2,), lambda t: -1.0, lambda t: 1.0, t_min="a"),
+        lambda: gd.LinearSDE((2,), lambda t: -1.0, lambda t: 1.0, basis=3),
+    ],
     "`schedule` must be": [lambda: gd.VP((2,), ["linear"])],
     "`factor` must be": [lambda: _flow.noise(0.5, _x, None, "L")],
     "`lam` must be": [lambda: _flow.reverse_drift(0.5, _x, None, "1")],
@@ -256,12 +265,15 @@ def test_lists_and_arrays_of_numpy_are_data_without_warnings():
         (lambda a: gd.CLD((2,), beta=a), "beta"),
         (lambda a: gd.BDM((2, 2, 1), sigma_blur_max=a), "sigma_blur_max"),
         (lambda a: gd.GaussianMixture(jnp.zeros((1, 2)), a), "scale"),
+        (lambda a: gd.LinearSDE((2,), lambda t: -a, lambda t: 1.0), "drift"),
+        (lambda a: gd.LinearSDE((2,), lambda t: -1.0, lambda t: a * t), "diffusion"),
+        (lambda a: gd.LinearSDE((2,), lambda t: -1.0, jnp.sqrt, t_min=a), "t_min"),
     ],
 )
 @pytest.mark.parametrize("transform", [jax.jit, jax.grad, jax.vmap])
 def test_a_traced_number_of_a_process_is_named(make, parameter, transform):
     argument = jnp.array([5.0]) if transform is jax.vmap else 5.0
-    with pytest.raises(ValueError, match=f"`{parameter}` is traced.*constant"):
+    with pytest.raises(ValueError, match=f"`{parameter}` .*is traced"):
         transform(lambda a: (make(a), a)[1])(argument)
 
 

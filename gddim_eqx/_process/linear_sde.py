@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike
 
 from .._basis import AbstractBasis, Identity
+from .._check import check_instance
 from .._operator import BlockLinearOperator
 from .base import AbstractProcess, as_shape, as_time, as_times, check_positive
 from .edge_transitions import saturated_product
@@ -91,6 +92,8 @@ class LinearSDE(AbstractProcess):
             )
         self.shape = as_shape(shape)
         self.basis = Identity() if basis is None else basis
+        wanted = "a basis such as `Cosine()`"
+        check_instance("basis", self.basis, AbstractBasis, wanted)
         self.data_scale = float(data_scale)
         self.t_min, self.t_max, self.t_end = float(t_min), float(t_max), float(t_end)
         self.t_vanish = float("inf")

@@ -1,10 +1,13 @@
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike
 
+from .._check import as_floats
 from .._operator import BlockLinearOperator
 
 
@@ -14,6 +17,19 @@ def as_blocks(value: "ArrayLike | BlockLinearOperator", dtype) -> Array:
         value = value.blocks
     value = jnp.asarray(value, dtype)
     return value[None, None] if value.ndim == 0 else value
+
+
+def _known_blocks(name: str, value: Any) -> np.ndarray:
+    """The blocks of what must be real and known when compiling."""
+    value = value.blocks if isinstance(value, BlockLinearOperator) else value
+    if isinstance(value, Tracer):
+        raise ValueError(
+            f"`{name}` depends on a number that is traced by `jax.jit`, `jax.grad` or "
+            "`jax.vmap`, but a `LinearSDE` is solved on the host, in double precision. Use "
+            "Python numbers. To try several, make a `LinearSDE` of each; for a derivative, "
+            "take a difference quotient."
+        )
+    return np.asarray(as_blocks(as_floats(name, value), np.float64))
 
 
 class Coefficients:
@@ -33,11 +49,17 @@ class Coefficients:
         initial_covariance: "ArrayLike | BlockLinearOperator | None",
     ):
         self.drift, self.diffusion = drift, diffusion
+        for name, fn in (("drift", drift), ("diffusion", diffusion)):
+            if not callable(fn):
+                raise ValueError(f"`{name}` must be a function of time; got {fn!r}.")
         with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-            starting = [drift(jnp.zeros(())), diffusion(jnp.zeros(()))]
+            starting = [
+                _known_blocks("drift", drift(jnp.zeros(()))),
+                _known_blocks("diffusion", diffusion(jnp.zeros(()))),
+            ]
             if initial_covariance is not None:
-                starting.append(initial_covariance)
-            starting = [np.asarray(as_blocks(x, np.float64)) for x in starting]
+                known = _known_blocks("initial_covariance", initial_covariance)
+                starting.append(known)
         spectrum, n = (), starting[0].shape[0]
         for name, value in zip(("drift", "diffusion", "initial_covariance"), starting):
             if value.shape[:2] != (n, n):
