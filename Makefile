@@ -40,9 +40,12 @@ test-float32: $(VENV)/.installed
 	JAX_ENABLE_X64=0 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 # What of it `.ci/run` runs: what is skipped in double precision, and what depends on it.
+# And once what depends on how XLA compiles, without the flags that make the suite fast.
 test-precision: $(VENV)/.installed
 	JAX_ENABLE_X64=0 $(BIN)/python -m pytest -n 2 --dist worksteal \
 		-m "(float32 or precision) and not slow"
+	XLA_FLAGS= JAX_DISABLE_MOST_OPTIMIZATIONS=1 JAX_ENABLE_X64=1 \
+		$(BIN)/python -m pytest -n 2 -m "not slow" tests/test_gddim_precision.py
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2

@@ -19,6 +19,10 @@ VARIABLES = ("time", "sqrt", "log", "clock")
 _SLOWING = 10.0
 
 
+# The least logarithm of a signal-to-noise ratio that the clock sees.
+_LEAST = -40.0
+
+
 def clock(process: AbstractProcess, t: Inexact[Array, ""]) -> Inexact[Array, ""]:
     """How far sampling has come at a time: 0 at `t_max`, 1 at `t_min`.
 
@@ -47,6 +51,9 @@ def log_snr_at_start(process: AbstractProcess) -> float:
 
 def _mean_of_clocks(process, root, log_snr):
     first, last = log_snr_at_start(process), float(_log_snr_table(process)[1][0])
+    # A signal that has all but vanished tells no times apart.
+    xp = np if isinstance(log_snr, np.ndarray) else jnp
+    log_snr, first = xp.where(log_snr > _LEAST, log_snr, _LEAST), max(first, _LEAST)
     by_signal = (log_snr - first) / (last - first)
     first, last = math.sqrt(process.t_max), math.sqrt(process.t_min)
     return 0.5 * (by_signal + (root - first) / (last - first))

@@ -64,6 +64,12 @@ def time_grid(
         power = _power(grid)
         first, last = start ** (1 / power), end ** (1 / power)
         times = (first + fraction * (last - first)) ** power
+    if not np.isfinite(times).all():
+        raise ValueError(
+            f"The signal-to-noise ratio of this {type(process).__name__} is not a number "
+            f"everywhere between {start} and {end}, so that a 'clock' grid cannot be made. "
+            "`gddim_eqx.check_process` may tell why; or take another `grid`."
+        )
     times[0], times[-1] = start, end
     times = times.astype(dtype)
     steps = np.diff(times.astype(np.float64)) * np.sign(end - start)

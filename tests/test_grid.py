@@ -242,3 +242,15 @@ def test_grids_do_not_keep_processes_alive():
     del process
     gc.collect()
     assert reference() is None
+
+
+def test_a_signal_that_underflows_is_no_reason_to_refuse_a_grid():
+    process = gd.LinearSDE(
+        (2,), lambda t: -5.0 + 0 * t, lambda t: 10.0**0.5 + 0 * t, t_end=40.0
+    )
+    for t, expected in ((0.1, -0.5 * math.log(math.expm1(1.0))), (7.0, -35.0)):
+        np.testing.assert_allclose(process.log_snr(t), expected, rtol=1e-5)
+    slope = jax.grad(process.log_snr)(jnp.asarray(7.0))
+    np.testing.assert_allclose(slope, -5.0, rtol=1e-4)
+    ts = gd.time_grid(process, 20)
+    assert (jnp.diff(ts) < 0).all() and ts[0] == 40 and jnp.isfinite(ts).all()

@@ -10,6 +10,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import lineax as lx
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Inexact
 
 from .._basis import AbstractBasis, Identity
@@ -172,7 +173,13 @@ class AbstractProcess(eqx.Module):
         """
         t = as_time(t)
         carried = self.cholesky(t).inverse() @ self.transition(t, jnp.zeros_like(t))
-        return 0.5 * jnp.log((carried.blocks[:, 0] ** 2).sum(0)).mean()
+        signal = carried.blocks[:, 0]
+        # Its square may underflow.
+        size = lax.stop_gradient(jnp.abs(signal).max(0))
+        known = size > 0
+        scaled = signal / jnp.where(known, size, 1)[None]
+        square = jnp.where(known, (scaled**2).sum(0), 1)
+        return (jnp.log(size) + 0.5 * jnp.log(square)).mean()
 
     def encode(self, x: Inexact[Array, "..."]) -> State:
         """The mean of the state at time 0 given data.
