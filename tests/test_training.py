@@ -239,7 +239,8 @@ def test_training_finds_the_best_prediction():
 
 @pytest.mark.float32
 def test_a_step_is_that_of_optax():
-    trainer = Trainer(DenoisingLoss(gd.VP((2,))), optax.sgd(0.1), average_decay=0.75)
+    options = dict(average_decay=0.75, debias=False)
+    trainer = Trainer(DenoisingLoss(gd.VP((2,))), optax.sgd(0.1), **options)
     model, x = _points(), _data(8)
     state, metrics = trainer.step(trainer.init(model, jr.key(1)), x)
     loss_key = jr.split(jr.fold_in(jr.key(1), 0))[1]
