@@ -193,6 +193,10 @@ def test_models_are_called_as_in_sampling(name):
     one = lambda t, u, args: jtu.tree_map(lambda x: x[0], u)
     with pytest.raises(ValueError, match="must return the shape of its state"):
         loss(one, loss.noised(jr.key(0), jnp.zeros((3, *process.shape))))
+    two = lambda t, u, args: jnp.ones((2, 3)) @ jtu.tree_leaves(u)[0]
+    with pytest.raises(TypeError) as error:
+        loss(two, loss.noised(jr.key(0), jnp.zeros((3, *process.shape))))
+    assert "called on a batch of states" in error.value.__notes__[0]
 
 
 # Steps
@@ -425,7 +429,7 @@ class _Forgetful(eqx.Module):
 
     def __call__(self, t, u, args, *, key=None):
         dropout = eqx.nn.Dropout(0.5, inference=key is None)
-        return dropout(self.layer(u.astype(self.layer.weight.dtype)), key=key)
+        return dropout(jax.vmap(self.layer)(u.astype(self.layer.weight.dtype)), key=key)
 
 
 @pytest.mark.float32
