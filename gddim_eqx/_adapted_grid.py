@@ -8,11 +8,11 @@ import optax
 from jaxtyping import Array, Inexact, Real
 
 from ._check import as_number, check_count
-from ._custom_types import Args, State
+from ._custom_types import Args, State, Times
 from ._grid import time_grid
 from ._inversion import generate
 from ._solve import check_solver
-from ._state import batch_axes, check_state, coefficient_dtype
+from ._state import at_least_single, batch_axes, check_state, coefficient_dtype
 from ._term import check_flow, ProbabilityFlow
 from ._times import as_grid
 from .solvers import GDDIM
@@ -36,7 +36,7 @@ def adapted_grid(
     num_steps: int = 20,
     solver: dfx.AbstractSolver = GDDIM(),
     *,
-    ts: Real[Array, " times"] | None = None,
+    ts: Times | None = None,
     num_iterations: int = 60,
     learning_rate: float = 0.1,
     args: Args = None,
@@ -78,6 +78,8 @@ def adapted_grid(
     if ts is None:
         ts = time_grid(process, num_steps, dtype=coefficient_dtype(u))
     ts = as_grid(process, ts)
+    # Times that are learned need more digits than states.
+    ts = jnp.minimum(ts.astype(at_least_single(ts.dtype)), process.t_end)
     number, ends = max(200, 8 * (len(ts) - 1)), dict(t0=float(ts[0]), t1=float(ts[-1]))
     fine = time_grid(process, number, **ends, dtype=ts.dtype)
     learning_rate = as_number("learning_rate", learning_rate)

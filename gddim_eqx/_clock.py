@@ -18,7 +18,6 @@ VARIABLES = ("time", "sqrt", "log", "clock")
 # By how much the variable "clock" slows down between noise and data.
 _SLOWING = 10.0
 
-
 # The least logarithm of a signal-to-noise ratio that the clock sees.
 _LEAST = -40.0
 
@@ -64,6 +63,14 @@ _tables = weakref.WeakKeyDictionary()
 
 
 def _log_snr_table(process):
+    try:
+        hash(process)
+    except TypeError:
+        raise ValueError(
+            f"The {type(process).__name__} holds arrays. The numbers of a process are "
+            "constants of the compiled program: keep them as Python numbers, in fields "
+            "with `equinox.field(static=True)`."
+        ) from None
     if process not in _tables:
         quarter = lambda a, b, number: np.linspace(a**0.25, b**0.25, number) ** 4
         early = quarter(0.0, process.t_min, 401)[:-1]

@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TYPE_CHECKING
 
 import jax
@@ -20,5 +20,7 @@ else:
 # One array, a `Phase`, or a tuple of arrays; each `(*batch, *shape)`.
 State = PyTree[Inexact[Array, "..."], "State"]
 Args = PyTree[Any]
+# Times to step to, as an array or a list.
+Times = Real[ArrayLike, " times"] | Sequence[RealScalarLike]
 # A level of noise, or how it depends on time.
 Level = RealScalarLike | Callable[[Array], RealScalarLike]

@@ -2,9 +2,9 @@ from typing import NamedTuple
 
 import diffrax as dfx
 import jax.numpy as jnp
-from jaxtyping import Array, Inexact, Real
+from jaxtyping import Array, Inexact
 
-from ._custom_types import Args, State
+from ._custom_types import Args, State, Times
 from ._grid import time_grid
 from ._solve import last, solve
 from ._state import at_least_single, check_state, coefficient_dtype
@@ -29,7 +29,7 @@ def invert(
     num_steps: int = 50,
     solver: dfx.AbstractSolver = GDDIM(3),
     *,
-    ts: Real[Array, " times"] | None = None,
+    ts: Times | None = None,
     check: bool = True,
     args: Args = None,
 ) -> Inversion:
@@ -79,7 +79,7 @@ def generate(
     num_steps: int = 50,
     solver: dfx.AbstractSolver = GDDIM(3),
     *,
-    ts: Real[Array, " times"] | None = None,
+    ts: Times | None = None,
     args: Args = None,
 ) -> Inexact[Array, "..."]:
     """Decode latent codes: the samples that the probability flow makes of given noise.

@@ -11,17 +11,18 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 from jax.core import Tracer
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Float
 
-from ._check import as_floats, check_count, check_key
+from ._check import check_count, check_key
 from ._clock import log_snr_at_start
-from ._custom_types import Args, Key, Level
+from ._custom_types import Args, Key, Level, Times
 from ._grid import time_grid
 from ._level import as_level
 from ._placement import Placement
 from ._process import AbstractProcess
 from ._reverse_sde import reverse_sde
 from ._solve import check_solver, last, solve
+from ._state import at_least_single
 from ._takes_flow import takes_flow
 from ._term import ProbabilityFlow
 from ._times import as_grid
@@ -56,9 +57,9 @@ class _Counted(eqx.Module):
 
 
 @eqx.filter_jit
-def _solve(flow, lam, solver, denoise, ts, dtype, key, number, args, meter, placement):
+def _solve(flow, lam, solver, denoise, ts, key, number, args, meter, placement):
     process = flow.process
-    u = process.prior(key, (number,), dtype)
+    u = process.prior(key, (number,), ts.dtype)
     if placement is not None:
         u = placement.divide(u)
     terms, adjoint = flow, dfx.RecursiveCheckpointAdjoint()
@@ -74,12 +75,12 @@ def _solve(flow, lam, solver, denoise, ts, dtype, key, number, args, meter, plac
     u = last(sol)
     if denoise == "drift":
         drift = flow.reverse_drift(ts[-1], u, args, 1.0)
-        u = jtu.tree_map(lambda y, d: y - ts[-1].astype(y.dtype) * d, u, drift)
+        u = jtu.tree_map(lambda y, d: y - ts[-1] * d, u, drift)
     elif denoise == "exact":
         u = flow.initial(ts[-1], u, args)
     x = process.decode(u)
     finite = jnp.isfinite(x).all(range(1, x.ndim)).sum()
-    return x, sol.result, finite, jnp.sqrt((x.astype(ts.dtype) ** 2).mean())
+    return x, sol.result, finite, jnp.sqrt((x.astype(at_least_single(x.dtype)) ** 2).mean())
 
 
 @takes_flow
@@ -93,7 +94,7 @@ def sample(
     *,
     lam: Level = 0.0,
     denoise: Literal["drift", "exact"] | None = None,
-    ts: Real[Array, " times"] | None = None,
+    ts: Times | None = None,
     predicts: Literal["noise", "data", "score", "velocity"] = "noise",
     factor: Literal["R", "cholesky"] = "R",
     args: Args = None,
@@ -133,8 +134,7 @@ def sample(
         - `"exact"`: the step of the exponential integrator to time 0, less the noise
             that the process has there: the data that the model predicts.
     - `ts`: the times to step to instead, for example from [`gddim_eqx.time_grid`][]. The
-        samples have their dtype, while time is kept in single precision at least. They
-        must start at `process.t_max`, where the prior is.
+        samples have their dtype. They must start at `process.t_max`, where the prior is.
     - `predicts`, `factor`: as in [`gddim_eqx.ProbabilityFlow`][].
     - `args`: passed to the model.
     - `placement`: over which devices to divide the samples, which are the same as on one;
@@ -172,8 +172,7 @@ def sample(
         ts = time_grid(process, 50 if num_steps is None else num_steps)
     elif num_steps is not None:
         raise ValueError("Give `num_steps` or `ts`, not both.")
-    ts = as_floats("ts", ts)
-    dtype, ts = ts.dtype, _checked_times(process, ts)
+    ts = _checked_times(process, ts)
     if placement is not None:
         placement.check_batch(int(number))
     if denoise is not None and float(ts[-1]) == 0:
@@ -187,7 +186,6 @@ def sample(
             solver,
             denoise,
             ts,
-            dtype,
             key,
             int(number),
             (jnp.asarray(call), args),
@@ -230,7 +228,8 @@ def _most_expected(process: AbstractProcess, model: Callable) -> float:
 
 
 def _checked_times(process, ts):
-    grid, rounding = as_grid(process, ts, "decreasing"), float(jnp.finfo(ts.dtype).eps)
+    grid = as_grid(process, ts, "decreasing")
+    rounding = float(jnp.finfo(grid.dtype).eps)
     if abs(float(grid[0]) - process.t_max) > rounding * process.t_max:
         raise ValueError(
             f"`ts` must start at {process.t_max}, which is `process.t_max`, where the "

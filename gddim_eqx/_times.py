@@ -6,8 +6,8 @@ from jax.core import Tracer
 from jaxtyping import Array, Real
 
 from ._check import as_constant, as_floats
+from ._custom_types import Times
 from ._process import AbstractProcess
-from ._state import at_least_single
 
 
 def on_time_axis(process: AbstractProcess, name: str, t: Any, dtype=np.float32) -> float:
@@ -40,11 +40,10 @@ def latest(process: AbstractProcess, *dtypes: Any) -> float:
 
 def as_grid(
     process: AbstractProcess,
-    ts: Any,
+    ts: Times,
     direction: Literal["decreasing", "increasing"] | None = None,
 ) -> Real[Array, " times"]:
-    """Times to step to, at least in single precision whatever that of the states, and
-    checked as far as they are known.
+    """Times to step to as an array, checked as far as they are known.
 
     **Raises:** `ValueError` unless they are at least two, strictly monotone, in this
     direction if one is given, and on the process' time axis.
@@ -66,4 +65,4 @@ def as_grid(
             )
         for t in (ts[0], ts[-1]):
             on_time_axis(process, "ts", t, ts.dtype)
-    return jnp.minimum(ts.astype(at_least_single(ts.dtype)), process.t_end)
+    return ts

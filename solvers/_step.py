@@ -5,6 +5,7 @@ from jaxtyping import Array, Inexact, Int, PyTree, Real
 
 from gddim_eqx._custom_types import BoolScalarLike, RealScalarLike, State
 from gddim_eqx._operator import apply, BlockLinearOperator
+from gddim_eqx._pin import pin
 from gddim_eqx._process import AbstractProcess
 from gddim_eqx._times import latest
 
@@ -34,6 +35,8 @@ def real_times(
     end = latest(process, jnp.asarray(t1).dtype, dtype)
     s, t = (jnp.asarray(x * direction, dtype) for x in (t0, t1))
     inside = (jnp.minimum(s, t) >= 0) & (jnp.maximum(s, t) <= end)
+    # What rounding has added is taken back.
+    s, t = (pin(x > process.t_end, process.t_end, x) for x in (s, t))
     return eqx.error_if(
         (s, t),
         ~inside,
