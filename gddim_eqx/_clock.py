@@ -1,7 +1,7 @@
 import math
 import weakref
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def log_snr_at_start(process: AbstractProcess) -> float:
     return float(table[times == process.t_max][0])
 
 
-def _mean_of_clocks(process, root, log_snr):
+def _mean_of_clocks(process, root, log_snr) -> Any:
     first, last = log_snr_at_start(process), float(_log_snr_table(process)[1][0])
     # A signal that has all but vanished tells no times apart.
     xp = np if isinstance(log_snr, np.ndarray) else jnp

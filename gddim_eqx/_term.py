@@ -50,8 +50,8 @@ class ProbabilityFlow(AbstractReverseTerm):
         - `process`: the forward process.
         - `model`: called as `model(t, u, args)` with a scalar time and a state in the
             data's coordinates, `(*batch, *shape)`; returns the same structure. It is given
-            the whole batch: of a network for single samples
-            [`gddim_eqx.nn.NetworkModel`][] makes such a model, as does `jax.vmap`.
+            the whole batch, and in training a batch of one: of a network for single
+            samples [`gddim_eqx.nn.NetworkModel`][] makes such a model, as does `jax.vmap`.
         - `predicts`: what it returns.
             - `"noise"`: $-K_t^\top \nabla \log p_t$ (paper, equation 4).
             - `"data"`: the mean of the data given `u`. For a process with a velocity:

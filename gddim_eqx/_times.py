@@ -10,7 +10,9 @@ from ._custom_types import Times
 from ._process import AbstractProcess
 
 
-def on_time_axis(process: AbstractProcess, name: str, t: Any, dtype=np.float32) -> float:
+def on_time_axis(
+    process: AbstractProcess, name: str, t: Any, dtype: Any = np.float32
+) -> float:
     """A time as a Python number. Half of all end times round up in single precision, so
     that by which a dtype may round them past the end is allowed, and taken back.
 

@@ -177,25 +177,23 @@ def test_warns_of_samples_that_are_far_larger_than_data():
         gd.sample(process, model, jax.random.key(0), 4, 20)
 
 
-def test_half_precision_is_of_states_and_not_of_times():
+@pytest.mark.parametrize("lam", [0.0, 1.0])
+def test_samples_in_half_precision_are_those_of_single(lam):
     process = gd.VP((2,))
     model, key = _data.model(process), jax.random.key(0)
-    for lam in (0.0, 1.0):
-        single = gd.sample(process, model, key, 200, 50, lam=lam).x
-        for dtype, error in ((jnp.float16, 0.02), (jnp.bfloat16, 0.1)):
-            ts = gd.time_grid(process, 20, dtype=dtype)
-            x = gd.sample(process, model, key, 200, ts=ts, lam=lam).x
-            assert x.dtype == dtype
-            x = x.astype(single.dtype)
-            np.testing.assert_allclose(
-                jnp.abs(x).mean(), jnp.abs(single).mean(), rtol=error
-            )
+    size = {}
+    for dtype in (jnp.float32, jnp.float16, jnp.bfloat16):
+        ts = gd.time_grid(process, 20, dtype=dtype)
+        x = gd.sample(process, model, key, 400, solver=gd.GDDIM(1), ts=ts, lam=lam).x
+        assert x.dtype == dtype
+        size[dtype] = float(jnp.abs(x.astype(jnp.float32)).mean())
+    np.testing.assert_allclose(size[jnp.float16], size[jnp.float32], rtol=0.05)
+    np.testing.assert_allclose(size[jnp.bfloat16], size[jnp.float32], rtol=0.1)
 
 
 def test_sampling_may_end_at_time_zero():
     process = gd.VP((2,))
     model, key = _data.model(process), jax.random.key(0)
     for solver in (gd.GDDIM(), gd.GDDIM(2, variable="time"), gd.GDDIM(2, "noise")):
-        for times in ([1.0, 0.0], [1.0, 0.5, 0.0]):
-            x = gd.sample(process, model, key, 4, solver=solver, ts=times).x
-            assert jnp.isfinite(x).all()
+        x = gd.sample(process, model, key, 4, solver=solver, ts=[1.0, 0.5, 0.0]).x
+        assert jnp.isfinite(x).all()
