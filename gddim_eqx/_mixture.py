@@ -53,8 +53,11 @@ class GaussianMixture(eqx.Module):
             raise ValueError(f"`scale` must not be negative; got {scale}.")
         number = means.shape[0]
         raw = np.ones(number)
-        if weights is not None:
-            raw = np.asarray(as_floats("weights", weights), np.float64)
+        try:
+            # On the host, also where JAX is tracing.
+            raw = raw if weights is None else np.asarray(weights, np.float64)
+        except (TypeError, ValueError):
+            raw = np.zeros(0)
         if raw.shape != (number,) or not ((raw > 0) & np.isfinite(raw)).all():
             raise ValueError(
                 f"`weights` must be {number} positive numbers, one per component; got "

@@ -90,5 +90,5 @@ def check_real(dtype: Any, name: str) -> None:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
             f"{name} must be floating-point numbers; got {dtype}. Bring images to [-1, 1], "
-            "as `gddim_eqx.training.Augmentation()` does."
+            "as `Augmentation()` of `gddim_eqx.training` does."
         )

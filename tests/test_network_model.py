@@ -124,7 +124,9 @@ def test_sampling_with_a_network():
     process = gd.CLD((8, 8, 1))
     network = gd.nn.presets.small((8, 8, 2), key=jax.random.key(0), features=8)
     model = gd.nn.NetworkModel(process, network)
-    samples = gd.sample(process, model, jax.random.key(1), 3, 4)
+    # It is not trained.
+    with pytest.warns(UserWarning, match="far larger|plausible"):
+        samples = gd.sample(process, model, jax.random.key(1), 3, 4)
     assert samples.x.shape == (3, 8, 8, 1) and samples.evaluations == 4
 
 

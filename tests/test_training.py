@@ -187,7 +187,8 @@ def test_models_are_called_as_in_sampling(name):
 
     loss = DenoisingLoss(process)
     loss(model, loss.noised(jr.key(0), jnp.zeros((3, *process.shape))))
-    gd.sample(process, model, jr.key(0), 3, num_steps=1)
+    u = process.prior(jr.key(0), (3,))
+    gd.generate(gd.ProbabilityFlow(process, model), u, num_steps=1)
     assert set(seen) == {(0, 1 + len(process.shape), process.shape)}
     # A model of one sample alone is refused at once, not only in sampling.
     one = lambda t, u, args: jtu.tree_map(lambda x: x[0], u)
@@ -196,7 +197,7 @@ def test_models_are_called_as_in_sampling(name):
     two = lambda t, u, args: jnp.ones((2, 3)) @ jtu.tree_leaves(u)[0]
     with pytest.raises(TypeError) as error:
         loss(two, loss.noised(jr.key(0), jnp.zeros((3, *process.shape))))
-    assert "called on a batch of states" in error.value.__notes__[0]
+    assert "The model was called" in error.value.__notes__[0]
 
 
 # Steps

@@ -157,7 +157,7 @@ class DenoisingLoss(eqx.Module):
         x, u, noise = jtu.tree_map(lambda x: x[None], (sample.x, sample.u, sample.noise))
         sample = sample._replace(x=x, u=u, noise=noise)
         _, t, u, noise, weight, key = sample
-        keyed = ft.partial(_called, model, {} if key is None else {"key": key})
+        keyed = model if key is None else ft.partial(model, key=key)
         flow = ProbabilityFlow(self.process, keyed, self.predicts, self.factor)
         if self.weighting in ("noise", "likelihood"):
             error = jtu.tree_map(jnp.subtract, flow.noise(t, u, args), noise)
@@ -183,18 +183,6 @@ class DenoisingLoss(eqx.Module):
             return sample.noise
         target = flow.prediction(sample.t, sample.u, sample.noise)
         return self.process.from_data(target)
-
-
-def _called(model, options, t, u, args):
-    try:
-        return model(t, u, args, **options)
-    except (TypeError, ValueError) as error:
-        shapes = " and ".join(str(x.shape) for x in jtu.tree_leaves(u))
-        error.add_note(
-            f"The model was called on a batch of states, of shape {shapes}, as in "
-            "sampling. If it is for one sample, apply it by `jax.vmap`."
-        )
-        raise
 
 
 def _no_model(t, u, args):
