@@ -36,7 +36,9 @@ class AbstractProcess(eqx.Module):
     States are arrays, or a [`gddim_eqx.Phase`][] of position and velocity, of shape
     `(*batch, *shape)`. They are kept in the basis in which the process acts coordinate
     by coordinate: the data's own, but for blurring, where states are cosine
-    coefficients. `to_data` and `from_data` change basis.
+    coefficients. `to_data` and `from_data` change basis. States are real: complex data,
+    such as wave functions or k-space, get an axis for their real and imaginary parts,
+    `jnp.stack([z.real, z.imag], -1)`.
 
     !!! info "Implementing a process"
 
