@@ -266,7 +266,7 @@ def test_lists_and_arrays_of_numpy_are_data_without_warnings():
         (lambda a: gd.BDM((2, 2, 1), sigma_blur_max=a), "sigma_blur_max"),
         (lambda a: gd.GaussianMixture(jnp.zeros((1, 2)), a), "scale"),
         (lambda a: gd.LinearSDE((2,), lambda t: -a, lambda t: 1.0), "drift"),
-        (lambda a: gd.LinearSDE((2,), lambda t: -1.0, lambda t: a * t), "diffusion"),
+        (lambda a: gd.LinearSDE((2,), lambda t: -1.0, lambda t: 2 * a), "diffusion"),
         (lambda a: gd.LinearSDE((2,), lambda t: -1.0, jnp.sqrt, t_min=a), "t_min"),
     ],
 )

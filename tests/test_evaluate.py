@@ -16,7 +16,11 @@ import pytest
 import gddim_eqx as gd
 
 
-pytestmark = pytest.mark.float32
+# Networks that were hardly trained draw wild samples.
+pytestmark = [
+    pytest.mark.float32,
+    pytest.mark.filterwarnings("ignore:The samples are of size"),
+]
 
 _examples = pathlib.Path(__file__).parents[1] / "examples"
 
@@ -266,7 +270,7 @@ def test_adaptive_steps_do_not_depend_on_other_budgets(run, tmp_path):
         (("--denoise", "drift", "--samplers", ["dopri5"]), "not for dopri5"),
         (("--weights", "/nowhere"), "`weights` are for `--features inception`"),
         (("--process", "bdm"), "`process` is for `--authors`"),
-        (("--data.size", 3), "`size` and `crop` are for a folder, not for digits"),
+        (("--data.size", 3), "`--data.size` and `--data.crop` are for a folder"),
         (("--data.directory", "/nowhere"), "digits is not read from files"),
         (("--evaluations", [0]), r"`evaluations` must be positive; got \(0,\)"),
         (("--features", "inception"), "give `--weights`"),

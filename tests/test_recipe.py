@@ -17,7 +17,11 @@ from .helpers import slow
 
 
 # Networks are trained and sampled from as users do it.
-pytestmark = pytest.mark.float32
+# Two steps of training: wild samples, and an average of initial parameters.
+pytestmark = [
+    pytest.mark.float32,
+    pytest.mark.filterwarnings("ignore:The samples are of size", "ignore:After . steps"),
+]
 
 _root = pathlib.Path(__file__).parents[1]
 _authors = _root / "tests" / "fixtures" / "ncsnpp_fourier_fir"

@@ -45,7 +45,7 @@ class Checkpoints:
         if self.directory.exists() and not self.directory.is_dir():
             raise ValueError(f"{self.directory} is a file; checkpoints need a directory.")
         try:
-            self.config = json.loads(json.dumps(dict(config), allow_nan=False))
+            self.config = json.loads(json.dumps(dict(config)))
         except (TypeError, ValueError) as error:
             raise ValueError(f"`config` must be what JSON can hold: {error}.") from error
         policies = ocp.checkpoint_managers.preservation_policy
