@@ -13,7 +13,7 @@ import jax.tree_util as jtu
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from ._check import check_count, check_key
+from ._check import check_count, check_instance, check_key
 from ._clock import log_snr_at_start
 from ._custom_types import Args, Key, Level, Times
 from ._grid import time_grid
@@ -159,13 +159,9 @@ def sample(
     check_count("number", number, least=0)
     solver = GDDIM() if solver is None else solver
     check_solver(solver)
-    if not isinstance(placement, Placement | None):
-        raise ValueError(f"`placement` must be a `Placement()`; got {placement!r}.")
-    if not isinstance(progress_meter, dfx.AbstractProgressMeter):
-        raise ValueError(
-            "`progress_meter` must be one of Diffrax, such as `TextProgressMeter()`; got "
-            f"{progress_meter!r}."
-        )
+    check_instance("placement", placement, Placement | None, "a `Placement()`")
+    wanted = "one of Diffrax, such as `TextProgressMeter()`"
+    check_instance("progress_meter", progress_meter, dfx.AbstractProgressMeter, wanted)
     if denoise not in (None, "drift", "exact"):
         raise ValueError(f"`denoise` must be None, 'drift' or 'exact'; got {denoise!r}.")
     if ts is None:

@@ -2,6 +2,7 @@ import diffrax as dfx
 import jax.tree_util as jtu
 from jaxtyping import Array, Real
 
+from ._check import check_instance
 from ._custom_types import Args, State
 
 
@@ -31,11 +32,8 @@ def solve(
 
 def check_solver(solver: object) -> None:
     """Raise a `ValueError` unless given a solver."""
-    if not isinstance(solver, dfx.AbstractSolver):
-        raise ValueError(
-            f"`solver` must be a solver such as `GDDIM()` or `diffrax.Tsit5()`; got "
-            f"{solver!r}."
-        )
+    wanted = "a solver such as `GDDIM()` or `diffrax.Tsit5()`"
+    check_instance("solver", solver, dfx.AbstractSolver, wanted)
 
 
 def last(sol: dfx.Solution) -> State:
