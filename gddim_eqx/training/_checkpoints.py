@@ -1,5 +1,6 @@
 import functools as ft
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,11 @@ class Checkpoints:
             policy = policies.AnyPreservationPolicy(
                 [policy, policies.EveryNSteps(keep_every)]
             )
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy, cleanup_tmp_directories=True
-        )
+        # Orbax can do this too, in a thread that fails when Python ends before it.
+        if jax.process_index() == 0:
+            for unfinished in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(unfinished)
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy)
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=options,
