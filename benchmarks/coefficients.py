@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import gddim_eqx as gd
-from gddim_eqx._coefficients import lagrange, moments, weights
+from gddim_eqx._exponential import moments
+from gddim_eqx.solvers._polynomial import lagrange, weights
 
 
 _order = 3

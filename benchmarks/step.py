@@ -24,7 +24,8 @@ import numpy as np
 
 import gddim_eqx as gd
 from gddim_eqx import Phase
-from gddim_eqx._coefficients import lagrange, moments, weights
+from gddim_eqx._exponential import moments
+from gddim_eqx.solvers._polynomial import lagrange, weights
 
 
 _process = gd.CLD(shape=(32, 32, 3))

@@ -8,46 +8,30 @@ from . import (
     solvers as solvers,
     training as training,
 )
-from ._adapted_grid import (
-    adapted_grid as adapted_grid,
-    AdaptedGrid as AdaptedGrid,
-)
-from ._basis import (
+from ._exponential import reverse_transition as reverse_transition
+from ._linear import (
     AbstractBasis as AbstractBasis,
+    BlockLinearOperator as BlockLinearOperator,
     Cosine as Cosine,
     Identity as Identity,
+    Phase as Phase,
 )
-from ._check_process import check_process as check_process
-from ._grid import time_grid as time_grid
-from ._guidance import (
+from ._model import (
     ClassifierFreeGuidance as ClassifierFreeGuidance,
     ClassifierGuidance as ClassifierGuidance,
     Clip as Clip,
     DataGuidance as DataGuidance,
     DynamicThreshold as DynamicThreshold,
+    GaussianMixture as GaussianMixture,
 )
-from ._inversion import (
-    generate as generate,
-    Inversion as Inversion,
-    invert as invert,
-)
-from ._likelihood import (
-    bits_per_dimension as bits_per_dimension,
-    dequantise as dequantise,
-    Likelihood as Likelihood,
-    log_density as log_density,
-    log_likelihood as log_likelihood,
-    log_likelihood_bound as log_likelihood_bound,
-)
-from ._mixture import GaussianMixture as GaussianMixture
-from ._operator import BlockLinearOperator as BlockLinearOperator
-from ._placement import Placement as Placement
+from ._pixels import bits_per_dimension as bits_per_dimension, dequantise as dequantise
 from ._process import (
     AbstractDiagonalProcess as AbstractDiagonalProcess,
     AbstractProcess as AbstractProcess,
     AbstractScalarProcess as AbstractScalarProcess,
     AbstractSchedule as AbstractSchedule,
     BDM as BDM,
+    check_process as check_process,
     CLD as CLD,
     CosineSquared as CosineSquared,
     Linear as Linear,
@@ -56,11 +40,22 @@ from ._process import (
     VE as VE,
     VP as VP,
 )
-from ._reverse_sde import reverse_sde as reverse_sde
-from ._reverse_transition import reverse_transition as reverse_transition
-from ._sample import sample as sample, Samples as Samples
-from ._state import Phase as Phase
-from ._term import ProbabilityFlow as ProbabilityFlow
+from ._sampling import (
+    adapted_grid as adapted_grid,
+    AdaptedGrid as AdaptedGrid,
+    generate as generate,
+    Inversion as Inversion,
+    invert as invert,
+    Likelihood as Likelihood,
+    log_density as log_density,
+    log_likelihood as log_likelihood,
+    log_likelihood_bound as log_likelihood_bound,
+    sample as sample,
+    Samples as Samples,
+    time_grid as time_grid,
+)
+from ._sharding import Placement as Placement
+from ._term import ProbabilityFlow as ProbabilityFlow, reverse_sde as reverse_sde
 from .solvers import GDDIM as GDDIM, SSCS as SSCS
 
 

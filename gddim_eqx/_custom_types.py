@@ -17,6 +17,7 @@ else:
     BoolScalarLike = Bool[ArrayLike, ""]
     Key = PRNGKeyArray | UInt32[Array, "2"]
 
+
 # One array, a `Phase`, or a tuple of arrays; each `(*batch, *shape)`.
 State = PyTree[Inexact[Array, "..."], "State"]
 Args = PyTree[Any]

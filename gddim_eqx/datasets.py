@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from ._check import check_count
+from ._misc import check_count
 from ._read_image import read_image
 
 

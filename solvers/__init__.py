@@ -1,8 +1,9 @@
+from ._gddim import GDDIM as GDDIM
+from ._sscs import SSCS as SSCS
+
+
 if __name__ != "gddim_eqx.solvers":
     raise ImportError(
         "Import this package as `gddim_eqx.solvers`, not as `solvers`, which would make "
         "a second copy of its classes."
     )
-
-from ._gddim import GDDIM as GDDIM
-from ._sscs import SSCS as SSCS

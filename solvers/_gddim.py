@@ -10,24 +10,20 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Inexact, Int, PyTree, Real
 
-from gddim_eqx._clock import scaled, Variable, VARIABLES
-from gddim_eqx._coefficients import lagrange, weights
-from gddim_eqx._custom_types import (
-    Args,
-    BoolScalarLike,
-    Level,
-    RealScalarLike,
-    State,
+from gddim_eqx._custom_types import Args, BoolScalarLike, Level, RealScalarLike, State
+from gddim_eqx._exponential import contraction, scaled, Splitting, Variable, VARIABLES
+from gddim_eqx._linear import apply, BlockLinearOperator, check_state, coefficient_dtype
+from gddim_eqx._misc import pin
+from gddim_eqx._term import (
+    AbstractReverseTerm,
+    backward,
+    real_times,
+    ReverseSDE,
+    unwrap_reverse,
 )
-from gddim_eqx._operator import apply, BlockLinearOperator
-from gddim_eqx._pin import pin
-from gddim_eqx._reverse_sde import ReverseSDE, unwrap_reverse
-from gddim_eqx._reverse_transition import contraction
-from gddim_eqx._state import check_state, coefficient_dtype
-from gddim_eqx._term import AbstractReverseTerm
 
-from ._splitting import Splitting
-from ._step import backward, combine, continued, pick, real_times
+from ._polynomial import lagrange, weights
+from ._step import combine, continued, pick
 from ._stochastic import init_stochastic, stochastic_step, StochasticHistory
 
 

@@ -6,13 +6,15 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from gddim_eqx._custom_types import Args, BoolScalarLike, RealScalarLike, State
-from gddim_eqx._operator import apply, BlockLinearOperator
+from gddim_eqx._linear import (
+    align,
+    apply,
+    BlockLinearOperator,
+    check_state,
+    coefficient_dtype,
+)
 from gddim_eqx._process import CLD
-from gddim_eqx._reverse_sde import ReverseSDE, unwrap_reverse
-from gddim_eqx._reverse_transition import align
-from gddim_eqx._state import check_state, coefficient_dtype
-
-from ._step import real_times
+from gddim_eqx._term import real_times, ReverseSDE, unwrap_reverse
 
 
 class SSCS(dfx.AbstractItoSolver[None]):

@@ -30,12 +30,11 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Inexact, Int, PyTree, Real
 
 from gddim_eqx._custom_types import Args, BoolScalarLike, RealScalarLike, State
-from gddim_eqx._operator import append_axes, apply, BlockLinearOperator
-from gddim_eqx._reverse_sde import ReverseSDE, unwrap_reverse
-from gddim_eqx._reverse_transition import contraction
-from gddim_eqx._state import coefficient_dtype
+from gddim_eqx._exponential import contraction
+from gddim_eqx._linear import append_axes, apply, BlockLinearOperator, coefficient_dtype
+from gddim_eqx._term import backward, real_times, ReverseSDE, unwrap_reverse
 
-from ._step import backward, combine, continued, pick, real_times
+from ._step import combine, continued, pick
 
 
 class StochasticHistory(eqx.Module):

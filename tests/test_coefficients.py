@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 
 import gddim_eqx as gd
-from gddim_eqx._coefficients import lagrange, moments, weights
+from gddim_eqx._exponential import moments
+from gddim_eqx.solvers._polynomial import lagrange, weights
 
 from .helpers import processes
 

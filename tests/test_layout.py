@@ -1,11 +1,15 @@
 """The installed package is the whole of the source tree."""
 
+import ast
 import importlib
+import itertools
 import os
 import pathlib
 import subprocess
 import sys
 import tomllib
+
+import pytest
 
 import gddim_eqx as gd
 
@@ -13,6 +17,47 @@ from .conftest import is_known
 
 
 _root = pathlib.Path(__file__).parent.parent
+
+# What each room may import, beside files that lie in none. Rooms never import each other
+# in a circle, as each stands after those that it imports.
+_rooms = {
+    "_misc": set(),
+    "_linear": {"_misc"},
+    "_process": {"_misc", "_linear"},
+    "_term": {"_misc", "_linear", "_process"},
+    "_exponential": {"_misc", "_linear", "_process", "_term"},
+    "_model": {"_misc", "_linear", "_process", "_term"},
+    "solvers": {"_misc", "_linear", "_process", "_term", "_exponential"},
+    "_sampling": {"_misc", "_linear", "_process", "_term", "_exponential", "solvers"},
+    "nn": {"_misc", "_linear", "_process", "_term"},
+    "training": {"_misc", "_linear", "_process", "_term"},
+    "checkpoints": {"_misc", "_linear", "_process", "_term", "nn"},
+    "metrics": {"_misc", "nn", "checkpoints"},
+}
+
+
+def _imported_rooms(path):
+    """The rooms that a file imports."""
+    package = ["gddim_eqx", *path.relative_to(_root / "gddim_eqx").parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            parts = [*base, *(node.module or "").split(".")]
+            if parts[0] == "gddim_eqx" and len(parts) > 1 and parts[1] in _rooms:
+                yield parts[1]
+
+
+@pytest.mark.parametrize("room", _rooms)
+def test_rooms_import_only_those_below(room):
+    allowed = _rooms[room]
+    assert allowed <= set(itertools.takewhile(lambda x: x != room, _rooms))
+    for path in (_root / "gddim_eqx" / room).rglob("*.py"):
+        assert set(_imported_rooms(path)) - {room} <= allowed, path
+
+
+def test_every_folder_is_a_room():
+    folders = {path.parent for path in (_root / "gddim_eqx").glob("*/__init__.py")}
+    assert {folder.name for folder in folders} == set(_rooms)
 
 
 def test_every_package_is_listed_for_installation():
@@ -40,7 +85,7 @@ def test_solvers_are_importable_in_one_way_only():
 def test_the_private_name_of_diffrax_is_still_there():
     from diffrax._term import WrapTerm
 
-    from gddim_eqx._diffrax_compat import unwrap
+    from gddim_eqx._term import unwrap
 
     term = gd.ProbabilityFlow(gd.VP((2,)), lambda t, u, args: u)
     assert unwrap(term) == (term, 1)

@@ -16,7 +16,7 @@ from hypothesis import given
 from scipy.integrate import solve_ivp
 
 import gddim_eqx as gd
-from gddim_eqx._process.base import coarse_and_rest
+from gddim_eqx._process import coarse_and_rest
 
 from .helpers import processes
 

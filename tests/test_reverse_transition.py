@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 import gddim_eqx as gd
-from gddim_eqx._reverse_transition import align, contraction
-from gddim_eqx._state import join_components
+from gddim_eqx._exponential import contraction
+from gddim_eqx._linear import align, join_components
 
 from .helpers import last, max_difference, processes, slow
 

@@ -1,23 +1,29 @@
 from .base import (
-    AbstractDiagonalProcess as AbstractDiagonalProcess,
     AbstractProcess as AbstractProcess,
-    AbstractScalarProcess as AbstractScalarProcess,
-    as_shape as as_shape,
-    as_time as as_time,
-    as_times as as_times,
-    check_positive as check_positive,
     normal_like as normal_like,
     require_process as require_process,
-    time_for as time_for,
 )
 from .bdm import BDM as BDM
+from .check_process import check_process as check_process
 from .cld import CLD as CLD
+from .diagonal import (
+    AbstractDiagonalProcess as AbstractDiagonalProcess,
+    AbstractScalarProcess as AbstractScalarProcess,
+)
 from .linear_sde import LinearSDE as LinearSDE
+from .progress import (
+    clock as clock,
+    clock_table as clock_table,
+    log_snr_at_start as log_snr_at_start,
+)
 from .schedule import (
     AbstractSchedule as AbstractSchedule,
     CosineSquared as CosineSquared,
     Linear as Linear,
 )
 from .sub_vp import SubVP as SubVP
+from .tables import coarse_and_rest as coarse_and_rest
+from .time_axis import as_grid as as_grid, latest as latest, on_time_axis as on_time_axis
+from .times import as_time as as_time, as_times as as_times, time_for as time_for
 from .ve import VE as VE
 from .vp import VP as VP

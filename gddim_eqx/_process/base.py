@@ -1,29 +1,31 @@
 import abc
 import math
-import operator
-from collections.abc import Iterable, Sequence
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-import lineax as lx
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Inexact
 
-from .._basis import AbstractBasis, Identity
-from .._check import as_batch, as_constant, as_dtype, check_key
 from .._custom_types import Key, RealScalarLike, State
-from .._operator import apply, BlockLinearOperator
-from .._state import check_state, coefficient_dtype, join_components
+from .._linear import (
+    AbstractBasis,
+    apply,
+    BlockLinearOperator,
+    check_state,
+    coefficient_dtype,
+    join_components,
+)
+from .._misc import as_batch, as_dtype, check_key
 
 
 if TYPE_CHECKING:
     from typing import ClassVar as AbstractVar
 else:
     from equinox import AbstractVar
+from .times import as_time, time_for
 
 
 class AbstractProcess(eqx.Module):
@@ -285,133 +287,6 @@ def normal_like(key: Key, state: State) -> State:
     return jtu.tree_unflatten(treedef, draws)
 
 
-class AbstractDiagonalProcess(AbstractProcess):
-    r"""A process of one component, hence one number per coordinate in place of every
-    matrix. There the two square roots of the covariance are the same.
-
-    Subclasses give `prior_factor`, the attributes of [`gddim_eqx.AbstractProcess`][] but
-    for `num_components`, and these four, of scalar times. Each returns an array in the
-    dtype of its arguments: a scalar, for all coordinates alike, or one number per
-    coordinate in the basis of states, with as many axes as the data and of a shape that
-    broadcasts to `shape`.
-
-    - `_drift(t)`: $f_t$, in $\mathrm{d}u = f_t\,u\,\mathrm{d}t +
-        g_t\,\mathrm{d}w$.
-    - `_diffusion(t)`: $g_t$.
-    - `_transition(t, s)`: $\exp \int_s^t f$, the ratio of the means at `t` and `s`.
-    - `_std(t)`: the standard deviation of $u_t$ given data; its square has the derivative
-        $2 f_t \sigma_t^2 + g_t^2$.
-    """
-
-    @abc.abstractmethod
-    def _drift(self, t: Array) -> Array:
-        """$f_t$."""
-
-    @abc.abstractmethod
-    def _diffusion(self, t: Array) -> Array:
-        """$g_t$."""
-
-    @abc.abstractmethod
-    def _transition(self, t: Array, s: Array) -> Array:
-        """The ratio of the means at `t` and `s`. Either may be the later."""
-
-    @abc.abstractmethod
-    def _std(self, t: Array) -> Array:
-        """The standard deviation given data."""
-
-    @property
-    def num_components(self) -> int:
-        return 1
-
-    def _operator(self, value: Array, tags: object = frozenset()) -> BlockLinearOperator:
-        return BlockLinearOperator(value[None, None], self.shape, tags)
-
-    def drift(self, t):
-        return self._operator(self._drift(as_time(t)))
-
-    def diffusion(self, t):
-        return self._operator(self._diffusion(as_time(t)))
-
-    def transition(self, t, s):
-        return self._operator(self._transition(*as_times(t, s)))
-
-    def covariance(self, t):
-        std = self._std(as_time(t))
-        return self._operator(std**2, lx.positive_semidefinite_tag)
-
-    def factor(self, t):
-        return self._operator(self._std(as_time(t)))
-
-    def cholesky(self, t):
-        return self.factor(t)
-
-
-class AbstractScalarProcess(AbstractDiagonalProcess):
-    """A diagonal process with the same number for all coordinates of the data, whose
-    `_drift`, `_diffusion`, `_transition` and `_std` are scalars. States are the data's
-    own coordinates, and sampling starts at `t_end`. [`gddim_eqx.AbstractProcess`][] has
-    an example."""
-
-    @property
-    def basis(self) -> AbstractBasis:
-        return Identity()
-
-    @property
-    def data_scale(self) -> float:
-        return 1.0
-
-    @property
-    def t_max(self) -> float:
-        return self.t_end
-
-
-def as_time(t: RealScalarLike) -> Array:
-    """A time as an array of floating dtype."""
-    try:
-        if isinstance(t, str):
-            raise TypeError
-        t = jnp.asarray(float(t) if isinstance(t, int) else t)
-    except (TypeError, ValueError):
-        raise ValueError(f"A time must be a number; got {t!r}.") from None
-    if jnp.issubdtype(t.dtype, jnp.complexfloating):
-        raise ValueError(f"A time must be real; got {t}.")
-    if t.ndim:
-        raise ValueError(
-            f"A time must be a scalar; got an array of shape {t.shape}. For one each in a "
-            "batch, use `jax.vmap`."
-        )
-    if not jnp.issubdtype(t.dtype, jnp.floating):
-        t = t.astype(jnp.result_type(float))
-    return t
-
-
-def time_for(state: State, t: RealScalarLike) -> Array:
-    """A time as what acts on a state needs it."""
-    return as_time(t).astype(coefficient_dtype(state))
-
-
-def as_times(*times: RealScalarLike) -> list[Array]:
-    """Several times as arrays of one floating dtype."""
-    arrays = [as_time(t) for t in times]
-    dtype = jnp.result_type(*arrays)
-    return [t if t.dtype == dtype else t.astype(dtype) for t in arrays]
-
-
-def coarse_and_rest(value: float | np.ndarray) -> tuple[Any, Any]:
-    """Split numbers into twelve leading bits, products of two of which are exact in
-    float32, and the rest."""
-    mantissa, exponent = np.frexp(value)
-    coarse = np.ldexp(np.round(mantissa * 2**12), exponent - 12)
-    return coarse, value - coarse
-
-
-def check_positive(**values: float) -> None:
-    """Raise a `ValueError` that names the first value that is not positive."""
-    for name, value in values.items():
-        if not as_constant(name, value) > 0:
-            raise ValueError(f"`{name}` must be positive; got {value}.")
-
-
 def require_process(process: object) -> None:
     """Raise a `ValueError` unless given a process."""
     if not isinstance(process, AbstractProcess):
@@ -419,13 +294,3 @@ def require_process(process: object) -> None:
             "`process` must be a forward process such as `CLD(shape=...)`; got "
             f"{process!r}."
         )
-
-
-def as_shape(shape: Sequence[int] | int) -> tuple[int, ...]:
-    """A data shape as a tuple of Python integers."""
-    try:
-        return tuple(map(operator.index, shape if isinstance(shape, Iterable) else [shape]))
-    except TypeError:
-        raise ValueError(
-            f"`shape` must be an integer or a tuple of integers; got {shape!r}."
-        ) from None

@@ -5,10 +5,10 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from .._basis import AbstractBasis, Cosine
-from .._check import constant_field
-from .._piecewise import nodes_of_panels, PiecewisePolynomial
-from .base import AbstractDiagonalProcess, as_shape, check_positive, coarse_and_rest
+from .._linear import AbstractBasis, Cosine
+from .._misc import as_shape, check_positive, constant_field
+from .diagonal import AbstractDiagonalProcess
+from .tables import coarse_and_rest, nodes_of_panels, PiecewisePolynomial
 
 
 class BDM(AbstractDiagonalProcess):

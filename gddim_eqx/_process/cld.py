@@ -7,12 +7,12 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array
 
-from .._basis import AbstractBasis, Identity
-from .._check import constant_field
 from .._custom_types import RealScalarLike
-from .._operator import BlockLinearOperator
-from .._piecewise import cumulative_integral, PiecewisePolynomial
-from .base import AbstractProcess, as_shape, as_time, as_times, check_positive
+from .._linear import AbstractBasis, BlockLinearOperator, Identity
+from .._misc import as_shape, check_positive, constant_field
+from .base import AbstractProcess
+from .tables import cumulative_integral, PiecewisePolynomial
+from .times import as_time, as_times
 
 
 class CLD(AbstractProcess):

@@ -7,13 +7,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike
 
-from .._basis import AbstractBasis, Identity
-from .._check import check_instance
-from .._operator import BlockLinearOperator
-from .base import AbstractProcess, as_shape, as_time, as_times, check_positive
+from .._linear import AbstractBasis, BlockLinearOperator, Identity
+from .._misc import as_shape, check_instance, check_positive
+from .base import AbstractProcess
 from .edge_transitions import saturated_product
 from .linear_sde_coefficients import as_blocks, Coefficients
 from .linear_sde_solution import Solution
+from .times import as_time, as_times
 
 
 class LinearSDE(AbstractProcess):

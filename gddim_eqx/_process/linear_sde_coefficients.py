@@ -7,8 +7,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike
 
-from .._check import as_floats
-from .._operator import BlockLinearOperator
+from .._linear import BlockLinearOperator
+from .._misc import as_floats
 
 
 def as_blocks(value: "ArrayLike | BlockLinearOperator", dtype) -> Array:

@@ -4,15 +4,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._piecewise import (
+from .edge_transitions import EdgeTransitions
+from .linear_sde_coefficients import Coefficients
+from .tables import (
     differentiation_matrix,
     integration_matrix,
     panel_nodes,
     PiecewisePolynomial,
     to_chebyshev,
 )
-from .edge_transitions import EdgeTransitions
-from .linear_sde_coefficients import Coefficients
 
 
 _DEGREE = 15

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._check import constant_field
+from .._misc import constant_field
 
 
 class AbstractSchedule(eqx.Module):

@@ -1,7 +1,8 @@
 import equinox as eqx
 import jax.numpy as jnp
 
-from .base import AbstractScalarProcess, as_shape
+from .._misc import as_shape
+from .diagonal import AbstractScalarProcess
 from .schedule import AbstractSchedule, as_schedule
 
 

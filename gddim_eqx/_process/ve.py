@@ -3,8 +3,9 @@ import math
 import equinox as eqx
 import jax.numpy as jnp
 
-from .._check import constant_field
-from .base import AbstractScalarProcess, as_shape, check_positive, coarse_and_rest
+from .._misc import as_shape, check_positive, constant_field
+from .diagonal import AbstractScalarProcess
+from .tables import coarse_and_rest
 
 
 class VE(AbstractScalarProcess):

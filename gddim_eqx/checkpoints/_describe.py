@@ -11,15 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._process import (
-    BDM,
-    CLD,
-    CosineSquared,
-    Linear,
-    SubVP,
-    VE,
-    VP,
-)
+from .._process import BDM, CLD, CosineSquared, Linear, SubVP, VE, VP
 from .._term import ProbabilityFlow
 from ..nn import ImageClassifier, NCSNpp, NetworkModel, TimeMLP
 

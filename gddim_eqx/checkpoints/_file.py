@@ -12,7 +12,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 
-from .._write import write_whole
+from .._misc import write_whole
 from ._describe import build, describe
 
 

@@ -3,7 +3,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Real
 
-from .._check import check_count
+from .._misc import check_count
 from ._moments import as_vectors, check_sizes
 
 

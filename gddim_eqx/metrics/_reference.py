@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from .._check import check_count, check_instance
-from .._write import write_whole
+from .._misc import check_count, check_instance, write_whole
 from ._features import AbstractFeatures, Images
 from ._moments import Moments
 

@@ -1,7 +1,7 @@
 import numpy as np
 from jaxtyping import Float, Real
 
-from .._check import check_count
+from .._misc import check_count
 from ._moments import as_vectors, check_sizes
 
 

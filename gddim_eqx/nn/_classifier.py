@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Inexact
 
-from .._check import check_count
 from .._custom_types import Key
-from .._process import as_shape
+from .._misc import as_shape, check_count
 
 
 class ImageClassifier(eqx.Module):

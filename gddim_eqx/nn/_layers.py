@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Inexact
 
 from .._custom_types import Key
-from .._state import coefficient_dtype
+from .._linear import coefficient_dtype
 
 
 Image = Inexact[Array, "_ _ _"]

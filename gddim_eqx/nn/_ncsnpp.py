@@ -10,9 +10,8 @@ import jax.tree_util as jtu
 from einops import rearrange
 from jaxtyping import Array, Float, Inexact
 
-from .._check import check_count
 from .._custom_types import Key, RealScalarLike
-from .._process import as_shape
+from .._misc import as_shape, check_count
 from ._embedding import Fourier, Positional
 from ._layers import (
     add,

@@ -9,14 +9,16 @@ import jax.tree_util as jtu
 from jaxtyping import Array
 
 from .._custom_types import Args, Key, RealScalarLike, State
-from .._operator import apply, BlockLinearOperator
-from .._process import AbstractProcess, as_time, check_positive, require_process
-from .._state import (
+from .._linear import (
+    apply,
     batch_axes,
+    BlockLinearOperator,
     check_state,
     coefficient_dtype,
     join_components,
 )
+from .._misc import check_positive
+from .._process import AbstractProcess, as_time, require_process
 
 
 class NetworkModel(eqx.Module):

@@ -8,11 +8,11 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Inexact, Shaped
 
-from .._check import check_count, check_instance, check_key
 from .._custom_types import Key
-from .._likelihood import dequantise
-from .._placement import Placement
-from .._state import check_real
+from .._linear import check_real
+from .._misc import check_count, check_instance, check_key
+from .._pixels import dequantise
+from .._sharding import Placement
 
 
 class Batches:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 
-from .._check import check_count
-from .._placement import is_key
+from .._misc import check_count
+from .._sharding import is_key
 from ._trainer import copy, TrainState
 
 

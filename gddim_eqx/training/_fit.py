@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from .._check import check_count, check_instance
+from .._misc import check_count, check_instance
 from ._batches import Batches
 from ._checkpoints import Checkpoints
 from ._trainer import copy, Metrics, Trainer, TrainState

@@ -10,13 +10,11 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, Inexact
 
-from .._check import check_key
 from .._custom_types import Args, Key, State
-from .._operator import apply
-from .._process import AbstractProcess, require_process
-from .._state import check_state, coefficient_dtype
+from .._linear import apply, check_state, coefficient_dtype
+from .._misc import check_key
+from .._process import AbstractProcess, latest, require_process
 from .._term import ProbabilityFlow
-from .._times import latest
 from ._times import AbstractTimes, UniformTimes
 
 

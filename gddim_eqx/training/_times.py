@@ -8,8 +8,8 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._check import as_constant, constant_field
 from .._custom_types import Key
+from .._misc import as_constant, constant_field
 
 
 if TYPE_CHECKING:

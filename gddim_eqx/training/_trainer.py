@@ -11,9 +11,9 @@ import jax.tree_util as jtu
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from .._check import as_constant, as_number, check_count, check_instance, check_key
 from .._custom_types import Key
-from .._placement import Placement
+from .._misc import as_constant, as_number, check_count, check_instance, check_key
+from .._sharding import Placement
 from ._batches import Augmentation
 from ._loss import DenoisingLoss
 

@@ -2,7 +2,8 @@ import equinox as eqx
 from jaxtyping import Array, Float
 
 from .._custom_types import RealScalarLike
-from .._process import AbstractProcess, check_positive, require_process
+from .._misc import check_positive
+from .._process import AbstractProcess, require_process
 
 
 class DataWeighting(eqx.Module):

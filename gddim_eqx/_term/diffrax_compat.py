@@ -2,7 +2,7 @@
 import diffrax as dfx
 from diffrax._term import WrapTerm
 
-from ._custom_types import RealScalarLike
+from .._custom_types import RealScalarLike
 
 
 def unwrap(term: dfx.AbstractTerm) -> tuple[dfx.AbstractTerm, RealScalarLike]:

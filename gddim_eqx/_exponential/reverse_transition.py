@@ -26,12 +26,18 @@ import numpy as np
 from jaxtyping import Array, Inexact, Real
 from numpy.polynomial import legendre
 
-from ._coefficients import NODES, step_quadrature, times_at, WEIGHTS
-from ._custom_types import Level, RealScalarLike
-from ._level import as_level, level_at
-from ._operator import append_axes, BlockLinearOperator
-from ._pin import pin
-from ._process import AbstractProcess, as_times, require_process
+from .._custom_types import Level, RealScalarLike
+from .._linear import (
+    align,
+    append_axes,
+    BlockLinearOperator,
+    matmul,
+    square_root_of_sum,
+    transposed,
+)
+from .._misc import as_level, level_at, pin
+from .._process import AbstractProcess, as_times, require_process
+from .quadrature import NODES, step_quadrature, times_at, WEIGHTS
 
 
 class Contraction(NamedTuple):
@@ -78,8 +84,8 @@ def contraction(process: AbstractProcess, s: Array, t: Array, lam: Level) -> Con
     else:
         loadings = levels[:-1] * loadings
         omegas, omega = _collocate(loadings, durations, mean)
-        increments = _root(durations) * jax.vmap(_matmul)(omegas, loadings)
-        root = _square_root(increments)
+        increments = _root(durations) * jax.vmap(matmul)(omegas, loadings)
+        root = square_root_of_sum(increments)
     # The integral of the noise against the increments of Brownian motion.
     target = (_root(durations) * increments).sum(0)
     spread = mean * align(root, target)
@@ -143,7 +149,7 @@ def _collocate(loadings, durations, lam):
     quadrature at the nodes.
     """
     number, n = loadings.shape[:2]
-    squares = jax.vmap(lambda x: _matmul(x, _T(x)))(loadings)
+    squares = jax.vmap(lambda x: matmul(x, transposed(x)))(loadings)
     # The generator times the nodes' weights, against the quadrature's own variable.
     change = 0.5 * lam**2 * durations * squares
     generator = change / append_axes(jnp.asarray(WEIGHTS, change.dtype), change.ndim)
@@ -156,7 +162,7 @@ def _collocate(loadings, durations, lam):
     solution = solution.reshape(*solution.shape[:-2], number, n, n)
     omegas = jnp.moveaxis(solution, (-3, -1, -2), (0, 1, 2))
     # The generator is symmetric.
-    whole = jax.vmap(_matmul)(omegas, change).sum(0)
+    whole = jax.vmap(matmul)(omegas, change).sum(0)
     return omegas, append_axes(eye, whole.ndim) - whole
 
 
@@ -212,73 +218,3 @@ def reverse_transition(
         (root @ root.T).blocks, process.shape, lx.positive_semidefinite_tag
     )
     return factor @ omega @ process.factor(before).inverse(), covariance
-
-
-def _square_root(columns):
-    """The lower triangular square root of the sum of `column @ column.T`, by
-    orthogonalising the rows, so that no argument of a root can be negative."""
-    n = columns.shape[1]
-    root = jnp.zeros(columns.shape[1:], columns.dtype)
-    basis = []
-    for i in range(n):
-        row = columns[:, i]
-        for j, other in enumerate(basis):
-            along = (row * other).sum((0, 1))
-            root = root.at[i, j].set(along)
-            row = row - along * other
-        square = (row**2).sum((0, 1))
-        length = jnp.sqrt(jnp.where(square > 0, square, 1))
-        root = root.at[i, i].set(jnp.where(square > 0, length, 0))
-        basis.append(jnp.where(square > 0, row / length, 0))
-    return root
-
-
-def align(
-    root: Inexact[Array, "n n *spectrum"], target: Inexact[Array, "n n *spectrum"]
-) -> Inexact[Array, "n n *spectrum"]:
-    """Another square root of the same covariance, near to a target.
-
-    A step that draws noise by its exact covariance and is given the increments of a
-    Brownian path converges to the solution along that path only if the square root is
-    near to the one that multiplies the increments in the equation.
-
-    **Arguments:**
-
-    - `root`: blocks of a square root of the covariance.
-    - `target`: blocks of what to be near to, up to scale. Its last column counts first;
-        columns of zeros make no demand.
-
-    **Returns:** blocks: `root` times an orthogonal matrix.
-    """
-    return _matmul(root, _orthogonal_like(_matmul(_T(root), target)))
-
-
-def _orthogonal_like(target):
-    """The orthogonal matrix whose last column has the direction of the target's last, the
-    last two span the same plane as the target's, and so on."""
-    n = target.shape[0]
-    eye = jnp.eye(n, dtype=target.dtype).reshape(n, n, *[1] * (target.ndim - 2))
-    basis = jnp.broadcast_to(eye, target.shape)
-    for k in reversed(range(n)):
-        # In the basis so far the columns after k are done.
-        column = _matmul(_T(basis), target[:, k : k + 1])[:, 0]
-        column = jnp.where(append_axes(jnp.arange(n) <= k, column.ndim), column, 0)
-        square = (column**2).sum(0, keepdims=True)
-        column = jnp.where(square > 0, column, eye[k])
-        column = column / jnp.sqrt(jnp.where(square > 0, square, 1))
-        # Take the k-th axis to the column: rotate, or reflect if it is on the far side.
-        near = column[k][None] >= 0
-        normal = column + jnp.where(near, 1, -1) * eye[k]
-        turn = eye - normal[:, None] * normal[None] / (1 + jnp.abs(column[k]))[None, None]
-        turn = turn + jnp.where(near[None], 2 * column[:, None] * eye[k][None], 0)
-        basis = _matmul(basis, turn)
-    return basis
-
-
-def _matmul(a, b):
-    # Elementwise, as in `BlockLinearOperator`.
-    return (a[:, :, None] * b[None]).sum(1)
-
-
-def _T(blocks):
-    return jnp.swapaxes(blocks, 0, 1)

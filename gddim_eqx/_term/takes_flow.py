@@ -10,8 +10,8 @@ from typing import (
     TypeVar,
 )
 
-from ._process import AbstractProcess
-from ._term import ProbabilityFlow
+from .._process import AbstractProcess
+from .probability_flow import ProbabilityFlow
 
 
 P = ParamSpec("P")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Inexact
 
-from ._custom_types import State
+from .._custom_types import State
 
 
 class Phase(NamedTuple):

@@ -5,13 +5,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
-from gddim_eqx._clock import reading, Variable
-from gddim_eqx._coefficients import data_step, moments, regular_ends
-from gddim_eqx._custom_types import Args, State
-from gddim_eqx._pin import pin
-from gddim_eqx._process import AbstractProcess
-from gddim_eqx._reverse_transition import Contraction
-from gddim_eqx._term import ProbabilityFlow
+from .._custom_types import Args, State
+from .._misc import pin
+from .._process import AbstractProcess
+from .._term import ProbabilityFlow
+from .coordinate import reading, Variable
+from .moments import data_step, moments, regular_ends
+from .reverse_transition import Contraction
 
 
 class Splitting(eqx.Module):

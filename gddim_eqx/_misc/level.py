@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Inexact
 
-from ._custom_types import Level
+from .._custom_types import Level
 
 
 def as_level(lam: Level) -> Level:

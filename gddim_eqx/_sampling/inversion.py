@@ -4,13 +4,13 @@ import diffrax as dfx
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
-from ._custom_types import Args, State, Times
-from ._grid import time_grid
-from ._solve import last, solve
-from ._state import at_least_single, check_state, coefficient_dtype
-from ._term import check_flow, ProbabilityFlow
-from ._times import as_grid
-from .solvers import GDDIM
+from .._custom_types import Args, State, Times
+from .._linear import at_least_single, check_state, coefficient_dtype
+from .._process import as_grid
+from .._term import check_flow, ProbabilityFlow
+from ..solvers import GDDIM
+from .grid import time_grid
+from .solve import last, solve
 
 
 class Inversion(NamedTuple):

@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Inexact, Real
 
-from ._check import as_number, check_count
-from ._custom_types import Args, State, Times
-from ._grid import time_grid
-from ._inversion import generate
-from ._solve import check_solver
-from ._state import at_least_single, batch_axes, check_state, coefficient_dtype
-from ._term import check_flow, ProbabilityFlow
-from ._times import as_grid
-from .solvers import GDDIM
+from .._custom_types import Args, State, Times
+from .._linear import at_least_single, batch_axes, check_state, coefficient_dtype
+from .._misc import as_number, check_count
+from .._process import as_grid
+from .._term import check_flow, ProbabilityFlow
+from ..solvers import GDDIM
+from .grid import time_grid
+from .inversion import generate
+from .solve import check_solver
 
 
 class AdaptedGrid(NamedTuple):

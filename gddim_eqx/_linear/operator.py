@@ -8,8 +8,8 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Inexact
 
-from ._custom_types import State
-from ._state import join_components
+from .._custom_types import State
+from .state import join_components
 
 
 class BlockLinearOperator(lx.AbstractLinearOperator):

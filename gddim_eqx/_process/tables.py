@@ -1,11 +1,18 @@
 import functools as ft
 from collections.abc import Callable
+from typing import Any, TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Inexact, Int
 from numpy.polynomial import chebyshev
+
+
+if TYPE_CHECKING:
+    pass
+else:
+    pass
 
 
 class PiecewisePolynomial:
@@ -104,3 +111,11 @@ def cumulative_integral(
     within = values @ integration_matrix(degree).T * half
     before = np.concatenate([[0.0], np.cumsum(within[:-1, -1])])
     return before[:, None] + within[:, :-1]
+
+
+def coarse_and_rest(value: float | np.ndarray) -> tuple[Any, Any]:
+    """Split numbers into twelve leading bits, products of two of which are exact in
+    float32, and the rest."""
+    mantissa, exponent = np.frexp(value)
+    coarse = np.ldexp(np.round(mantissa * 2**12), exponent - 12)
+    return coarse, value - coarse

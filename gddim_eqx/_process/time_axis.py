@@ -5,9 +5,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Real
 
-from ._check import as_constant, as_floats
-from ._custom_types import Times
-from ._process import AbstractProcess
+from .._custom_types import Times
+from .._misc import as_constant, as_floats
+from .base import AbstractProcess
 
 
 def on_time_axis(

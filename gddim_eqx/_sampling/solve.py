@@ -2,8 +2,8 @@ import diffrax as dfx
 import jax.tree_util as jtu
 from jaxtyping import Array, Real
 
-from ._check import check_instance
-from ._custom_types import Args, State
+from .._custom_types import Args, State
+from .._misc import check_instance
 
 
 def solve(

@@ -8,15 +8,18 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from ._check import as_batch, check_key
-from ._custom_types import Args, Key, Level, RealScalarLike, State
-from ._diffrax_compat import unwrap
-from ._level import as_level, level_at
-from ._operator import BlockLinearOperator
-from ._process import AbstractProcess, check_positive
-from ._state import at_least_single, coefficient_dtype, join_components
-from ._takes_flow import takes_flow
-from ._term import AbstractReverseTerm, ProbabilityFlow
+from .._custom_types import Args, Key, Level, RealScalarLike, State
+from .._linear import (
+    at_least_single,
+    BlockLinearOperator,
+    coefficient_dtype,
+    join_components,
+)
+from .._misc import as_batch, as_level, check_key, check_positive, level_at
+from .._process import AbstractProcess
+from .diffrax_compat import unwrap
+from .probability_flow import AbstractReverseTerm, ProbabilityFlow
+from .takes_flow import takes_flow
 
 
 class _ReverseDrift(dfx.AbstractTerm):

@@ -9,10 +9,10 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, ArrayLike, Inexact
 
-from ._check import as_constant, as_floats, check_count, check_key
-from ._custom_types import Key
-from ._process import AbstractProcess, require_process, time_for
-from ._state import batch_axes, check_state
+from .._custom_types import Key
+from .._linear import batch_axes, check_state
+from .._misc import as_constant, as_floats, check_count, check_key
+from .._process import AbstractProcess, require_process, time_for
 
 
 class GaussianMixture(eqx.Module):

@@ -4,10 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Real
 
-from ._check import as_dtype, check_count
-from ._clock import clock_table
-from ._process import AbstractProcess, require_process
-from ._times import on_time_axis
+from .._misc import as_dtype, check_count
+from .._process import AbstractProcess, clock_table, on_time_axis, require_process
 
 
 _POWERS = {"uniform": 1.0, "quadratic": 2.0}

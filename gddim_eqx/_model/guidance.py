@@ -7,13 +7,11 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike
 
-from ._check import as_floats, constant_field
-from ._custom_types import Args, RealScalarLike, State
-from ._operator import append_axes, apply
-from ._process import AbstractProcess, as_shape
-from ._state import batch_axes, join_components
-from ._takes_flow import init_takes_flow
-from ._term import ProbabilityFlow
+from .._custom_types import Args, RealScalarLike, State
+from .._linear import append_axes, apply, batch_axes, join_components
+from .._misc import as_floats, as_shape, constant_field
+from .._process import AbstractProcess
+from .._term import init_takes_flow, ProbabilityFlow
 
 
 # Everything here is a model: it is called as `model(t, u, args)`, and stands where the

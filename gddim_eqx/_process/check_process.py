@@ -6,8 +6,8 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 
-from ._operator import BlockLinearOperator
-from ._process import AbstractProcess, require_process
+from .._linear import BlockLinearOperator
+from .base import AbstractProcess, require_process
 
 
 _QUANTITIES = ("drift", "diffusion", "covariance", "factor", "cholesky")

@@ -6,16 +6,10 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from ._custom_types import Args, Level, RealScalarLike, State
-from ._level import as_level, level_at
-from ._operator import apply
-from ._process import (
-    AbstractDiagonalProcess,
-    AbstractProcess,
-    require_process,
-    time_for,
-)
-from ._state import check_state
+from .._custom_types import Args, Level, RealScalarLike, State
+from .._linear import apply, check_state
+from .._misc import as_level, level_at
+from .._process import AbstractDiagonalProcess, AbstractProcess, require_process, time_for
 
 
 class AbstractReverseTerm(dfx.AbstractTerm):

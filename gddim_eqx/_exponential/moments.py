@@ -20,16 +20,12 @@ derivative of the first bracket.)
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Inexact
+from jaxtyping import Array, Inexact
 
-from ._clock import progress, Variable
-from ._operator import append_axes, BlockLinearOperator
-from ._process import AbstractProcess
-
-
-NODES, WEIGHTS = np.polynomial.legendre.leggauss(48)
-NODES, WEIGHTS = (NODES + 1) / 2, WEIGHTS / 2
+from .._linear import append_axes, BlockLinearOperator
+from .._process import AbstractProcess
+from .coordinate import progress, Variable
+from .quadrature import step_quadrature, times_at
 
 
 def moments(
@@ -154,74 +150,3 @@ def _cholesky_moments(process, s, t, number, variable):
     x = fraction if variable == "time" else progress(process, variable, s, t, tau)[0]
     powers = (t - s) * jnp.stack([weight * x**i for i in range(number)])
     return (append_axes(powers, values.ndim + 1) * values[None]).sum(1)
-
-
-def times_at(process, s, t, fraction):
-    """The times at fractions of a step; but none at time 0, to which rounding may take a
-    node, where without noise there is no inverse."""
-    tau = s + (t - s) * fraction
-    return jnp.where(tau > 0, tau, 1e-6 * process.t_min)
-
-
-def step_quadrature(process, s, t):
-    """Gauss-Legendre nodes and weights on x in [0, 1].
-
-    They are uniform in z, where t / (1 - t / t_vanish) = t_min * (exp(z) - 1)^2. Noise
-    grows like the square root of time at first, which is linear in z, and later changes
-    with the logarithm of time, which is linear in z too; so does the signal's logarithm
-    where the signal vanishes.
-    """
-    nodes, weights = jnp.asarray(NODES, s.dtype), jnp.asarray(WEIGHTS, s.dtype)
-
-    def root(t):
-        """exp(z) - 1"""
-        return jnp.sqrt(t / (1 - t / process.t_vanish) / process.t_min)
-
-    root_s, root_t = root(s), root(t)
-    width = jnp.log1p((root_t - root_s) / (1 + root_s))
-    still = (width == 0) | (root_t + root_s == 0)
-    length = jnp.where(still, 1, jnp.expm1(width) * (root_t + root_s))
-    growth = jnp.expm1(width * nodes)
-    root_x = root_s + (1 + root_s) * growth
-    # Differences of squares, in a form that does not cancel.
-    y = growth * (root_x + root_s) / length
-    dy = 2 * width * (1 + growth) * root_x / length
-    # From fractions of t / (1 - t / t_vanish) to fractions of t.
-    closeness = process.t_min / process.t_vanish
-    at_s, at_x, at_t = (1 + closeness * r**2 for r in (root_s, root_x, root_t))
-    # Rounding must not take a node past the end: there may be no process before time 0.
-    x, dx = jnp.clip(y * at_t / at_x, 0, 1), dy * at_t * at_s / at_x**2
-    return jnp.where(still, nodes, x), jnp.where(still, weights, weights * dx)
-
-
-def lagrange(
-    nodes: Inexact[Array, " nodes"], valid: Bool[Array, " nodes"]
-) -> Inexact[Array, "nodes nodes"]:
-    """The Lagrange basis polynomials through the valid ones of some nodes.
-
-    **Arguments:**
-
-    - `nodes`: distinct abscissae, as far as they are valid.
-    - `valid`: which of them to use.
-
-    **Returns:** in row `j` the coefficients, lowest power first, of the polynomial of
-    node `j`; zero if that is not valid.
-    """
-    number = nodes.shape[0]
-    coefficients = jnp.zeros((number, number), nodes.dtype)
-    coefficients = coefficients.at[:, 0].set(jnp.where(valid, 1, 0))
-    for k in range(number):
-        use = valid & valid[k] & (np.arange(number) != k)
-        distance = jnp.where(use, nodes - nodes[k], 1)[:, None]
-        shifted = jnp.pad(coefficients[:, :-1], ((0, 0), (1, 0)))
-        product = (shifted - nodes[k] * coefficients) / distance
-        coefficients = jnp.where(use[:, None], product, coefficients)
-    return coefficients
-
-
-def weights(
-    polynomials: Inexact[Array, "nodes number"],
-    moments: Inexact[Array, "number n n *spectrum"],
-) -> Inexact[Array, "nodes n n *spectrum"]:
-    """The integrals of polynomials given by their coefficients, from the moments."""
-    return (append_axes(polynomials, moments.ndim + 1) * moments[None]).sum(1)

@@ -13,20 +13,15 @@ import jax.tree_util as jtu
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from ._check import check_count, check_instance, check_key
-from ._clock import log_snr_at_start
-from ._custom_types import Args, Key, Level, Times
-from ._grid import time_grid
-from ._level import as_level
-from ._placement import Placement
-from ._process import AbstractProcess
-from ._reverse_sde import reverse_sde
-from ._solve import check_solver, last, solve
-from ._state import at_least_single
-from ._takes_flow import takes_flow
-from ._term import ProbabilityFlow
-from ._times import as_grid
-from .solvers import GDDIM
+from .._custom_types import Args, Key, Level, Times
+from .._linear import at_least_single
+from .._misc import as_level, check_count, check_instance, check_key
+from .._process import AbstractProcess, as_grid, log_snr_at_start
+from .._sharding import Placement
+from .._term import ProbabilityFlow, reverse_sde, takes_flow
+from ..solvers import GDDIM
+from .grid import time_grid
+from .solve import check_solver, last, solve
 
 
 class Samples(NamedTuple):

@@ -1,5 +1,7 @@
 import math
-from typing import Any
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any, TYPE_CHECKING
 
 import equinox as eqx
 import jax
@@ -8,7 +10,13 @@ import jax.tree_util as jtu
 from jax.core import Tracer
 from jaxtyping import Array, Inexact
 
-from ._custom_types import Key
+from .._custom_types import Key
+
+
+if TYPE_CHECKING:
+    pass
+else:
+    pass
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
@@ -126,3 +134,20 @@ def as_floats(name: str, value: Any) -> Inexact[Array, " *shape"]:
     except (TypeError, ValueError):
         message = f"`{name}` must be made of real numbers; got {value!r}."
         raise ValueError(message) from None
+
+
+def check_positive(**values: float) -> None:
+    """Raise a `ValueError` that names the first value that is not positive."""
+    for name, value in values.items():
+        if not as_constant(name, value) > 0:
+            raise ValueError(f"`{name}` must be positive; got {value}.")
+
+
+def as_shape(shape: Sequence[int] | int) -> tuple[int, ...]:
+    """A data shape as a tuple of Python integers."""
+    try:
+        return tuple(map(operator.index, shape if isinstance(shape, Iterable) else [shape]))
+    except TypeError:
+        raise ValueError(
+            f"`shape` must be an integer or a tuple of integers; got {shape!r}."
+        ) from None

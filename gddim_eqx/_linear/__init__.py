@@ -1,0 +1,21 @@
+from .basis import AbstractBasis as AbstractBasis, Cosine as Cosine, Identity as Identity
+from .operator import (
+    append_axes as append_axes,
+    apply as apply,
+    BlockLinearOperator as BlockLinearOperator,
+)
+from .square_root import (
+    align as align,
+    matmul as matmul,
+    square_root_of_sum as square_root_of_sum,
+    transposed as transposed,
+)
+from .state import (
+    at_least_single as at_least_single,
+    batch_axes as batch_axes,
+    check_real as check_real,
+    check_state as check_state,
+    coefficient_dtype as coefficient_dtype,
+    join_components as join_components,
+    Phase as Phase,
+)

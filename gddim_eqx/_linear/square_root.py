@@ -1,0 +1,74 @@
+import jax.numpy as jnp
+from jaxtyping import Array, Inexact
+
+from .operator import append_axes
+
+
+def square_root_of_sum(columns):
+    """The lower triangular square root of the sum of `column @ column.T`, by
+    orthogonalising the rows, so that no argument of a root can be negative."""
+    n = columns.shape[1]
+    root = jnp.zeros(columns.shape[1:], columns.dtype)
+    basis = []
+    for i in range(n):
+        row = columns[:, i]
+        for j, other in enumerate(basis):
+            along = (row * other).sum((0, 1))
+            root = root.at[i, j].set(along)
+            row = row - along * other
+        square = (row**2).sum((0, 1))
+        length = jnp.sqrt(jnp.where(square > 0, square, 1))
+        root = root.at[i, i].set(jnp.where(square > 0, length, 0))
+        basis.append(jnp.where(square > 0, row / length, 0))
+    return root
+
+
+def align(
+    root: Inexact[Array, "n n *spectrum"], target: Inexact[Array, "n n *spectrum"]
+) -> Inexact[Array, "n n *spectrum"]:
+    """Another square root of the same covariance, near to a target.
+
+    A step that draws noise by its exact covariance and is given the increments of a
+    Brownian path converges to the solution along that path only if the square root is
+    near to the one that multiplies the increments in the equation.
+
+    **Arguments:**
+
+    - `root`: blocks of a square root of the covariance.
+    - `target`: blocks of what to be near to, up to scale. Its last column counts first;
+        columns of zeros make no demand.
+
+    **Returns:** blocks: `root` times an orthogonal matrix.
+    """
+    return matmul(root, _orthogonal_like(matmul(transposed(root), target)))
+
+
+def _orthogonal_like(target):
+    """The orthogonal matrix whose last column has the direction of the target's last, the
+    last two span the same plane as the target's, and so on."""
+    n = target.shape[0]
+    eye = jnp.eye(n, dtype=target.dtype).reshape(n, n, *[1] * (target.ndim - 2))
+    basis = jnp.broadcast_to(eye, target.shape)
+    for k in reversed(range(n)):
+        # In the basis so far the columns after k are done.
+        column = matmul(transposed(basis), target[:, k : k + 1])[:, 0]
+        column = jnp.where(append_axes(jnp.arange(n) <= k, column.ndim), column, 0)
+        square = (column**2).sum(0, keepdims=True)
+        column = jnp.where(square > 0, column, eye[k])
+        column = column / jnp.sqrt(jnp.where(square > 0, square, 1))
+        # Take the k-th axis to the column: rotate, or reflect if it is on the far side.
+        near = column[k][None] >= 0
+        normal = column + jnp.where(near, 1, -1) * eye[k]
+        turn = eye - normal[:, None] * normal[None] / (1 + jnp.abs(column[k]))[None, None]
+        turn = turn + jnp.where(near[None], 2 * column[:, None] * eye[k][None], 0)
+        basis = matmul(basis, turn)
+    return basis
+
+
+def matmul(a, b):
+    # Elementwise, as in `BlockLinearOperator`.
+    return (a[:, :, None] * b[None]).sum(1)
+
+
+def transposed(blocks):
+    return jnp.swapaxes(blocks, 0, 1)

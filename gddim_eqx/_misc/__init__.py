@@ -1,0 +1,16 @@
+from .check import (
+    as_batch as as_batch,
+    as_constant as as_constant,
+    as_dtype as as_dtype,
+    as_floats as as_floats,
+    as_number as as_number,
+    as_shape as as_shape,
+    check_count as check_count,
+    check_instance as check_instance,
+    check_key as check_key,
+    check_positive as check_positive,
+    constant_field as constant_field,
+)
+from .level import as_level as as_level, level_at as level_at
+from .pin import pin as pin
+from .write import write_whole as write_whole

@@ -1,0 +1,8 @@
+from .guidance import (
+    ClassifierFreeGuidance as ClassifierFreeGuidance,
+    ClassifierGuidance as ClassifierGuidance,
+    Clip as Clip,
+    DataGuidance as DataGuidance,
+    DynamicThreshold as DynamicThreshold,
+)
+from .mixture import GaussianMixture as GaussianMixture

@@ -1,0 +1,69 @@
+import math
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Inexact, Integer
+
+from ._custom_types import Key
+from ._misc import as_dtype, as_floats, as_shape, check_count, check_key
+
+
+def dequantise(
+    key: Key, levels: Integer[Array, "*shape"], num_levels: int = 256, dtype=None
+) -> Inexact[Array, "*shape"]:
+    """Turn the levels of pixels into continuous data: add uniform noise that fills each
+    level, and scale to [-1, 1].
+
+    A density of integers is not defined. With this noise the mean of the log density is a
+    lower bound on the log probability of the levels.
+
+    **Arguments:**
+
+    - `key`: a random key.
+    - `levels`: integers from 0 to `num_levels - 1`.
+    - `num_levels`: how many levels there are.
+    - `dtype`: of the result; by default JAX's default floating dtype.
+
+    **Returns:** numbers in [-1, 1], of the same shape.
+
+    **Raises:** `ValueError` if the levels are not integers. An error, under `jax.jit` too,
+    if they are not from 0 to `num_levels - 1`.
+    """
+    check_key(key)
+    levels = jnp.asarray(levels)
+    if not jnp.issubdtype(levels.dtype, jnp.integer):
+        raise ValueError(f"`levels` must be integers; got {levels.dtype}.")
+    check_count("num_levels", num_levels)
+    dtype = as_dtype(float if dtype is None else dtype)
+    held = jnp.iinfo(levels.dtype)
+    if held.min < 0 or held.max >= num_levels:
+        outside = (levels < 0) | (levels >= num_levels)
+        levels = eqx.error_if(
+            levels,
+            outside,
+            f"`levels` must be from 0 to {num_levels - 1}, for `num_levels={num_levels}`.",
+        )
+    noise = jr.uniform(key, levels.shape, dtype)
+    return 2 * (levels.astype(dtype) + noise) / num_levels - 1
+
+
+def bits_per_dimension(
+    log_likelihood: Inexact[Array, "*batch"], shape: tuple[int, ...], num_levels: int = 256
+) -> Inexact[Array, "*batch"]:
+    """The negative log likelihood of dequantised data, in bits per pixel and channel.
+
+    **Arguments:**
+
+    - `log_likelihood`: in nats, of data from [`gddim_eqx.dequantise`][]: on [-1, 1].
+    - `shape`: the shape of one data sample.
+    - `num_levels`: how many levels there are.
+
+    **Returns:** bits per dimension; log2 of `num_levels` for pure chance.
+
+    **Raises:** `ValueError` if `num_levels` is not a positive integer.
+    """
+    check_count("num_levels", num_levels)
+    size = math.prod(as_shape(shape))
+    nats = -as_floats("log_likelihood", log_likelihood) / size + math.log(num_levels / 2)
+    return nats / math.log(2)

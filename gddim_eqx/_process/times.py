@@ -1,0 +1,45 @@
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from .._custom_types import RealScalarLike, State
+from .._linear import coefficient_dtype
+
+
+if TYPE_CHECKING:
+    pass
+else:
+    pass
+
+
+def as_time(t: RealScalarLike) -> Array:
+    """A time as an array of floating dtype."""
+    try:
+        if isinstance(t, str):
+            raise TypeError
+        t = jnp.asarray(float(t) if isinstance(t, int) else t)
+    except (TypeError, ValueError):
+        raise ValueError(f"A time must be a number; got {t!r}.") from None
+    if jnp.issubdtype(t.dtype, jnp.complexfloating):
+        raise ValueError(f"A time must be real; got {t}.")
+    if t.ndim:
+        raise ValueError(
+            f"A time must be a scalar; got an array of shape {t.shape}. For one each in a "
+            "batch, use `jax.vmap`."
+        )
+    if not jnp.issubdtype(t.dtype, jnp.floating):
+        t = t.astype(jnp.result_type(float))
+    return t
+
+
+def time_for(state: State, t: RealScalarLike) -> Array:
+    """A time as what acts on a state needs it."""
+    return as_time(t).astype(coefficient_dtype(state))
+
+
+def as_times(*times: RealScalarLike) -> list[Array]:
+    """Several times as arrays of one floating dtype."""
+    arrays = [as_time(t) for t in times]
+    dtype = jnp.result_type(*arrays)
+    return [t if t.dtype == dtype else t.astype(dtype) for t in arrays]

@@ -1,0 +1,11 @@
+from .adapted_grid import adapted_grid as adapted_grid, AdaptedGrid as AdaptedGrid
+from .grid import time_grid as time_grid
+from .inversion import generate as generate, Inversion as Inversion, invert as invert
+from .likelihood import (
+    Likelihood as Likelihood,
+    log_density as log_density,
+    log_likelihood as log_likelihood,
+    log_likelihood_bound as log_likelihood_bound,
+)
+from .sample import sample as sample, Samples as Samples
+from .solve import check_solver as check_solver

@@ -1,0 +1,13 @@
+from .diffrax_compat import unwrap as unwrap
+from .probability_flow import (
+    AbstractReverseTerm as AbstractReverseTerm,
+    check_flow as check_flow,
+    ProbabilityFlow as ProbabilityFlow,
+)
+from .reverse_sde import (
+    reverse_sde as reverse_sde,
+    ReverseSDE as ReverseSDE,
+    unwrap_reverse as unwrap_reverse,
+)
+from .takes_flow import init_takes_flow as init_takes_flow, takes_flow as takes_flow
+from .times import backward as backward, real_times as real_times
