@@ -1,5 +1,5 @@
 from collections.abc import Callable, Sequence
-from typing import Any, TYPE_CHECKING
+from typing import Any, Literal, TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -25,3 +25,7 @@ Args = PyTree[Any]
 Times = Real[ArrayLike, " times"] | Sequence[RealScalarLike]
 # A level of noise, or how it depends on time.
 Level = RealScalarLike | Callable[[Array], RealScalarLike]
+# What models predict.
+PredictionName = Literal["noise", "data", "score", "velocity"]
+# In which frame noise is predicted: by the square root R or L of the covariance.
+FrameName = Literal["R", "cholesky"]

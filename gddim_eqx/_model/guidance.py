@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from typing import Literal
 
 import equinox as eqx
 import jax
@@ -7,7 +6,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike
 
-from .._custom_types import Args, RealScalarLike, State
+from .._custom_types import Args, FrameName, PredictionName, RealScalarLike, State
 from .._linear import append_axes, apply, batch_axes, join_components
 from .._misc import as_floats, as_shape, constant_field
 from .._process import AbstractProcess
@@ -91,8 +90,8 @@ class ClassifierGuidance(_Wrapper):
         model: Callable,
         log_likelihood: Callable,
         scale: Scale = 1.0,
-        predicts: Literal["noise", "data", "score", "velocity"] = "noise",
-        factor: Literal["R", "cholesky"] = "R",
+        predicts: PredictionName = "noise",
+        factor: FrameName = "R",
     ):
         """**Arguments:**
 
@@ -142,8 +141,8 @@ class DataGuidance(_Wrapper):
         process: AbstractProcess,
         model: Callable,
         function: Callable,
-        predicts: Literal["noise", "data", "score", "velocity"] = "noise",
-        factor: Literal["R", "cholesky"] = "R",
+        predicts: PredictionName = "noise",
+        factor: FrameName = "R",
     ):
         """**Arguments:**
 

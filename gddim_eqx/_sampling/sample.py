@@ -13,7 +13,7 @@ import jax.tree_util as jtu
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from .._custom_types import Args, Key, Level, Times
+from .._custom_types import Args, FrameName, Key, Level, PredictionName, Times
 from .._linear import at_least_single
 from .._misc import as_level, check_count, check_instance, check_key
 from .._process import AbstractProcess, as_grid, log_snr_at_start
@@ -90,8 +90,8 @@ def sample(
     lam: Level = 0.0,
     denoise: Literal["drift", "exact"] | None = None,
     ts: Times | None = None,
-    predicts: Literal["noise", "data", "score", "velocity"] = "noise",
-    factor: Literal["R", "cholesky"] = "R",
+    predicts: PredictionName = "noise",
+    factor: FrameName = "R",
     args: Args = None,
     placement: Placement | None = None,
     progress_meter: dfx.AbstractProgressMeter = dfx.NoProgressMeter(),

@@ -1,4 +1,8 @@
 from .diffrax_compat import unwrap as unwrap
+from .prediction import (
+    check_prediction as check_prediction,
+    make_prediction as make_prediction,
+)
 from .probability_flow import (
     AbstractReverseTerm as AbstractReverseTerm,
     check_flow as check_flow,

@@ -1,15 +1,16 @@
 from collections.abc import Callable
-from typing import Literal
 
 import diffrax as dfx
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jaxtyping import Array
 
-from .._custom_types import Args, Level, RealScalarLike, State
+from .._custom_types import Args, FrameName, Level, PredictionName, RealScalarLike, State
 from .._linear import apply, check_state
 from .._misc import as_level, level_at
-from .._process import AbstractDiagonalProcess, AbstractProcess, require_process, time_for
+from .._process import AbstractProcess, require_process, time_for
+from .prediction import AbstractPrediction, check_prediction, make_prediction
 
 
 class AbstractReverseTerm(dfx.AbstractTerm):
@@ -29,15 +30,15 @@ class ProbabilityFlow(AbstractReverseTerm):
 
     process: AbstractProcess
     model: Callable
-    predicts: str = eqx.field(static=True)
-    factor: str = eqx.field(static=True)
+    predicts: PredictionName = eqx.field(static=True)
+    factor: FrameName = eqx.field(static=True)
 
     def __init__(
         self,
         process: AbstractProcess,
         model: Callable,
-        predicts: Literal["noise", "data", "score", "velocity"] = "noise",
-        factor: Literal["R", "cholesky"] = "R",
+        predicts: PredictionName = "noise",
+        factor: FrameName = "R",
     ):
         r"""**Arguments:**
 
@@ -71,27 +72,21 @@ class ProbabilityFlow(AbstractReverseTerm):
             raise ValueError(
                 f"`model` must be callable as `model(t, u, args)`; got {model!r}."
             )
-        if predicts not in ("noise", "data", "score", "velocity"):
-            raise ValueError(
-                "`predicts` must be one of 'noise', 'data', 'score', 'velocity'; got "
-                f"{predicts!r}."
-            )
-        if factor not in ("R", "cholesky"):
-            raise ValueError(f"`factor` must be 'R' or 'cholesky'; got {factor!r}.")
-        if predicts == "velocity" and process.num_components != 1:
-            raise ValueError(
-                "`predicts='velocity'` is only defined for processes with one number "
-                f"per coordinate, not for {type(process).__name__}. Use 'noise', 'data' "
-                "or 'score'."
-            )
+        check_prediction(process, predicts, factor)
         self.process = process
         self.model = model
         self.predicts = predicts
         self.factor = factor
 
-    def _predict(self, t: RealScalarLike, u: State, args: Args) -> tuple:
-        """Check, and evaluate the model: the time in the state's dtype, the state as
-        arrays, and the prediction in the basis of states."""
+    @property
+    def _prediction(self) -> AbstractPrediction:
+        return make_prediction(self.predicts, self.factor)
+
+    def _evaluate(
+        self, t: RealScalarLike, u: State, args: Args
+    ) -> tuple[Array, State, State]:
+        """One evaluation of the model, checked: the time in the state's dtype, the state
+        as arrays, and the prediction in the basis of states."""
         process = self.process
         u = check_state(u, process.num_components, process.shape, "The state")
         t = time_for(u, t)
@@ -118,12 +113,17 @@ class ProbabilityFlow(AbstractReverseTerm):
 
         return t, u, process.from_data(jtu.tree_map(same, prediction, u))
 
+    def predict(self, t: RealScalarLike, u: State, args: Args) -> State:
+        """What the model predicts, in the basis of states. Arguments as
+        [`gddim_eqx.ProbabilityFlow.noise`][]."""
+        return self._evaluate(t, u, args)[2]
+
     def noise(
         self,
         t: RealScalarLike,
         u: State,
         args: Args,
-        factor: Literal["R", "cholesky"] = "R",
+        factor: FrameName = "R",
     ) -> State:
         r"""The noise prediction $-K_t^\top \nabla \log p_t$ in the basis of states, from
         one evaluation of the model.
@@ -139,30 +139,8 @@ class ProbabilityFlow(AbstractReverseTerm):
         """
         if factor not in ("R", "cholesky"):
             raise ValueError(f"`factor` must be 'R' or 'cholesky'; got {factor!r}.")
-        t, u, prediction = self._predict(t, u, args)
-        process = self.process
-        if factor == "R" or isinstance(process, AbstractDiagonalProcess):
-            root = process.factor(t)
-        else:
-            root = process.cholesky(t)
-        if self.predicts == "noise":
-            if self.factor == factor or isinstance(process, AbstractDiagonalProcess):
-                return prediction
-            other = process.cholesky(t) if factor == "R" else process.factor(t)
-            return apply(root.inverse() @ other, prediction)
-        if self.predicts == "score":
-            return apply((-root).transpose(), prediction)
-        if self.predicts == "data":
-            mean = apply(self._mean(t), prediction)
-            residual = jtu.tree_map(lambda a, b: a - b, u, mean)
-            return apply(root.inverse(), residual)
-        mean = self._mean(t)
-        total = (mean @ mean + root @ root).inverse()
-        return jtu.tree_map(
-            lambda a, b: a + b,
-            apply(root @ total, u),
-            apply(mean @ total, prediction),
-        )
+        t, u, value = self._evaluate(t, u, args)
+        return self._prediction.noise(self.process, t, u, value, factor)
 
     def prediction(self, t: RealScalarLike, u: State, noise: State) -> State:
         r"""What the model would have to predict for a certain noise: the inverse of
@@ -182,58 +160,22 @@ class ProbabilityFlow(AbstractReverseTerm):
             for x, name in ((u, "The state"), (noise, "The noise"))
         )
         t = time_for(u, t)
-        root = process.factor(t)
-        if self.predicts == "noise":
-            if self.factor == "cholesky":
-                noise = apply(process.cholesky(t).inverse() @ root, noise)
-            return process.to_data(noise)
-        if self.predicts == "score":
-            return process.to_data(apply((-root.inverse()).transpose(), noise))
-        mean = jtu.tree_map(lambda a, b: a - b, u, apply(root, noise))
-        data = apply(self._mean(t).inverse(), mean)
-        if self.predicts == "velocity":
-            data = jtu.tree_map(
-                lambda a, b: a - b, apply(self._mean(t), noise), apply(root, data)
-            )
-        return process.to_data(data)
+        mean = jtu.tree_map(lambda a, b: a - b, u, apply(process.factor(t), noise))
+        data = apply(process.transition(jnp.zeros_like(t), t) / process.data_scale, mean)
+        return process.to_data(self._prediction.target(process, t, data, noise))
 
     def initial(self, t: RealScalarLike, u: State, args: Args) -> State:
         r"""The prediction of the initial state, without the noise that the process has at
         time 0: $\Psi(0, t) (u - R_t \epsilon)$. Arguments as
         [`gddim_eqx.ProbabilityFlow.noise`][]."""
-        t, u, prediction = self._predict(t, u, args)
-        process = self.process
-        if self.predicts == "data":
-            return jtu.tree_map(lambda x: process.data_scale * x, prediction)
-        if self.predicts == "velocity":
-            mean, root = self._mean(t), process.factor(t)
-            total = (mean @ mean + root @ root).inverse() * process.data_scale
-            return jtu.tree_map(
-                lambda a, b: a - b,
-                apply(mean @ total, u),
-                apply(root @ total, prediction),
-            )
-        if self.predicts == "score":
-            spread = apply(process.covariance(t), prediction)
-        else:
-            root = process.factor(t) if self.factor == "R" else process.cholesky(t)
-            spread = apply(-root, prediction)
-        mean = jtu.tree_map(lambda a, b: a + b, u, spread)
-        return apply(process.transition(jnp.zeros_like(t), t), mean)
-
-    def _mean(self, t):
-        """From data, in the basis of states, to the mean of the state at `t`."""
-        process = self.process
-        return process.transition(t, jnp.zeros_like(t)) * process.data_scale
+        t, u, value = self._evaluate(t, u, args)
+        return self._prediction.initial(self.process, t, u, value)
 
     def score(self, t: RealScalarLike, u: State, args: Args) -> State:
         r"""The score $\nabla \log p_t(u)$ in the basis of states. Arguments as
         [`gddim_eqx.ProbabilityFlow.noise`][]."""
-        if self.predicts == "score":
-            return self._predict(t, u, args)[2]
-        noise = self.noise(t, u, args)
-        t = time_for(noise, t)
-        return apply((-self.process.factor(t).inverse()).transpose(), noise)
+        t, u, value = self._evaluate(t, u, args)
+        return self._prediction.score(self.process, t, u, value)
 
     def reverse_drift(self, t: RealScalarLike, u: State, args: Args, lam: Level) -> State:
         r"""$F_t\,u - \frac{1 + \lambda^2}{2} G_t G_t^\top \nabla \log p_t(u)$: paper,

@@ -1,6 +1,5 @@
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import diffrax as dfx
 import equinox as eqx
@@ -8,7 +7,15 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._custom_types import Args, Key, Level, RealScalarLike, State
+from .._custom_types import (
+    Args,
+    FrameName,
+    Key,
+    Level,
+    PredictionName,
+    RealScalarLike,
+    State,
+)
 from .._linear import (
     at_least_single,
     BlockLinearOperator,
@@ -118,8 +125,8 @@ def reverse_sde(
     key: Key | dfx.AbstractBrownianPath,
     batch: tuple[int, ...] = (),
     *,
-    predicts: Literal["noise", "data", "score", "velocity"] = "noise",
-    factor: Literal["R", "cholesky"] = "R",
+    predicts: PredictionName = "noise",
+    factor: FrameName = "R",
     tol: float | None = None,
 ) -> ReverseSDE:
     r"""The reverse diffusions of a diffusion model, as Diffrax terms:

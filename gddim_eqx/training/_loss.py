@@ -10,11 +10,11 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Float, Inexact
 
-from .._custom_types import Args, Key, State
+from .._custom_types import Args, FrameName, Key, PredictionName, State
 from .._linear import apply, check_state, coefficient_dtype
 from .._misc import check_key
 from .._process import AbstractProcess, latest, require_process
-from .._term import ProbabilityFlow
+from .._term import check_prediction, make_prediction, ProbabilityFlow
 from ._times import AbstractTimes, UniformTimes
 
 
@@ -40,8 +40,8 @@ class DenoisingLoss(eqx.Module):
     """
 
     process: AbstractProcess
-    predicts: Literal["noise", "data", "score", "velocity"] = eqx.field(static=True)
-    factor: Literal["R", "cholesky"] = eqx.field(static=True)
+    predicts: PredictionName = eqx.field(static=True)
+    factor: FrameName = eqx.field(static=True)
     times: AbstractTimes
     weighting: str | Callable = eqx.field(static=True)
     dropout: bool = eqx.field(static=True)
@@ -49,8 +49,8 @@ class DenoisingLoss(eqx.Module):
     def __init__(
         self,
         process: AbstractProcess,
-        predicts: Literal["noise", "data", "score", "velocity"] = "noise",
-        factor: Literal["R", "cholesky"] = "R",
+        predicts: PredictionName = "noise",
+        factor: FrameName = "R",
         *,
         times: AbstractTimes = UniformTimes(),
         weighting: Literal["prediction", "noise", "likelihood"] | Callable = "prediction",
@@ -79,8 +79,7 @@ class DenoisingLoss(eqx.Module):
         for times beyond the process' time axis.
         """
         require_process(process)
-        # Checks `predicts` and `factor`.
-        ProbabilityFlow(process, _no_model, predicts, factor)
+        check_prediction(process, predicts, factor)
         known = ("prediction", "noise", "likelihood")
         if weighting not in known and not callable(weighting):
             raise ValueError(
@@ -163,25 +162,14 @@ class DenoisingLoss(eqx.Module):
                 whitening = self.process.factor(t).inverse() @ self.process.diffusion(t)
                 error = apply(whitening.transpose(), error)
         else:
-            prediction = flow._predict(t, u, args)[2]
-            error = jtu.tree_map(jnp.subtract, prediction, self._target(flow, sample))
+            # Not from `u`, which late in the process holds almost nothing of the data.
+            scale = self.process.data_scale
+            data = jtu.tree_map(lambda x: x / scale, self.process.encode(sample.x))
+            prediction = make_prediction(self.predicts, self.factor)
+            target = prediction.target(self.process, t, data, noise)
+            error = jtu.tree_map(jnp.subtract, flow.predict(t, u, args), target)
         squares = [x.astype(t.dtype) ** 2 for x in jtu.tree_leaves(error)]
         loss = weight * jnp.mean(jnp.stack([x.mean() for x in squares]))
         if callable(self.weighting):
             loss = loss * jnp.asarray(self.weighting(t), t.dtype)
         return loss
-
-    def _target(self, flow, sample):
-        """What should be predicted, in the basis of states."""
-        if self.predicts == "data":
-            # Not from `u`, which late in the process holds almost nothing of the data.
-            scale = self.process.data_scale
-            return jtu.tree_map(lambda x: x / scale, self.process.encode(sample.x))
-        if self.predicts == "noise" and self.factor == "R":
-            return sample.noise
-        target = flow.prediction(sample.t, sample.u, sample.noise)
-        return self.process.from_data(target)
-
-
-def _no_model(t, u, args):
-    raise NotImplementedError
