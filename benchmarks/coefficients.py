@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import gddim_eqx as gd
-from gddim_eqx._exponential import moments
+from gddim_eqx._exponential import NoiseSplitting
 from gddim_eqx.solvers._polynomial import lagrange, weights
 
 
@@ -34,7 +34,9 @@ _process = gd.CLD(shape=(1,))
 @jax.vmap
 def _step(s, t, times, valid):
     nodes = (times - s) / (t - s)
-    return weights(lagrange(nodes, valid), moments(_process, s, t, _order))
+    return weights(
+        lagrange(nodes, valid), NoiseSplitting().integrate(_process, s, t, _order).moments
+    )
 
 
 def ours(ts: jax.Array) -> np.ndarray:

@@ -24,7 +24,7 @@ import numpy as np
 
 import gddim_eqx as gd
 from gddim_eqx import Phase
-from gddim_eqx._exponential import moments
+from gddim_eqx._exponential import NoiseSplitting
 from gddim_eqx.solvers._polynomial import lagrange, weights
 
 
@@ -67,10 +67,9 @@ def by_hand(order: int, ts: jax.Array) -> Callable:
 
     @jax.vmap
     def prepare(s, t, times, valid):
-        coefficients = weights(
-            lagrange((times - s) / (t - s), valid), moments(_process, s, t, order)
-        )
-        return _process.transition(t, s).blocks, coefficients
+        c = NoiseSplitting().integrate(_process, s, t, order)
+        coefficients = weights(lagrange((times - s) / (t - s), valid), c.moments)
+        return c.linear, coefficients
 
     table = jax.jit(prepare)(ts[:-1], ts[1:], known, valid)
     slot = jnp.asarray(step[:, 0] % max(slots, 1))

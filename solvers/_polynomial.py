@@ -1,3 +1,6 @@
+import abc
+
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Inexact
@@ -5,9 +8,32 @@ from jaxtyping import Array, Bool, Inexact
 from gddim_eqx._linear import append_axes
 
 
+class AbstractPredictor(eqx.Module):
+    """By which polynomial stored evaluations are extrapolated."""
+
+    num_nodes: eqx.AbstractVar[int]
+    """How many evaluations are combined, the newest included."""
+
+    @abc.abstractmethod
+    def __call__(
+        self, nodes: Inexact[Array, " nodes"], valid: Bool[Array, " nodes"]
+    ) -> Inexact[Array, "nodes nodes"]:
+        """By node, the coefficients of the polynomial that multiplies its value, lowest
+        power first."""
+
+
+class AdamsBashforth(AbstractPredictor):
+    """The polynomial through the newest evaluations."""
+
+    num_nodes: int = eqx.field(static=True)
+
+    def __call__(self, nodes, valid):
+        return lagrange(nodes, valid)
+
+
 def lagrange(
-    nodes: Inexact[Array, " nodes"], valid: Bool[Array, " nodes"]
-) -> Inexact[Array, "nodes nodes"]:
+    nodes: Inexact[Array, "*cases nodes"], valid: Bool[Array, "*cases nodes"]
+) -> Inexact[Array, "*cases nodes nodes"]:
     """The Lagrange basis polynomials through the valid ones of some nodes.
 
     **Arguments:**
@@ -18,16 +44,21 @@ def lagrange(
     **Returns:** in row `j` the coefficients, lowest power first, of the polynomial of
     node `j`; zero if that is not valid.
     """
-    number = nodes.shape[0]
-    coefficients = jnp.zeros((number, number), nodes.dtype)
-    coefficients = coefficients.at[:, 0].set(jnp.where(valid, 1, 0))
+    number = nodes.shape[-1]
+    zero, one = jnp.zeros_like(nodes), jnp.ones_like(nodes)
+    # Vectors over the nodes, one for each power, and a single division: XLA compiles this
+    # sooner than matrices, and divisions one by one.
+    numerators, denominator = [one, *[zero] * (number - 1)], one
     for k in range(number):
-        use = valid & valid[k] & (np.arange(number) != k)
-        distance = jnp.where(use, nodes - nodes[k], 1)[:, None]
-        shifted = jnp.pad(coefficients[:, :-1], ((0, 0), (1, 0)))
-        product = (shifted - nodes[k] * coefficients) / distance
-        coefficients = jnp.where(use[:, None], product, coefficients)
-    return coefficients
+        node = nodes[..., k, None]
+        use = valid & valid[..., k, None] & (np.arange(number) != k)
+        denominator = jnp.where(use, denominator * (nodes - node), denominator)
+        lower = [zero, *numerators[:-1]]
+        numerators = [
+            jnp.where(use, below - node * c, c) for below, c in zip(lower, numerators)
+        ]
+    scale = jnp.where(valid, 1 / denominator, 0)
+    return scale[..., None] * jnp.stack(numerators, axis=-1)
 
 
 def weights(

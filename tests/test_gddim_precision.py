@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import gddim_eqx as gd
-from gddim_eqx.solvers._splitting import Splitting
+from gddim_eqx._exponential import COORDINATES, DataSplitting
 
 from .helpers import (
     accurate,
@@ -144,9 +144,14 @@ def test_coefficients_in_single_precision_survive_the_compiler(name):
     """`make test-precision` runs this under XLA's default flags, and with most of its
     optimisations off, where it once took a term out of the clock's derivative."""
     process = processes[name]()
-    splitting = Splitting(process, "data", "R", "clock")
     ts = gd.time_grid(process, 20, dtype=jnp.float32)
-    step = jax.jit(jax.vmap(lambda s, t: splitting.step(s, t, 4)))
+
+    @jax.jit
+    @jax.vmap
+    def step(s, t):
+        c = DataSplitting().integrate(process, s, t, 4, COORDINATES["clock"])
+        return c.linear, c.moments
+
     single = step(ts[:-1], ts[1:])
     double = step(ts[:-1].astype(jnp.float64), ts[1:].astype(jnp.float64))
     for a, b in zip(single, double):

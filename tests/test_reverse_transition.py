@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 import gddim_eqx as gd
-from gddim_eqx._exponential import contraction
+from gddim_eqx._exponential import contraction, step_nodes
 from gddim_eqx._linear import align, join_components
 
 from .helpers import last, max_difference, processes, slow
@@ -26,13 +26,16 @@ def _third_order():
 
 
 _all = {**processes, "third_order": _third_order}
-_contraction = jax.jit(contraction, static_argnums=0)
+_contraction = jax.jit(
+    lambda process, s, t, lam: contraction(step_nodes(process, s, t), lam),
+    static_argnums=0,
+)
 
 
 @ft.partial(jax.jit, static_argnums=0)
 def _transition(process, t, s, lam):
     """`reverse_transition` for a level of noise that is traced, to compile once."""
-    step = contraction(process, s, t, lam)
+    step = contraction(step_nodes(process, s, t), lam)
     omega, spread = (gd.BlockLinearOperator(x, process.shape) for x in step[:2])
     mean = process.factor(t) @ omega @ process.factor(s).inverse()
     root = process.factor(t) @ spread

@@ -1,18 +1,17 @@
 from .coordinate import (
-    progress as progress,
+    AbstractCoordinate as AbstractCoordinate,
+    COORDINATES as COORDINATES,
     scaled as scaled,
-    Variable as Variable,
-    VARIABLES as VARIABLES,
 )
-from .moments import moments as moments
-from .quadrature import (
-    NODES as NODES,
-    step_quadrature as step_quadrature,
-    times_at as times_at,
-    WEIGHTS as WEIGHTS,
-)
+from .quadrature import step_nodes as step_nodes
 from .reverse_transition import (
+    Contraction as Contraction,
     contraction as contraction,
     reverse_transition as reverse_transition,
 )
-from .splitting import Splitting as Splitting
+from .splitting import (
+    AbstractSplitting as AbstractSplitting,
+    DataSplitting as DataSplitting,
+    NoiseSplitting as NoiseSplitting,
+    StepCoefficients as StepCoefficients,
+)

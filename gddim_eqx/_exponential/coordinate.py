@@ -1,64 +1,91 @@
-from collections.abc import Callable
-from typing import Literal
+import abc
+from typing import Any, ClassVar
 
-import jax
+import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Inexact
+from jaxtyping import Array, Bool, Inexact
 
 from .._process import AbstractProcess, clock
 
 
-Variable = Literal["time", "sqrt", "log", "clock"]
+class AbstractCoordinate(eqx.Module):
+    """The coordinate in which predictions are interpolated by polynomials: a monotone
+    function of time."""
 
-VARIABLES = ("time", "sqrt", "log", "clock")
+    uses_log_snr: ClassVar[bool]
+    """Whether it depends on the signal-to-noise ratio too."""
 
-# By how much the variable "clock" slows down between noise and data.
-_SLOWING = 10.0
+    @abc.abstractmethod
+    def __call__(
+        self,
+        process: AbstractProcess,
+        t: Inexact[Array, " *times"],
+        log_snr: Any,
+        forward: Bool[Array, ""],
+    ) -> Inexact[Array, " *times"]:
+        """The coordinate at some times.
+
+        **Arguments:**
+
+        - `process`: the forward process.
+        - `t`: the times.
+        - `log_snr`: `process.log_snr` at these times, for a coordinate that uses it; for
+            others `None`.
+        - `forward`: whether the solver steps forward in time.
+        """
 
 
-def reading(
-    process: AbstractProcess,
-    variable: Variable,
-    s: Inexact[Array, ""],
-    t: Inexact[Array, ""],
-) -> Callable[[Inexact[Array, ""]], Inexact[Array, ""]]:
-    """The variable in which predictions are polynomials over a step from `s` to `t`, as a
-    function of time.
+class Time(AbstractCoordinate):
+    uses_log_snr: ClassVar[bool] = False
 
-    `"clock"` runs ever slower, as steps go, in terms of [`gddim_eqx._clock.clock`][]: by
-    the same factor over each of equal steps, the less the more there are. So a prediction
-    is extrapolated by less than what was seen over the step before, with the caution that
-    few steps need, and without spoiling the order of convergence of many.
+    def __call__(self, process, t, log_snr, forward):
+        return t
+
+
+class SquareRoot(AbstractCoordinate):
+    uses_log_snr: ClassVar[bool] = False
+
+    def __call__(self, process, t, log_snr, forward):
+        return jnp.sqrt(t)
+
+
+class Logarithm(AbstractCoordinate):
+    uses_log_snr: ClassVar[bool] = False
+
+    def __call__(self, process, t, log_snr, forward):
+        return jnp.log(t)
+
+
+class Clock(AbstractCoordinate):
+    """The exponential of the [clock][gddim_eqx._process.progress.clock] of sampling, by
+    which it slows down from step to step.
+
+    Over equal steps it slows down by equal factors, the closer to one the more steps there
+    are. So a prediction is extrapolated over a shorter distance than the previous step
+    covered, which keeps large steps stable and does not change the order of convergence.
     """
-    rate = jnp.where(t > s, _SLOWING, -_SLOWING).astype(s.dtype)
-    return {
-        "time": lambda t: t,
-        "sqrt": jnp.sqrt,
-        "log": jnp.log,
-        "clock": lambda t: jnp.exp(rate * clock(process, t)),
-    }[variable]
+
+    rate: float = eqx.field(static=True, default=10.0)
+    """The logarithm of how much faster it runs at one end of sampling than at the other.
+    """
+
+    uses_log_snr: ClassVar[bool] = True
+
+    def __call__(self, process, t, log_snr, forward):
+        rate = jnp.where(forward, self.rate, -self.rate).astype(t.dtype)
+        return jnp.exp(rate * clock(process, t, log_snr))
 
 
-def progress(
-    process: AbstractProcess,
-    variable: Variable,
-    s: Inexact[Array, ""],
-    t: Inexact[Array, ""],
-    tau: Inexact[Array, " times"],
-) -> tuple[Inexact[Array, " times"], Inexact[Array, " times"]]:
-    """The variable at some times, scaled to 0 at `s` and 1 at `t`, and its derivative with
-    respect to the fraction of time."""
-    read, length = reading(process, variable, s, t), t - s
-    start, end = jax.vmap(read)(jnp.stack([s, t]))
-    values, slopes = jax.vmap(lambda x: jax.jvp(read, (x,), (length,)))(tau)
-    # A step too short to be told apart by the variable leaves it at 0.
-    still = start == end
-    slopes = jnp.where(still, 0, slopes / jnp.where(still, 1, end - start))
-    return jnp.where(still, 0, scaled(values, start, end)), slopes
+COORDINATES: dict[str, AbstractCoordinate] = {
+    "time": Time(),
+    "sqrt": SquareRoot(),
+    "log": Logarithm(),
+    "clock": Clock(),
+}
 
 
 def scaled(
-    values: Inexact[Array, " times"], start: Inexact[Array, ""], end: Inexact[Array, ""]
-) -> Inexact[Array, " times"]:
-    """Values between a start, which is taken to 0, and an end, which is taken to 1."""
+    values: Inexact[Array, " *times"], start: Inexact[Array, ""], end: Inexact[Array, ""]
+) -> Inexact[Array, " *times"]:
+    """Values between a start, which is mapped to 0, and an end, which is mapped to 1."""
     return (values - start) / jnp.where(start == end, 1, end - start)

@@ -16,14 +16,15 @@ $$I - \Omega \Omega^\top = \lambda^2 \int_t^s \Omega(t, \tau)\,K_\tau\,
 nothing cancels, however short the step.
 """
 
-from typing import Any, NamedTuple
+import functools as ft
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
-from jaxtyping import Array, Inexact, Real
+from jaxtyping import Array, Inexact
 from numpy.polynomial import legendre
 
 from .._custom_types import Level, RealScalarLike
@@ -37,7 +38,7 @@ from .._linear import (
 )
 from .._misc import as_level, level_at, pin
 from .._process import AbstractProcess, as_times, require_process
-from .quadrature import NODES, step_quadrature, times_at, WEIGHTS
+from .quadrature import NODES, step_nodes, StepNodes, WEIGHTS
 
 
 class Contraction(NamedTuple):
@@ -49,56 +50,52 @@ class Contraction(NamedTuple):
     # length it is the noise that these add to the noise prediction, or as near to that as
     # any with the right covariance.
     spread: Inexact[Array, "n n *spectrum"]
-    # Quadrature nodes and weights on (tau - s) / (t - s) in [0, 1], and Omega(t, tau).
-    nodes: Real[Array, " nodes"]
-    weights: Real[Array, " nodes"]
+    # The mean of Omega(t, tau) over the step; the identity where it is zero.
+    mean: Inexact[Array, "n n *spectrum"]
+    # Omega(t, tau) at the quadrature nodes.
     omegas: Inexact[Array, "nodes n n *spectrum"]
 
 
-# Jitted so that it is traced once, not each time that Diffrax traces a step.
-@eqx.filter_jit
-def contraction(process: AbstractProcess, s: Array, t: Array, lam: Level) -> Contraction:
+def contraction(nodes: StepNodes, lam: Level) -> Contraction:
     """The contraction over a step backward in time.
 
     **Arguments:**
 
-    - `process`: the forward process.
-    - `s`, `t`: where the step starts and ends, `t <= s`.
-    - `lam`: the level of noise, or a function of time.
+    - `nodes`: of a step from `s` to `t <= s`.
+    - `lam`: the stochasticity, or a function of time.
     """
-    nodes, weights = step_quadrature(process, s, t)
-    tau = times_at(process, s, t, nodes)
-    loadings = jax.vmap(
-        lambda tau: (process.factor(tau).inverse() @ process.diffusion(tau)).blocks
-    )(tau)
-    durations = append_axes((s - t) * weights, loadings.ndim)
-    mean, levels = _levels(lam, tau, t)
+    loadings = nodes.whitened
+    durations = (nodes.times[0] - nodes.times[-1]) * nodes.weights
+    durations = append_axes(durations, loadings.ndim)
+    level, levels = _levels(lam, nodes.times[1:])
     levels = append_axes(levels, loadings.ndim)
     # All square roots are of regular quantities, to be multiplied by the level, so that
     # they can be differentiated with respect to it where it is zero too.
-    if process.num_components == 1:
-        exponents = _exponents(process, s, t, tau, loadings, durations, levels)
-        omegas, omega = (jnp.exp(mean**2 * x) for x in exponents)
+    if nodes.process.num_components == 1:
+        exponents = _exponents(nodes, durations, levels)
+        omegas, omega = (jnp.exp(level**2 * x) for x in exponents)
         increments = _root(durations) * levels[:-1] * omegas * loadings
-        root = _root(-2 * exponents[1] * _expm1_over(2 * mean**2 * exponents[1]))
+        root = _root(-2 * exponents[1] * _expm1_over(2 * level**2 * exponents[1]))
     else:
         loadings = levels[:-1] * loadings
-        omegas, omega = _collocate(loadings, durations, mean)
+        omegas, omega = _collocate(loadings, durations, level)
         increments = _root(durations) * jax.vmap(matmul)(omegas, loadings)
         root = square_root_of_sum(increments)
     # The integral of the noise against the increments of Brownian motion.
     target = (_root(durations) * increments).sum(0)
-    spread = mean * align(root, target)
-    return Contraction(omega, spread, nodes, weights, omegas)
+    spread = level * align(root, target)
+    mean = (append_axes(nodes.weights, omegas.ndim) * omegas).sum(0)
+    eye = jnp.eye(len(mean), dtype=mean.dtype)
+    mean = jnp.where((mean == 0).all(), append_axes(eye, mean.ndim), mean)
+    return Contraction(omega, spread, mean, omegas)
 
 
-def _levels(lam: Any, tau, end):
+def _levels(lam: Level, times):
     """The mean level of noise, and the levels at the nodes and at the end of the step,
     divided by it."""
-    at = lambda t: level_at(lam, t)
     if not callable(lam):
-        return at(end), jnp.ones(len(tau) + 1, end.dtype)
-    levels = jax.vmap(at)(jnp.append(tau, end))
+        return level_at(lam, times[-1]), jnp.ones_like(times)
+    levels = jax.vmap(ft.partial(level_at, lam))(times)
     mean = levels.mean()
     return mean, jnp.where(mean == 0, 1, levels / jnp.where(mean == 0, 1, mean))
 
@@ -115,31 +112,34 @@ def _expm1_over(x):
     return jnp.where(small, 1 + x / 2, jnp.expm1(x) / jnp.where(small, 1, x))
 
 
-def _exponents(process, s, t, tau, loadings, durations, levels):
+def _exponents(nodes, durations, levels):
     """The logarithms of Omega(t, tau) and Omega(t, s) where numbers take the place of
     matrices, for a mean level of one. At a constant level Omega is the power lam^2 of
     R_t / (Psi R_s); what levels differ from that at the end is regular there, and
     integrated."""
+    root, signal, end = nodes.roots[-1], nodes.signals[-1], nodes.times[-1]
 
-    def log_ratio(tau):
-        before = (process.transition(t, tau) @ process.factor(tau)).blocks
-        after = append_axes(process.factor(t).blocks, before.ndim)
+    def log_ratio(tau, before, signal_before):
+        ndim = max(before.ndim, signal.ndim)
+        before, after = append_axes(before, ndim), append_axes(root, ndim)
+        after = after * append_axes(signal_before / signal, ndim)
         regular = (before > 0) & (after > 0)
         ratio = jnp.where(regular, after / jnp.where(before > 0, before, 1), 1)
         # Without noise at time 0 the ratio is zero there. Not infinity, as lam may be 0.
         logarithm = jnp.where(regular, jnp.log(ratio), -1e9)
-        return pin((tau == t) | (logarithm > 0), 0, logarithm)
+        return pin((tau == end) | (logarithm > 0), 0, logarithm)
 
+    at_nodes = jax.vmap(log_ratio)(nodes.times[:-1], nodes.roots[:-1], nodes.signals[:-1])
     # The logarithm of a ratio near 1 has lost its digits; the integral has them.
-    rate = 0.5 * durations * loadings**2
-    whole = log_ratio(s)
+    rate = 0.5 * durations * nodes.whitened**2
+    whole = at_nodes[0]
     whole = jnp.where(whole < -0.1, whole, -rate.sum(0))
     at_end, excess = levels[-1] ** 2, rate * (levels[:-1] ** 2 - levels[-1:] ** 2)
     within = excess / append_axes(jnp.asarray(WEIGHTS, excess.dtype), excess.ndim)
     within = jnp.einsum("ij,j...->i...", jnp.asarray(_BACKWARD, excess.dtype), within)
     whole = at_end * whole - excess.sum(0)
     whole = jnp.where(whole < 0, whole, 0)
-    return at_end[None] * jax.vmap(log_ratio)(tau) + within, whole
+    return at_end[None] * at_nodes[1:] + within, whole
 
 
 def _collocate(loadings, durations, lam):
@@ -208,13 +208,14 @@ def reverse_transition(
         after > before,
         "The reverse diffusion runs backward in time: `t` must not exceed `s`.",
     )
-    step = contraction(process, before, after, lam)
-    factor = process.factor(after)
-    omega, spread = (
-        BlockLinearOperator(x, process.shape) for x in (step.omega, step.spread)
+    nodes = step_nodes(process, before, after)
+    step = contraction(nodes, lam)
+    factor, inverse, omega, spread = (
+        BlockLinearOperator(x, process.shape)
+        for x in (nodes.roots[-1], nodes.inverses[0], step.omega, step.spread)
     )
     root = factor @ spread
     covariance = BlockLinearOperator(
         (root @ root.T).blocks, process.shape, lx.positive_semidefinite_tag
     )
-    return factor @ omega @ process.factor(before).inverse(), covariance
+    return factor @ omega @ inverse, covariance

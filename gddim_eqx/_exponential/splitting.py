@@ -1,67 +1,191 @@
-from typing import Literal
+import abc
+import functools as ft
+from collections.abc import Callable
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
-from .._custom_types import Args, State
+from .._custom_types import Args, FrameName, Level, State
+from .._linear import append_axes, BlockLinearOperator
 from .._misc import pin
-from .._process import AbstractProcess
+from .._process import AbstractDiagonalProcess, AbstractProcess
 from .._term import ProbabilityFlow
-from .coordinate import reading, Variable
-from .moments import data_step, moments, regular_ends
-from .reverse_transition import Contraction
+from .coordinate import AbstractCoordinate, Time
+from .moments import moments_of_bracket, moments_of_density, Position, position
+from .quadrature import step_ends, step_nodes, StepNodes
+from .reverse_transition import Contraction, contraction
 
 
-class Splitting(eqx.Module):
-    """Which part of the equation a step solves exactly, and of what it takes polynomials
-    in which variable. It has no leaves."""
+Moments = Callable[[Position, int], Inexact[Array, "number n n *spectrum"]]
 
-    process: AbstractProcess
-    space: Literal["data", "noise"] = eqx.field(static=True)
-    factor: Literal["R", "cholesky"] = eqx.field(static=True)
-    variable: Variable = eqx.field(static=True)
 
-    # Compiled by themselves because Diffrax traces each step several times.
+class StepCoefficients(NamedTuple):
+    """What a step of an exponential multistep method multiplies by what: the blocks of
+    operators."""
+
+    # Multiplies the state.
+    linear: Inexact[Array, "n n *factors"]
+    # Multiply the coefficients of the interpolation polynomial, lowest power first: of one
+    # in the coordinate, and of one in time, for the error estimate.
+    moments: Inexact[Array, "number n n *spectrum"]
+    moments_in_time: Inexact[Array, "number_in_time n n *spectrum"]
+    # The end of the step; and the coordinate at its start and end.
+    t: Inexact[Array, ""]
+    start: Inexact[Array, ""]
+    end: Inexact[Array, ""]
+    # Multiplies standard normals; and what this is made of. On reverse diffusions only.
+    noise: Inexact[Array, "n n *spectrum"] | None
+    contraction: Contraction | None
+
+
+class AbstractSplitting(eqx.Module):
+    """Which linear part of the equation a step solves exactly, and which quantity it
+    interpolates. Splittings are static pytrees."""
+
+    @abc.abstractmethod
+    def evaluate(self, flow: ProbabilityFlow, t: Array, y: State, args: Args) -> State:
+        """What is interpolated, from one evaluation of the model."""
+
+    @abc.abstractmethod
+    def prepare(
+        self, nodes: StepNodes, step: Contraction | None
+    ) -> tuple[Inexact[Array, "n n *factors"], Moments]:
+        """What multiplies the state, and the moments of the bracket as a function of the
+        position in a coordinate and of how many."""
+
+    @abc.abstractmethod
+    def needs_nodes(self, process: AbstractProcess) -> bool:
+        """Whether the moment of a constant needs more than the ends of a step."""
+
+    # Jitted so that it is traced once, not each time that Diffrax traces a step.
     @eqx.filter_jit
-    def read(
-        self, times: Inexact[Array, " times"], s: Array, t: Array
-    ) -> Inexact[Array, " times"]:
-        """The variable of a step from `s` to `t` at some times."""
-        return jax.vmap(reading(self.process, self.variable, s, t))(times)
+    def integrate(
+        self,
+        process: AbstractProcess,
+        s: Array,
+        t: Array,
+        number: int,
+        coordinate: AbstractCoordinate = Time(),
+        number_in_time: int = 1,
+        lam: Level | None = None,
+    ) -> StepCoefficients:
+        """The coefficients of a step.
 
-    def predict(self, flow: ProbabilityFlow, t: Array, y: State, args: Args) -> State:
-        """One evaluation of the model."""
-        if self.space == "data":
-            return flow.initial(t, y, args)
-        return flow.noise(t, y, args, self.factor)
+        **Arguments:**
 
-    @eqx.filter_jit
-    def step(
-        self, s: Array, t: Array, number: int, noise: Contraction | None = None
-    ) -> tuple[Inexact[Array, "n n *factors"], Inexact[Array, "number n n *spectrum"]]:
-        """The blocks of what multiplies the state, and of what multiplies the coefficients
-        of the polynomial, lowest power first."""
-        process = self.process
-        if self.space == "noise":
-            linear = process.transition(t, s).blocks
-            values = moments(process, s, t, number, self.factor, self.variable)
-            return linear, _none_if_still(s, t, values)
-        omegas = None
-        if noise is not None:
-            whole = noise.omega[None]
-            one = jnp.broadcast_to(_eye_like(noise.omega), whole.shape)
-            omegas = jnp.concatenate([whole, noise.omegas, one])
-        start, end = regular_ends(process, s, t)
-        linear, values = data_step(process, start, end, number, self.variable, omegas)
+        - `process`: the forward process.
+        - `s`, `t`: the start and end of the step. They may be equal.
+        - `number`: how many moments.
+        - `coordinate`: in which the interpolation polynomial is given.
+        - `number_in_time`: how many moments in time, for the error estimate.
+        - `lam`: the stochasticity of a reverse diffusion; `None` for the probability flow.
+        """
+        # At time 0 there may be no noise, and no inverse of its square root.
+        at_zero = (s == t) & (s <= 0)
+        start, end = (jnp.where(at_zero, process.t_min, x) for x in (s, t))
+        nodes = step_nodes(process, start, end)
+        step = None if lam is None else contraction(nodes, lam)
+        linear, moments = self.prepare(nodes, step)
+        in_time = moments(position(nodes, Time()), number_in_time)
+        if number == 1 and step is None and not self.needs_nodes(process):
+            # The nodes are for the error estimate alone, which may be of no use.
+            nodes = step_ends(process, start, end)
+            linear, moments = self.prepare(nodes, None)
+        at = position(nodes, coordinate)
+        in_coordinate = moments(at, number)
+        noise = None
+        if step is not None:
+            noise = _product(process, nodes.roots[-1], step.spread)
+        in_coordinate, in_time = (_none_if_still(s, t, x) for x in (in_coordinate, in_time))
+        return StepCoefficients(
+            linear, in_coordinate, in_time, t, at.start, at.end, noise, step
+        )
+
+
+class DataSplitting(AbstractSplitting):
+    r"""Interpolates the prediction of the initial state, $U$. The bracket is $R_t
+    \Omega(t, \tau) R_\tau^{-1} \Psi(\tau, 0)$, where $\Omega$ is the identity on the
+    probability flow."""
+
+    def evaluate(self, flow, t, y, args):
+        return flow.initial(t, y, args)
+
+    def prepare(self, nodes, step):
+        process, root = nodes.process, nodes.roots[-1]
+
+        def back(inverse, omega=None):
+            return _product(process, root, *([] if omega is None else [omega]), inverse)
+
+        if step is None:
+            backs = jax.vmap(back)(nodes.inverses)
+        else:
+            omegas = jnp.concatenate([step.omega[None], step.omegas])
+            backs = jax.vmap(back)(nodes.inverses, omegas)
         linear = eqx.error_if(
-            linear,
-            ~jnp.isfinite(linear).all(),
+            backs[0],
+            ~jnp.isfinite(backs[0]).all(),
             "`GDDIM` cannot start where there is no noise, at time 0. To encode data, "
             "start from `process.t_min`, or use `GDDIM(space='noise')`.",
         )
-        return linear, _none_if_still(s, t, values)
+        bracket = jax.vmap(ft.partial(_product, process))(backs, nodes.signals[:-1])
+        # At the end it is known, even where R has no inverse.
+        last = append_axes(nodes.signals[-1], bracket.ndim - 1)
+        bracket = jnp.concatenate([bracket, last[None]])
+        return linear, ft.partial(moments_of_bracket, bracket)
+
+    def needs_nodes(self, process):
+        return False
+
+
+class NoiseSplitting(AbstractSplitting):
+    r"""Interpolates the noise prediction in the frame $R_t$, which is constant along the
+    probability flow of a single data point. The bracket is $\Psi(t, \tau) R_\tau$.
+
+    On reverse diffusions it interpolates that part of the noise prediction which the
+    linear part of the equation does not change, $\mathrm{d}\eta = \mathrm{d}\epsilon -
+    \frac{\lambda^2}{2} K \epsilon\,\mathrm{d}\tau - \lambda R^{-1} G\,\mathrm{d}w$, and
+    the bracket is $\Psi(t, \tau) R_\tau - R_t \Omega(t, \tau)$.
+    """
+
+    frame: FrameName = eqx.field(static=True, default="R")
+    r"""The frame of the noise, `"R"`, or `"cholesky"` for $L_t$ on the probability flow.
+    Of that bracket only the derivative is known, $\frac{1}{2} \Psi(t, \tau) G G^\top
+    L_\tau^{-\top}$."""
+
+    def evaluate(self, flow, t, y, args):
+        return flow.noise(t, y, args, self.frame)
+
+    def prepare(self, nodes, step):
+        process, end = nodes.process, nodes.times[-1]
+        transition = lambda tau: process.transition(end, tau).blocks
+        transitions = jax.vmap(transition)(nodes.times)
+        if self.needs_nodes(process):
+            density = jax.vmap(ft.partial(_density, process))
+            density = density(nodes.times[1:-1], transitions[1:-1])
+            return transitions[0], ft.partial(moments_of_density, density)
+        bracket = jax.vmap(ft.partial(_product, process))(transitions, nodes.roots)
+        if step is not None:
+            omegas = jnp.concatenate([step.omega[None], step.omegas])
+            root = lambda omega: _product(process, nodes.roots[-1], omega)
+            bracket = bracket - jnp.concatenate([jax.vmap(root)(omegas), bracket[-1:]])
+        return transitions[0], ft.partial(moments_of_bracket, bracket)
+
+    def needs_nodes(self, process):
+        return self.frame == "cholesky" and not isinstance(process, AbstractDiagonalProcess)
+
+
+def _density(process, tau, transition):
+    diffusion, inverse = process.diffusion(tau), process.cholesky(tau).inverse()
+    half = BlockLinearOperator(0.5 * transition, process.shape)
+    return (half @ diffusion @ diffusion.T @ inverse.T).blocks
+
+
+def _product(process, *blocks):
+    factors = [BlockLinearOperator(x, process.shape) for x in blocks]
+    return ft.reduce(lambda a, b: a @ b, factors).blocks
 
 
 def _none_if_still(s, t, values):
@@ -70,8 +194,3 @@ def _none_if_still(s, t, values):
     still = s == t
     constant = pin(still, jnp.zeros_like(values[:1]), values[:1])
     return jnp.concatenate([constant, jnp.where(still, 0, values[1:])])
-
-
-def _eye_like(blocks):
-    eye = jnp.eye(blocks.shape[0], dtype=blocks.dtype)
-    return jnp.expand_dims(eye, tuple(range(2, blocks.ndim)))

@@ -3,6 +3,7 @@ from .operator import (
     append_axes as append_axes,
     apply as apply,
     BlockLinearOperator as BlockLinearOperator,
+    combine as combine,
 )
 from .square_root import (
     align as align,

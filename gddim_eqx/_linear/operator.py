@@ -225,6 +225,14 @@ def apply(operator: BlockLinearOperator, state: State) -> State:
     return operator.astype(jnp.result_type(*jtu.tree_leaves(state))).mv(state)
 
 
+def combine(
+    shape: tuple[int, ...], pairs: list[tuple[Inexact[Array, "n n *_"], State]]
+) -> State:
+    """The sum of the products of operators, given by their blocks, with states."""
+    products = [apply(BlockLinearOperator(b, shape), state) for b, state in pairs]
+    return jtu.tree_map(lambda *leaves: sum(leaves), *products)
+
+
 def append_axes(x: Array, ndim: int) -> Array:
     """Give an array axes of size one at the end, until it has `ndim`."""
     return jnp.expand_dims(x, tuple(range(x.ndim, ndim)))

@@ -1,5 +1,6 @@
 from .base import (
     AbstractProcess as AbstractProcess,
+    log_norm as log_norm,
     normal_like as normal_like,
     require_process as require_process,
 )

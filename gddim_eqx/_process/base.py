@@ -176,14 +176,8 @@ class AbstractProcess(eqx.Module):
         - `t`: a time in (0, T].
         """
         t = as_time(t)
-        carried = self.cholesky(t).inverse() @ self.transition(t, jnp.zeros_like(t))
-        signal = carried.blocks[:, 0]
-        # Its square may underflow.
-        size = lax.stop_gradient(jnp.abs(signal).max(0))
-        known = size > 0
-        scaled = signal / jnp.where(known, size, 1)[None]
-        square = jnp.where(known, (scaled**2).sum(0), 1)
-        return (jnp.log(size) + 0.5 * jnp.log(square)).mean()
+        signal = self.cholesky(t).inverse() @ self.transition(t, jnp.zeros_like(t))
+        return log_norm(signal.blocks[:, 0])[0].mean()
 
     def encode(self, x: Inexact[Array, "..."]) -> State:
         """The mean of the state at time 0 given data.
@@ -277,6 +271,18 @@ class AbstractProcess(eqx.Module):
         mean = self.transition(t, jnp.zeros_like(t)).astype(dtype).mv(mean)
         spread = self.factor(t).astype(dtype).mv(noise)
         return jtu.tree_map(lambda a, b: a + b, mean, spread), noise
+
+
+def log_norm(
+    vectors: Inexact[Array, "n *spectrum"],
+) -> tuple[Inexact[Array, "*spectrum"], Inexact[Array, "n *spectrum"]]:
+    """The logarithm of the Euclidean norm over the first axis, whose square may underflow;
+    and the vectors divided by the norm."""
+    size = lax.stop_gradient(jnp.abs(vectors).max(0))
+    known = size > 0
+    scaled = vectors / jnp.where(known, size, 1)[None]
+    square = jnp.where(known, (scaled**2).sum(0), 1)
+    return jnp.log(size) + 0.5 * jnp.log(square), scaled / jnp.sqrt(square)[None]
 
 
 def normal_like(key: Key, state: State) -> State:

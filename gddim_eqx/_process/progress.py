@@ -14,14 +14,19 @@ from .base import AbstractProcess
 _LEAST = -40.0
 
 
-def clock(process: AbstractProcess, t: Inexact[Array, ""]) -> Inexact[Array, ""]:
-    """How far sampling has come at a time: 0 at `t_max`, 1 at `t_min`.
+def clock(
+    process: AbstractProcess,
+    t: Inexact[Array, " *times"],
+    log_snr: Inexact[Array, " *times"],
+) -> Inexact[Array, " *times"]:
+    """How far sampling has come at a time with this `process.log_snr`: 0 at `t_max`, 1 at
+    `t_min`.
 
     The mean of two clocks that run between these: one by the logarithm of the signal-to-
     noise ratio, which knows no scale in the data, and one by the square root of time,
     which gives the noisy half, where a sample chooses what to be, more than its share.
     """
-    return _mean_of_clocks(process, jnp.sqrt(t), process.log_snr(t))
+    return _mean_of_clocks(process, jnp.sqrt(t), log_snr)
 
 
 def clock_table(

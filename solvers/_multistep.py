@@ -1,0 +1,239 @@
+import abc
+from collections.abc import Callable
+from typing import ClassVar
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import PyTree
+
+from gddim_eqx._custom_types import (
+    Args,
+    BoolScalarLike,
+    Level,
+    RealScalarLike,
+    State,
+)
+from gddim_eqx._exponential import (
+    AbstractCoordinate,
+    AbstractSplitting,
+    NoiseSplitting,
+    scaled,
+    StepCoefficients,
+)
+from gddim_eqx._linear import (
+    BlockLinearOperator,
+    check_state,
+    coefficient_dtype,
+    combine,
+)
+from gddim_eqx._term import (
+    AbstractReverseTerm,
+    backward,
+    ProbabilityFlow,
+    real_times,
+    ReverseSDE,
+    unwrap_reverse,
+)
+
+from ._corrector import AbstractCorrector, FreeCorrector, Reevaluate
+from ._history import History, LastStep, Nodes
+from ._interpolation import interpolation
+from ._polynomial import AbstractPredictor, lagrange, weights
+from ._residual import next_residual, Residual
+
+
+class AbstractExponentialMultistep(
+    dfx.AbstractAdaptiveSolver[History], dfx.AbstractItoSolver[History]
+):
+    """An exponential multistep method for probability flows and reverse diffusions.
+
+    A step solves the linear part of the equation exactly, and replaces the rest by a
+    polynomial through stored evaluations of the model. Subclasses say which part is linear
+    and what is interpolated (`splitting`), in which coordinate the polynomials are
+    (`coordinate`), which polynomials these are (`predictor`), and how the end of a step is
+    corrected (`correction`).
+    """
+
+    splitting: eqx.AbstractVar[AbstractSplitting]
+    coordinate: eqx.AbstractVar[AbstractCoordinate]
+    predictor: eqx.AbstractVar[AbstractPredictor]
+    correction: eqx.AbstractVar[AbstractCorrector]
+
+    @abc.abstractmethod
+    def check(self, terms: dfx.AbstractTerm) -> None:
+        """Raise a `ValueError` for terms that the solver is not made for."""
+
+    term_structure: ClassVar = AbstractReverseTerm
+    interpolation_cls: ClassVar[Callable[..., dfx.AbstractLocalInterpolation]] = (
+        staticmethod(interpolation)
+    )
+
+    def order(self, terms):
+        # The corrected state replaces the predicted one.
+        older = self.correction.num_older
+        return older + 1 if older else self.predictor.num_nodes
+
+    def strong_order(self, terms):
+        return 1
+
+    def error_order(self, terms):
+        stochastic = _unwrap(terms)[1] is not None
+        return 1.5 if stochastic else max(self.predictor.num_nodes, 2)
+
+    @property
+    def _slots(self) -> int:
+        # Order 1 stores one evaluation for its error estimate.
+        return max(self.predictor.num_nodes - 1, self.correction.num_older, 1)
+
+    @property
+    def _number(self) -> int:
+        """How many moments the predictor and the corrector need."""
+        corrected = self.correction.num_older > 0
+        return self._slots + 1 if corrected else self.predictor.num_nodes
+
+    @property
+    def _number_in_time(self) -> int:
+        """How many moments the error estimate needs."""
+        return max(self.predictor.num_nodes, 2)
+
+    def init(
+        self,
+        terms: dfx.AbstractTerm,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: State,
+        args: Args,
+    ) -> History:
+        del t1, args
+        flow, lam, _ = _unwrap(terms)
+        process = flow.process
+        self.check(terms)
+        y0 = check_state(y0, process.num_components, process.shape, "The state `y0`")
+        last = residual = None
+        zeros = jtu.tree_map(jnp.zeros_like, y0)
+        corrects = isinstance(self.correction, FreeCorrector)
+        interpolates_noise = isinstance(self.splitting, NoiseSplitting)
+        if corrects or lam is not None and interpolates_noise:
+            time = jax.ShapeDtypeStruct((), coefficient_dtype(y0))
+            c = eqx.filter_eval_shape(self._integrate, process, time, time, lam)
+            if corrects:
+                moments = jnp.zeros(c.moments.shape, c.moments.dtype)
+                last = LastStep(zeros, moments, jnp.zeros((), moments.dtype))
+            else:
+                mean = c.contraction.mean
+                gain = BlockLinearOperator(jnp.zeros(mean.shape, mean.dtype), process.shape)
+                residual = Residual(gain, zeros)
+        return History.empty(self._slots, t0, y0, last, residual)
+
+    def step(
+        self,
+        terms: dfx.AbstractTerm,
+        t0: RealScalarLike,
+        t1: RealScalarLike,
+        y0: State,
+        args: Args,
+        solver_state: History,
+        made_jump: BoolScalarLike,
+    ) -> tuple[State, State, dict, History, dfx.RESULTS]:
+        flow, lam, direction = _unwrap(terms)
+        process, history, residual = flow.process, solver_state, None
+        s, t = real_times(process, t0, t1, direction, coefficient_dtype(y0))
+        if lam is not None:
+            s, t = backward(s, t)
+        c = self._integrate(process, s, t, lam)
+        count = history.length(t0, made_jump)
+        value, forcing = self.splitting.evaluate(flow, s, y0, args), []
+        if isinstance(terms, ReverseSDE) and c.contraction is not None:
+            normal = terms.normal(t0, t1, y0)
+            forcing.append((c.noise, normal))
+            if history.residual is not None:
+                noise, value = value, history.residual(value, count)
+                forcing.append((c.moments[0], _subtract(noise, value)))
+                residual = next_residual(process.shape, c.contraction, noise, value, normal)
+        nodes = history.nodes(value, s, c.start, count)
+
+        start = y0
+        if history.last is not None:
+            start = self._corrected(process, history.last, nodes, y0)
+        base = combine(process.shape, [(c.linear, start), *forcing])
+        used = slice(1 if self.predictor.num_nodes == 1 else None)
+        x, valid = nodes.scaled(c), nodes.valid(self.predictor.num_nodes)
+        polynomials = self.predictor(x, valid)[used, : self._number]
+        values = nodes.values[used]
+        y1 = _add(base, _integral(process, polynomials, c.moments, values))
+        if isinstance(self.correction, Reevaluate):
+            predicted, values = y1, [self.splitting.evaluate(flow, t, y1, args), *nodes.values]
+            polynomials = self.correction(x, nodes.valid(self.correction.num_older))
+            polynomials = polynomials[:, : self._number]
+            y1 = _add(base, _integral(process, polynomials, c.moments, values))
+            y_error = _subtract(y1, predicted)
+        else:
+            y_error = self._error(process, nodes, c)
+
+        dense_info = dict(y0=y0, y1=y1)
+        if lam is None:
+            dense_info |= dict(
+                corrected=start,
+                values=values,
+                polynomials=polynomials,
+                end=c.end,
+                direction=jnp.asarray(direction, s.dtype),
+                process=process,
+                splitting=self.splitting,
+                coordinate=self.coordinate,
+            )
+        history = history.push(nodes, c, s == t, t1, base, residual)
+        return y1, y_error, dense_info, history, dfx.RESULTS.successful
+
+    def _integrate(self, process, s, t, lam) -> StepCoefficients:
+        return self.splitting.integrate(
+            process, s, t, self._number, self.coordinate, self._number_in_time, lam
+        )
+
+    def _corrected(self, process, last: LastStep, nodes: Nodes, y0: State) -> State:
+        """The end of the last step, as it is with the new evaluation."""
+        x = scaled(nodes.coordinate, last.start, nodes.coordinate[0])
+        polynomials = lagrange(x, nodes.valid(self.correction.num_older + 1))
+        integral = _integral(process, polynomials, last.moments, nodes.values)
+        corrected = lambda y, a, b: jnp.where(nodes.count > 0, a + b, y)
+        return jtu.tree_map(corrected, y0, last.base, integral)
+
+    def _error(self, process, nodes: Nodes, c: StepCoefficients) -> State:
+        """The difference between polynomials in time, through all values and through one
+        less. In a coordinate that slows down long steps would seem accurate."""
+        number = self._number_in_time
+        valid = nodes.valid(number)
+        x = scaled(nodes.times, nodes.times[0], c.t)
+        newer = valid & (nodes.age < jnp.minimum(nodes.count, number - 1))
+        polynomials = (lagrange(x, valid) - lagrange(x, newer))[:, :number]
+        return _integral(process, polynomials, c.moments_in_time, nodes.values)
+
+    def func(
+        self, terms: dfx.AbstractTerm, t0: RealScalarLike, y0: State, args: Args
+    ) -> PyTree:
+        return terms.vf(t0, y0, args)
+
+
+def _unwrap(
+    terms: dfx.AbstractTerm,
+) -> tuple[ProbabilityFlow, Level | None, RealScalarLike]:
+    """The probability flow, the stochasticity, or `None` if it is known to be zero before
+    running, and the direction of time."""
+    flow, lam, direction = unwrap_reverse(terms)
+    return flow, None if isinstance(lam, float) and lam == 0 else lam, direction
+
+
+def _integral(process, polynomials, moments, values) -> State:
+    """The integral of the interpolation polynomial."""
+    return combine(process.shape, list(zip(weights(polynomials, moments), values)))
+
+
+def _add(a: State, b: State) -> State:
+    return jtu.tree_map(lambda x, y: x + y, a, b)
+
+
+def _subtract(a: State, b: State) -> State:
+    return jtu.tree_map(lambda x, y: x - y, a, b)

@@ -1,0 +1,52 @@
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Int
+
+from gddim_eqx._custom_types import State
+from gddim_eqx._exponential import Contraction
+from gddim_eqx._linear import apply, BlockLinearOperator
+
+
+class Residual(eqx.Module):
+    r"""The part of the noise predictions along a reverse diffusion that the linear part of
+    the equation does not explain,
+
+    $$\eta_t = \eta_s + W\,(\epsilon_t - \Omega(t, s)\,\epsilon_s - \xi), \qquad
+    W^{-1} = \frac{1}{t - s} \int_s^t \Omega(t, \tau)\,\mathrm{d}\tau,$$
+
+    as if it grew uniformly over the step from $s$ to $t$.
+    """
+
+    gain: BlockLinearOperator
+    """$W$."""
+    offset: State
+    r"""What is added to $W \epsilon_t$."""
+
+    def __call__(self, noise: State, count: Int[Array, ""]) -> State:
+        """The residual at a new noise prediction, before which there are `count`."""
+        grown = apply(self.gain, noise)
+        return jtu.tree_map(
+            lambda x, g, o: jnp.where(count > 0, g + o, x), noise, grown, self.offset
+        )
+
+
+def next_residual(
+    shape: tuple[int, ...], step: Contraction, noise: State, value: State, normal: State
+) -> Residual:
+    """What turns the next noise prediction into a residual.
+
+    **Arguments:**
+
+    - `shape`: the shape of one data sample.
+    - `step`: the contraction over the step.
+    - `noise`, `value`: the noise prediction at the start of the step, and the residual.
+    - `normal`: the standard normals of the step.
+    """
+    omega, spread, mean = (
+        BlockLinearOperator(x, shape) for x in (step.omega, step.spread, step.mean)
+    )
+    gain = mean.inverse()
+    explained = apply(gain @ omega, noise), apply(gain @ spread, normal)
+    offset = jtu.tree_map(lambda v, a, b: v - a - b, value, *explained)
+    return Residual(gain, offset)
