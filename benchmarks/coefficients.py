@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import gddim_eqx as gd
-from gddim_eqx._exponential import NoiseSplitting
-from gddim_eqx.solvers._polynomial import lagrange, weights
+from gddim_eqx._exponential import lagrange, NoiseSplitting, weights
 
 
 _order = 3

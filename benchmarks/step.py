@@ -24,8 +24,7 @@ import numpy as np
 
 import gddim_eqx as gd
 from gddim_eqx import Phase
-from gddim_eqx._exponential import NoiseSplitting
-from gddim_eqx.solvers._polynomial import lagrange, weights
+from gddim_eqx._exponential import lagrange, NoiseSplitting, weights
 
 
 _process = gd.CLD(shape=(32, 32, 3))

@@ -2,7 +2,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Inexact
 
-from ._polynomial import lagrange
+from gddim_eqx._exponential import lagrange
 
 
 class AbstractCorrector(eqx.Module):

@@ -16,7 +16,7 @@ from gddim_eqx._term import unwrap_reverse
 
 from ._corrector import AbstractCorrector, FreeCorrector, NoCorrector, Reevaluate
 from ._multistep import AbstractExponentialMultistep
-from ._polynomial import AdamsBashforth
+from ._predictor import AdamsBashforth
 
 
 _default_variables = {"data": "clock", "noise": "time"}
@@ -28,46 +28,47 @@ class GDDIM(AbstractExponentialMultistep):
     r"""Generalized DDIM: an exponential multistep method for the probability flow of any
     linear diffusion, and for its reverse diffusions.
 
-    The linear part of the equation is solved exactly, and what the model predicts is
-    extrapolated by a polynomial through its most recent values. On data from a single
-    point one step of any length is exact. There is one evaluation of the model per step.
+    The linear part of the equation is solved exactly, and the model's prediction is
+    extrapolated by a polynomial through its most recent values, as in an Adams-Bashforth
+    method. For a single data point one step of any length is exact. A step takes one
+    evaluation of the model.
 
-    - In data space, the default, this is the initial state that the model predicts. Once
-        the model has been evaluated at the end of a step, the step is corrected: its
-        polynomial is made to pass through the new value too. That costs no evaluation;
-        the last step stays as it was. For VP and order 2 without corrector the split is
-        that of DPM-Solver++.
-    - In noise space it is the noise prediction in the frame $R_t$, in which it hardly
-        moves: the paper's method, equations 18 (order 1, which for VP is DDIM) and 19.
-        `GDDIM(3, "noise")` on the times of `time_grid(process, n, "quadratic")` is its
-        best sampler.
+    - In data space, the default, the data prediction is extrapolated. The UniC corrector
+        then reuses the next step's evaluation, so it is free; the final step is not
+        corrected. For VP, order 2 without corrector is the semilinear form of
+        DPM-Solver++.
+    - In noise space it is the noise prediction in the frame $R_t$, in which it is nearly
+        constant along the flow: the paper's method, equations 18 (order 1, which for VP is
+        DDIM) and 19 (DEIS, for VP). The paper's best sampler is `GDDIM(3, "noise")` on the
+        times `time_grid(process, n, "quadratic")`.
 
-    Few steps are safe because predictions are polynomials in a variable that slows down
-    on the way, so that none is extrapolated by more than was seen before.
+    The interpolation coordinate is rescaled so that each step extrapolates over a shorter
+    distance than the previous step covered; this keeps large steps stable.
 
-    All coefficients are computed in the step, from its own time and those of the stored
-    evaluations, so steps may be uneven, rejected or clipped, and time may run in either
-    direction: backward to sample, forward to encode. (Noise space may start from time 0;
-    data space needs some noise to start from, for example at `process.t_min`.)
+    Coefficients are computed from the times of the step and of the stored evaluations.
+    So steps may be uneven, rejected or clipped, and time may run in either direction:
+    backward to sample, forward to encode. (Noise space may start at time 0; data space
+    must start where there is some noise, for example at `process.t_min`.)
 
-    The first steps have fewer values to use and are of lower order. As all steps are
-    shortened together the error of the whole is therefore of second order in the end,
-    with a corrector of third. But predictions hardly change near the start of sampling: in
-    noise space, solves from the prior that are given exact earlier values have the same
-    error to 1% under CLD, and to a quarter under VP.
+    The first steps are a warm-up of lower order, so that as all steps are shortened
+    together the global error is of second order, or of third with a corrector. In practice
+    this costs little, as predictions hardly change near the start of sampling: in noise
+    space, solves that are given exact earlier values have the same error to within 1%
+    under CLD, and 25% under VP.
 
-    The error estimate is the difference between polynomials in time through all values
-    and through one less. It costs no evaluation. (For order 1: through one more. On the
-    very first step it is the whole contribution of the model, which is safe but coarse.)
-    Dense output is of the same order as the solver. To spend few evaluations well, rather
-    than to keep a tolerance, take fixed steps: [`gddim_eqx.adapted_grid`][] finds some.
+    The error estimate is the difference between the polynomials in time through all stored
+    values and through one less, and costs no evaluation. (Order 1 compares with order 2. On
+    the very first step the estimate is the model's whole contribution, which is safe but
+    coarse.) Dense output has the order of the solver. To make the best of few evaluations,
+    rather than to meet a tolerance, take fixed steps: [`gddim_eqx.adapted_grid`][] finds
+    good ones.
 
-    On [`gddim_eqx.reverse_sde`][] this is stochastic gDDIM (paper, proposition 6), with
-    the exact mean and covariance of every step, the last one included: for one data point
-    samples have the right distribution whatever the grid and the level of noise. The noise
-    is made of the Brownian path's increments such that solutions converge along the path,
-    with strong order 1. In noise space higher orders help only while there is little noise;
-    with `lam` near 1 and few steps (20, under CLD) order 3 and 4 are unstable there.
+    On [`gddim_eqx.reverse_sde`][] this is stochastic gDDIM (paper, proposition 6), with the
+    exact mean and covariance of every step: for a single data point samples have the right
+    distribution on any grid, for any stochasticity. Noise is made of the increments of the
+    Brownian path such that solutions converge along the path, with strong order 1. In noise
+    space orders above 1 help only while `lam` is small; for `lam` near 1 and few steps (20,
+    under CLD) orders 3 and 4 are unstable there.
 
     ??? cite "Reference"
 
@@ -101,27 +102,27 @@ class GDDIM(AbstractExponentialMultistep):
     ):
         r"""**Arguments:**
 
-        - `order`: the number of model evaluations that are combined, 1 to 4; the
-            paper's q. By default 4.
-        - `space`: what is extrapolated: `"data"`, the initial state that the model
-            predicts; or `"noise"`, the noise, as in the paper.
-        - `corrector`: how many older evaluations, beside the new one, correct the end of
-            the last step once the model has been evaluated there, 0 (for no correction)
-            to `order`. By default `order - 1` in data space, and none in noise space, where
-            it is unstable for few steps.
-        - `variable`: the variable in which predictions are polynomials: `"time"` (the
-            paper's, and the default in noise space), `"sqrt"` or `"log"` of it, or
-            `"clock"` (the default in data space), which slows down on the way.
-        - `factor`: in which frame noise predictions are extrapolated: `"R"` for the
-            paper's $R_t$; `"cholesky"` for $L_t$, which the paper compares with, and
+        - `order`: the number of evaluations that are combined, 1 to 4; the paper's q. By
+            default 4.
+        - `space`: what is extrapolated: `"data"`, the data prediction; or `"noise"`, the
+            noise prediction, as in the paper.
+        - `corrector`: the number of older evaluations, beside the new one, by which the end
+            of a step is corrected, from 0 (no corrector) to `order`. By default
+            `order - 1` in data space, and 0 in noise space, where correctors are unstable
+            for few steps.
+        - `variable`: the interpolation coordinate: `"time"` (the paper's, and the default
+            in noise space), `"sqrt"` or `"log"` of it, or `"clock"` (the default in data
+            space), which slows down during sampling.
+        - `factor`: the frame in which noise predictions are extrapolated: `"R"` for the
+            paper's $R_t$, or `"cholesky"` for $L_t$, with which the paper compares, and
             which is far worse for CLD. Only for the probability flow in noise space. It
             need not be the frame in which the model predicts.
-        - `reevaluate`: correct at the end of every step, with an extra evaluation there:
-            two a step. The paper's predictor-corrector.
-        - `num_nodes`: the field in which `order` is kept, as `order` is a method of every
-            solver. It counts where `order` is not given, for `dataclasses.replace`.
+        - `reevaluate`: correct the end of every step by an extra evaluation there, so that
+            a step takes two: the paper's predictor-corrector (PEC).
+        - `num_nodes`: the field that holds `order`, which is the name of a method of every
+            solver. Only used if `order` is not given, as by `dataclasses.replace`.
 
-        **Raises:** `ValueError` for other values, or values that exclude each other.
+        **Raises:** `ValueError` for other values, and for values that exclude each other.
         """
         if order is None:
             order = 4 if num_nodes is None else num_nodes

@@ -6,10 +6,8 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Inexact, Int, PyTree, Real
 
 from gddim_eqx._custom_types import BoolScalarLike, RealScalarLike, State
-from gddim_eqx._exponential import scaled, StepCoefficients
+from gddim_eqx._exponential import Residual, scaled, StepCoefficients
 from gddim_eqx._linear import coefficient_dtype
-
-from ._residual import Residual
 
 
 class Nodes(eqx.Module):

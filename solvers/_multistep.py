@@ -19,9 +19,15 @@ from gddim_eqx._custom_types import (
 from gddim_eqx._exponential import (
     AbstractCoordinate,
     AbstractSplitting,
+    Exponential,
+    interpolation,
+    lagrange,
+    next_residual,
     NoiseSplitting,
+    Residual,
     scaled,
     StepCoefficients,
+    weights,
 )
 from gddim_eqx._linear import (
     BlockLinearOperator,
@@ -40,9 +46,7 @@ from gddim_eqx._term import (
 
 from ._corrector import AbstractCorrector, FreeCorrector, Reevaluate
 from ._history import History, LastStep, Nodes
-from ._interpolation import interpolation
-from ._polynomial import AbstractPredictor, lagrange, weights
-from ._residual import next_residual, Residual
+from ._predictor import AbstractPredictor
 
 
 class AbstractExponentialMultistep(
@@ -139,35 +143,32 @@ class AbstractExponentialMultistep(
         made_jump: BoolScalarLike,
     ) -> tuple[State, State, dict, History, dfx.RESULTS]:
         flow, lam, direction = _unwrap(terms)
-        process, history, residual = flow.process, solver_state, None
+        process, history = flow.process, solver_state
         s, t = real_times(process, t0, t1, direction, coefficient_dtype(y0))
         if lam is not None:
             s, t = backward(s, t)
         c = self._integrate(process, s, t, lam)
-        count = history.length(t0, made_jump)
-        value, forcing = self.splitting.evaluate(flow, s, y0, args), []
-        if isinstance(terms, ReverseSDE) and c.contraction is not None:
+        value = self.splitting.evaluate(flow, s, y0, args)
+        count, forcing, residual = history.length(t0, made_jump), [], None
+        if isinstance(terms, ReverseSDE) and lam is not None:
             normal = terms.normal(t0, t1, y0)
-            forcing.append((c.noise, normal))
-            if history.residual is not None:
-                noise, value = value, history.residual(value, count)
-                forcing.append((c.moments[0], _subtract(noise, value)))
-                residual = next_residual(process.shape, c.contraction, noise, value, normal)
+            value, forcing, residual = _forcing(process, history, count, c, value, normal)
         nodes = history.nodes(value, s, c.start, count)
-
         start = y0
         if history.last is not None:
             start = self._corrected(process, history.last, nodes, y0)
         base = combine(process.shape, [(c.linear, start), *forcing])
-        used = slice(1 if self.predictor.num_nodes == 1 else None)
+
         x, valid = nodes.scaled(c), nodes.valid(self.predictor.num_nodes)
-        polynomials = self.predictor(x, valid)[used, : self._number]
-        values = nodes.values[used]
+        used = 1 if self.predictor.num_nodes == 1 else len(nodes.values)
+        values, polynomials = nodes.values[:used], self.predictor(x, valid)[:used]
+        polynomials = polynomials[:, : self._number]
         y1 = _add(base, _integral(process, polynomials, c.moments, values))
         if isinstance(self.correction, Reevaluate):
-            predicted, values = y1, [self.splitting.evaluate(flow, t, y1, args), *nodes.values]
+            again = self.splitting.evaluate(flow, t, y1, args)
             polynomials = self.correction(x, nodes.valid(self.correction.num_older))
-            polynomials = polynomials[:, : self._number]
+            values, polynomials = [again, *nodes.values], polynomials[:, : self._number]
+            predicted = y1
             y1 = _add(base, _integral(process, polynomials, c.moments, values))
             y_error = _subtract(y1, predicted)
         else:
@@ -175,15 +176,10 @@ class AbstractExponentialMultistep(
 
         dense_info = dict(y0=y0, y1=y1)
         if lam is None:
-            dense_info |= dict(
-                corrected=start,
-                values=values,
-                polynomials=polynomials,
-                end=c.end,
-                direction=jnp.asarray(direction, s.dtype),
-                process=process,
-                splitting=self.splitting,
-                coordinate=self.coordinate,
+            direction = jnp.asarray(direction, s.dtype)
+            method = process, self.splitting, self.coordinate
+            dense_info["exponential"] = Exponential(
+                start, values, polynomials, c.end, direction, *method
             )
         history = history.push(nodes, c, s == t, t1, base, residual)
         return y1, y_error, dense_info, history, dfx.RESULTS.successful
@@ -224,6 +220,17 @@ def _unwrap(
     running, and the direction of time."""
     flow, lam, direction = unwrap_reverse(terms)
     return flow, None if isinstance(lam, float) and lam == 0 else lam, direction
+
+
+def _forcing(process, history: History, count, c: StepCoefficients, value, normal):
+    """What a step of a reverse diffusion interpolates, what is added to the linear part, as
+    pairs of blocks and states, and the next residual, if there is one."""
+    forcing, residual = [(c.noise, normal)], None
+    if history.residual is not None:
+        noise, value = value, history.residual(value, count)
+        forcing.append((c.moments[0], _subtract(noise, value)))
+        residual = next_residual(process.shape, c.contraction, noise, value, normal)
+    return value, forcing, residual
 
 
 def _integral(process, polynomials, moments, values) -> State:

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 
 import gddim_eqx as gd
-from gddim_eqx._exponential import NoiseSplitting
-from gddim_eqx.solvers._polynomial import lagrange, weights
+from gddim_eqx._exponential import lagrange, NoiseSplitting, weights
 
 from .helpers import processes
 

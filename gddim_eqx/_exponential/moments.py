@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Inexact
 
@@ -30,18 +31,18 @@ from .quadrature import StepNodes
 
 
 class Position(NamedTuple):
-    """The coordinate over a step: at its ends, and scaled to 0 at the start and 1 at the
-    end at the quadrature nodes, with the weights of integrals over it and over time."""
+    """The coordinate over a step: at its ends; and at all times scaled to 0 at the start
+    and 1 at the end, with the quadrature weights of integrals over it and over time."""
 
     start: Inexact[Array, ""]
     end: Inexact[Array, ""]
-    scaled: Inexact[Array, " nodes"]
-    weights: Inexact[Array, " nodes"]
-    weights_in_time: Inexact[Array, " nodes"]
+    scaled: Inexact[Array, " times"]
+    weights: Inexact[Array, " times"]
+    weights_in_time: Inexact[Array, " times"]
 
 
 def position(nodes: StepNodes, coordinate: AbstractCoordinate) -> Position:
-    """The position of the quadrature nodes of a step in a coordinate."""
+    """The quadrature nodes of a step in a coordinate."""
     times, process = nodes.times, nodes.process
     s, t = times[0], times[-1]
     in_time = (t - s) * nodes.weights
@@ -50,9 +51,9 @@ def position(nodes: StepNodes, coordinate: AbstractCoordinate) -> Position:
     log_snr = slopes = None
     if coordinate.uses_log_snr:
         log_snr, slopes = nodes.log_snr()
-        slopes = jnp.pad((t - s) * slopes, 1)
+        slopes = (t - s) * slopes
     forward = t > s
-    # The derivative with respect to the fraction of time, needed at the nodes only.
+    # The derivative is with respect to the fraction of time.
     values, slopes = jax.jvp(
         lambda t, log_snr: coordinate(process, t, log_snr, forward),
         (times, log_snr),
@@ -60,33 +61,30 @@ def position(nodes: StepNodes, coordinate: AbstractCoordinate) -> Position:
     )
     start, end = values[0], values[-1]
     # A step too short to be resolved by the coordinate leaves it at 0.
-    still = start == end
-    rate = jnp.where(still, 0, 1 / jnp.where(still, 1, end - start))
-    at_nodes, slopes = rate * (values[1:-1] - start), rate * slopes[1:-1]
-    return Position(start, end, at_nodes, nodes.weights * slopes, in_time)
+    rate = jnp.where(start == end, 0, 1 / jnp.where(start == end, 1, end - start))
+    inside = nodes.weights > 0
+    slopes = jnp.where(inside, rate * slopes, 0)
+    return Position(start, end, rate * (values - start), nodes.weights * slopes, in_time)
 
 
 def moments_of_bracket(
     bracket: Inexact[Array, "times n n *spectrum"], position: Position, number: int
 ) -> Inexact[Array, "number n n *spectrum"]:
-    """The first moments, given the bracket at the start of a step, at the quadrature
-    nodes, and at the end."""
-    whole = bracket[-1:] - bracket[:1]
-    if number == 1:
-        return whole
+    """The first moments of a bracket."""
     x, weights = position.scaled, position.weights
-    powers = [weights * i * x ** (i - 1) for i in range(1, number)]
+    rules = [(np.arange(len(x)) == 0).astype(x.dtype)]
+    rules += [weights * i * x ** (i - 1) for i in range(1, number)]
     # The weights of all powers add up to one.
-    return jnp.concatenate([whole, _sum(powers, bracket[-1:] - bracket[1:-1])])
+    return _contract(rules, bracket[-1:] - bracket)
 
 
 def moments_of_density(
-    density: Inexact[Array, "nodes n n *spectrum"], position: Position, number: int
+    density: Inexact[Array, "times n n *spectrum"], position: Position, number: int
 ) -> Inexact[Array, "number n n *spectrum"]:
-    """The first moments, given the derivative of the bracket at the quadrature nodes."""
+    """The first moments of a bracket, given its derivative."""
     x, weights = position.scaled, position.weights_in_time
-    return _sum([weights * x**i for i in range(number)], density)
+    return _contract([weights * x**i for i in range(number)], density)
 
 
-def _sum(weights, values):
-    return jnp.tensordot(jnp.stack(weights), values, 1, precision=lax.Precision.HIGHEST)
+def _contract(rules, values):
+    return jnp.tensordot(jnp.stack(rules), values, 1, precision=lax.Precision.HIGHEST)

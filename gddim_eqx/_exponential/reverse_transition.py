@@ -52,8 +52,8 @@ class Contraction(NamedTuple):
     spread: Inexact[Array, "n n *spectrum"]
     # The mean of Omega(t, tau) over the step; the identity where it is zero.
     mean: Inexact[Array, "n n *spectrum"]
-    # Omega(t, tau) at the quadrature nodes.
-    omegas: Inexact[Array, "nodes n n *spectrum"]
+    # Omega(t, tau) at the start, the quadrature nodes and the end.
+    omegas: Inexact[Array, "times n n *spectrum"]
 
 
 def contraction(nodes: StepNodes, lam: Level) -> Contraction:
@@ -64,15 +64,15 @@ def contraction(nodes: StepNodes, lam: Level) -> Contraction:
     - `nodes`: of a step from `s` to `t <= s`.
     - `lam`: the stochasticity, or a function of time.
     """
-    loadings = nodes.whitened
-    durations = (nodes.times[0] - nodes.times[-1]) * nodes.weights
+    loadings = nodes.whitened[1:-1]
+    durations = (nodes.times[0] - nodes.times[-1]) * nodes.weights[1:-1]
     durations = append_axes(durations, loadings.ndim)
     level, levels = _levels(lam, nodes.times[1:])
     levels = append_axes(levels, loadings.ndim)
     # All square roots are of regular quantities, to be multiplied by the level, so that
     # they can be differentiated with respect to it where it is zero too.
     if nodes.process.num_components == 1:
-        exponents = _exponents(nodes, durations, levels)
+        exponents = _exponents(nodes, loadings, durations, levels)
         omegas, omega = (jnp.exp(level**2 * x) for x in exponents)
         increments = _root(durations) * levels[:-1] * omegas * loadings
         root = _root(-2 * exponents[1] * _expm1_over(2 * level**2 * exponents[1]))
@@ -84,9 +84,11 @@ def contraction(nodes: StepNodes, lam: Level) -> Contraction:
     # The integral of the noise against the increments of Brownian motion.
     target = (_root(durations) * increments).sum(0)
     spread = level * align(root, target)
-    mean = (append_axes(nodes.weights, omegas.ndim) * omegas).sum(0)
-    eye = jnp.eye(len(mean), dtype=mean.dtype)
-    mean = jnp.where((mean == 0).all(), append_axes(eye, mean.ndim), mean)
+    mean = (append_axes(nodes.weights[1:-1], omegas.ndim) * omegas).sum(0)
+    eye = append_axes(jnp.eye(len(mean), dtype=mean.dtype), mean.ndim)
+    eye = jnp.broadcast_to(eye, mean.shape)
+    mean = jnp.where((mean == 0).all(), eye, mean)
+    omegas = jnp.concatenate([omega[None], omegas, eye[None]])
     return Contraction(omega, spread, mean, omegas)
 
 
@@ -112,7 +114,7 @@ def _expm1_over(x):
     return jnp.where(small, 1 + x / 2, jnp.expm1(x) / jnp.where(small, 1, x))
 
 
-def _exponents(nodes, durations, levels):
+def _exponents(nodes, loadings, durations, levels):
     """The logarithms of Omega(t, tau) and Omega(t, s) where numbers take the place of
     matrices, for a mean level of one. At a constant level Omega is the power lam^2 of
     R_t / (Psi R_s); what levels differ from that at the end is regular there, and
@@ -131,7 +133,7 @@ def _exponents(nodes, durations, levels):
 
     at_nodes = jax.vmap(log_ratio)(nodes.times[:-1], nodes.roots[:-1], nodes.signals[:-1])
     # The logarithm of a ratio near 1 has lost its digits; the integral has them.
-    rate = 0.5 * durations * nodes.whitened**2
+    rate = 0.5 * durations * loadings**2
     whole = at_nodes[0]
     whole = jnp.where(whole < -0.1, whole, -rate.sum(0))
     at_end, excess = levels[-1] ** 2, rate * (levels[:-1] ** 2 - levels[-1:] ** 2)

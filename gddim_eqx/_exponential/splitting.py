@@ -1,11 +1,12 @@
 import abc
 import functools as ft
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Inexact
 
 from .._custom_types import Args, FrameName, Level, State
@@ -36,9 +37,10 @@ class StepCoefficients(NamedTuple):
     t: Inexact[Array, ""]
     start: Inexact[Array, ""]
     end: Inexact[Array, ""]
-    # Multiplies standard normals; and what this is made of. On reverse diffusions only.
-    noise: Inexact[Array, "n n *spectrum"] | None
-    contraction: Contraction | None
+    # On reverse diffusions: what multiplies standard normals, `(n, n, *spectrum)`, and the
+    # `Contraction` that it is made of. Else `None`.
+    noise: Any
+    contraction: Any
 
 
 class AbstractSplitting(eqx.Module):
@@ -119,21 +121,18 @@ class DataSplitting(AbstractSplitting):
         def back(inverse, omega=None):
             return _product(process, root, *([] if omega is None else [omega]), inverse)
 
-        if step is None:
-            backs = jax.vmap(back)(nodes.inverses)
-        else:
-            omegas = jnp.concatenate([step.omega[None], step.omegas])
-            backs = jax.vmap(back)(nodes.inverses, omegas)
+        factors = [nodes.inverses] if step is None else [nodes.inverses, step.omegas]
+        backs = jax.vmap(back)(*factors)
         linear = eqx.error_if(
             backs[0],
             ~jnp.isfinite(backs[0]).all(),
             "`GDDIM` cannot start where there is no noise, at time 0. To encode data, "
             "start from `process.t_min`, or use `GDDIM(space='noise')`.",
         )
-        bracket = jax.vmap(ft.partial(_product, process))(backs, nodes.signals[:-1])
+        bracket = jax.vmap(ft.partial(_product, process))(backs, nodes.signals)
         # At the end it is known, even where R has no inverse.
-        last = append_axes(nodes.signals[-1], bracket.ndim - 1)
-        bracket = jnp.concatenate([bracket, last[None]])
+        last = append_axes(nodes.signals[-1:], bracket.ndim)
+        bracket = jnp.where(_index(bracket) == len(bracket) - 1, last, bracket)
         return linear, ft.partial(moments_of_bracket, bracket)
 
     def needs_nodes(self, process):
@@ -164,13 +163,12 @@ class NoiseSplitting(AbstractSplitting):
         transitions = jax.vmap(transition)(nodes.times)
         if self.needs_nodes(process):
             density = jax.vmap(ft.partial(_density, process))
-            density = density(nodes.times[1:-1], transitions[1:-1])
+            density = density(nodes.times, transitions)
             return transitions[0], ft.partial(moments_of_density, density)
         bracket = jax.vmap(ft.partial(_product, process))(transitions, nodes.roots)
         if step is not None:
-            omegas = jnp.concatenate([step.omega[None], step.omegas])
             root = lambda omega: _product(process, nodes.roots[-1], omega)
-            bracket = bracket - jnp.concatenate([jax.vmap(root)(omegas), bracket[-1:]])
+            bracket = bracket - jax.vmap(root)(step.omegas)
         return transitions[0], ft.partial(moments_of_bracket, bracket)
 
     def needs_nodes(self, process):
@@ -192,5 +190,9 @@ def _none_if_still(s, t, values):
     """The moments of a step, of which one of no length has none. As it is made longer only
     that of the constant grows at first."""
     still = s == t
-    constant = pin(still, jnp.zeros_like(values[:1]), values[:1])
-    return jnp.concatenate([constant, jnp.where(still, 0, values[1:])])
+    return pin(still, 0, jnp.where(still & (_index(values) > 0), 0, values))
+
+
+def _index(values):
+    """The index along the first axis."""
+    return np.arange(len(values)).reshape(-1, *[1] * (values.ndim - 1))

@@ -281,8 +281,8 @@ def log_norm(
     size = lax.stop_gradient(jnp.abs(vectors).max(0))
     known = size > 0
     scaled = vectors / jnp.where(known, size, 1)[None]
-    square = jnp.where(known, (scaled**2).sum(0), 1)
-    return jnp.log(size) + 0.5 * jnp.log(square), scaled / jnp.sqrt(square)[None]
+    norm = jnp.sqrt(jnp.where(known, (scaled**2).sum(0), 1))
+    return jnp.log(size * norm), scaled / norm[None]
 
 
 def normal_like(key: Key, state: State) -> State:

@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Int
 
-from gddim_eqx._custom_types import State
-from gddim_eqx._exponential import Contraction
-from gddim_eqx._linear import apply, BlockLinearOperator
+from .._custom_types import State
+from .._linear import apply, BlockLinearOperator
+from .reverse_transition import Contraction
 
 
 class Residual(eqx.Module):

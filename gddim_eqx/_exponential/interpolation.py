@@ -1,0 +1,70 @@
+from typing import NamedTuple
+
+import diffrax as dfx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Inexact, Real
+
+from .._custom_types import RealScalarLike, State
+from .._linear import coefficient_dtype, combine
+from .._misc import pin
+from .._process import AbstractProcess
+from .coordinate import AbstractCoordinate, scaled
+from .polynomial import weights
+from .splitting import AbstractSplitting
+
+
+class Exponential(NamedTuple):
+    """What a step leaves for dense output."""
+
+    # What the corrector made of the start of the step.
+    start: State
+    # The interpolation polynomial in the coordinate, 0 at the start and 1 at the end:
+    # values, and by value the coefficients of what multiplies it.
+    values: list[State]
+    polynomials: Inexact[Array, "nodes number"]
+    # The coordinate at the end of the step.
+    end: Real[Array, ""]
+    direction: RealScalarLike
+    process: AbstractProcess
+    splitting: AbstractSplitting
+    coordinate: AbstractCoordinate
+
+
+class ExponentialInterpolation(dfx.AbstractLocalInterpolation):
+    """The exponential integrator's own solution within a step, of the solver's order."""
+
+    t0: RealScalarLike
+    t1: RealScalarLike
+    y0: State
+    y1: State
+    exponential: Exponential
+
+    def evaluate(
+        self, t0: RealScalarLike, t1: RealScalarLike | None = None, left: bool = True
+    ) -> State:
+        del left
+        if t1 is not None:
+            return jtu.tree_map(lambda a, b: a - b, self.evaluate(t1), self.evaluate(t0))
+        e, dtype = self.exponential, coefficient_dtype(self.y0)
+        number = e.polynomials.shape[1]
+        s, end, t = (jnp.asarray(x * e.direction, dtype) for x in (self.t0, self.t1, t0))
+        c = e.splitting.integrate(e.process, s, t, number, e.coordinate)
+        fraction = scaled(c.end, c.start, e.end)
+        scales = jnp.stack([fraction**i for i in range(number)])
+        coefficients = weights(e.polynomials * scales[None], c.moments)
+        y = combine(e.process.shape, [(c.linear, e.start), *zip(coefficients, e.values)])
+        # Begin where the previous step ended, before it was corrected.
+        rest = (end - t) / jnp.where(s == end, 1, end - s)
+
+        def finish(y, y0, start, y1):
+            return pin(t == end, y1, y + rest.astype(y.dtype) * (y0 - start))
+
+        return jtu.tree_map(finish, y, self.y0, e.start, self.y1)
+
+
+def interpolation(*, t0, t1, y0, y1, exponential=None) -> dfx.AbstractLocalInterpolation:
+    """The exponential interpolation; on reverse diffusions, a linear one."""
+    if exponential is None:
+        return dfx.LocalLinearInterpolation(t0=t0, t1=t1, y0=y0, y1=y1)
+    return ExponentialInterpolation(t0, t1, y0, y1, exponential)
