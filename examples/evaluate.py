@@ -174,7 +174,7 @@ def _adaptive(flow, key, tolerance, number, placement, count):
     process = flow.process
     u = process.prior(key, (number,))
     if placement is not None:
-        u = placement.divide(u)
+        u = placement.shard(u)
     solution = dfx.diffeqsolve(
         gd.ProbabilityFlow(process, model, flow.predicts, flow.factor),
         dfx.Dopri5(),

@@ -51,7 +51,7 @@ def inpaint(
 
     def log_likelihood(t, u, args):
         """Of the known pixels, given what the model predicts from a noisy state."""
-        x = process.decode(flow.initial(t, process.from_data(u), args))
+        x = process.decode(flow.denoised(t, process.from_data(u), args))
         # How far off a prediction is: all of the data's variance at first, and in the end
         # the noise that is left in a pixel.
         variance = 1 / (1 / 0.5 + jnp.exp(2 * process.log_snr(t)))

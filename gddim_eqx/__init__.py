@@ -12,8 +12,8 @@ from ._exponential import reverse_transition as reverse_transition
 from ._linear import (
     AbstractBasis as AbstractBasis,
     BlockLinearOperator as BlockLinearOperator,
-    Cosine as Cosine,
-    Identity as Identity,
+    CosineBasis as CosineBasis,
+    IdentityBasis as IdentityBasis,
     Phase as Phase,
 )
 from ._model import (
@@ -33,8 +33,8 @@ from ._process import (
     BDM as BDM,
     check_process as check_process,
     CLD as CLD,
-    CosineSquared as CosineSquared,
-    Linear as Linear,
+    CosineSchedule as CosineSchedule,
+    LinearSchedule as LinearSchedule,
     LinearSDE as LinearSDE,
     SubVP as SubVP,
     VE as VE,

@@ -52,7 +52,7 @@ class Placement(eqx.Module):
         """The sharding of arrays that every device holds."""
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def divide(self, batch: PyTree) -> Any:
+    def shard(self, batch: PyTree) -> Any:
         """Inside of `jax.jit`, have each device work on its part of a batch."""
         return jax.lax.with_sharding_constraint(batch, self.batch)
 

@@ -1,8 +1,10 @@
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Inexact
+from jaxtyping import Array, Inexact
 
-from gddim_eqx._exponential import lagrange
+from gddim_eqx._exponential import lagrange, scaled, StepCoefficients
+
+from ._history import Nodes
 
 
 class AbstractCorrector(eqx.Module):
@@ -32,8 +34,8 @@ class Reevaluate(AbstractCorrector):
     num_older: int = eqx.field(static=True)
 
     def __call__(
-        self, nodes: Inexact[Array, " nodes"], valid: Bool[Array, " nodes"]
+        self, nodes: Nodes, c: StepCoefficients
     ) -> Inexact[Array, "nodes+1 nodes+1"]:
         """Lagrange polynomials through the end of the step, at 1, and older nodes."""
-        ends = jnp.concatenate([jnp.ones(1, nodes.dtype), nodes])
-        return lagrange(ends, jnp.concatenate([jnp.ones(1, bool), valid]))
+        x = jnp.append(1, scaled(nodes.coordinate, c.start, c.end))
+        return lagrange(x, jnp.append(True, nodes.valid(self.num_older)))

@@ -6,7 +6,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Inexact, Int, PyTree, Real
 
 from gddim_eqx._custom_types import BoolScalarLike, RealScalarLike, State
-from gddim_eqx._exponential import Residual, scaled, StepCoefficients
+from gddim_eqx._exponential import Residual, StepCoefficients
 from gddim_eqx._linear import coefficient_dtype
 
 
@@ -21,10 +21,6 @@ class Nodes(eqx.Module):
     age: Int[Array, " nodes"]
     # How many are stored.
     count: Int[Array, ""]
-
-    def scaled(self, c: StepCoefficients) -> Real[Array, " nodes"]:
-        """The coordinate, 0 at the start of the step and 1 at its end."""
-        return scaled(self.coordinate, c.start, c.end)
 
     def valid(self, number: int) -> Bool[Array, " nodes"]:
         """The newest few nodes, as far as there are as many."""

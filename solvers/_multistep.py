@@ -148,31 +148,30 @@ class AbstractExponentialMultistep(
         if lam is not None:
             s, t = backward(s, t)
         c = self._integrate(process, s, t, lam)
-        value = self.splitting.evaluate(flow, s, y0, args)
+        value = self.splitting.evaluate(flow, s, y0, args, c.root)
         count, forcing, residual = history.length(t0, made_jump), [], None
         if isinstance(terms, ReverseSDE) and lam is not None:
             normal = terms.normal(t0, t1, y0)
             value, forcing, residual = _forcing(process, history, count, c, value, normal)
         nodes = history.nodes(value, s, c.start, count)
+        corrector, predictor, estimate = self._polynomials(nodes, history.last, c)
         start = y0
         if history.last is not None:
-            start = self._corrected(process, history.last, nodes, y0)
+            start = _corrected(process, history.last, corrector, nodes, y0)
         base = combine(process.shape, [(c.linear, start), *forcing])
 
-        x, valid = nodes.scaled(c), nodes.valid(self.predictor.num_nodes)
         used = 1 if self.predictor.num_nodes == 1 else len(nodes.values)
-        values, polynomials = nodes.values[:used], self.predictor(x, valid)[:used]
-        polynomials = polynomials[:, : self._number]
+        values, polynomials = nodes.values[:used], predictor[:used, : self._number]
         y1 = _add(base, _integral(process, polynomials, c.moments, values))
         if isinstance(self.correction, Reevaluate):
             again = self.splitting.evaluate(flow, t, y1, args)
-            polynomials = self.correction(x, nodes.valid(self.correction.num_older))
-            values, polynomials = [again, *nodes.values], polynomials[:, : self._number]
+            polynomials = self.correction(nodes, c)[:, : self._number]
+            values = [again, *nodes.values]
             predicted = y1
             y1 = _add(base, _integral(process, polynomials, c.moments, values))
             y_error = _subtract(y1, predicted)
         else:
-            y_error = self._error(process, nodes, c)
+            y_error = _integral(process, estimate, c.moments_in_time, nodes.values)
 
         dense_info = dict(y0=y0, y1=y1)
         if lam is None:
@@ -189,23 +188,22 @@ class AbstractExponentialMultistep(
             process, s, t, self._number, self.coordinate, self._number_in_time, lam
         )
 
-    def _corrected(self, process, last: LastStep, nodes: Nodes, y0: State) -> State:
-        """The end of the last step, as it is with the new evaluation."""
-        x = scaled(nodes.coordinate, last.start, nodes.coordinate[0])
-        polynomials = lagrange(x, nodes.valid(self.correction.num_older + 1))
-        integral = _integral(process, polynomials, last.moments, nodes.values)
-        corrected = lambda y, a, b: jnp.where(nodes.count > 0, a + b, y)
-        return jtu.tree_map(corrected, y0, last.base, integral)
-
-    def _error(self, process, nodes: Nodes, c: StepCoefficients) -> State:
-        """The difference between polynomials in time, through all values and through one
-        less. In a coordinate that slows down long steps would seem accurate."""
-        number = self._number_in_time
-        valid = nodes.valid(number)
-        x = scaled(nodes.times, nodes.times[0], c.t)
-        newer = valid & (nodes.age < jnp.minimum(nodes.count, number - 1))
-        polynomials = (lagrange(x, valid) - lagrange(x, newer))[:, :number]
-        return _integral(process, polynomials, c.moments_in_time, nodes.values)
+    def _polynomials(self, nodes: Nodes, last: LastStep | None, c: StepCoefficients):
+        """By node, the polynomials of the last step's corrector, of the predictor, and of
+        the error estimate."""
+        q, number = self.predictor.num_nodes, self._number_in_time
+        x = scaled(nodes.coordinate, c.start, c.end)
+        # In a coordinate that slows down long steps would seem accurate.
+        times = scaled(nodes.times, nodes.times[0], c.t)
+        narrower = nodes.valid(number) & (nodes.age < jnp.minimum(nodes.count, number - 1))
+        cases = [(x, nodes.valid(q)), (times, nodes.valid(number)), (times, narrower)]
+        if last is not None:
+            x = scaled(nodes.coordinate, last.start, nodes.coordinate[0])
+            cases.append((x, nodes.valid(self.correction.num_older + 1)))
+        # All at once, so that they are compiled once.
+        both = lagrange(*(jnp.stack(x) for x in zip(*cases)))
+        predictor, wide, narrow, corrector = both[0], both[1], both[2], both[-1]
+        return corrector, self.predictor(predictor, nodes), (wide - narrow)[:, :number]
 
     def func(
         self, terms: dfx.AbstractTerm, t0: RealScalarLike, y0: State, args: Args
@@ -231,6 +229,13 @@ def _forcing(process, history: History, count, c: StepCoefficients, value, norma
         forcing.append((c.moments[0], _subtract(noise, value)))
         residual = next_residual(process.shape, c.contraction, noise, value, normal)
     return value, forcing, residual
+
+
+def _corrected(process, last: LastStep, polynomials, nodes: Nodes, y0: State) -> State:
+    """The end of the last step, with the new evaluation."""
+    integral = _integral(process, polynomials, last.moments, nodes.values)
+    corrected = lambda y, a, b: jnp.where(nodes.count > 0, a + b, y)
+    return jtu.tree_map(corrected, y0, last.base, integral)
 
 
 def _integral(process, polynomials, moments, values) -> State:

@@ -1,9 +1,9 @@
 import abc
 
 import equinox as eqx
-from jaxtyping import Array, Bool, Inexact
+from jaxtyping import Array, Inexact
 
-from gddim_eqx._exponential import lagrange
+from ._history import Nodes
 
 
 class AbstractPredictor(eqx.Module):
@@ -14,10 +14,10 @@ class AbstractPredictor(eqx.Module):
 
     @abc.abstractmethod
     def __call__(
-        self, nodes: Inexact[Array, " nodes"], valid: Bool[Array, " nodes"]
+        self, polynomials: Inexact[Array, "nodes nodes"], nodes: Nodes
     ) -> Inexact[Array, "nodes nodes"]:
         """By node, the coefficients of the polynomial that multiplies its value, lowest
-        power first."""
+        power first, given those of the Lagrange polynomials."""
 
 
 class AdamsBashforth(AbstractPredictor):
@@ -25,5 +25,5 @@ class AdamsBashforth(AbstractPredictor):
 
     num_nodes: int = eqx.field(static=True)
 
-    def __call__(self, nodes, valid):
-        return lagrange(nodes, valid)
+    def __call__(self, polynomials, nodes):
+        return polynomials

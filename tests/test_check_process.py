@@ -47,7 +47,7 @@ def test_processes_of_the_library_obey_the_laws(make):
 
 
 def test_short_and_spectral_processes_obey_the_laws():
-    gd.check_process(gd.VP((2,), gd.Linear(t_end=0.1)))
+    gd.check_process(gd.VP((2,), gd.LinearSchedule(t_end=0.1)))
     gd.check_process(gd.CLD((), gamma=0.0, mass_inverse=1e4))
 
 
@@ -138,8 +138,8 @@ wrong = {
         r"`diffusion\(t\)` must be finite",
     ),
     "time of vanishing signal": (
-        dict(t_vanish=property(lambda self: 1.0)),
-        r"`Changed.t_vanish` must be after `t_max`",
+        dict(t_zero_signal=property(lambda self: 1.0)),
+        r"`Changed.t_zero_signal` must be after `t_max`",
     ),
     "encode": (
         dict(encode=lambda self, x: gd.Phase(2 * x, 0 * x)),
@@ -199,6 +199,6 @@ def test_the_docstring_lists_what_a_subclass_must_give():
     needed = gd.AbstractProcess.__abstractmethods__ | set(
         eqx.AbstractVar and gd.AbstractProcess.__abstractvars__
     )
-    assert {"shape", "t_vanish", "prior_factor"} < needed
+    assert {"shape", "t_zero_signal", "prior_factor"} < needed
     for name in needed:
         assert f"`{name}`" in doc, name

@@ -182,7 +182,7 @@ def _bdm(key):
 
 
 def _flow(key):
-    process = gd.VP((2,), gd.CosineSquared(offset=0.01))
+    process = gd.VP((2,), gd.CosineSchedule(offset=0.01))
     model = gd.nn.NetworkModel(process, _points(key))
     return gd.ProbabilityFlow(process, model, "velocity")
 
@@ -239,7 +239,7 @@ def _as_user_model(process, network):
 @pytest.mark.parametrize("shapes_only", (False, True))
 @pytest.mark.parametrize("whole", (False, True))
 def test_networks_of_ones_own(tmp_path, shapes_only, whole):
-    process = gd.VP((2,), gd.Linear(beta_max=15.0))
+    process = gd.VP((2,), gd.LinearSchedule(beta_max=15.0))
     flow = _as_user_model(process, _Own(8, key=jax.random.key(0)))
     flow = eqx.tree_at(lambda f: f.model.network.frequencies, flow, np.float32([3, 4]))
     gd.checkpoints.save(tmp_path / "model", flow)
@@ -304,7 +304,7 @@ def test_processes_of_ones_own(tmp_path):
     ],
 )
 def test_what_is_not_like_what_was_saved_is_refused(tmp_path, make, message):
-    process = gd.VP((2,), gd.Linear(beta_max=15.0))
+    process = gd.VP((2,), gd.LinearSchedule(beta_max=15.0))
     flow = _as_user_model(process, _Own(8, key=jax.random.key(0)))
     gd.checkpoints.save(tmp_path / "model", flow)
     with pytest.raises(ValueError, match=message) as error:

@@ -95,7 +95,7 @@ def _integrand(name):
 def brute_force(name, s, t):
     """The moments of one step by 64 panels of 16 nodes, ever shorter towards time 0 and
     towards where the signal vanishes."""
-    end = processes[name]().t_vanish
+    end = processes[name]().t_zero_signal
     first, last = np.log(s / (1 - s / end)), np.log(t / (1 - t / end))
     edges = np.exp(np.linspace(first, last, PANELS + 1))
     edges = edges / (1 + edges / end)

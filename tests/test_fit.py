@@ -60,7 +60,7 @@ def test_a_batch_may_be_larger_than_the_data():
 
 def test_batches_ahead_are_those_asked_for():
     batches = Batches(_points, 6)
-    stream = batches.since(3)
+    stream = batches.iterate_from(3)
     for n in range(3, 9):
         np.testing.assert_array_equal(next(stream), batches[n])
     stream.close()

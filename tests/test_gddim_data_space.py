@@ -107,7 +107,7 @@ def test_steps_by_hand(name, variable, order, corrector, lam):
     times, predictions, before = [], [], None
     for s, t in zip(ts[:-1], ts[1:]):
         times = [s, *times]
-        predictions = [_components(flow.initial(s, y, None)), *predictions]
+        predictions = [_components(flow.denoised(s, y, None)), *predictions]
         start = _components(y)
         if corrector and before is not None:
             used = slice(corrector + 1)
@@ -140,7 +140,7 @@ def test_reevaluation_is_the_corrector_with_a_second_evaluation():
     jax.effects_barrier()
     assert model.count == 2 * 2
     y = _components(y)
-    predict = lambda t, u: _components(term.initial(t, gd.Phase(*jnp.asarray(u)), None))
+    predict = lambda t, u: _components(term.denoised(t, gd.Phase(*jnp.asarray(u)), None))
     step = lambda times, values, u, s, t: _by_hand(
         process, "clock", 0.0, times, values, u, s, t
     )
@@ -158,7 +158,7 @@ def test_all_predictions_of_one_model_give_the_same_initial_state(name):
     u, t = prior_state(process, (2,)), jnp.asarray(0.4 * process.t_max)
     noise_of = mixture_for(process).model(process)
     flow = gd.ProbabilityFlow(process, noise_of)
-    initial = flow.initial(t, u, None)
+    initial = flow.denoised(t, u, None)
     data = lambda t, u, args: process.to_data(
         jtu.tree_map(lambda x: x / process.data_scale, initial)
     )
@@ -177,7 +177,7 @@ def test_all_predictions_of_one_model_give_the_same_initial_state(name):
         predictions["velocity"] = velocity
     tolerance = 1e-9 if jax.config.jax_enable_x64 else 2e-2
     for predicts, model in predictions.items():
-        other = gd.ProbabilityFlow(process, model, predicts).initial(t, u, None)
+        other = gd.ProbabilityFlow(process, model, predicts).denoised(t, u, None)
         assert max_difference(other, initial) < tolerance * (1 + max_difference(initial, u))
 
 
@@ -249,7 +249,7 @@ def test_a_solve_to_time_zero_returns_the_predicted_data():
     ts, y0 = gd.time_grid(process, 6), prior_state(process)
     before = solve(term, gd.GDDIM(1), ts, y0)
     y = solve(term, gd.GDDIM(1), jnp.append(ts, 0.0), y0)
-    assert max_difference(y, term.initial(ts[-1], before, None)) < 1e-12
+    assert max_difference(y, term.denoised(ts[-1], before, None)) < 1e-12
     assert jnp.isfinite(solve(term, gd.GDDIM(), jnp.append(ts, 0.0), y0)).all()
 
 

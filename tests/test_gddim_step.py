@@ -134,11 +134,11 @@ class Trivial(gd.AbstractDiagonalProcess):
     t_min = 0.1
     t_max = 100.0
     t_end = 100.0
-    t_vanish = float("inf")
+    t_zero_signal = float("inf")
 
     @property
     def basis(self):
-        return gd.Identity()
+        return gd.IdentityBasis()
 
     def _drift(self, t):
         return jnp.zeros_like(t)

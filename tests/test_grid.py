@@ -177,7 +177,7 @@ def test_half_precision_holds_a_few_times(dtype):
 
 # Half of all end times round up in single precision.
 _ends_that_round_up = {
-    "vp": lambda: gd.VP((2,), gd.Linear(t_end=0.6)),
+    "vp": lambda: gd.VP((2,), gd.LinearSchedule(t_end=0.6)),
     "ve": lambda: gd.VE((2,), t_end=0.6),
     "cld": lambda: gd.CLD((2,), beta=0.1, t_end=70.3),
     "edm": lambda: gd.LinearSDE(
@@ -216,7 +216,7 @@ def test_times_that_rounding_takes_past_the_end_are_the_librarys_own(name, dtype
 
 
 def test_times_that_are_really_past_the_end_are_refused():
-    process = gd.VP((2,), gd.Linear(t_end=0.6))
+    process = gd.VP((2,), gd.LinearSchedule(t_end=0.6))
     with pytest.raises(ValueError, match="`t0` must be in"):
         gd.time_grid(process, 5, t0=0.60001)
     with pytest.raises(ValueError, match="`ts` must be in"):
@@ -227,10 +227,10 @@ def test_times_that_are_really_past_the_end_are_refused():
 @pytest.mark.x64
 def test_a_grid_does_not_depend_on_what_was_computed_before():
     """In single precision."""
-    alone = gd.time_grid(gd.VP((2,), gd.Linear(beta_max=19.0)), 10)
+    alone = gd.time_grid(gd.VP((2,), gd.LinearSchedule(beta_max=19.0)), 10)
     with jax.enable_x64(False):
-        gd.time_grid(gd.VP((2,), gd.Linear(beta_max=18.0)), 10)
-    after = gd.time_grid(gd.VP((2,), gd.Linear(beta_max=18.0)), 10)
+        gd.time_grid(gd.VP((2,), gd.LinearSchedule(beta_max=18.0)), 10)
+    after = gd.time_grid(gd.VP((2,), gd.LinearSchedule(beta_max=18.0)), 10)
     # From the definition: the mean of two clocks.
     for ts, slope in ((alone, 18.9), (after, 17.9)):
         t = np.asarray(ts)
@@ -241,7 +241,7 @@ def test_a_grid_does_not_depend_on_what_was_computed_before():
 
 
 def test_grids_do_not_keep_processes_alive():
-    process = gd.VP((2,), gd.Linear(beta_max=17.0))
+    process = gd.VP((2,), gd.LinearSchedule(beta_max=17.0))
     gd.time_grid(process, 10)
     reference = weakref.ref(process)
     del process

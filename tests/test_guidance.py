@@ -97,7 +97,7 @@ def test_guidance_by_a_likelihood_samples_the_posterior():
             process.factor(t).blocks[0, 0],
         )
         total = mean**2 * 0.49 + std**2
-        x = flow.initial(t, u, None)
+        x = flow.denoised(t, u, None)
         variance = 0.49 * std**2 / total + noise**2
         return -0.5 * (x[..., 0] - args) ** 2 / variance
 
@@ -116,9 +116,9 @@ def test_predicted_data_are_changed(name, predicts):
     process = processes[name]()
     model, noise = _predicting(process, predicts)
     t, u = jnp.asarray(0.3 * process.t_max), prior_state(process, (2,))
-    before = noise.initial(t, u, None)
+    before = noise.denoised(t, u, None)
     guided = gd.DataGuidance(process, model, lambda t, x, args: 0.5 * x + 1, predicts)
-    after = gd.ProbabilityFlow(process, guided, predicts).initial(t, u, None)
+    after = gd.ProbabilityFlow(process, guided, predicts).denoised(t, u, None)
     tolerance = 1e-8 if jax.config.jax_enable_x64 else 5e-3
     expected = 0.5 * process.decode(before) + 1
     np.testing.assert_allclose(process.decode(after), expected, atol=tolerance)

@@ -46,7 +46,7 @@ def test_a_mixed_score_is_for_every_process_with_a_velocity():
         (4, 4, 1),
         kernel([[0.0, 1.0], [-1.0, -2.0]]),
         kernel([[0.0, 0.0], [0.0, 2.0]]),
-        basis=gd.Cosine(),
+        basis=gd.CosineBasis(),
     )
     u = process.to_data(process.prior(jax.random.key(0), (2,)))
     mixed = gd.nn.NetworkModel(process, _network, mixed_score=True)(t, u)

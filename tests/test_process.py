@@ -436,7 +436,7 @@ def test_bdm_states_are_cosine_coefficients(shape):
 
 
 def test_cosine_basis_keeps_inner_products():
-    basis, (a, b) = gd.Cosine(), data_for(gd.BDM((5, 7, 2)), (2,))
+    basis, (a, b) = gd.CosineBasis(), data_for(gd.BDM((5, 7, 2)), (2,))
     for change in (basis.forward, basis.inverse):
         np.testing.assert_allclose(
             (change(a) * change(b)).sum(), (a * b).sum(), rtol=100 * ROUNDING
@@ -658,12 +658,12 @@ def test_log_snr_is_that_of_the_mean_in_the_covariance(name):
 bad_arguments = {
     "schedule": (lambda: gd.VP((3,), "linaer"), "linaer"),
     "schedule of sub_vp": (lambda: gd.SubVP((3,), "quadratic"), "quadratic"),
-    "beta_min": (lambda: gd.Linear(beta_min=-1.5), "beta_min.*-1.5"),
-    "beta_max": (lambda: gd.Linear(beta_max=-1.5), "-1.5"),
-    "linear t_min": (lambda: gd.Linear(t_min=2.5), "t_min.*2.5"),
-    "offset": (lambda: gd.CosineSquared(offset=-1.5), "offset.*-1.5"),
-    "cosine t_end": (lambda: gd.CosineSquared(t_end=1.5), "t_end.*1.5"),
-    "cosine t_min": (lambda: gd.CosineSquared(t_min=-1.5), "t_min.*-1.5"),
+    "beta_min": (lambda: gd.LinearSchedule(beta_min=-1.5), "beta_min.*-1.5"),
+    "beta_max": (lambda: gd.LinearSchedule(beta_max=-1.5), "-1.5"),
+    "linear t_min": (lambda: gd.LinearSchedule(t_min=2.5), "t_min.*2.5"),
+    "offset": (lambda: gd.CosineSchedule(offset=-1.5), "offset.*-1.5"),
+    "cosine t_end": (lambda: gd.CosineSchedule(t_end=1.5), "t_end.*1.5"),
+    "cosine t_min": (lambda: gd.CosineSchedule(t_min=-1.5), "t_min.*-1.5"),
     "sigma_min": (lambda: gd.VE((3,), sigma_min=0.0), "sigma_min.*0.0"),
     "sigma_max": (lambda: gd.VE((3,), sigma_max=0.001), "sigma_max.*0.001"),
     "sigma_max nan": (lambda: gd.VE((3,), sigma_max=math.nan), "sigma_max.*nan"),

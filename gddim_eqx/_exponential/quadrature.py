@@ -103,17 +103,17 @@ def _nodes_at(process, s, t, nodes, weights):
 def _fractions(process, s, t, nodes, weights):
     """Gauss-Legendre nodes and weights on x in [0, 1].
 
-    They are uniform in z, where t / (1 - t / t_vanish) = t_min * (exp(z) - 1)^2. Noise
+    They are uniform in z, where t / (1 - t / t_zero_signal) = t_min * (exp(z) - 1)^2. Noise
     grows like the square root of time at first, which is linear in z, and later changes
     with the logarithm of time, which is linear in z too; so does the signal's logarithm
     where the signal vanishes.
     """
     nodes, weights = jnp.asarray(nodes, s.dtype), jnp.asarray(weights, s.dtype)
-    vanishes = math.isfinite(process.t_vanish)
+    vanishes = math.isfinite(process.t_zero_signal)
 
     def root(t):
         """exp(z) - 1"""
-        odds = t / (1 - t / process.t_vanish) if vanishes else t
+        odds = t / (1 - t / process.t_zero_signal) if vanishes else t
         return jnp.sqrt(odds / process.t_min)
 
     root_s, root_t = root(s), root(t)
@@ -126,8 +126,8 @@ def _fractions(process, s, t, nodes, weights):
     x = growth * (root_x + root_s) / length
     dx = 2 * width * (1 + growth) * root_x / length
     if vanishes:
-        # From fractions of t / (1 - t / t_vanish) to fractions of t.
-        closeness = process.t_min / process.t_vanish
+        # From fractions of t / (1 - t / t_zero_signal) to fractions of t.
+        closeness = process.t_min / process.t_zero_signal
         at_s, at_x, at_t = (1 + closeness * r**2 for r in (root_s, root_x, root_t))
         x, dx = x * at_t / at_x, dx * at_t * at_s / at_x**2
     # Rounding must not take a node past the end: there may be no process before time 0.

@@ -33,6 +33,8 @@ class StepCoefficients(NamedTuple):
     # in the coordinate, and of one in time, for the error estimate.
     moments: Inexact[Array, "number n n *spectrum"]
     moments_in_time: Inexact[Array, "number_in_time n n *spectrum"]
+    # The square root R of the covariance at the start.
+    root: Inexact[Array, "n n *spectrum"]
     # The end of the step; and the coordinate at its start and end.
     t: Inexact[Array, ""]
     start: Inexact[Array, ""]
@@ -48,8 +50,16 @@ class AbstractSplitting(eqx.Module):
     interpolates. Splittings are static pytrees."""
 
     @abc.abstractmethod
-    def evaluate(self, flow: ProbabilityFlow, t: Array, y: State, args: Args) -> State:
-        """What is interpolated, from one evaluation of the model."""
+    def evaluate(
+        self,
+        flow: ProbabilityFlow,
+        t: Array,
+        y: State,
+        args: Args,
+        root: Inexact[Array, "n n *spectrum"] | None = None,
+    ) -> State:
+        """What is interpolated, from one evaluation of the model; with the blocks of R_t,
+        if they are known."""
 
     @abc.abstractmethod
     def prepare(
@@ -101,9 +111,10 @@ class AbstractSplitting(eqx.Module):
         noise = None
         if step is not None:
             noise = _product(process, nodes.roots[-1], step.spread)
+        root = nodes.roots[0]
         in_coordinate, in_time = (_none_if_still(s, t, x) for x in (in_coordinate, in_time))
         return StepCoefficients(
-            linear, in_coordinate, in_time, t, at.start, at.end, noise, step
+            linear, in_coordinate, in_time, root, t, at.start, at.end, noise, step
         )
 
 
@@ -112,8 +123,8 @@ class DataSplitting(AbstractSplitting):
     \Omega(t, \tau) R_\tau^{-1} \Psi(\tau, 0)$, where $\Omega$ is the identity on the
     probability flow."""
 
-    def evaluate(self, flow, t, y, args):
-        return flow.initial(t, y, args)
+    def evaluate(self, flow, t, y, args, root=None):
+        return flow.denoised(t, y, args, root=_root(flow.process, root))
 
     def prepare(self, nodes, step):
         process, root = nodes.process, nodes.roots[-1]
@@ -154,8 +165,8 @@ class NoiseSplitting(AbstractSplitting):
     Of that bracket only the derivative is known, $\frac{1}{2} \Psi(t, \tau) G G^\top
     L_\tau^{-\top}$."""
 
-    def evaluate(self, flow, t, y, args):
-        return flow.noise(t, y, args, self.frame)
+    def evaluate(self, flow, t, y, args, root=None):
+        return flow.noise(t, y, args, self.frame, root=_root(flow.process, root))
 
     def prepare(self, nodes, step):
         process, end = nodes.process, nodes.times[-1]
@@ -179,6 +190,10 @@ def _density(process, tau, transition):
     diffusion, inverse = process.diffusion(tau), process.cholesky(tau).inverse()
     half = BlockLinearOperator(0.5 * transition, process.shape)
     return (half @ diffusion @ diffusion.T @ inverse.T).blocks
+
+
+def _root(process, blocks):
+    return None if blocks is None else BlockLinearOperator(blocks, process.shape)
 
 
 def _product(process, *blocks):

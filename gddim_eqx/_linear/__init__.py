@@ -1,4 +1,8 @@
-from .basis import AbstractBasis as AbstractBasis, Cosine as Cosine, Identity as Identity
+from .basis import (
+    AbstractBasis as AbstractBasis,
+    CosineBasis as CosineBasis,
+    IdentityBasis as IdentityBasis,
+)
 from .operator import (
     append_axes as append_axes,
     apply as apply,

@@ -21,7 +21,7 @@ class AbstractBasis(eqx.Module):
         """Coefficients to data, for an array of shape `(*batch, *shape)`."""
 
 
-class Identity(AbstractBasis):
+class IdentityBasis(AbstractBasis):
     """The data's own coordinates."""
 
     def forward(self, x):
@@ -31,7 +31,7 @@ class Identity(AbstractBasis):
         return x
 
 
-class Cosine(AbstractBasis):
+class CosineBasis(AbstractBasis):
     """The orthonormal type-II discrete cosine transform over height and width of
     `(*batch, height, width, channel)` images.
 

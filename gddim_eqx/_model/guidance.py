@@ -162,7 +162,7 @@ class DataGuidance(_Wrapper):
     def __call__(self, t: RealScalarLike, u: State, args: Args) -> State:
         process = self.process
         u = process.from_data(u)
-        position, *rest = jtu.tree_leaves(self.flow.initial(t, u, args))
+        position, *rest = jtu.tree_leaves(self.flow.denoised(t, u, args))
         x = process.basis.inverse(position) / process.data_scale
         changed = self.function(t, x, args)
         if jnp.shape(changed) != x.shape:

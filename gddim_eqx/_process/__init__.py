@@ -19,8 +19,8 @@ from .progress import (
 )
 from .schedule import (
     AbstractSchedule as AbstractSchedule,
-    CosineSquared as CosineSquared,
-    Linear as Linear,
+    CosineSchedule as CosineSchedule,
+    LinearSchedule as LinearSchedule,
 )
 from .sub_vp import SubVP as SubVP
 from .tables import coarse_and_rest as coarse_and_rest

@@ -45,9 +45,9 @@ class AbstractProcess(eqx.Module):
     !!! info "Implementing a process"
 
         Subclass, and provide the attributes `shape`, `num_components`, `basis`,
-        `data_scale`, `t_min`, `t_max`, `t_end` and `t_vanish`, as fields or properties,
-        and the methods `drift`, `diffusion`, `transition`, `covariance`, `factor`,
-        `cholesky` and `prior_factor`, such that, for all times:
+        `data_scale`, `t_min`, `t_max`, `t_end` and `t_zero_signal`, as fields or
+        properties, and the methods `drift`, `diffusion`, `transition`, `covariance`,
+        `factor`, `cholesky` and `prior_factor`, such that, for all times:
 
         1. `transition(t, r) @ transition(r, s)` equals `transition(t, s)`, and
             its derivative in `t` is `drift(t) @ transition(t, s)`;
@@ -78,7 +78,7 @@ class AbstractProcess(eqx.Module):
             rate: float = eqx.field(static=True, default=5.0)
             t_min: float = eqx.field(static=True, default=1e-3)
             t_end: float = eqx.field(static=True, default=1.0)
-            t_vanish: float = eqx.field(static=True, default=float("inf"))
+            t_zero_signal: float = eqx.field(static=True, default=float("inf"))
 
             def _drift(self, t):
                 return jnp.full_like(t, -self.rate)
@@ -113,7 +113,7 @@ class AbstractProcess(eqx.Module):
     """Where sampling starts."""
     t_end: AbstractVar[float]
     """The end $T$ of the process' time axis; at least `t_max`."""
-    t_vanish: AbstractVar[float]
+    t_zero_signal: AbstractVar[float]
     """Where the signal would vanish if the time axis went on; infinity if nowhere. Only
     used to place quadrature nodes well."""
 

@@ -5,7 +5,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from .._linear import AbstractBasis, Cosine
+from .._linear import AbstractBasis, CosineBasis
 from .._misc import as_shape, check_positive, constant_field
 from .diagonal import AbstractDiagonalProcess
 from .tables import coarse_and_rest, nodes_of_panels, PiecewisePolynomial
@@ -61,7 +61,7 @@ class BDM(AbstractDiagonalProcess):
 
     @property
     def basis(self) -> AbstractBasis:
-        return Cosine()
+        return CosineBasis()
 
     @property
     def data_scale(self) -> float:
@@ -76,7 +76,7 @@ class BDM(AbstractDiagonalProcess):
         return min(math.atan2(1.0, ratio) / unit - self.offset, self.t_end)
 
     @property
-    def t_vanish(self) -> float:
+    def t_zero_signal(self) -> float:
         return 1 + self.offset
 
     def _dissipation(self) -> np.ndarray:

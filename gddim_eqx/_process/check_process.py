@@ -57,16 +57,16 @@ def _check_attributes(process: AbstractProcess, name: str) -> None:
             f"`{name}.num_components` must be a positive integer; got "
             f"{process.num_components!r}."
         )
-    for attribute in ("data_scale", "t_min", "t_max", "t_end", "t_vanish"):
+    for attribute in ("data_scale", "t_min", "t_max", "t_end", "t_zero_signal"):
         value = getattr(process, attribute)
         if not isinstance(value, float | int) or not value > 0:
             raise ValueError(
                 f"`{name}.{attribute}` must be a positive number; got {value!r}."
             )
-    if not process.t_vanish > process.t_max:
+    if not process.t_zero_signal > process.t_max:
         raise ValueError(
-            f"`{name}.t_vanish` must be after `t_max`, or infinite; got "
-            f"{process.t_vanish} and {process.t_max}."
+            f"`{name}.t_zero_signal` must be after `t_max`, or infinite; got "
+            f"{process.t_zero_signal} and {process.t_max}."
         )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .._custom_types import RealScalarLike
-from .._linear import AbstractBasis, BlockLinearOperator, Identity
+from .._linear import AbstractBasis, BlockLinearOperator, IdentityBasis
 from .._misc import as_shape, check_positive, constant_field
 from .base import AbstractProcess
 from .tables import cumulative_integral, PiecewisePolynomial
@@ -72,7 +72,7 @@ class CLD(AbstractProcess):
 
     @property
     def basis(self) -> AbstractBasis:
-        return Identity()
+        return IdentityBasis()
 
     @property
     def data_scale(self) -> float:
@@ -83,7 +83,7 @@ class CLD(AbstractProcess):
         return self.t_end
 
     @property
-    def t_vanish(self) -> float:
+    def t_zero_signal(self) -> float:
         return math.inf
 
     def _elapsed(self, t, s):

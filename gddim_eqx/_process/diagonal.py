@@ -7,7 +7,7 @@ from jaxtyping import Array
 from .._linear import (
     AbstractBasis,
     BlockLinearOperator,
-    Identity,
+    IdentityBasis,
 )
 
 
@@ -88,7 +88,7 @@ class AbstractScalarProcess(AbstractDiagonalProcess):
 
     @property
     def basis(self) -> AbstractBasis:
-        return Identity()
+        return IdentityBasis()
 
     @property
     def data_scale(self) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike
 
-from .._linear import AbstractBasis, BlockLinearOperator, Identity
+from .._linear import AbstractBasis, BlockLinearOperator, IdentityBasis
 from .._misc import as_shape, check_instance, check_positive
 from .base import AbstractProcess
 from .edge_transitions import saturated_product
@@ -47,7 +47,7 @@ class LinearSDE(AbstractProcess):
     t_min: float = eqx.field(static=True)
     t_max: float = eqx.field(static=True)
     t_end: float = eqx.field(static=True)
-    t_vanish: float = eqx.field(static=True)
+    t_zero_signal: float = eqx.field(static=True)
     _solution: Solution = eqx.field(static=True)
 
     def __init__(
@@ -91,12 +91,12 @@ class LinearSDE(AbstractProcess):
                 f"{t_min}, {t_max} and {t_end}."
             )
         self.shape = as_shape(shape)
-        self.basis = Identity() if basis is None else basis
-        wanted = "a basis such as `Cosine()`"
+        self.basis = IdentityBasis() if basis is None else basis
+        wanted = "a basis such as `CosineBasis()`"
         check_instance("basis", self.basis, AbstractBasis, wanted)
         self.data_scale = float(data_scale)
         self.t_min, self.t_max, self.t_end = float(t_min), float(t_max), float(t_end)
-        self.t_vanish = float("inf")
+        self.t_zero_signal = float("inf")
         coefficients = Coefficients(self.shape, drift, diffusion, initial_covariance)
         _check_covariance(coefficients.initial_covariance)
         self.num_components = coefficients.num_components

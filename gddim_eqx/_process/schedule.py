@@ -15,7 +15,7 @@ class AbstractSchedule(eqx.Module):
 
     t_min: eqx.AbstractVar[float]
     t_end: eqx.AbstractVar[float]
-    t_vanish: eqx.AbstractVar[float]
+    t_zero_signal: eqx.AbstractVar[float]
 
     @abc.abstractmethod
     def rate(self, t: Array) -> Array:
@@ -37,7 +37,7 @@ def _check_times(t_min: float, t_end: float) -> None:
         )
 
 
-class Linear(AbstractSchedule):
+class LinearSchedule(AbstractSchedule):
     r"""$\beta_t = \beta_\text{min} + (\beta_\text{max} - \beta_\text{min})\,t$ on [0, 1]
     (Song et al. 2021)."""
 
@@ -57,7 +57,7 @@ class Linear(AbstractSchedule):
             raise ValueError(f"`beta_max` must not be negative; got {self.beta_max}.")
 
     @property
-    def t_vanish(self) -> float:
+    def t_zero_signal(self) -> float:
         return math.inf
 
     def _integral(self, t, s):
@@ -73,7 +73,7 @@ class Linear(AbstractSchedule):
         return -jnp.expm1(-self._integral(t, jnp.zeros_like(t)))
 
 
-class CosineSquared(AbstractSchedule):
+class CosineSchedule(AbstractSchedule):
     r"""$\exp(-\int_0^t \beta) = \cos^2(\phi_t) / \cos^2(\phi_0)$ with
     $\phi_t = \frac{\pi}{2} \frac{t + o}{1 + o}$ (Nichol & Dhariwal 2021).
 
@@ -94,7 +94,7 @@ class CosineSquared(AbstractSchedule):
             )
 
     @property
-    def t_vanish(self) -> float:
+    def t_zero_signal(self) -> float:
         return 1.0
 
     def _cosine(self, t):
@@ -116,7 +116,7 @@ class CosineSquared(AbstractSchedule):
 
 def as_schedule(schedule: "str | AbstractSchedule") -> AbstractSchedule:
     """A schedule from its name."""
-    named = {"linear": Linear, "cosine": CosineSquared}
+    named = {"linear": LinearSchedule, "cosine": CosineSchedule}
     if isinstance(schedule, AbstractSchedule):
         return schedule
     if not isinstance(schedule, str) or schedule not in named:

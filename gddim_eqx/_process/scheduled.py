@@ -21,8 +21,8 @@ class AbstractScheduledProcess(AbstractScalarProcess):
         return self.schedule.t_end
 
     @property
-    def t_vanish(self) -> float:
-        return self.schedule.t_vanish
+    def t_zero_signal(self) -> float:
+        return self.schedule.t_zero_signal
 
     def _drift(self, t):
         return -0.5 * self.schedule.rate(t)
@@ -38,5 +38,5 @@ arguments = """**Arguments:**
 
 - `shape`: the shape of one data sample.
 - `schedule`: `"linear"` (the default: beta from 0.1 to 20), `"cosine"`, or a
-    [`gddim_eqx.Linear`][] or [`gddim_eqx.CosineSquared`][] with other constants.
+    [`gddim_eqx.LinearSchedule`][] or [`gddim_eqx.CosineSchedule`][] with other constants.
 """

@@ -40,7 +40,7 @@ class VE(AbstractScalarProcess):
             )
 
     @property
-    def t_vanish(self) -> float:
+    def t_zero_signal(self) -> float:
         return math.inf
 
     def _growth(self) -> float:

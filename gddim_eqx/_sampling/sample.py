@@ -56,7 +56,7 @@ def _solve(flow, lam, solver, denoise, ts, key, number, args, meter, placement):
     process = flow.process
     u = process.prior(key, (number,), ts.dtype)
     if placement is not None:
-        u = placement.divide(u)
+        u = placement.shard(u)
     terms, adjoint = flow, dfx.RecursiveCheckpointAdjoint()
     if not isinstance(lam, float) or lam != 0:
         # Other than any key that the prior makes by splitting this one.
@@ -72,7 +72,7 @@ def _solve(flow, lam, solver, denoise, ts, key, number, args, meter, placement):
         drift = flow.reverse_drift(ts[-1], u, args, 1.0)
         u = jtu.tree_map(lambda y, d: y - ts[-1] * d, u, drift)
     elif denoise == "exact":
-        u = flow.initial(ts[-1], u, args)
+        u = flow.denoised(ts[-1], u, args)
     x = process.decode(u)
     finite = jnp.isfinite(x).all(range(1, x.ndim)).sum()
     return x, sol.result, finite, jnp.sqrt((x.astype(at_least_single(x.dtype)) ** 2).mean())

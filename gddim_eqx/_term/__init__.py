@@ -2,6 +2,7 @@ from .diffrax_compat import unwrap as unwrap
 from .prediction import (
     check_prediction as check_prediction,
     make_prediction as make_prediction,
+    Marginal as Marginal,
 )
 from .probability_flow import (
     AbstractReverseTerm as AbstractReverseTerm,

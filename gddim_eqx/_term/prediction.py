@@ -7,6 +7,7 @@ follows from it and the state.
 """
 
 import abc
+from typing import NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -18,30 +19,46 @@ from .._linear import apply, BlockLinearOperator
 from .._process import AbstractDiagonalProcess, AbstractProcess
 
 
+class Marginal(NamedTuple):
+    """A process at one time."""
+
+    process: AbstractProcess
+    t: Array
+    known_root: BlockLinearOperator | None = None
+    """$R_t$, if it is known."""
+
+    def root(self, frame: FrameName = "R") -> BlockLinearOperator:
+        """The square root of the covariance that a frame is named after."""
+        if frame == "cholesky":
+            return self.process.cholesky(self.t)
+        return self.process.factor(self.t) if self.known_root is None else self.known_root
+
+    def mean(self) -> BlockLinearOperator:
+        """From data to the mean of the state."""
+        signal = self.process.transition(self.t, jnp.zeros_like(self.t))
+        return signal * self.process.data_scale
+
+
 class AbstractPrediction(eqx.Module):
     """What a model predicts, given the state. All states are in the basis of states."""
 
     @abc.abstractmethod
-    def target(
-        self, process: AbstractProcess, t: Array, data: State, noise: State
-    ) -> State:
+    def target(self, at: Marginal, data: State, noise: State) -> State:
         """What should be predicted, from the data and the noise in the frame R."""
 
     @abc.abstractmethod
-    def noise(
-        self, process: AbstractProcess, t: Array, u: State, value: State, frame: FrameName
-    ) -> State:
+    def noise(self, at: Marginal, u: State, value: State, frame: FrameName) -> State:
         """The noise in a frame that a predicted value amounts to."""
 
     @abc.abstractmethod
-    def initial(self, process: AbstractProcess, t: Array, u: State, value: State) -> State:
+    def denoised(self, at: Marginal, u: State, value: State) -> State:
         """The initial state, `data_scale` times the data, that a predicted value amounts
         to."""
 
-    def score(self, process: AbstractProcess, t: Array, u: State, value: State) -> State:
+    def score(self, at: Marginal, u: State, value: State) -> State:
         """The score that a predicted value amounts to."""
-        noise = self.noise(process, t, u, value, "R")
-        return apply((-process.factor(t).inverse()).transpose(), noise)
+        noise = self.noise(at, u, value, "R")
+        return apply((-at.root().inverse()).transpose(), noise)
 
 
 class Noise(AbstractPrediction):
@@ -49,64 +66,63 @@ class Noise(AbstractPrediction):
 
     frame: FrameName = eqx.field(static=True)
 
-    def target(self, process, t, data, noise):
-        return _change_frame(process, t, noise, "R", self.frame)
+    def target(self, at, data, noise):
+        return _change_frame(at, noise, "R", self.frame)
 
-    def noise(self, process, t, u, value, frame):
-        return _change_frame(process, t, value, self.frame, frame)
+    def noise(self, at, u, value, frame):
+        return _change_frame(at, value, self.frame, frame)
 
-    def initial(self, process, t, u, value):
-        return _without_noise(process, t, u, square_root(process, t, self.frame), value)
+    def denoised(self, at, u, value):
+        return _without_noise(at, u, at.root(self.frame), value)
 
 
 class Data(AbstractPrediction):
     """The data; of a process with a velocity, its initial state, in which that is zero."""
 
-    def target(self, process, t, data, noise):
+    def target(self, at, data, noise):
         return data
 
-    def noise(self, process, t, u, value, frame):
-        residual = _subtract(u, apply(_mean(process, t), value))
-        return apply(square_root(process, t, frame).inverse(), residual)
+    def noise(self, at, u, value, frame):
+        residual = _subtract(u, apply(at.mean(), value))
+        return apply(at.root(frame).inverse(), residual)
 
-    def initial(self, process, t, u, value):
-        return jtu.tree_map(lambda x: process.data_scale * x, value)
+    def denoised(self, at, u, value):
+        return jtu.tree_map(lambda x: at.process.data_scale * x, value)
 
 
 class Score(AbstractPrediction):
     r"""$\nabla \log p_t$."""
 
-    def target(self, process, t, data, noise):
-        return apply((-process.factor(t).inverse()).transpose(), noise)
+    def target(self, at, data, noise):
+        return apply((-at.root().inverse()).transpose(), noise)
 
-    def noise(self, process, t, u, value, frame):
-        return apply((-square_root(process, t, frame)).transpose(), value)
+    def noise(self, at, u, value, frame):
+        return apply((-at.root(frame)).transpose(), value)
 
-    def initial(self, process, t, u, value):
-        return _without_noise(process, t, u, -process.covariance(t), value)
+    def denoised(self, at, u, value):
+        return _without_noise(at, u, -at.process.covariance(at.t), value)
 
-    def score(self, process, t, u, value):
+    def score(self, at, u, value):
         return value
 
 
 class Velocity(AbstractPrediction):
     r"""$m_t \epsilon - \sigma_t x_0$, where every coordinate has one number."""
 
-    def target(self, process, t, data, noise):
-        mean, std = _mean(process, t), process.factor(t)
-        return _subtract(apply(mean, noise), apply(std, data))
+    def target(self, at, data, noise):
+        return _subtract(apply(at.mean(), noise), apply(at.root(), data))
 
-    def noise(self, process, t, u, value, frame):
-        mean, std, total = self._rotation(process, t)
+    def noise(self, at, u, value, frame):
+        mean, std, total = self._rotation(at)
         return _add(apply(std @ total, u), apply(mean @ total, value))
 
-    def initial(self, process, t, u, value):
-        mean, std, total = self._rotation(process, t)
-        total = total * process.data_scale
+    def denoised(self, at, u, value):
+        mean, std, total = self._rotation(at)
+        total = total * at.process.data_scale
         return _subtract(apply(mean @ total, u), apply(std @ total, value))
 
-    def _rotation(self, process, t):
-        mean, std = _mean(process, t), process.factor(t)
+    def _rotation(self, at):
+        mean, std = at.mean(), at.root()
         return mean, std, (mean @ mean + std @ std).inverse()
 
 
@@ -140,27 +156,16 @@ def check_prediction(process: AbstractProcess, predicts: str, factor: str) -> No
         )
 
 
-def square_root(process: AbstractProcess, t: Array, frame: str) -> BlockLinearOperator:
-    """The square root of the covariance that a frame is named after."""
-    return process.factor(t) if frame == "R" else process.cholesky(t)
-
-
-def _change_frame(process, t, noise, frame, other):
-    # The square roots of one number are the same.
-    if frame == other or isinstance(process, AbstractDiagonalProcess):
+def _change_frame(at, noise, frame, other):
+    # Square roots of one number are all the same.
+    if frame == other or isinstance(at.process, AbstractDiagonalProcess):
         return noise
-    before, after = square_root(process, t, frame), square_root(process, t, other)
-    return apply(after.inverse() @ before, noise)
+    return apply(at.root(other).inverse() @ at.root(frame), noise)
 
 
-def _mean(process, t):
-    """From data to the mean of the state."""
-    return process.transition(t, jnp.zeros_like(t)) * process.data_scale
-
-
-def _without_noise(process, t, u, root, noise):
+def _without_noise(at, u, root, noise):
     mean = _subtract(u, apply(root, noise))
-    return apply(process.transition(jnp.zeros_like(t), t), mean)
+    return apply(at.process.transition(jnp.zeros_like(at.t), at.t), mean)
 
 
 def _add(a, b):

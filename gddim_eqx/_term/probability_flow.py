@@ -4,13 +4,12 @@ import diffrax as dfx
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array
 
 from .._custom_types import Args, FrameName, Level, PredictionName, RealScalarLike, State
-from .._linear import apply, check_state
+from .._linear import apply, BlockLinearOperator, check_state
 from .._misc import as_level, level_at
 from .._process import AbstractProcess, require_process, time_for
-from .prediction import AbstractPrediction, check_prediction, make_prediction
+from .prediction import AbstractPrediction, check_prediction, make_prediction, Marginal
 
 
 class AbstractReverseTerm(dfx.AbstractTerm):
@@ -83,10 +82,14 @@ class ProbabilityFlow(AbstractReverseTerm):
         return make_prediction(self.predicts, self.factor)
 
     def _evaluate(
-        self, t: RealScalarLike, u: State, args: Args
-    ) -> tuple[Array, State, State]:
-        """One evaluation of the model, checked: the time in the state's dtype, the state
-        as arrays, and the prediction in the basis of states."""
+        self,
+        t: RealScalarLike,
+        u: State,
+        args: Args,
+        root: BlockLinearOperator | None = None,
+    ) -> tuple[Marginal, State, State]:
+        """One evaluation of the model, checked: the process at that time, the state as
+        arrays, and the prediction in the basis of states."""
         process = self.process
         u = check_state(u, process.num_components, process.shape, "The state")
         t = time_for(u, t)
@@ -111,7 +114,8 @@ class ProbabilityFlow(AbstractReverseTerm):
                 )
             return jnp.asarray(p, x.dtype)
 
-        return t, u, process.from_data(jtu.tree_map(same, prediction, u))
+        value = process.from_data(jtu.tree_map(same, prediction, u))
+        return Marginal(process, t, root), u, value
 
     def predict(self, t: RealScalarLike, u: State, args: Args) -> State:
         """What the model predicts, in the basis of states. Arguments as
@@ -124,6 +128,8 @@ class ProbabilityFlow(AbstractReverseTerm):
         u: State,
         args: Args,
         factor: FrameName = "R",
+        *,
+        root: BlockLinearOperator | None = None,
     ) -> State:
         r"""The noise prediction $-K_t^\top \nabla \log p_t$ in the basis of states, from
         one evaluation of the model.
@@ -134,13 +140,14 @@ class ProbabilityFlow(AbstractReverseTerm):
         - `u`: a state, `(*batch, *shape)`.
         - `args`: passed to the model.
         - `factor`: which $K_t$: `"R"` for $R_t$, `"cholesky"` for $L_t$.
+        - `root`: $R_t$, if it is known, so that it need not be computed again.
 
         **Returns:** a state.
         """
         if factor not in ("R", "cholesky"):
             raise ValueError(f"`factor` must be 'R' or 'cholesky'; got {factor!r}.")
-        t, u, value = self._evaluate(t, u, args)
-        return self._prediction.noise(self.process, t, u, value, factor)
+        at, u, value = self._evaluate(t, u, args, root)
+        return self._prediction.noise(at, u, value, factor)
 
     def prediction(self, t: RealScalarLike, u: State, noise: State) -> State:
         r"""What the model would have to predict for a certain noise: the inverse of
@@ -162,20 +169,27 @@ class ProbabilityFlow(AbstractReverseTerm):
         t = time_for(u, t)
         mean = jtu.tree_map(lambda a, b: a - b, u, apply(process.factor(t), noise))
         data = apply(process.transition(jnp.zeros_like(t), t) / process.data_scale, mean)
-        return process.to_data(self._prediction.target(process, t, data, noise))
+        return process.to_data(self._prediction.target(Marginal(process, t), data, noise))
 
-    def initial(self, t: RealScalarLike, u: State, args: Args) -> State:
+    def denoised(
+        self,
+        t: RealScalarLike,
+        u: State,
+        args: Args,
+        *,
+        root: BlockLinearOperator | None = None,
+    ) -> State:
         r"""The prediction of the initial state, without the noise that the process has at
         time 0: $\Psi(0, t) (u - R_t \epsilon)$. Arguments as
         [`gddim_eqx.ProbabilityFlow.noise`][]."""
-        t, u, value = self._evaluate(t, u, args)
-        return self._prediction.initial(self.process, t, u, value)
+        at, u, value = self._evaluate(t, u, args, root)
+        return self._prediction.denoised(at, u, value)
 
     def score(self, t: RealScalarLike, u: State, args: Args) -> State:
         r"""The score $\nabla \log p_t(u)$ in the basis of states. Arguments as
         [`gddim_eqx.ProbabilityFlow.noise`][]."""
-        t, u, value = self._evaluate(t, u, args)
-        return self._prediction.score(self.process, t, u, value)
+        at, u, value = self._evaluate(t, u, args)
+        return self._prediction.score(at, u, value)
 
     def reverse_drift(self, t: RealScalarLike, u: State, args: Args, lam: Level) -> State:
         r"""$F_t\,u - \frac{1 + \lambda^2}{2} G_t G_t^\top \nabla \log p_t(u)$: paper,

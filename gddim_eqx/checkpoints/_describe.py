@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._process import BDM, CLD, CosineSquared, Linear, SubVP, VE, VP
+from .._process import BDM, CLD, CosineSchedule, LinearSchedule, SubVP, VE, VP
 from .._term import ProbabilityFlow
 from ..nn import ImageClassifier, NCSNpp, NetworkModel, TimeMLP
 
@@ -20,10 +20,12 @@ from ..nn import ImageClassifier, NCSNpp, NetworkModel, TimeMLP
 _classes: dict[str, type[eqx.Module]] = {
     cls.__name__: cls
     for cls in (
-        *(BDM, CLD, SubVP, VE, VP, Linear, CosineSquared),
+        *(BDM, CLD, SubVP, VE, VP, LinearSchedule, CosineSchedule),
         *(ImageClassifier, NCSNpp, TimeMLP, NetworkModel, ProbabilityFlow),
     )
 }
+# As files name them that were written before these had their present names.
+_classes |= {"Linear": LinearSchedule, "CosineSquared": CosineSchedule}
 
 
 def describe(value: Any) -> Any:

@@ -91,7 +91,7 @@ class Batches:
         shape = (self.batch_size, *self.data.shape[1:])
         return jax.make_array_from_callback(shape, self.placement.batch, rows)
 
-    def since(self, n: int, ahead: int = 2) -> Generator[Array, None, None]:
+    def iterate_from(self, n: int, ahead: int = 2) -> Generator[Array, None, None]:
         """Batches n, n + 1 and so on without end, read by a thread while others are used.
 
         **Arguments:**

@@ -215,7 +215,7 @@ def fit(
         if checkpoints is not None:
             stack.callback(checkpoints.wait)
         bar = stack.enter_context(_bar(num_steps, done)) if progress and first else None
-        stream = stack.enter_context(contextlib.closing(batches.since(done)))
+        stream = stack.enter_context(contextlib.closing(batches.iterate_from(done)))
         while done < num_steps:
             state, metrics = trainer.step(state, next(stream))
             done, timed = done + 1, timed + 1

@@ -14,7 +14,7 @@ from .._custom_types import Args, FrameName, Key, PredictionName, State
 from .._linear import apply, check_state, coefficient_dtype
 from .._misc import check_key
 from .._process import AbstractProcess, latest, require_process
-from .._term import check_prediction, make_prediction, ProbabilityFlow
+from .._term import check_prediction, make_prediction, Marginal, ProbabilityFlow
 from ._times import AbstractTimes, UniformTimes
 
 
@@ -166,7 +166,7 @@ class DenoisingLoss(eqx.Module):
             scale = self.process.data_scale
             data = jtu.tree_map(lambda x: x / scale, self.process.encode(sample.x))
             prediction = make_prediction(self.predicts, self.factor)
-            target = prediction.target(self.process, t, data, noise)
+            target = prediction.target(Marginal(self.process, t), data, noise)
             error = jtu.tree_map(jnp.subtract, flow.predict(t, u, args), target)
         squares = [x.astype(t.dtype) ** 2 for x in jtu.tree_leaves(error)]
         loss = weight * jnp.mean(jnp.stack([x.mean() for x in squares]))

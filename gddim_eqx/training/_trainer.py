@@ -259,7 +259,7 @@ class Trainer(eqx.Module):
         size = noised.x.shape[0]
         if self.placement is not None:
             self.placement.check_batch(size)
-            noised = self.placement.divide(noised)
+            noised = self.placement.shard(noised)
         if number == 1:
             return value_and_gradient(parameters, noised)
         if size % number:
@@ -274,7 +274,7 @@ class Trainer(eqx.Module):
 
         def add(total, part):
             if self.placement is not None:
-                part = self.placement.divide(part)
+                part = self.placement.shard(part)
             return jtu.tree_map(jnp.add, total, value_and_gradient(parameters, part)), None
 
         zero = jax.eval_shape(value_and_gradient, parameters, noised)
