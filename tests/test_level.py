@@ -74,12 +74,16 @@ def test_transition_for_a_level_that_depends_on_time(name, level):
     t, s = 0.3, 0.8
     n = process.num_components
 
+    @jax.jit
+    def operators(tau):
+        noise = process.diffusion(tau) @ process.diffusion(tau).T
+        return process.drift(tau).blocks, noise.blocks, process.covariance(tau).blocks
+
     def slope(tau, psi):
         """Of Psihat(tau, s), and of the covariance added since."""
         psi, covariance = psi.reshape(2, n, n)
-        drift = np.asarray(process.drift(tau).blocks)
-        noise = np.asarray((process.diffusion(tau) @ process.diffusion(tau).T).blocks)
-        precision = np.linalg.inv(np.asarray(process.covariance(tau).blocks))
+        drift, noise, covariance_of_data = map(np.asarray, operators(tau))
+        precision = np.linalg.inv(covariance_of_data)
         # Right of the jump, which is at the end of the interval.
         square = float(level(max(tau, t + 1e-12))) ** 2
         generator = drift + 0.5 * (1 + square) * noise @ precision
