@@ -20,6 +20,7 @@ from gddim_eqx._exponential import (
     AbstractCoordinate,
     AbstractSplitting,
     Exponential,
+    integral,
     interpolation,
     lagrange,
     next_residual,
@@ -27,13 +28,14 @@ from gddim_eqx._exponential import (
     Residual,
     scaled,
     StepCoefficients,
-    weights,
 )
 from gddim_eqx._linear import (
+    add,
     BlockLinearOperator,
     check_state,
     coefficient_dtype,
     combine,
+    subtract,
 )
 from gddim_eqx._term import (
     AbstractReverseTerm,
@@ -162,16 +164,16 @@ class AbstractExponentialMultistep(
 
         used = 1 if self.predictor.num_nodes == 1 else len(nodes.values)
         values, polynomials = nodes.values[:used], predictor[:used, : self._number]
-        y1 = _add(base, _integral(process, polynomials, c.moments, values))
+        y1 = add(base, integral(process.shape, polynomials, c.moments, values))
         if isinstance(self.correction, Reevaluate):
             again = self.splitting.evaluate(flow, t, y1, args)
             polynomials = self.correction(nodes, c)[:, : self._number]
             values = [again, *nodes.values]
             predicted = y1
-            y1 = _add(base, _integral(process, polynomials, c.moments, values))
-            y_error = _subtract(y1, predicted)
+            y1 = add(base, integral(process.shape, polynomials, c.moments, values))
+            y_error = subtract(y1, predicted)
         else:
-            y_error = _integral(process, estimate, c.moments_in_time, nodes.values)
+            y_error = integral(process.shape, estimate, c.moments_in_time, nodes.values)
 
         dense_info = dict(y0=y0, y1=y1)
         if lam is None:
@@ -226,26 +228,13 @@ def _forcing(process, history: History, count, c: StepCoefficients, value, norma
     forcing, residual = [(c.noise, normal)], None
     if history.residual is not None:
         noise, value = value, history.residual(value, count)
-        forcing.append((c.moments[0], _subtract(noise, value)))
+        forcing.append((c.moments[0], subtract(noise, value)))
         residual = next_residual(process.shape, c.contraction, noise, value, normal)
     return value, forcing, residual
 
 
 def _corrected(process, last: LastStep, polynomials, nodes: Nodes, y0: State) -> State:
     """The end of the last step, with the new evaluation."""
-    integral = _integral(process, polynomials, last.moments, nodes.values)
+    change = integral(process.shape, polynomials, last.moments, nodes.values)
     corrected = lambda y, a, b: jnp.where(nodes.count > 0, a + b, y)
-    return jtu.tree_map(corrected, y0, last.base, integral)
-
-
-def _integral(process, polynomials, moments, values) -> State:
-    """The integral of the interpolation polynomial."""
-    return combine(process.shape, list(zip(weights(polynomials, moments), values)))
-
-
-def _add(a: State, b: State) -> State:
-    return jtu.tree_map(lambda x, y: x + y, a, b)
-
-
-def _subtract(a: State, b: State) -> State:
-    return jtu.tree_map(lambda x, y: x - y, a, b)
+    return jtu.tree_map(corrected, y0, last.base, change)

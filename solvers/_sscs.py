@@ -2,11 +2,10 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import diffrax as dfx
-import jax.numpy as jnp
-import jax.tree_util as jtu
 
 from gddim_eqx._custom_types import Args, BoolScalarLike, RealScalarLike, State
 from gddim_eqx._linear import (
+    add,
     align,
     apply,
     BlockLinearOperator,
@@ -96,22 +95,18 @@ class SSCS(dfx.AbstractItoSolver[None]):
             spread = BlockLinearOperator(
                 align(root.blocks, diffusion.blocks), process.shape
             )
-            return _add(apply(transition, y), apply(spread, normal))
+            return add(apply(transition, y), apply(spread, normal))
 
         y = relax(s, middle, y0, terms.normal(t0, half, y0))
         stationary = process.prior_factor() @ process.prior_factor().T
         pull = apply(stationary.astype(dtype).inverse(), y)
-        excess = _add(flow.score(middle, y, args), pull)
-        y = _add(y, apply(diffusion @ diffusion.T * (s - t), excess))
+        excess = add(flow.score(middle, y, args), pull)
+        y = add(y, apply(diffusion @ diffusion.T * (s - t), excess))
         y1 = relax(middle, t, y, terms.normal(half, t1, y0))
         return y1, None, dict(y0=y0, y1=y1), None, dfx.RESULTS.successful
 
     def func(self, terms: ReverseSDE, t0: RealScalarLike, y0: State, args: Args) -> tuple:
         return terms.vf(t0, y0, args)
-
-
-def _add(a: State, b: State) -> State:
-    return jtu.tree_map(jnp.add, a, b)
 
 
 SSCS.__init__.__doc__ = """**Arguments:** None"""

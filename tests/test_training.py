@@ -59,7 +59,7 @@ def _batch_of_one(state):
 def _state(process, vector):
     parts = np.split(np.asarray(vector), process.num_components)
     parts = [jnp.asarray(part.reshape(process.shape)) for part in parts]
-    return process.to_data(gd._state.join_components(parts))
+    return process.to_data(gd._linear.join_components(parts))
 
 
 @pytest.mark.x64

@@ -4,7 +4,7 @@ from .coordinate import (
     scaled as scaled,
 )
 from .interpolation import Exponential as Exponential, interpolation as interpolation
-from .polynomial import lagrange as lagrange, weights as weights
+from .polynomial import integral as integral, lagrange as lagrange, weights as weights
 from .quadrature import step_nodes as step_nodes
 from .residual import next_residual as next_residual, Residual as Residual
 from .reverse_transition import (

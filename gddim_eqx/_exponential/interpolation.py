@@ -6,11 +6,11 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Inexact, Real
 
 from .._custom_types import RealScalarLike, State
-from .._linear import coefficient_dtype, combine
+from .._linear import add, coefficient_dtype, combine, subtract
 from .._misc import pin
 from .._process import AbstractProcess
 from .coordinate import AbstractCoordinate, scaled
-from .polynomial import weights
+from .polynomial import integral
 from .splitting import AbstractSplitting
 
 
@@ -45,15 +45,18 @@ class ExponentialInterpolation(dfx.AbstractLocalInterpolation):
     ) -> State:
         del left
         if t1 is not None:
-            return jtu.tree_map(lambda a, b: a - b, self.evaluate(t1), self.evaluate(t0))
+            return subtract(self.evaluate(t1), self.evaluate(t0))
         e, dtype = self.exponential, coefficient_dtype(self.y0)
         number = e.polynomials.shape[1]
         s, end, t = (jnp.asarray(x * e.direction, dtype) for x in (self.t0, self.t1, t0))
         c = e.splitting.integrate(e.process, s, t, number, e.coordinate)
         fraction = scaled(c.end, c.start, e.end)
         scales = jnp.stack([fraction**i for i in range(number)])
-        coefficients = weights(e.polynomials * scales[None], c.moments)
-        y = combine(e.process.shape, [(c.linear, e.start), *zip(coefficients, e.values)])
+        shape, polynomials = e.process.shape, e.polynomials * scales[None]
+        y = add(
+            combine(shape, [(c.linear, e.start)]),
+            integral(shape, polynomials, c.moments, e.values),
+        )
         # Begin where the previous step ended, before it was corrected.
         rest = (end - t) / jnp.where(s == end, 1, end - s)
 

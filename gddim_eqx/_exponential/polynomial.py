@@ -2,7 +2,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Inexact
 
-from .._linear import append_axes
+from .._custom_types import State
+from .._linear import append_axes, combine
 
 
 def lagrange(
@@ -41,3 +42,13 @@ def weights(
 ) -> Inexact[Array, "nodes n n *spectrum"]:
     """The integrals of polynomials given by their coefficients, from the moments."""
     return (append_axes(polynomials, moments.ndim + 1) * moments[None]).sum(1)
+
+
+def integral(
+    shape: tuple[int, ...],
+    polynomials: Inexact[Array, "nodes number"],
+    moments: Inexact[Array, "number n n *spectrum"],
+    values: list[State],
+) -> State:
+    """The integral of the polynomial through some values."""
+    return combine(shape, list(zip(weights(polynomials, moments), values)))

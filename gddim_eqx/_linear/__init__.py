@@ -16,6 +16,7 @@ from .square_root import (
     transposed as transposed,
 )
 from .state import (
+    add as add,
     at_least_single as at_least_single,
     batch_axes as batch_axes,
     check_real as check_real,
@@ -23,4 +24,5 @@ from .state import (
     coefficient_dtype as coefficient_dtype,
     join_components as join_components,
     Phase as Phase,
+    subtract as subtract,
 )

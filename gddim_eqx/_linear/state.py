@@ -30,6 +30,16 @@ def join_components(components: Sequence[Any]) -> Any:
     return tuple(components)
 
 
+def add(a: State, b: State) -> State:
+    """The sum of two states."""
+    return jtu.tree_map(lambda x, y: x + y, a, b)
+
+
+def subtract(a: State, b: State) -> State:
+    """The difference of two states."""
+    return jtu.tree_map(lambda x, y: x - y, a, b)
+
+
 def coefficient_dtype(state: State):
     """The dtype for times and operators that act on a state: the state's, but at least
     float32."""

@@ -7,7 +7,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike
 
 from .._custom_types import Args, FrameName, PredictionName, RealScalarLike, State
-from .._linear import append_axes, apply, batch_axes, join_components
+from .._linear import append_axes, apply, batch_axes, join_components, subtract
 from .._misc import as_floats, as_shape, constant_field
 from .._process import AbstractProcess
 from .._term import init_takes_flow, ProbabilityFlow
@@ -125,7 +125,7 @@ class ClassifierGuidance(_Wrapper):
         noise, scale = self.flow.noise(t, u, args), _at(self.scale, t)
         gradient = jtu.tree_map(lambda x: _per_sample(scale, x) * x, gradient)
         change = apply(self.process.factor(t).transpose(), gradient)
-        noise = jtu.tree_map(lambda a, b: a - b, noise, change)
+        noise = subtract(noise, change)
         return self.flow.prediction(t, u, noise)
 
 
@@ -174,7 +174,7 @@ class DataGuidance(_Wrapper):
         mean = apply(
             process.transition(t, jnp.zeros_like(t)), join_components([position, *rest])
         )
-        residual = jtu.tree_map(lambda a, b: a - b, u, mean)
+        residual = subtract(u, mean)
         noise = apply(process.factor(t).inverse(), residual)
         return self.flow.prediction(t, u, noise)
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Inexact
 from .._custom_types import Key, RealScalarLike, State
 from .._linear import (
     AbstractBasis,
+    add,
     apply,
     BlockLinearOperator,
     check_state,
@@ -270,7 +271,7 @@ class AbstractProcess(eqx.Module):
         dtype = jtu.tree_leaves(mean)[0].dtype
         mean = self.transition(t, jnp.zeros_like(t)).astype(dtype).mv(mean)
         spread = self.factor(t).astype(dtype).mv(noise)
-        return jtu.tree_map(lambda a, b: a + b, mean, spread), noise
+        return add(mean, spread), noise
 
 
 def log_norm(

@@ -10,7 +10,14 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Inexact
 
 from .._custom_types import Args, Key, RealScalarLike, State
-from .._linear import apply, batch_axes, check_state, coefficient_dtype, join_components
+from .._linear import (
+    add,
+    apply,
+    batch_axes,
+    check_state,
+    coefficient_dtype,
+    join_components,
+)
 from .._misc import check_count, check_key
 from .._process import normal_like, on_time_axis
 from .._term import check_flow, ProbabilityFlow
@@ -267,7 +274,7 @@ class _Augmented(eqx.Module):
             trace = jax.vmap(quadratic)(probes).mean(0)
         diagonal = jnp.diagonal(drift.blocks).sum(-1)
         trace = trace + _sum(diagonal, process).astype(trace.dtype)
-        velocity = jtu.tree_map(lambda a, b: a + b, apply(drift, u), forcing)
+        velocity = add(apply(drift, u), forcing)
         return velocity, trace / _size(process)
 
 

@@ -15,7 +15,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array
 
 from .._custom_types import FrameName, PredictionName, State
-from .._linear import apply, BlockLinearOperator
+from .._linear import add, apply, BlockLinearOperator, subtract
 from .._process import AbstractDiagonalProcess, AbstractProcess
 
 
@@ -83,7 +83,7 @@ class Data(AbstractPrediction):
         return data
 
     def noise(self, at, u, value, frame):
-        residual = _subtract(u, apply(at.mean(), value))
+        residual = subtract(u, apply(at.mean(), value))
         return apply(at.root(frame).inverse(), residual)
 
     def denoised(self, at, u, value):
@@ -110,16 +110,16 @@ class Velocity(AbstractPrediction):
     r"""$m_t \epsilon - \sigma_t x_0$, where every coordinate has one number."""
 
     def target(self, at, data, noise):
-        return _subtract(apply(at.mean(), noise), apply(at.root(), data))
+        return subtract(apply(at.mean(), noise), apply(at.root(), data))
 
     def noise(self, at, u, value, frame):
         mean, std, total = self._rotation(at)
-        return _add(apply(std @ total, u), apply(mean @ total, value))
+        return add(apply(std @ total, u), apply(mean @ total, value))
 
     def denoised(self, at, u, value):
         mean, std, total = self._rotation(at)
         total = total * at.process.data_scale
-        return _subtract(apply(mean @ total, u), apply(std @ total, value))
+        return subtract(apply(mean @ total, u), apply(std @ total, value))
 
     def _rotation(self, at):
         mean, std = at.mean(), at.root()
@@ -164,13 +164,5 @@ def _change_frame(at, noise, frame, other):
 
 
 def _without_noise(at, u, root, noise):
-    mean = _subtract(u, apply(root, noise))
+    mean = subtract(u, apply(root, noise))
     return apply(at.process.transition(jnp.zeros_like(at.t), at.t), mean)
-
-
-def _add(a, b):
-    return jtu.tree_map(lambda x, y: x + y, a, b)
-
-
-def _subtract(a, b):
-    return jtu.tree_map(lambda x, y: x - y, a, b)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._custom_types import Args, FrameName, Level, PredictionName, RealScalarLike, State
-from .._linear import apply, BlockLinearOperator, check_state
+from .._linear import add, apply, BlockLinearOperator, check_state, subtract
 from .._misc import as_level, level_at
 from .._process import AbstractProcess, require_process, time_for
 from .prediction import AbstractPrediction, check_prediction, make_prediction, Marginal
@@ -167,7 +167,7 @@ class ProbabilityFlow(AbstractReverseTerm):
             for x, name in ((u, "The state"), (noise, "The noise"))
         )
         t = time_for(u, t)
-        mean = jtu.tree_map(lambda a, b: a - b, u, apply(process.factor(t), noise))
+        mean = subtract(u, apply(process.factor(t), noise))
         data = apply(process.transition(jnp.zeros_like(t), t) / process.data_scale, mean)
         return process.to_data(self._prediction.target(Marginal(process, t), data, noise))
 
@@ -201,7 +201,7 @@ class ProbabilityFlow(AbstractReverseTerm):
         drift, diffusion = self.process.drift(t), self.process.diffusion(t)
         strength = -0.5 * (1 + level_at(lam, t) ** 2)
         forcing = apply(diffusion @ diffusion.T * strength, score)
-        return jtu.tree_map(lambda a, b: a + b, apply(drift, u), forcing)
+        return add(apply(drift, u), forcing)
 
     def vf(self, t: RealScalarLike, y: State, args: Args) -> State:
         return self.reverse_drift(t, y, args, 0.0)

@@ -10,12 +10,14 @@ from jaxtyping import Array
 
 from .._custom_types import Args, Key, RealScalarLike, State
 from .._linear import (
+    add,
     apply,
     batch_axes,
     BlockLinearOperator,
     check_state,
     coefficient_dtype,
     join_components,
+    subtract,
 )
 from .._misc import check_positive
 from .._process import AbstractProcess, as_time, require_process
@@ -131,7 +133,7 @@ class NetworkModel(eqx.Module):
             return noise
         alone = join_components([jnp.zeros_like(leaves[0]), *leaves[1:]])
         alone = apply(process.factor(t).inverse(), process.from_data(alone))
-        return jtu.tree_map(jnp.add, noise, process.to_data(alone))
+        return add(noise, process.to_data(alone))
 
     def _noise(self, t: Array, u: State, output: Array, variance: float) -> State:
         process = self.process
@@ -149,7 +151,7 @@ class NetworkModel(eqx.Module):
         output = process.basis.forward(output)
         rest = [jnp.zeros_like(output)] * (process.num_components - 1)
         taken = apply(share, join_components([output, *rest]))
-        return process.to_data(jtu.tree_map(jnp.subtract, noise, taken))
+        return process.to_data(subtract(noise, taken))
 
 
 def _with_blocks(operator: BlockLinearOperator, blocks: Array) -> BlockLinearOperator:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Inexact
 
 from .._custom_types import Args, FrameName, Key, PredictionName, State
-from .._linear import apply, check_state, coefficient_dtype
+from .._linear import apply, check_state, coefficient_dtype, subtract
 from .._misc import check_key
 from .._process import AbstractProcess, latest, require_process
 from .._term import check_prediction, make_prediction, Marginal, ProbabilityFlow
@@ -157,7 +157,7 @@ class DenoisingLoss(eqx.Module):
         keyed = model if key is None else ft.partial(model, key=key)
         flow = ProbabilityFlow(self.process, keyed, self.predicts, self.factor)
         if self.weighting in ("noise", "likelihood"):
-            error = jtu.tree_map(jnp.subtract, flow.noise(t, u, args), noise)
+            error = subtract(flow.noise(t, u, args), noise)
             if self.weighting == "likelihood":
                 whitening = self.process.factor(t).inverse() @ self.process.diffusion(t)
                 error = apply(whitening.transpose(), error)
@@ -167,7 +167,7 @@ class DenoisingLoss(eqx.Module):
             data = jtu.tree_map(lambda x: x / scale, self.process.encode(sample.x))
             prediction = make_prediction(self.predicts, self.factor)
             target = prediction.target(Marginal(self.process, t), data, noise)
-            error = jtu.tree_map(jnp.subtract, flow.predict(t, u, args), target)
+            error = subtract(flow.predict(t, u, args), target)
         squares = [x.astype(t.dtype) ** 2 for x in jtu.tree_leaves(error)]
         loss = weight * jnp.mean(jnp.stack([x.mean() for x in squares]))
         if callable(self.weighting):
