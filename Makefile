@@ -34,7 +34,7 @@ work-precision: $(VENV)/.installed
 # The test-suite, in double precision.
 test: $(VENV)/.installed
 	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" \
-		--durations=40
+		--durations=25
 
 # The same with JAX's default of single precision.
 test-float32: $(VENV)/.installed

@@ -252,6 +252,7 @@ def main() -> None:
             sampler: run() for sampler, run in tqdm(every.items(), desc=name)
         }
         print("\n" + table(name, everything[name]), flush=True)
+    arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / "work_precision.png"
     draw(everything, path)
     print(f"\nPicture: {path}")

@@ -24,10 +24,16 @@ _script = pathlib.Path(__file__).parents[1] / "examples" / "train.py"
 _environment = os.environ | {"JAX_ENABLE_X64": "0", "PYTHONWARNINGS": "default"}
 
 
+def _listen():
+    # A process in the background of a shell would not be interrupted.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _start(*arguments, **environment):
     return subprocess.Popen(
         [sys.executable, _script, *map(str, arguments)],
         env=_environment | environment,
+        preexec_fn=_listen,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
