@@ -377,7 +377,7 @@ def test_velocity_is_for_every_process_of_one_number_per_coordinate():
     model = lambda t, u, args: 0.3 * u + t
     u, t = process.prior(jax.random.key(0), (4,)), jnp.asarray(0.4)
     terms = [gd.ProbabilityFlow(p, model, "velocity") for p in (solved, process)]
-    for method in ("noise", "score", "initial"):
+    for method in ("noise", "score", "denoised"):
         got, expected = (getattr(term, method)(t, u, None) for term in terms)
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
     back = terms[0].prediction(t, u, terms[0].noise(t, u, None))
