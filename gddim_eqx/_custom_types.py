@@ -23,7 +23,7 @@ State = PyTree[Inexact[Array, "..."], "State"]
 Args = PyTree[Any]
 # Times to step to, as an array or a list.
 Times = Real[ArrayLike, " times"] | Sequence[RealScalarLike]
-# A level of noise, or how it depends on time.
+# The stochasticity of a reverse diffusion, constant or as a function of time.
 Level = RealScalarLike | Callable[[Array], RealScalarLike]
 # What models predict.
 PredictionName = Literal["noise", "data", "score", "velocity"]

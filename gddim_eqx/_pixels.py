@@ -12,23 +12,22 @@ from ._misc import as_dtype, as_floats, as_shape, check_count, check_key
 def dequantise(
     key: Key, levels: Integer[Array, "*shape"], num_levels: int = 256, dtype=None
 ) -> Inexact[Array, "*shape"]:
-    """Turn the levels of pixels into continuous data: add uniform noise that fills each
-    level, and scale to [-1, 1].
+    """Dequantise pixel levels: add uniform noise that fills each level, and map to [-1, 1].
 
-    A density of integers is not defined. With this noise the mean of the log density is a
-    lower bound on the log probability of the levels.
+    Integers have no density. With this noise the mean log density is a lower bound on the
+    log probability of the levels.
 
     **Arguments:**
 
     - `key`: a random key.
     - `levels`: integers from 0 to `num_levels - 1`.
-    - `num_levels`: how many levels there are.
+    - `num_levels`: the number of levels.
     - `dtype`: of the result; by default JAX's default floating dtype.
 
     **Returns:** numbers in [-1, 1], of the same shape.
 
-    **Raises:** `ValueError` if the levels are not integers. An error, under `jax.jit` too,
-    if they are not from 0 to `num_levels - 1`.
+    **Raises:** `ValueError` if the levels are not integers. Also raises, even under
+    `jax.jit`, if they are not from 0 to `num_levels - 1`.
     """
     check_key(key)
     levels = jnp.asarray(levels)
@@ -57,9 +56,9 @@ def bits_per_dimension(
 
     - `log_likelihood`: in nats, of data from [`gddim_eqx.dequantise`][]: on [-1, 1].
     - `shape`: the shape of one data sample.
-    - `num_levels`: how many levels there are.
+    - `num_levels`: the number of levels.
 
-    **Returns:** bits per dimension; log2 of `num_levels` for pure chance.
+    **Returns:** bits per dimension; log2 of `num_levels` for the uniform density.
 
     **Raises:** `ValueError` if `num_levels` is not a positive integer.
     """

@@ -1,4 +1,4 @@
-"""One image file, as the RGB of 8 bits that a screen would show."""
+"""One image file, as the 8-bit RGB that a screen would show."""
 
 import io
 from pathlib import Path
@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 
-_formats = ("PNG", "JPEG", "MPO", "BMP", "DIB", "WEBP", "GIF")  # Whatever the ending is.
+_formats = ("PNG", "JPEG", "MPO", "BMP", "DIB", "WEBP", "GIF")  # Whatever the suffix.
 
-# The primaries and white of sRGB, and its nearest power, as PNG has them.
+# The white point and primaries of sRGB, and its approximate gamma, as in PNG.
 _srgb = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
 _gamma = 1 / 2.2
 
@@ -17,8 +17,8 @@ _gamma = 1 / 2.2
 def read_image(path: Path) -> Any:
     """**Returns:** a Pillow image of mode RGB, upright.
 
-    **Raises:** `ValueError` for a file that is no whole image, or of which 8 bits of sRGB
-    cannot be made without guessing. Needs Pillow.
+    **Raises:** `ValueError` for a file that is not a complete image, or cannot be converted
+    to 8-bit sRGB without guessing. Needs Pillow.
     """
     from PIL import Image, ImageOps
 
@@ -28,11 +28,11 @@ def read_image(path: Path) -> Any:
             image = ImageOps.exif_transpose(file)
             depth, frames = _png_depth(path), getattr(file, "n_frames", 1)
             kind = file.format
-    except Exception as error:  # Pillow has no common class for what a damaged file does.
+    except Exception as error:  # Pillow raises many classes for damaged files.
         raise ValueError(f"{path} is not a whole image: {error}.") from error
     if kind not in _formats:
         raise ValueError(f"{path} is a file of {kind}. Convert it, for example to PNG.")
-    # The other pictures in one of MPO are of the same, for example smaller.
+    # The other pictures in an MPO file are variants, for example smaller.
     if frames > 1 and kind != "MPO":
         raise ValueError(f"{path} has {frames} frames. Save the one that is meant, alone.")
     if depth == 16:
@@ -42,7 +42,8 @@ def read_image(path: Path) -> Any:
 
 
 def _png_depth(path: Path) -> int | None:
-    """Of the bits of a channel. Pillow does not say, and drops the lower 8 of colours."""
+    """The bits per channel. Pillow does not report them, and drops the lower 8 of
+    colours."""
     with path.open("rb") as file:
         head = file.read(25)
     return head[24] if head.startswith(b"\x89PNG") else None
@@ -106,7 +107,7 @@ def _by_profile(path: Path, image: Any, profile: bytes) -> Any:
 
     try:
         found = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        # Left as it is, where a conversion could only round.
+        # Left as it is, as a conversion could only round.
         if "sRGB" in ImageCms.getProfileDescription(found):
             return image.convert("RGB")
         srgb: Any = ImageCms.createProfile("sRGB")

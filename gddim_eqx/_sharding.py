@@ -12,13 +12,13 @@ from jaxtyping import PyTree
 
 
 class Placement(eqx.Module):
-    """Which devices hold what: a part of the batch each, and either all parameters or a
-    part of them too. For training, and for drawing samples.
+    """The sharding of arrays over devices: of batches, and optionally of parameters. For
+    training and sampling.
 
-    With `shard_parameters` the parameters, their average and the optimiser's state are
-    divided over the devices, each array along its longest axis that divides evenly
-    (FSDP, ZeRO stage 3). XLA gathers a layer's parameters when it needs them. Choose it
-    for models that do not fit one device; it costs communication.
+    With `shard_parameters` the parameters, their EMA and the optimiser's state are sharded
+    over the devices, each array along its longest axis that divides evenly (FSDP, ZeRO
+    stage 3). XLA gathers a layer's parameters when it needs them. Use it for models that do
+    not fit on one device; it costs communication.
     """
 
     mesh: Mesh = eqx.field(static=True)
@@ -30,7 +30,7 @@ class Placement(eqx.Module):
         """**Arguments:**
 
         - `devices`: to use; by default all, of all processes.
-        - `shard_parameters`: whether each device holds a part of the parameters only.
+        - `shard_parameters`: whether each device holds only a shard of the parameters.
         """
         devices = jax.devices() if devices is None else devices
         if (
@@ -44,20 +44,20 @@ class Placement(eqx.Module):
 
     @property
     def batch(self) -> NamedSharding:
-        """The sharding of arrays with a leading axis for the samples."""
+        """The sharding of arrays with a leading batch axis."""
         return NamedSharding(self.mesh, PartitionSpec("data"))
 
     @property
     def replicated(self) -> NamedSharding:
-        """The sharding of arrays that every device holds."""
+        """The sharding of replicated arrays."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def shard(self, batch: PyTree) -> Any:
-        """Inside of `jax.jit`, have each device work on its part of a batch."""
+        """Inside `jax.jit`, constrain a batch to be sharded over the devices."""
         return jax.lax.with_sharding_constraint(batch, self.batch)
 
     def check_batch(self, size: int) -> None:
-        """**Raises:** `ValueError` for a batch that cannot be divided evenly."""
+        """**Raises:** `ValueError` for a batch that cannot be sharded evenly."""
         if size % self.mesh.size:
             raise ValueError(
                 f"A batch of {size} cannot be divided over {self.mesh.size} devices. Use "
@@ -83,7 +83,7 @@ class Placement(eqx.Module):
         return NamedSharding(self.mesh, PartitionSpec(*[None] * longest, "data"))
 
     def put(self, tree: PyTree) -> Any:
-        """Put every array of a training state where it belongs, outside of `jax.jit`.
+        """Place every array of a training state on its devices, outside `jax.jit`.
 
         **Arguments:**
 
@@ -95,7 +95,7 @@ class Placement(eqx.Module):
     def _put_array(self, x: jax.Array) -> jax.Array:
         if is_key(x):
             data = np.asarray(jr.key_data(x))
-            # The sharding of a key is that of one number, which its data have more of.
+            # A key is sharded as a scalar, but its data have one more axis.
             data = jax.make_array_from_callback(
                 data.shape, self.replicated, data.__getitem__
             )
@@ -104,14 +104,14 @@ class Placement(eqx.Module):
         return jax.make_array_from_callback(x.shape, self._of_array(x), values.__getitem__)
 
     def constrain(self, tree: PyTree) -> Any:
-        """The same inside of `jax.jit`."""
+        """The same inside `jax.jit`."""
         arrays, rest = eqx.partition(tree, eqx.is_array)
         arrays = jax.lax.with_sharding_constraint(arrays, self.of(arrays))
         return eqx.combine(arrays, rest)
 
     def gather(self, tree: PyTree) -> Any:
-        """Outside of `jax.jit`, have every process hold all of a tree, on its first device
-        and for itself. All processes must call this."""
+        """Outside `jax.jit`, gather a whole tree onto the first device of every process, as
+        local arrays. All processes must call this."""
         arrays, rest = eqx.partition(tree, eqx.is_array)
         arrays = jax.jit(lambda x: x, out_shardings=self.replicated)(arrays)
         here = jax.local_devices()[0]

@@ -1,4 +1,4 @@
-"""Data sets in local files, as arrays of `uint8`, `(number, height, width, channels)`.
+"""Data sets from local files, as arrays of `uint8`, `(number, height, width, channels)`.
 
 Nothing is downloaded: where a file is missing, the error says where to get it.
 """
@@ -45,7 +45,7 @@ def digits() -> Images:
     except ImportError as error:
         raise ImportError("The digits come with scikit-learn: install it.") from error
     pixels, _ = load_digits(return_X_y=True)
-    # From levels 0 to 16, such that the greatest stays the greatest.
+    # From levels 0 to 16, so that the largest stays the largest.
     return np.round(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
 
 
@@ -60,7 +60,7 @@ _where = {
     "CIFAR-10": "Fetch cifar-10-python.tar.gz from www.cs.toronto.edu/~kriz/cifar.html.",
 }
 
-# MD5 sums of the files as they were published, unpacked.
+# MD5 checksums of the published files, unpacked.
 _published = {
     "MNIST": {
         "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -93,9 +93,9 @@ def mnist(directory: str | Path, train: bool = True, verify: bool = True) -> Ima
     - `directory`: that holds `train-images-idx3-ubyte` or `t10k-images-idx3-ubyte`, with
         or without `.gz`.
     - `train`: whether to read the images for training.
-    - `verify`: whether to refuse files that are not those that were published.
+    - `verify`: whether to refuse files other than the published ones.
 
-    **Raises:** `ValueError` for a file that is missing, cut, or another than it should be.
+    **Raises:** `ValueError` for a file that is missing, truncated, or not the expected one.
     """
     return _idx("MNIST", directory, train, "images-idx3", verify)[..., None]
 
@@ -105,8 +105,8 @@ def fashion_mnist(
 ) -> Images:
     """Fashion-MNIST, which has MNIST's format: 60,000 images of 28x28, or 10,000.
 
-    **Arguments:** as of [`gddim_eqx.datasets.mnist`][], but that `directory` is by default
-    where Debian's package `dataset-fashion-mnist` has it.
+    **Arguments:** as in [`gddim_eqx.datasets.mnist`][], except that `directory` is by
+    default where Debian's package `dataset-fashion-mnist` puts it.
     """
     return _idx("Fashion-MNIST", directory, train, "images-idx3", verify)[..., None]
 
@@ -114,7 +114,7 @@ def fashion_mnist(
 def fashion_mnist_labels(
     directory: str | Path = _debian, train: bool = True, verify: bool = True
 ) -> UInt8[np.ndarray, " number"]:
-    """What each image of [`gddim_eqx.datasets.fashion_mnist`][] shows, from 0 to 9."""
+    """The class of each image of [`gddim_eqx.datasets.fashion_mnist`][], from 0 to 9."""
     return _idx("Fashion-MNIST", directory, train, "labels-idx1", verify)
 
 
@@ -160,7 +160,7 @@ _harmless = {
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Reads arrays, and runs nothing that a file might hold instead."""
+    """Unpickles arrays only, and executes no code in a file."""
 
     def find_class(self, module, name):
         module = module.replace("numpy.core", "numpy._core")
@@ -177,9 +177,9 @@ def cifar10(directory: str | Path, train: bool = True, verify: bool = True) -> I
     - `directory`: `cifar-10-batches-py`, or the archive it is in,
         `cifar-10-python.tar.gz`.
     - `train`: whether to read the images for training.
-    - `verify`: whether to refuse files that are not those that were published.
+    - `verify`: whether to refuse files other than the published ones.
 
-    **Raises:** `ValueError` for a file that is missing, cut, or another than it should be.
+    **Raises:** `ValueError` for a file that is missing, truncated, or not the expected one.
     """
     path = Path(directory)
     names = [f"data_batch_{n}" for n in range(1, 6)] if train else ["test_batch"]
@@ -187,7 +187,7 @@ def cifar10(directory: str | Path, train: bool = True, verify: bool = True) -> I
     archive = None
     if path.is_file():
         try:
-            # All of it at first, as the sum that shows damage is at the end.
+            # All of it at first, as the checksum is at the end.
             content = gzip.decompress(path.read_bytes())
             archive = tarfile.open(fileobj=io.BytesIO(content))
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
@@ -226,23 +226,23 @@ def _batch(path: Path, archive: tarfile.TarFile | None, name: str) -> tuple[str,
 def folder(
     directory: str | Path, size: int | None = None, crop: int | None = None
 ) -> Images:
-    """All images in a directory and those within it, in the order of their names. For
-    CELEBA: `img_align_celeba` from mmlab.ie.cuhk.edu.hk/projects/CelebA.html.
+    """All images in a directory and its subdirectories, sorted by name. For CELEBA:
+    `img_align_celeba` from mmlab.ie.cuhk.edu.hk/projects/CelebA.html.
 
-    They become RGB of 8 bits. Grey levels become three equal channels, those of 16 bits
-    divided by 257 and rounded down; images are turned as EXIF says, and colours with an
+    They are converted to 8-bit RGB. Greyscale becomes three equal channels, 16-bit levels
+    divided by 257 and rounded down; images are rotated as EXIF says, and colours with an
     ICC profile are converted to sRGB.
 
     **Arguments:**
 
     - `directory`: with PNG, JPEG, BMP or WebP files.
     - `size`: of the result; without it, all images must be of one size already.
-    - `crop`: how much of the centre to keep before: 140 for CELEBA.
+    - `crop`: the side of the centre crop, before resizing: 140 for CELEBA.
 
-    **Raises:** `ValueError` if there are none, for images of several sizes, for one that
-    is smaller than `crop`, and for one that cannot be read. Also for one that cannot be
-    converted without guessing: with transparent pixels, several frames, colours of 16 bits
-    or levels without a known range. Needs Pillow.
+    **Raises:** `ValueError` if there are no images, for images of several sizes, and for
+    one that is smaller than `crop`, cannot be read, or cannot be converted without
+    guessing: with transparent pixels, several frames, 16-bit colours or levels without a
+    known range. Needs Pillow.
     """
     for name, value in (("size", size), ("crop", crop)):
         if value is not None:

@@ -8,34 +8,34 @@ from ._history import Nodes
 
 
 class AbstractCorrector(eqx.Module):
-    """How the end of a step is corrected once the model has been evaluated there."""
+    """Corrects the end of a step once the model has been evaluated there."""
 
     num_older: eqx.AbstractVar[int]
-    """How many older evaluations the corrector's polynomial passes through, beside the new
+    """How many past evaluations the corrector's polynomial interpolates, besides the new
     one."""
 
 
 class NoCorrector(AbstractCorrector):
-    """The end of a step stays as it was predicted."""
+    """No correction: the predicted state is kept."""
 
     num_older: int = eqx.field(static=True, default=0, init=False)
 
 
 class FreeCorrector(AbstractCorrector):
-    """Corrects the end of a step by the evaluation that begins the next step, as UniC does:
-    free of cost, but for the last step not at all."""
+    """Corrects the end of a step with the evaluation that begins the next step, as UniC
+    does. It costs no NFE, but the last step is not corrected."""
 
     num_older: int = eqx.field(static=True)
 
 
 class Reevaluate(AbstractCorrector):
-    """Evaluates the model once more, at the end of each step: PEC."""
+    """Corrects each step with an extra evaluation of the model at its end: PEC."""
 
     num_older: int = eqx.field(static=True)
 
     def __call__(
         self, nodes: Nodes, c: StepCoefficients
     ) -> Inexact[Array, "nodes+1 nodes+1"]:
-        """Lagrange polynomials through the end of the step, at 1, and older nodes."""
+        """Lagrange polynomials on the end of the step, at 1, and past nodes."""
         x = jnp.append(1, scaled(nodes.coordinate, c.start, c.end))
         return lagrange(x, jnp.append(True, nodes.valid(self.num_older)))

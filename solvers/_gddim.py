@@ -30,45 +30,44 @@ class GDDIM(AbstractExponentialMultistep):
 
     The linear part of the equation is solved exactly, and the model's prediction is
     extrapolated by a polynomial through its most recent values, as in an Adams-Bashforth
-    method. For a single data point one step of any length is exact. A step takes one
+    method. For a single data point, a step of any size is exact. Each step takes one
     evaluation of the model.
 
     - In data space, the default, the data prediction is extrapolated. The UniC corrector
-        then reuses the next step's evaluation, so it is free; the final step is not
-        corrected. For VP, order 2 without corrector is the semilinear form of
+        reuses the next step's evaluation, so it costs no extra NFE; the final step is not
+        corrected. For VP, order 2 without a corrector is the semilinear form of
         DPM-Solver++.
-    - In noise space it is the noise prediction in the frame $R_t$, in which it is nearly
-        constant along the flow: the paper's method, equations 18 (order 1, which for VP is
-        DDIM) and 19 (DEIS, for VP). The paper's best sampler is `GDDIM(3, "noise")` on the
-        times `time_grid(process, n, "quadratic")`.
+    - In noise space, the noise prediction is extrapolated in the frame $R_t$, where it is
+        nearly constant along the flow. This is the paper's method: equations 18 (order 1;
+        DDIM for VP) and 19 (DEIS for VP). The paper's best sampler is
+        `GDDIM(3, "noise")` on the grid `time_grid(process, n, "quadratic")`.
 
     The interpolation coordinate is rescaled so that each step extrapolates over a shorter
     distance than the previous step covered; this keeps large steps stable.
 
-    Coefficients are computed from the times of the step and of the stored evaluations.
-    So steps may be uneven, rejected or clipped, and time may run in either direction:
-    backward to sample, forward to encode. (Noise space may start at time 0; data space
-    must start where there is some noise, for example at `process.t_min`.)
+    Coefficients are computed from the times of the step and of its history. Steps may
+    therefore be nonuniform, rejected or clipped, and time may run in either direction:
+    backward to sample, forward to encode. (Solves in noise space may start at time 0;
+    those in data space must start with some noise, for example at `process.t_min`.)
 
-    The first steps are a warm-up of lower order, so that as all steps are shortened
-    together the global error is of second order, or of third with a corrector. In practice
-    this costs little, as predictions hardly change near the start of sampling: in noise
-    space, solves that are given exact earlier values have the same error to within 1%
-    under CLD, and 25% under VP.
+    The first steps are a warm-up of lower order, so as all steps shrink together the
+    global error is second order, or third order with a corrector. In practice this costs
+    little, as predictions hardly change near the start of sampling: in noise space, an
+    exact initial history changes the error by no more than 1% for CLD and 25% for VP.
 
     The error estimate is the difference between the polynomials in time through all stored
-    values and through one less, and costs no evaluation. (Order 1 compares with order 2. On
+    values and through one fewer, so it costs no NFE. (Order 1 is compared with order 2. On
     the very first step the estimate is the model's whole contribution, which is safe but
-    coarse.) Dense output has the order of the solver. To make the best of few evaluations,
+    coarse.) Dense output has the order of the solver. To make the most of a small NFE,
     rather than to meet a tolerance, take fixed steps: [`gddim_eqx.adapted_grid`][] finds
     good ones.
 
     On [`gddim_eqx.reverse_sde`][] this is stochastic gDDIM (paper, proposition 6), with the
-    exact mean and covariance of every step: for a single data point samples have the right
-    distribution on any grid, for any stochasticity. Noise is made of the increments of the
-    Brownian path such that solutions converge along the path, with strong order 1. In noise
-    space orders above 1 help only while `lam` is small; for `lam` near 1 and few steps (20,
-    under CLD) orders 3 and 4 are unstable there.
+    exact mean and covariance of every step: for a single data point, samples have the right
+    distribution on any grid and for any stochasticity. Noise is built from the increments
+    of the Brownian path so that solutions converge pathwise, with strong order 1. In noise
+    space, orders above 1 help only for small `lam`; for `lam` near 1 and few steps (20, for
+    CLD) orders 3 and 4 are unstable there.
 
     ??? cite "Reference"
 
@@ -102,27 +101,26 @@ class GDDIM(AbstractExponentialMultistep):
     ):
         r"""**Arguments:**
 
-        - `order`: the number of evaluations that are combined, 1 to 4; the paper's q. By
-            default 4.
+        - `order`: the number of evaluations that are combined, 1 to 4; q in the paper.
+            Defaults to 4.
         - `space`: what is extrapolated: `"data"`, the data prediction; or `"noise"`, the
             noise prediction, as in the paper.
-        - `corrector`: the number of older evaluations, beside the new one, by which the end
-            of a step is corrected, from 0 (no corrector) to `order`. By default
-            `order - 1` in data space, and 0 in noise space, where correctors are unstable
-            for few steps.
+        - `corrector`: the number of past evaluations that the corrector uses besides the
+            new one, from 0 (no corrector) to `order`. Defaults to `order - 1` in data
+            space, and to 0 in noise space, where correctors are unstable for few steps.
         - `variable`: the interpolation coordinate: `"time"` (the paper's, and the default
-            in noise space), `"sqrt"` or `"log"` of it, or `"clock"` (the default in data
+            in noise space), its `"sqrt"` or `"log"`, or `"clock"` (the default in data
             space), which slows down during sampling.
         - `factor`: the frame in which noise predictions are extrapolated: `"R"` for the
-            paper's $R_t$, or `"cholesky"` for $L_t$, with which the paper compares, and
-            which is far worse for CLD. Only for the probability flow in noise space. It
-            need not be the frame in which the model predicts.
-        - `reevaluate`: correct the end of every step by an extra evaluation there, so that
-            a step takes two: the paper's predictor-corrector (PEC).
-        - `num_nodes`: the field that holds `order`, which is the name of a method of every
-            solver. Only used if `order` is not given, as by `dataclasses.replace`.
+            paper's $R_t$, or `"cholesky"` for $L_t$, the paper's baseline, which is far
+            worse for CLD. Only for the probability flow in noise space. It need not be
+            the frame in which the model predicts.
+        - `reevaluate`: correct every step with an extra evaluation at its end, for two
+            evaluations per step: the paper's predictor-corrector (PEC).
+        - `num_nodes`: the field that stores `order`, as every solver has a method of that
+            name. Only used if `order` is not given, as in `dataclasses.replace`.
 
-        **Raises:** `ValueError` for other values, and for values that exclude each other.
+        **Raises:** `ValueError` for invalid or mutually exclusive values.
         """
         if order is None:
             order = 4 if num_nodes is None else num_nodes
@@ -155,14 +153,14 @@ class GDDIM(AbstractExponentialMultistep):
             )
         self.num_nodes = int(order)
         self.space = space
-        # `None` for what is the default, so that solvers that do the same are equal.
+        # Defaults are stored as `None`, so that equivalent solvers compare equal.
         self.corrector = None if corrector in (None, default) else int(corrector)
         self.variable = None if variable == _default_variables[space] else variable
         self.factor = factor
         self.reevaluate = bool(reevaluate)
 
     def __repr__(self) -> str:
-        # As it is made: `order` is the argument of `num_nodes`.
+        # As it is constructed: the argument `order` sets `num_nodes`.
         names = ("space", "corrector", "variable", "factor", "reevaluate")
         rest = [f"{name}={getattr(self, name)!r}" for name in names]
         return f"GDDIM({', '.join([f'order={self.num_nodes}', *rest])})"

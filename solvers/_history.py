@@ -11,25 +11,25 @@ from gddim_eqx._linear import coefficient_dtype
 
 
 class Nodes(eqx.Module):
-    """The new evaluation and the stored ones, as nodes of interpolation: node 0 is the new
-    one, and node k + 1 is slot k."""
+    """The new evaluation and the history as interpolation nodes: node 0 is the new
+    evaluation, and node k + 1 is slot k."""
 
     values: list[State]
     times: Real[Array, " nodes"]
     coordinate: Real[Array, " nodes"]
-    # 0 for the new one, 1 for the one before, and so on.
+    # 0 for the new evaluation, 1 for the previous one, and so on.
     age: Int[Array, " nodes"]
     # How many are stored.
     count: Int[Array, ""]
 
     def valid(self, number: int) -> Bool[Array, " nodes"]:
-        """The newest few nodes, as far as there are as many."""
+        """A mask of the newest `number` nodes, or of all if there are fewer."""
         return self.age < jnp.minimum(self.count + 1, number)
 
 
 class LastStep(NamedTuple):
-    """What a corrector needs of the last step: the linear part and the noise, applied to
-    the state; the moments; and the coordinate at its start."""
+    """What a corrector needs from the previous step: the result of the linear part and the
+    noise; the moments; and the coordinate at its start."""
 
     base: State
     moments: Inexact[Array, "number n n *spectrum"]
@@ -37,7 +37,7 @@ class LastStep(NamedTuple):
 
 
 class History(eqx.Module):
-    """The most recent evaluations, in a ring buffer."""
+    """A ring buffer of the most recent evaluations."""
 
     times: Real[Array, " slots"]
     coordinate: Real[Array, " slots"]
@@ -46,11 +46,11 @@ class History(eqx.Module):
     count: Int[Array, ""]
     # The slot that is overwritten next.
     slot: Int[Array, ""]
-    # Where, in the time of `diffeqsolve`, the last step ended.
+    # Where the previous step ended, in the time of `diffeqsolve`.
     end: Real[Array, ""]
-    # For correctors that need it.
+    # Only for correctors that need it.
     last: LastStep | None
-    # In noise space, on reverse diffusions.
+    # Only in noise space on reverse diffusions.
     residual: Residual | None
 
     @staticmethod
@@ -61,20 +61,20 @@ class History(eqx.Module):
         last: LastStep | None,
         residual: Residual | None,
     ) -> "History":
-        """A history without evaluations."""
+        """An empty history."""
         times, zero = jnp.zeros(slots, coefficient_dtype(y0)), jnp.zeros((), jnp.int32)
         values = jtu.tree_map(lambda y: jnp.zeros((slots, *y.shape), y.dtype), y0)
         end = jnp.asarray(t0)
         return History(times, times, values, zero, zero, end, last, residual)
 
     def length(self, t0: RealScalarLike, made_jump: BoolScalarLike) -> Int[Array, ""]:
-        """How many stored evaluations are history of a step from `t0`: none, if they were
-        stored before a jump, or along a solution that ended elsewhere."""
+        """The number of stored evaluations that a step from `t0` may use: none if they
+        precede a jump, or belong to a solution that ended elsewhere."""
         count = jnp.where(self.end == t0, self.count, 0)
         return count if made_jump is False else jnp.where(made_jump, 0, count)
 
     def nodes(self, value: State, s: Array, start: Array, count: Int[Array, ""]) -> Nodes:
-        """The nodes of a step from `s`, where the coordinate is `start`."""
+        """The nodes of a step from `s`, at which the coordinate is `start`."""
         slots = self.times.shape[0]
         age = (self.slot - 1 - jnp.arange(slots, dtype=jnp.int32)) % slots + 1
         stored = [jtu.tree_map(lambda x, k=k: x[k], self.values) for k in range(slots)]
@@ -99,8 +99,8 @@ class History(eqx.Module):
         base: State,
         residual: Residual | None,
     ) -> "History":
-        """The history after a step, whose new evaluation a step of no length does not
-        keep: the same slot is overwritten again."""
+        """The history after a step. A step of size zero does not keep its evaluation: the
+        next step overwrites the same slot."""
         slots, slot, kept = self.times.shape[0], self.slot, (~still).astype(jnp.int32)
         last = None if self.last is None else LastStep(base, c.moments, c.start)
         return History(

@@ -57,10 +57,10 @@ class AbstractExponentialMultistep(
     """An exponential multistep method for probability flows and reverse diffusions.
 
     A step solves the linear part of the equation exactly, and replaces the rest by a
-    polynomial through stored evaluations of the model. Subclasses say which part is linear
-    and what is interpolated (`splitting`), in which coordinate the polynomials are
-    (`coordinate`), which polynomials these are (`predictor`), and how the end of a step is
-    corrected (`correction`).
+    polynomial through past evaluations of the model. Subclasses specify the linear part
+    and the interpolated quantity (`splitting`), the coordinate of the polynomials
+    (`coordinate`), the polynomials (`predictor`), and how the end of a step is corrected
+    (`correction`).
     """
 
     splitting: eqx.AbstractVar[AbstractSplitting]
@@ -70,7 +70,7 @@ class AbstractExponentialMultistep(
 
     @abc.abstractmethod
     def check(self, terms: dfx.AbstractTerm) -> None:
-        """Raise a `ValueError` for terms that the solver is not made for."""
+        """Raise a `ValueError` for terms that the solver does not support."""
 
     term_structure: ClassVar = AbstractReverseTerm
     interpolation_cls: ClassVar[Callable[..., dfx.AbstractLocalInterpolation]] = (
@@ -96,13 +96,13 @@ class AbstractExponentialMultistep(
 
     @property
     def _number(self) -> int:
-        """How many moments the predictor and the corrector need."""
+        """The number of moments that the predictor and the corrector need."""
         corrected = self.correction.num_older > 0
         return self._slots + 1 if corrected else self.predictor.num_nodes
 
     @property
     def _number_in_time(self) -> int:
-        """How many moments the error estimate needs."""
+        """The number of moments that the error estimate needs."""
         return max(self.predictor.num_nodes, 2)
 
     def init(
@@ -191,18 +191,18 @@ class AbstractExponentialMultistep(
         )
 
     def _polynomials(self, nodes: Nodes, last: LastStep | None, c: StepCoefficients):
-        """By node, the polynomials of the last step's corrector, of the predictor, and of
-        the error estimate."""
+        """For each node, the polynomials of the previous step's corrector, of the
+        predictor, and of the error estimate."""
         q, number = self.predictor.num_nodes, self._number_in_time
         x = scaled(nodes.coordinate, c.start, c.end)
-        # In a coordinate that slows down long steps would seem accurate.
+        # In a coordinate that slows down, large steps would seem accurate.
         times = scaled(nodes.times, nodes.times[0], c.t)
         narrower = nodes.valid(number) & (nodes.age < jnp.minimum(nodes.count, number - 1))
         cases = [(x, nodes.valid(q)), (times, nodes.valid(number)), (times, narrower)]
         if last is not None:
             x = scaled(nodes.coordinate, last.start, nodes.coordinate[0])
             cases.append((x, nodes.valid(self.correction.num_older + 1)))
-        # All at once, so that they are compiled once.
+        # Batched, so that they are compiled once.
         both = lagrange(*(jnp.stack(x) for x in zip(*cases)))
         predictor, wide, narrow, corrector = both[0], both[1], both[2], both[-1]
         return corrector, self.predictor(predictor, nodes), (wide - narrow)[:, :number]
@@ -216,15 +216,15 @@ class AbstractExponentialMultistep(
 def _unwrap(
     terms: dfx.AbstractTerm,
 ) -> tuple[ProbabilityFlow, Level | None, RealScalarLike]:
-    """The probability flow, the stochasticity, or `None` if it is known to be zero before
-    running, and the direction of time."""
+    """The probability flow, the stochasticity (`None` if statically zero), and the
+    direction of time."""
     flow, lam, direction = unwrap_reverse(terms)
     return flow, None if isinstance(lam, float) and lam == 0 else lam, direction
 
 
 def _forcing(process, history: History, count, c: StepCoefficients, value, normal):
-    """What a step of a reverse diffusion interpolates, what is added to the linear part, as
-    pairs of blocks and states, and the next residual, if there is one."""
+    """For a step of a reverse diffusion: the value to interpolate, what is added to the
+    linear part as pairs of blocks and states, and the next residual, if any."""
     forcing, residual = [(c.noise, normal)], None
     if history.residual is not None:
         noise, value = value, history.residual(value, count)
@@ -234,7 +234,7 @@ def _forcing(process, history: History, count, c: StepCoefficients, value, norma
 
 
 def _corrected(process, last: LastStep, polynomials, nodes: Nodes, y0: State) -> State:
-    """The end of the last step, with the new evaluation."""
+    """The end of the previous step, corrected with the new evaluation."""
     change = integral(process.shape, polynomials, last.moments, nodes.values)
     corrected = lambda y, a, b: jnp.where(nodes.count > 0, a + b, y)
     return jtu.tree_map(corrected, y0, last.base, change)

@@ -7,21 +7,21 @@ from ._history import Nodes
 
 
 class AbstractPredictor(eqx.Module):
-    """By which polynomial stored evaluations are extrapolated."""
+    """The polynomial that extrapolates stored evaluations."""
 
     num_nodes: eqx.AbstractVar[int]
-    """How many evaluations are combined, the newest included."""
+    """How many evaluations are combined, including the newest."""
 
     @abc.abstractmethod
     def __call__(
         self, polynomials: Inexact[Array, "nodes nodes"], nodes: Nodes
     ) -> Inexact[Array, "nodes nodes"]:
-        """By node, the coefficients of the polynomial that multiplies its value, lowest
-        power first, given those of the Lagrange polynomials."""
+        """For each node, the coefficients of the polynomial that multiplies its value,
+        lowest power first, given those of the Lagrange polynomials."""
 
 
 class AdamsBashforth(AbstractPredictor):
-    """The polynomial through the newest evaluations."""
+    """Interpolates the newest evaluations."""
 
     num_nodes: int = eqx.field(static=True)
 

@@ -19,20 +19,20 @@ from gddim_eqx._term import real_times, ReverseSDE, unwrap_reverse
 class SSCS(dfx.AbstractItoSolver[None]):
     r"""The symmetric splitting sampler for critically-damped Langevin diffusion.
 
-    The reverse diffusion is split into an Ornstein-Uhlenbeck process, which would be all
-    if the prior were the distribution at all times, and the rest of the score,
+    The reverse diffusion is split into an Ornstein-Uhlenbeck process, which is the whole
+    of it if the prior is the distribution at all times, and the rest of the score,
 
     $$\mathrm{d}u = -G_t G_t^\top \left[\nabla \log p_t(u) + \Sigma_\infty^{-1} u\right]
     \mathrm{d}t.$$
 
     A step is an exact half step of the first, an Euler step of the second with the score at
-    the middle of the step, and another exact half step of the first. There is one
-    evaluation of the model per step. Only for [`gddim_eqx.CLD`][], and only for
+    the midpoint, and another exact half step of the first. Each step takes one evaluation
+    of the model. Only for [`gddim_eqx.CLD`][], and only for
     `gddim_eqx.reverse_sde(..., lam=1.0)`.
 
-    It is of the first order, because an Euler step is: the rest of the score depends on the
-    velocity that it drives. What the splitting itself adds is of the second order, so that
-    from few steps errors at first fall faster.
+    It is first order because the Euler step is: the rest of the score depends on the
+    velocity that it drives. The splitting error itself is second order, so at few steps
+    the error initially falls faster.
 
     ??? cite "Reference"
 

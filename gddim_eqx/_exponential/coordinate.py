@@ -13,7 +13,7 @@ class AbstractCoordinate(eqx.Module):
     function of time."""
 
     uses_log_snr: ClassVar[bool]
-    """Whether it depends on the signal-to-noise ratio too."""
+    """Whether it also depends on the signal-to-noise ratio."""
 
     @abc.abstractmethod
     def __call__(
@@ -29,8 +29,8 @@ class AbstractCoordinate(eqx.Module):
 
         - `process`: the forward process.
         - `t`: the times.
-        - `log_snr`: `process.log_snr` at these times, for a coordinate that uses it; for
-            others `None`.
+        - `log_snr`: `process.log_snr` at these times, or `None` for a coordinate that does
+            not use it.
         - `forward`: whether the solver steps forward in time.
         """
 
@@ -57,16 +57,16 @@ class Logarithm(AbstractCoordinate):
 
 
 class Clock(AbstractCoordinate):
-    """The exponential of the [clock][gddim_eqx._process.progress.clock] of sampling, by
-    which it slows down from step to step.
+    """The exponential of the sampling [clock][gddim_eqx._process.progress.clock], which
+    slows down from step to step.
 
-    Over equal steps it slows down by equal factors, the closer to one the more steps there
-    are. So a prediction is extrapolated over a shorter distance than the previous step
-    covered, which keeps large steps stable and does not change the order of convergence.
+    Over equal steps it slows down by equal factors, which approach one as the number of
+    steps grows. Predictions are thus extrapolated over a shorter distance than the previous
+    step covered. This keeps large steps stable without changing the convergence order.
     """
 
     rate: float = eqx.field(static=True, default=10.0)
-    """The logarithm of how much faster it runs at one end of sampling than at the other.
+    """The logarithm of the ratio of its speeds at the two ends of sampling.
     """
 
     uses_log_snr: ClassVar[bool] = True
@@ -87,5 +87,5 @@ COORDINATES: dict[str, AbstractCoordinate] = {
 def scaled(
     values: Inexact[Array, " *times"], start: Inexact[Array, ""], end: Inexact[Array, ""]
 ) -> Inexact[Array, " *times"]:
-    """Values between a start, which is mapped to 0, and an end, which is mapped to 1."""
+    """Rescale values affinely, mapping `start` to 0 and `end` to 1."""
     return (values - start) / jnp.where(start == end, 1, end - start)

@@ -15,12 +15,12 @@ from .splitting import AbstractSplitting
 
 
 class Exponential(NamedTuple):
-    """What a step leaves for dense output."""
+    """The dense output of a step."""
 
-    # What the corrector made of the start of the step.
+    # The start of the step, corrected.
     start: State
     # The interpolation polynomial in the coordinate, 0 at the start and 1 at the end:
-    # values, and by value the coefficients of what multiplies it.
+    # values, and for each the coefficients of the polynomial that multiplies it.
     values: list[State]
     polynomials: Inexact[Array, "nodes number"]
     # The coordinate at the end of the step.
@@ -57,7 +57,7 @@ class ExponentialInterpolation(dfx.AbstractLocalInterpolation):
             combine(shape, [(c.linear, e.start)]),
             integral(shape, polynomials, c.moments, e.values),
         )
-        # Begin where the previous step ended, before it was corrected.
+        # Start from the end of the previous step before it was corrected.
         rest = (end - t) / jnp.where(s == end, 1, end - s)
 
         def finish(y, y0, start, y1):
@@ -67,7 +67,7 @@ class ExponentialInterpolation(dfx.AbstractLocalInterpolation):
 
 
 def interpolation(*, t0, t1, y0, y1, exponential=None) -> dfx.AbstractLocalInterpolation:
-    """The exponential interpolation; on reverse diffusions, a linear one."""
+    """The exponential interpolation, or linear interpolation on reverse diffusions."""
     if exponential is None:
         return dfx.LocalLinearInterpolation(t0=t0, t1=t1, y0=y0, y1=y1)
     return ExponentialInterpolation(t0, t1, y0, y1, exponential)

@@ -1,21 +1,21 @@
 r"""The coefficients of the exponential integrators, computed from the times of the step.
 
-Over a step from $s$ to $t$ the probability flow is, exactly,
+Over a step from $s$ to $t$ the exact solution of the probability flow is
 
 $$u_t = \Psi(t, s)\,u_s + \int_s^t \mathrm{d}_\tau \left[\Psi(t, \tau) R_\tau\right]
 \epsilon(\tau) = R_t R_s^{-1} u_s + \int_s^t \mathrm{d}_\tau
 \left[R_t R_\tau^{-1} \Psi(\tau, 0)\right] U(\tau)$$
 
-with the prediction of noise $\epsilon$, or that of the initial state $U = \Psi(0, \tau)
-(u - R_\tau \epsilon)$. With either replaced by a polynomial in a coordinate $x$ that runs
-from 0 to 1, all that is needed of the process are the moments of the bracket,
+with the noise prediction $\epsilon$, or the prediction of the initial state $U =
+\Psi(0, \tau) (u - R_\tau \epsilon)$. If either is replaced by a polynomial in a coordinate
+$x$ that runs from 0 to 1, only the moments of the bracket are needed,
 
 $$M_i = \int_s^t x^i\,\mathrm{d}[\cdot]
 = [\cdot]_t - [i = 0]\,[\cdot]_s - \int_0^1 i\,x^{i-1}\,[\cdot]\,\mathrm{d}x,$$
 
-in which $G$ does not occur and the integrand is bounded and smooth. (The paper's equations
-18 and 19 have the integrand $\frac{1}{2} \Psi G G^\top R^{-\top}$, which is the
-derivative of the first bracket.)
+in which $G$ does not appear and the integrand is bounded and smooth. (The integrand of the
+paper's equations 18 and 19, $\frac{1}{2} \Psi G G^\top R^{-\top}$, is the derivative of the
+first bracket.)
 """
 
 from typing import NamedTuple
@@ -31,8 +31,8 @@ from .quadrature import StepNodes
 
 
 class Position(NamedTuple):
-    """The coordinate over a step: at its ends; and at all times scaled to 0 at the start
-    and 1 at the end, with the quadrature weights of integrals over it and over time."""
+    """The coordinate over a step: its values at the ends; its values at all times, scaled
+    to 0 at the start and 1 at the end; and quadrature weights over it and over time."""
 
     start: Inexact[Array, ""]
     end: Inexact[Array, ""]
@@ -60,7 +60,7 @@ def position(nodes: StepNodes, coordinate: AbstractCoordinate) -> Position:
         (jnp.full_like(times, t - s), slopes),
     )
     start, end = values[0], values[-1]
-    # A step too short to be resolved by the coordinate leaves it at 0.
+    # It stays at 0 over a step too small for the coordinate to resolve.
     rate = jnp.where(start == end, 0, 1 / jnp.where(start == end, 1, end - start))
     inside = nodes.weights > 0
     slopes = jnp.where(inside, rate * slopes, 0)
@@ -74,7 +74,7 @@ def moments_of_bracket(
     x, weights = position.scaled, position.weights
     rules = [(np.arange(len(x)) == 0).astype(x.dtype)]
     rules += [weights * i * x ** (i - 1) for i in range(1, number)]
-    # The weights of all powers add up to one.
+    # For every power the weights sum to one.
     return _contract(rules, bracket[-1:] - bracket)
 
 

@@ -9,20 +9,20 @@ from .._linear import append_axes, combine
 def lagrange(
     nodes: Inexact[Array, "*cases nodes"], valid: Bool[Array, "*cases nodes"]
 ) -> Inexact[Array, "*cases nodes nodes"]:
-    """The Lagrange basis polynomials through the valid ones of some nodes.
+    """The Lagrange basis polynomials on the valid nodes.
 
     **Arguments:**
 
-    - `nodes`: distinct abscissae, as far as they are valid.
+    - `nodes`: abscissae; the valid ones must be distinct.
     - `valid`: which of them to use.
 
     **Returns:** in row `j` the coefficients, lowest power first, of the polynomial of
-    node `j`; zero if that is not valid.
+    node `j`; zero if the node is not valid.
     """
     number = nodes.shape[-1]
     zero, one = jnp.zeros_like(nodes), jnp.ones_like(nodes)
-    # Vectors over the nodes, one for each power, and a single division: XLA compiles this
-    # sooner than matrices, and divisions one by one.
+    # Vectors over the nodes, one per power, and a single division: XLA compiles this faster
+    # than matrices and separate divisions.
     numerators, denominator = [one, *[zero] * (number - 1)], one
     for k in range(number):
         node = nodes[..., k, None]
@@ -40,7 +40,7 @@ def weights(
     polynomials: Inexact[Array, "nodes number"],
     moments: Inexact[Array, "number n n *spectrum"],
 ) -> Inexact[Array, "nodes n n *spectrum"]:
-    """The integrals of polynomials given by their coefficients, from the moments."""
+    """The integrals of polynomials, from their coefficients and the moments."""
     return (append_axes(polynomials, moments.ndim + 1) * moments[None]).sum(1)
 
 
@@ -50,5 +50,5 @@ def integral(
     moments: Inexact[Array, "number n n *spectrum"],
     values: list[State],
 ) -> State:
-    """The integral of the polynomial through some values."""
+    """The integral of the interpolation polynomial of the values."""
     return combine(shape, list(zip(weights(polynomials, moments), values)))

@@ -15,8 +15,8 @@ NODES, WEIGHTS = (NODES + 1) / 2, WEIGHTS / 2
 
 
 class StepNodes(NamedTuple):
-    """Everything that integrals over a step from `s` to `t` need of a process: at the start
-    of the step, at the quadrature nodes, and at its end. The ends have weight zero."""
+    """A process over a step from `s` to `t`, evaluated for quadrature: at the start of the
+    step, at the quadrature nodes, and at its end. The ends have weight zero."""
 
     process: AbstractProcess
     times: Real[Array, " times"]
@@ -26,15 +26,15 @@ class StepNodes(NamedTuple):
     # R_tau and Psi(tau, 0).
     roots: Inexact[Array, "times n n *spectrum"]
     signals: Inexact[Array, "times n n *spectrum"]
-    # R_tau^-1; the identity if there is no noise at the end.
+    # R_tau^-1; at the end, the identity if there is no noise.
     inverses: Inexact[Array, "times n n *spectrum"]
-    # R_tau^-1 G_tau; of no meaning at the ends.
+    # R_tau^-1 G_tau; meaningless at the ends.
     whitened: Inexact[Array, "times n n *spectrum"]
     # Whether there is no noise at the end of the step.
     noiseless: Inexact[Array, ""]
 
     def log_snr(self) -> tuple[Inexact[Array, " times"], Inexact[Array, " times"]]:
-        """`process.log_snr`, and at the nodes its derivative."""
+        """`process.log_snr`, and its derivative at the nodes."""
 
         def whitened_data(inverse, signal):
             inverse, signal = (
@@ -44,7 +44,7 @@ class StepNodes(NamedTuple):
 
         logs, units = jax.vmap(whitened_data)(self.inverses, self.signals)
         values = logs.mean(tuple(range(1, logs.ndim)))
-        # Without noise it is infinite; a large number serves.
+        # Infinite without noise; use a large number instead.
         last = np.arange(len(values)) == len(values) - 1
         values = jnp.where(last & self.noiseless, 1e4, values)
         # The derivative of a^T Sigma^-1 a is -|G^T Sigma^-1 a|^2.
@@ -54,13 +54,13 @@ class StepNodes(NamedTuple):
 
 
 def step_nodes(process: AbstractProcess, s: Array, t: Array) -> StepNodes:
-    """Evaluate a process at the quadrature nodes of a step, and at its ends."""
+    """Evaluate a process at the quadrature nodes and ends of a step."""
     nodes, weights = np.pad(NODES, 1, constant_values=(0, 1)), np.pad(WEIGHTS, 1)
     return _nodes_at(process, s, t, nodes, weights)
 
 
 def step_ends(process: AbstractProcess, s: Array, t: Array) -> StepNodes:
-    """The same without nodes between the ends."""
+    """As `step_nodes`, at the ends only."""
     return _nodes_at(process, s, t, np.array([0.0, 1.0]), np.zeros(2))
 
 
@@ -75,7 +75,7 @@ def _nodes_at(process, s, t, nodes, weights):
     fractions, weights = _fractions(process, s, t, nodes, weights)
     first, last = nodes == 0, nodes == 1
     tau = s + (t - s) * fractions
-    # Rounding may take a node to time 0, where without noise there is no inverse.
+    # Rounding may move a node to time 0, where without noise there is no inverse.
     tau = jnp.where(tau > 0, tau, 1e-6 * process.t_min)
     times = jnp.where(first, s, jnp.where(last, t, tau))
     roots, signals = jax.vmap(values)(times)
@@ -103,10 +103,9 @@ def _nodes_at(process, s, t, nodes, weights):
 def _fractions(process, s, t, nodes, weights):
     """Gauss-Legendre nodes and weights on x in [0, 1].
 
-    They are uniform in z, where t / (1 - t / t_zero_signal) = t_min * (exp(z) - 1)^2. Noise
-    grows like the square root of time at first, which is linear in z, and later changes
-    with the logarithm of time, which is linear in z too; so does the signal's logarithm
-    where the signal vanishes.
+    The rule is in z, where t / (1 - t / t_zero_signal) = t_min * (exp(z) - 1)^2. Noise
+    first grows like the square root of time, and later changes with the logarithm of time;
+    both are linear in z. So is the logarithm of the signal where the signal vanishes.
     """
     nodes, weights = jnp.asarray(nodes, s.dtype), jnp.asarray(weights, s.dtype)
     vanishes = math.isfinite(process.t_zero_signal)
@@ -122,7 +121,7 @@ def _fractions(process, s, t, nodes, weights):
     still = (width == 0) | (root_t + root_s == 0)
     length = jnp.where(still, 1, growth[-1] * (root_t + root_s))
     root_x = root_s + (1 + root_s) * growth
-    # Differences of squares, in a form that does not cancel.
+    # Differences of squares, without cancellation.
     x = growth * (root_x + root_s) / length
     dx = 2 * width * (1 + growth) * root_x / length
     if vanishes:
@@ -130,6 +129,6 @@ def _fractions(process, s, t, nodes, weights):
         closeness = process.t_min / process.t_zero_signal
         at_s, at_x, at_t = (1 + closeness * r**2 for r in (root_s, root_x, root_t))
         x, dx = x * at_t / at_x, dx * at_t * at_s / at_x**2
-    # Rounding must not take a node past the end: there may be no process before time 0.
+    # Rounding must not move a node past the end: the process may not exist before time 0.
     x = jnp.clip(x, 0, 1)
     return jnp.where(still, nodes, x), jnp.where(still, weights, weights * dx)

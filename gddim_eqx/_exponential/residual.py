@@ -15,16 +15,16 @@ class Residual(eqx.Module):
     $$\eta_t = \eta_s + W\,(\epsilon_t - \Omega(t, s)\,\epsilon_s - \xi), \qquad
     W^{-1} = \frac{1}{t - s} \int_s^t \Omega(t, \tau)\,\mathrm{d}\tau,$$
 
-    as if it grew uniformly over the step from $s$ to $t$.
+    assuming that it grows uniformly over the step from $s$ to $t$.
     """
 
     gain: BlockLinearOperator
     """$W$."""
     offset: State
-    r"""What is added to $W \epsilon_t$."""
+    r"""The term added to $W \epsilon_t$."""
 
     def __call__(self, noise: State, count: Int[Array, ""]) -> State:
-        """The residual at a new noise prediction, before which there are `count`."""
+        """The residual at a new noise prediction, which has `count` predecessors."""
         grown = apply(self.gain, noise)
         return jtu.tree_map(
             lambda x, g, o: jnp.where(count > 0, g + o, x), noise, grown, self.offset
@@ -34,7 +34,7 @@ class Residual(eqx.Module):
 def next_residual(
     shape: tuple[int, ...], step: Contraction, noise: State, value: State, normal: State
 ) -> Residual:
-    """What turns the next noise prediction into a residual.
+    """The map from the next noise prediction to its residual.
 
     **Arguments:**
 

@@ -1,6 +1,6 @@
-r"""The exact transition of the reverse diffusion of one data point.
+r"""The exact transition of the reverse diffusion for a single data point.
 
-For data from a single point, or normal, the reverse diffusion (paper, equation 6) is
+For a single data point, or normal data, the reverse diffusion (paper, equation 6) is
 linear, and in the frame $R_t$ the noise prediction follows
 
 $$\mathrm{d}\epsilon = \tfrac{\lambda^2}{2} K_t\,\epsilon\,\mathrm{d}t
@@ -13,7 +13,7 @@ covariance (equation 23), which is $R_t (I - \Omega \Omega^\top) R_t^\top$. In
 $$I - \Omega \Omega^\top = \lambda^2 \int_t^s \Omega(t, \tau)\,K_\tau\,
 \Omega(t, \tau)^\top\,\mathrm{d}\tau$$
 
-nothing cancels, however short the step.
+nothing cancels, however small the step.
 """
 
 import functools as ft
@@ -42,13 +42,13 @@ from .quadrature import NODES, step_nodes, StepNodes, WEIGHTS
 
 
 class Contraction(NamedTuple):
-    r"""$\Omega$ over a step from `s` to `t`, and what else the solver needs of it."""
+    r"""$\Omega$ over a step from `s` to `t`, and related quantities for the solver."""
 
     # Omega(t, s).
     omega: Inexact[Array, "n n *spectrum"]
-    # A square root of I - Omega Omega^T. Times Brownian increments over the root of their
-    # length it is the noise that these add to the noise prediction, or as near to that as
-    # any with the right covariance.
+    # A square root of I - Omega Omega^T. Applied to normalised Brownian increments it gives
+    # the noise that these add to the noise prediction, or the nearest to that among those
+    # with the right covariance.
     spread: Inexact[Array, "n n *spectrum"]
     # The mean of Omega(t, tau) over the step; the identity where it is zero.
     mean: Inexact[Array, "n n *spectrum"]
@@ -69,8 +69,8 @@ def contraction(nodes: StepNodes, lam: Level) -> Contraction:
     durations = append_axes(durations, loadings.ndim)
     level, levels = _levels(lam, nodes.times[1:])
     levels = append_axes(levels, loadings.ndim)
-    # All square roots are of regular quantities, to be multiplied by the level, so that
-    # they can be differentiated with respect to it where it is zero too.
+    # Square roots are taken only of regular quantities, and then multiplied by the level,
+    # so that derivatives with respect to it exist even where it is zero.
     if nodes.process.num_components == 1:
         exponents = _exponents(nodes, loadings, durations, levels)
         omegas, omega = (jnp.exp(level**2 * x) for x in exponents)
@@ -93,8 +93,8 @@ def contraction(nodes: StepNodes, lam: Level) -> Contraction:
 
 
 def _levels(lam: Level, times):
-    """The mean level of noise, and the levels at the nodes and at the end of the step,
-    divided by it."""
+    """The mean stochasticity, and its values at the nodes and at the end of the step
+    relative to the mean."""
     if not callable(lam):
         return level_at(lam, times[-1]), jnp.ones_like(times)
     levels = jax.vmap(ft.partial(level_at, lam))(times)
@@ -103,7 +103,7 @@ def _levels(lam: Level, times):
 
 
 def _root(x):
-    """The square root, with the derivative 0 at 0."""
+    """The square root, with derivative 0 at 0."""
     positive = x > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
 
@@ -115,10 +115,9 @@ def _expm1_over(x):
 
 
 def _exponents(nodes, loadings, durations, levels):
-    """The logarithms of Omega(t, tau) and Omega(t, s) where numbers take the place of
-    matrices, for a mean level of one. At a constant level Omega is the power lam^2 of
-    R_t / (Psi R_s); what levels differ from that at the end is regular there, and
-    integrated."""
+    """The logarithms of Omega(t, tau) and Omega(t, s) in the scalar case, for a mean level
+    of one. At a constant level Omega is R_t / (Psi R_s) to the power lam^2. The deviation
+    of the level from its value at the end is regular there, and integrated."""
     root, signal, end = nodes.roots[-1], nodes.signals[-1], nodes.times[-1]
 
     def log_ratio(tau, before, signal_before):
@@ -127,12 +126,12 @@ def _exponents(nodes, loadings, durations, levels):
         after = after * append_axes(signal_before / signal, ndim)
         regular = (before > 0) & (after > 0)
         ratio = jnp.where(regular, after / jnp.where(before > 0, before, 1), 1)
-        # Without noise at time 0 the ratio is zero there. Not infinity, as lam may be 0.
+        # Without noise at time 0 the ratio is zero. Not minus infinity, as lam may be 0.
         logarithm = jnp.where(regular, jnp.log(ratio), -1e9)
         return pin((tau == end) | (logarithm > 0), 0, logarithm)
 
     at_nodes = jax.vmap(log_ratio)(nodes.times[:-1], nodes.roots[:-1], nodes.signals[:-1])
-    # The logarithm of a ratio near 1 has lost its digits; the integral has them.
+    # The logarithm of a ratio near 1 suffers from cancellation; the integral does not.
     rate = 0.5 * durations * loadings**2
     whole = at_nodes[0]
     whole = jnp.where(whole < -0.1, whole, -rate.sum(0))
@@ -147,12 +146,12 @@ def _exponents(nodes, loadings, durations, levels):
 def _collocate(loadings, durations, lam):
     """Omega(t, tau) at the nodes and Omega(t, s), by Gauss collocation from t to s.
 
-    It preserves quadratic invariants, so that I - Omega Omega^T is equal to its
-    quadrature at the nodes.
+    It preserves quadratic invariants, so I - Omega Omega^T equals its quadrature at the
+    nodes.
     """
     number, n = loadings.shape[:2]
     squares = jax.vmap(lambda x: matmul(x, transposed(x)))(loadings)
-    # The generator times the nodes' weights, against the quadrature's own variable.
+    # The generator times the quadrature weights, then in the quadrature's own variable.
     change = 0.5 * lam**2 * durations * squares
     generator = change / append_axes(jnp.asarray(WEIGHTS, change.dtype), change.ndim)
     last = jnp.moveaxis(generator, (1, 2), (-2, -1))
@@ -185,18 +184,18 @@ def reverse_transition(
     s: RealScalarLike,
     lam: Level = 1.0,
 ) -> tuple[BlockLinearOperator, BlockLinearOperator]:
-    r"""The transition of the reverse diffusion of one data point at the origin.
+    r"""The transition of the reverse diffusion for a single data point at the origin.
 
-    From `s` down to `t` it takes a state $u_s$ to the normal with mean $\hat\Psi u_s$ and
-    covariance $P$. With data at the origin states are distributed with covariance
-    $\Sigma_t$ whatever `lam` is: $\hat\Psi \Sigma_s \hat\Psi^\top + P = \Sigma_t$. For
-    `lam = 1` this is the posterior of $u_t$ given $u_s$. Paper, proposition 6.
+    Given $u_s$, the state at $t \le s$ is normal with mean $\hat\Psi u_s$ and covariance
+    $P$. With data at the origin, states have covariance $\Sigma_t$ for every `lam`:
+    $\hat\Psi \Sigma_s \hat\Psi^\top + P = \Sigma_t$. For `lam = 1` this is the posterior
+    of $u_t$ given $u_s$. Paper, proposition 6.
 
     **Arguments:**
 
     - `process`: the forward process.
     - `t`, `s`: times in [0, T] with `t <= s`, and `s > 0`.
-    - `lam`: the level of noise, or a function of time; 0 for the probability flow.
+    - `lam`: the stochasticity, or a function of time; 0 for the probability flow.
 
     **Returns:** the transition $\hat\Psi(t, s)$, and its covariance $P$.
 

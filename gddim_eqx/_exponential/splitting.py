@@ -24,13 +24,13 @@ Moments = Callable[[Position, int], Inexact[Array, "number n n *spectrum"]]
 
 
 class StepCoefficients(NamedTuple):
-    """What a step of an exponential multistep method multiplies by what: the blocks of
+    """The coefficients of a step of an exponential multistep method, as blocks of
     operators."""
 
     # Multiplies the state.
     linear: Inexact[Array, "n n *factors"]
-    # Multiply the coefficients of the interpolation polynomial, lowest power first: of one
-    # in the coordinate, and of one in time, for the error estimate.
+    # Multiply the coefficients of the interpolation polynomials, lowest power first: the
+    # one in the coordinate, and the one in time for the error estimate.
     moments: Inexact[Array, "number n n *spectrum"]
     moments_in_time: Inexact[Array, "number_in_time n n *spectrum"]
     # The square root R of the covariance at the start.
@@ -39,15 +39,15 @@ class StepCoefficients(NamedTuple):
     t: Inexact[Array, ""]
     start: Inexact[Array, ""]
     end: Inexact[Array, ""]
-    # On reverse diffusions: what multiplies standard normals, `(n, n, *spectrum)`, and the
-    # `Contraction` that it is made of. Else `None`.
+    # On reverse diffusions: the multiplier of standard normals, `(n, n, *spectrum)`, and
+    # the `Contraction` it is computed from. Otherwise `None`.
     noise: Any
     contraction: Any
 
 
 class AbstractSplitting(eqx.Module):
-    """Which linear part of the equation a step solves exactly, and which quantity it
-    interpolates. Splittings are static pytrees."""
+    """The linear part of the equation that a step solves exactly, and the quantity that
+    it interpolates. Splittings are static pytrees."""
 
     @abc.abstractmethod
     def evaluate(
@@ -58,21 +58,21 @@ class AbstractSplitting(eqx.Module):
         args: Args,
         root: Inexact[Array, "n n *spectrum"] | None = None,
     ) -> State:
-        """What is interpolated, from one evaluation of the model; with the blocks of R_t,
-        if they are known."""
+        """The interpolated quantity, from one evaluation of the model. `root` holds the
+        blocks of R_t, if already computed."""
 
     @abc.abstractmethod
     def prepare(
         self, nodes: StepNodes, step: Contraction | None
     ) -> tuple[Inexact[Array, "n n *factors"], Moments]:
-        """What multiplies the state, and the moments of the bracket as a function of the
-        position in a coordinate and of how many."""
+        """The multiplier of the state, and the moments of the bracket as a function of the
+        position in a coordinate and the number of moments."""
 
     @abc.abstractmethod
     def needs_nodes(self, process: AbstractProcess) -> bool:
-        """Whether the moment of a constant needs more than the ends of a step."""
+        """Whether the zeroth moment needs more than the ends of a step."""
 
-    # Jitted so that it is traced once, not each time that Diffrax traces a step.
+    # Jitted so that it is traced once, not every time Diffrax traces a step.
     @eqx.filter_jit
     def integrate(
         self,
@@ -90,9 +90,9 @@ class AbstractSplitting(eqx.Module):
 
         - `process`: the forward process.
         - `s`, `t`: the start and end of the step. They may be equal.
-        - `number`: how many moments.
-        - `coordinate`: in which the interpolation polynomial is given.
-        - `number_in_time`: how many moments in time, for the error estimate.
+        - `number`: the number of moments.
+        - `coordinate`: the coordinate of the interpolation polynomial.
+        - `number_in_time`: the number of moments in time, for the error estimate.
         - `lam`: the stochasticity of a reverse diffusion; `None` for the probability flow.
         """
         # At time 0 there may be no noise, and no inverse of its square root.
@@ -103,7 +103,7 @@ class AbstractSplitting(eqx.Module):
         linear, moments = self.prepare(nodes, step)
         in_time = moments(position(nodes, Time()), number_in_time)
         if number == 1 and step is None and not self.needs_nodes(process):
-            # The nodes are for the error estimate alone, which may be of no use.
+            # Only the error estimate needs the nodes, and it may go unused.
             nodes = step_ends(process, start, end)
             linear, moments = self.prepare(nodes, None)
         at = position(nodes, coordinate)
@@ -141,7 +141,7 @@ class DataSplitting(AbstractSplitting):
             "start from `process.t_min`, or use `GDDIM(space='noise')`.",
         )
         bracket = jax.vmap(ft.partial(_product, process))(backs, nodes.signals)
-        # At the end it is known, even where R has no inverse.
+        # Known at the end, even where R has no inverse.
         last = append_axes(nodes.signals[-1:], bracket.ndim)
         bracket = jnp.where(_index(bracket) == len(bracket) - 1, last, bracket)
         return linear, ft.partial(moments_of_bracket, bracket)
@@ -154,16 +154,16 @@ class NoiseSplitting(AbstractSplitting):
     r"""Interpolates the noise prediction in the frame $R_t$, which is constant along the
     probability flow of a single data point. The bracket is $\Psi(t, \tau) R_\tau$.
 
-    On reverse diffusions it interpolates that part of the noise prediction which the
-    linear part of the equation does not change, $\mathrm{d}\eta = \mathrm{d}\epsilon -
+    On reverse diffusions it interpolates the part of the noise prediction that the linear
+    part of the equation leaves unchanged, $\mathrm{d}\eta = \mathrm{d}\epsilon -
     \frac{\lambda^2}{2} K \epsilon\,\mathrm{d}\tau - \lambda R^{-1} G\,\mathrm{d}w$, and
     the bracket is $\Psi(t, \tau) R_\tau - R_t \Omega(t, \tau)$.
     """
 
     frame: FrameName = eqx.field(static=True, default="R")
     r"""The frame of the noise, `"R"`, or `"cholesky"` for $L_t$ on the probability flow.
-    Of that bracket only the derivative is known, $\frac{1}{2} \Psi(t, \tau) G G^\top
-    L_\tau^{-\top}$."""
+    For `"cholesky"` only the derivative of the bracket is known, $\frac{1}{2} \Psi(t, \tau)
+    G G^\top L_\tau^{-\top}$."""
 
     def evaluate(self, flow, t, y, args, root=None):
         return flow.noise(t, y, args, self.frame, root=_root(flow.process, root))
@@ -202,8 +202,8 @@ def _product(process, *blocks):
 
 
 def _none_if_still(s, t, values):
-    """The moments of a step, of which one of no length has none. As it is made longer only
-    that of the constant grows at first."""
+    """The moments of a step, zero for a step of size zero. To first order in the step size
+    only the zeroth moment grows."""
     still = s == t
     return pin(still, 0, jnp.where(still & (_index(values) > 0), 0, values))
 

@@ -17,9 +17,8 @@ class BlockLinearOperator(lx.AbstractLinearOperator):
 
     A state has $n$ components, each shaped like the data (one for VP, position and
     velocity for CLD). At each coordinate of the data the operator mixes the $n$
-    components by a block, and never mixes coordinates. All of drift, diffusion,
-    transition, covariance and their factors are of this kind, in the basis in which the
-    state is kept.
+    components by a block; it never mixes coordinates. Drift, diffusion, transition,
+    covariance and its square roots all have this form, in the basis of the state.
 
     - one block for all coordinates: `blocks` has shape `(n, n)`;
     - one block per coordinate or frequency: `(n, n, *spectrum)`, where `spectrum` has as
@@ -27,8 +26,8 @@ class BlockLinearOperator(lx.AbstractLinearOperator):
 
     It is closed under `+`, `-`, `@`, multiplication by scalars, `.T`,
     [`inverse`][gddim_eqx.BlockLinearOperator.inverse] and
-    [`cholesky`][gddim_eqx.BlockLinearOperator.cholesky]. Being a
-    `lineax.AbstractLinearOperator` it works with `lineax.linear_solve` and as the vector
+    [`cholesky`][gddim_eqx.BlockLinearOperator.cholesky]. As a
+    `lineax.AbstractLinearOperator`, it works with `lineax.linear_solve` and as the vector
     field of a `diffrax.ControlTerm`.
     """
 
@@ -48,7 +47,7 @@ class BlockLinearOperator(lx.AbstractLinearOperator):
         - `shape`: the shape of one data sample.
         - `tags`: `lineax` tags, such as `lineax.positive_semidefinite_tag`. Unchecked.
 
-        **Raises:** `ValueError` if the shapes do not fit.
+        **Raises:** `ValueError` if the shapes are incompatible.
         """
         shape = tuple(shape)
         spectrum = jnp.shape(blocks)[2:]
@@ -86,7 +85,7 @@ class BlockLinearOperator(lx.AbstractLinearOperator):
 
         **Returns:** a state of the same structure and shape.
 
-        **Raises:** `ValueError` if `vector` is not made of `n` leaves that end in
+        **Raises:** `ValueError` unless `vector` has `n` leaves whose shapes end in
         `shape`.
         """
         leaves, treedef = jtu.tree_flatten(vector)
@@ -146,8 +145,8 @@ class BlockLinearOperator(lx.AbstractLinearOperator):
         return self._like(inverse, self.tags & frozenset([definite, lx.symmetric_tag]))
 
     def cholesky(self) -> "BlockLinearOperator":
-        r"""The lower triangular $L$ with $L L^\top$ equal to this operator, block by
-        block. A block that is not positive definite gives `nan`."""
+        r"""The Cholesky factor of this operator, block by block: lower triangular $L$ with
+        $L L^\top$ equal to it. A block that is not positive definite gives `nan`."""
         b = self.blocks
         if self.num_components == 1:
             factor = jnp.sqrt(b)
@@ -191,7 +190,7 @@ class BlockLinearOperator(lx.AbstractLinearOperator):
             return super().__matmul__(other)
         a, b = _same_rank(self, other)
         # Elementwise rather than a dot product: `n` is tiny, this fuses, and no backend
-        # lowers its precision.
+        # reduces its precision.
         tags = self.tags & other.tags & _CLOSED_UNDER_PRODUCT
         return self._like((a[:, :, None] * b[None]).sum(1), tags)
 
@@ -220,7 +219,7 @@ def _same_rank(one: BlockLinearOperator, other: BlockLinearOperator) -> tuple[Ar
 
 
 def apply(operator: BlockLinearOperator, state: State) -> State:
-    """The operator's product with a state, in the dtype of the state."""
+    """Apply an operator to a state, in the dtype of the state."""
     state = jtu.tree_map(jnp.asarray, state)
     return operator.astype(jnp.result_type(*jtu.tree_leaves(state))).mv(state)
 
@@ -228,13 +227,13 @@ def apply(operator: BlockLinearOperator, state: State) -> State:
 def combine(
     shape: tuple[int, ...], pairs: list[tuple[Inexact[Array, "n n *_"], State]]
 ) -> State:
-    """The sum of the products of operators, given by their blocks, with states."""
+    """The sum of operators, given by their blocks, applied to states."""
     products = [apply(BlockLinearOperator(b, shape), state) for b, state in pairs]
     return jtu.tree_map(lambda *leaves: sum(leaves), *products)
 
 
 def append_axes(x: Array, ndim: int) -> Array:
-    """Give an array axes of size one at the end, until it has `ndim`."""
+    """Append axes of size one to an array until it has `ndim` axes."""
     return jnp.expand_dims(x, tuple(range(x.ndim, ndim)))
 
 

@@ -5,8 +5,8 @@ from .operator import append_axes
 
 
 def square_root_of_sum(columns):
-    """The lower triangular square root of the sum of `column @ column.T`, by
-    orthogonalising the rows, so that no argument of a root can be negative."""
+    """The Cholesky factor of the sum of `column @ column.T`, computed by orthogonalising
+    the rows, so that no argument of a square root can be negative."""
     n = columns.shape[1]
     root = jnp.zeros(columns.shape[1:], columns.dtype)
     basis = []
@@ -26,17 +26,17 @@ def square_root_of_sum(columns):
 def align(
     root: Inexact[Array, "n n *spectrum"], target: Inexact[Array, "n n *spectrum"]
 ) -> Inexact[Array, "n n *spectrum"]:
-    """Another square root of the same covariance, near to a target.
+    """Another square root of the same covariance, close to a target.
 
-    A step that draws noise by its exact covariance and is given the increments of a
-    Brownian path converges to the solution along that path only if the square root is
-    near to the one that multiplies the increments in the equation.
+    A step that draws noise with its exact covariance from the increments of a Brownian
+    path converges to the solution along that path only if its square root of the
+    covariance is close to the one that multiplies the increments in the equation.
 
     **Arguments:**
 
     - `root`: blocks of a square root of the covariance.
-    - `target`: blocks of what to be near to, up to scale. Its last column counts first;
-        columns of zeros make no demand.
+    - `target`: blocks of the target, up to scale. Its last column has priority; columns of
+        zeros are ignored.
 
     **Returns:** blocks: `root` times an orthogonal matrix.
     """
@@ -44,19 +44,19 @@ def align(
 
 
 def _orthogonal_like(target):
-    """The orthogonal matrix whose last column has the direction of the target's last, the
-    last two span the same plane as the target's, and so on."""
+    """The orthogonal matrix whose last column is parallel to the target's, whose last two
+    columns span the same plane as the target's, and so on."""
     n = target.shape[0]
     eye = jnp.eye(n, dtype=target.dtype).reshape(n, n, *[1] * (target.ndim - 2))
     basis = jnp.broadcast_to(eye, target.shape)
     for k in reversed(range(n)):
-        # In the basis so far the columns after k are done.
+        # Columns after k of the current basis are final.
         column = matmul(transposed(basis), target[:, k : k + 1])[:, 0]
         column = jnp.where(append_axes(jnp.arange(n) <= k, column.ndim), column, 0)
         square = (column**2).sum(0, keepdims=True)
         column = jnp.where(square > 0, column, eye[k])
         column = column / jnp.sqrt(jnp.where(square > 0, square, 1))
-        # Take the k-th axis to the column: rotate, or reflect if it is on the far side.
+        # Map the k-th axis to the column: rotate, or reflect if it is on the far side.
         near = column[k][None] >= 0
         normal = column + jnp.where(near, 1, -1) * eye[k]
         turn = eye - normal[:, None] * normal[None] / (1 + jnp.abs(column[k]))[None, None]

@@ -12,8 +12,8 @@ class Phase(NamedTuple):
     """The state of a phase-space process: position (which carries the data) and
     velocity, each of shape `(*batch, *shape)`.
 
-    They are separate leaves, not one array with a trailing axis of two: an update of
-    them is then a few fused multiply-adds over contiguous memory.
+    They are separate leaves rather than one array with a trailing axis of two, so that
+    updates are a few fused multiply-adds over contiguous memory.
     """
 
     x: Inexact[Array, "..."]
@@ -41,7 +41,7 @@ def subtract(a: State, b: State) -> State:
 
 
 def coefficient_dtype(state: State):
-    """The dtype for times and operators that act on a state: the state's, but at least
+    """The dtype of times and operators that act on a state: the state's, but at least
     float32."""
     return at_least_single(jnp.result_type(*jtu.tree_leaves(state)))
 
@@ -52,7 +52,7 @@ def at_least_single(dtype):
 
 
 def batch_axes(state: State, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The leading axes of a state for data of `shape`."""
+    """The batch axes of a state for data of `shape`."""
     leaf = jtu.tree_leaves(state)[0]
     return leaf.shape[: leaf.ndim - len(shape)]
 
@@ -91,7 +91,7 @@ def check_state(
 
 
 def check_real(dtype: Any, name: str) -> None:
-    """**Raises:** `ValueError` unless a dtype is of real floating-point numbers."""
+    """**Raises:** `ValueError` unless the dtype is real floating-point."""
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise ValueError(
             f"{name} must be real, but has dtype {dtype}. For complex data give real and "

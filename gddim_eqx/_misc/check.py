@@ -20,8 +20,7 @@ else:
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
-    """**Raises:** `ValueError` unless the value is an integer, and at least the least that
-    it may be."""
+    """**Raises:** `ValueError` unless the value is an integer of at least `least`."""
     try:
         whole = not isinstance(value, (bool, str)) and int(value) == value >= least
     except (TypeError, ValueError, OverflowError):
@@ -32,13 +31,14 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
 
 
 def check_instance(name: str, value: Any, kind: Any, wanted: str) -> None:
-    """**Raises:** `ValueError` unless the value is of a kind, such as what is wanted."""
+    """**Raises:** `ValueError`, which names what is `wanted`, unless the value is an
+    instance of `kind`."""
     if not isinstance(value, kind):
         raise ValueError(f"`{name}` must be {wanted}; got {value!r}.")
 
 
 def check_key(key: Any) -> Key:
-    """**Raises:** `ValueError` unless given one random key of JAX."""
+    """**Raises:** `ValueError` unless given a single JAX random key."""
     if isinstance(key, jax.Array):
         if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
             return key
@@ -51,9 +51,9 @@ def check_key(key: Any) -> Key:
 
 
 def as_batch(batch: Any) -> tuple[int, ...]:
-    """Leading axes as a tuple. One axis may be given as an integer.
+    """Batch axes as a tuple. A single axis may be given as an integer.
 
-    **Raises:** `ValueError` for what is not a tuple of sizes.
+    **Raises:** `ValueError` for anything but a tuple of sizes.
     """
     axes = batch if isinstance(batch, (tuple, list)) else (batch,)
     for size in axes:
@@ -62,9 +62,9 @@ def as_batch(batch: Any) -> tuple[int, ...]:
 
 
 def as_dtype(dtype: Any) -> Any:
-    """A floating dtype, as JAX has it: single precision for double without x64.
+    """A floating dtype as canonicalised by JAX: double becomes single without x64.
 
-    **Raises:** `ValueError` for another.
+    **Raises:** `ValueError` for any other dtype.
     """
     try:
         dtype = jax.dtypes.canonicalize_dtype(jnp.dtype(dtype))
@@ -78,7 +78,7 @@ def as_dtype(dtype: Any) -> Any:
 def as_number(name: str, value: Any) -> float:
     """A finite number.
 
-    **Raises:** `ValueError` for what is not one.
+    **Raises:** `ValueError` for anything else.
     """
     try:
         if isinstance(value, (bool, str)):
@@ -94,7 +94,7 @@ def as_number(name: str, value: Any) -> float:
 def as_constant(name: str, value: Any) -> float:
     """A number that is a constant of the compiled program.
 
-    **Raises:** `ValueError` for what is traced by JAX, and for what is not one number.
+    **Raises:** `ValueError` for a JAX tracer, or for anything but a single number.
     """
     if isinstance(value, Tracer):
         raise ValueError(
@@ -108,7 +108,7 @@ def as_constant(name: str, value: Any) -> float:
 
 def constant_field(name: str, default: float | None) -> Any:
     """A static field for a number that is a constant of the compiled program, or for
-    `None` where that is the default."""
+    `None` if that is the default."""
 
     def convert(value: Any) -> float | None:
         return None if value is None is default else as_constant(name, value)
@@ -117,9 +117,9 @@ def constant_field(name: str, default: float | None) -> Any:
 
 
 def as_floats(name: str, value: Any) -> Inexact[Array, " *shape"]:
-    """Real numbers in any form as an array of floating dtype.
+    """Convert real numbers in any form to an array of floating dtype.
 
-    **Raises:** `ValueError` for what is not made of real numbers.
+    **Raises:** `ValueError` for anything but real numbers.
     """
     try:
         leaves = jtu.tree_leaves(value, is_leaf=lambda x: x is None)
@@ -129,7 +129,7 @@ def as_floats(name: str, value: Any) -> Inexact[Array, " *shape"]:
         whole = jnp.issubdtype(array.dtype, jnp.integer)
         if not (whole or jnp.issubdtype(array.dtype, jnp.floating)):
             raise TypeError
-        # With a dtype, so that numbers and arrays are of one type to JAX.
+        # With a dtype, so that JAX gives numbers and arrays the same type.
         return jnp.asarray(array, float if whole else array.dtype)
     except (TypeError, ValueError):
         message = f"`{name}` must be made of real numbers; got {value!r}."
@@ -137,7 +137,7 @@ def as_floats(name: str, value: Any) -> Inexact[Array, " *shape"]:
 
 
 def check_positive(**values: float) -> None:
-    """Raise a `ValueError` that names the first value that is not positive."""
+    """Raise a `ValueError` that names the first non-positive value."""
     for name, value in values.items():
         if not as_constant(name, value) > 0:
             raise ValueError(f"`{name}` must be positive; got {value}.")

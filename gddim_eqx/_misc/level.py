@@ -9,8 +9,8 @@ from .._custom_types import Level
 
 
 def as_level(lam: Level) -> Level:
-    """A level of noise, checked: a Python float; an array, whose value may be traced; or
-    a function of time."""
+    """The stochasticity, checked: a Python float, an array (possibly traced), or a function
+    of time."""
     if callable(lam):
         return lam
     if isinstance(lam, (Array, np.ndarray)) and _is_real_scalar(lam):
@@ -27,7 +27,7 @@ def as_level(lam: Level) -> Level:
 
 
 def level_at(lam: Level, t: Inexact[Array, ""]) -> Inexact[Array, ""]:
-    """The level of noise at a time."""
+    """The stochasticity at a time."""
     if not callable(lam):
         return jnp.asarray(lam, t.dtype)
     level = jnp.asarray(lam(t))

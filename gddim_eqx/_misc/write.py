@@ -5,7 +5,7 @@ from typing import BinaryIO
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file under another name first, so that `path` is never half of one."""
+    """Write a file under a temporary name first, so that `path` is never incomplete."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with partial.open("wb") as file:

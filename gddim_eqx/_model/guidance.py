@@ -13,15 +13,15 @@ from .._process import AbstractProcess
 from .._term import init_takes_flow, ProbabilityFlow
 
 
-# Everything here is a model: it is called as `model(t, u, args)`, and stands where the
-# model that it wraps would stand. So wrappers nest.
+# Everything here is a model: it is called as `model(t, u, args)`, and replaces the model
+# that it wraps. Wrappers can therefore be nested.
 
 Scale = ArrayLike | Callable[[RealScalarLike], ArrayLike]
 
 
 class ClassifierFreeGuidance(eqx.Module):
-    """A model that leans from an unconditional prediction towards, and past, a conditional
-    one: `unconditional + scale * (conditional - unconditional)`.
+    """A model that extrapolates from an unconditional prediction through a conditional one:
+    `unconditional + scale * (conditional - unconditional)`.
 
     ??? cite "Reference"
 
@@ -36,12 +36,12 @@ class ClassifierFreeGuidance(eqx.Module):
     def __init__(self, conditional: Callable, unconditional: Callable, scale: Scale):
         """**Arguments:**
 
-        - `conditional`, `unconditional`: models that predict the same, whatever it is.
-            Both are called with the state and `args`. Of one network that knows its label
+        - `conditional`, `unconditional`: models with the same kind of prediction, of any
+            kind. Both receive the state and `args`. For one network that takes its label
             from `args`: `net` and `lambda t, u, args: net(t, u, no_label)`.
-        - `scale`: 0 is unconditional, 1 conditional, and more is beyond. One number, or one
-            for each sample, `(*batch,)`; or a function of time, for example to guide in an
-            interval only. Another number does not compile anew.
+        - `scale`: 0 is unconditional, 1 conditional, and more extrapolates. One number, or
+            one per sample, `(*batch,)`; or a function of time, for example to guide only in
+            an interval. Changing the number does not recompile.
         """
         _check_callable(conditional=conditional, unconditional=unconditional)
         self.conditional = conditional
@@ -58,7 +58,7 @@ class ClassifierFreeGuidance(eqx.Module):
 
 
 class _Wrapper(eqx.Module):
-    """A model that corrects another's predictions, and predicts the same as that."""
+    """A model that modifies another's predictions, and predicts the same quantity."""
 
     flow: ProbabilityFlow
 
@@ -68,11 +68,11 @@ class _Wrapper(eqx.Module):
 
 
 class ClassifierGuidance(_Wrapper):
-    r"""A model whose score has the gradient of a log likelihood added: $\nabla \log p_t(u)
+    r"""A model that adds the gradient of a log likelihood to the score: $\nabla \log p_t(u)
     + \text{scale}\,\nabla_u \log p(y \mid u_t = u)$.
 
-    The likelihood may be a classifier that was trained on noisy states, or a guess made
-    from the data that the model predicts, as for inverse problems.
+    The likelihood may be a classifier trained on noisy states, or an approximation based
+    on the data prediction, as in inverse problems.
 
     ??? cite "Reference"
 
@@ -99,7 +99,7 @@ class ClassifierGuidance(_Wrapper):
             that of `predicts` and `factor`, a [`gddim_eqx.ProbabilityFlow`][].
         - `log_likelihood`: called as `log_likelihood(t, u, args)`, in the data's
             coordinates like the model; returns one number per sample, `(*batch,)`.
-        - `scale`: what to multiply its gradient with, as in
+        - `scale`: multiplies its gradient; in the same forms as in
             [`gddim_eqx.ClassifierFreeGuidance`][].
         - `predicts`, `factor`: what the model predicts, as in
             [`gddim_eqx.ProbabilityFlow`][]; this predicts the same.
@@ -130,8 +130,8 @@ class ClassifierGuidance(_Wrapper):
 
 
 class DataGuidance(_Wrapper):
-    """A model whose prediction of data is changed by a function: clipped, thresholded, or
-    replaced where it is known."""
+    """A model whose data prediction is modified by a function: clipped, thresholded, or
+    replaced where the data are known."""
 
     function: Callable
 
@@ -148,10 +148,10 @@ class DataGuidance(_Wrapper):
 
         - `process`, `model`: the forward process, and the model. Or, in their place and in
             that of `predicts` and `factor`, a [`gddim_eqx.ProbabilityFlow`][].
-        - `function`: called as `function(t, x, args)` with the prediction of data,
-            `(*batch, *shape)`; returns what to take in its place. For example
+        - `function`: called as `function(t, x, args)` with the data prediction,
+            `(*batch, *shape)`; returns its replacement. For example
             [`gddim_eqx.Clip`][] or [`gddim_eqx.DynamicThreshold`][]. The prediction of
-            an initial velocity, if there is one, stays.
+            an initial velocity, if any, is unchanged.
         - `predicts`, `factor`: what the model predicts, as in
             [`gddim_eqx.ProbabilityFlow`][]; this predicts the same.
         """
@@ -200,8 +200,8 @@ Clip.__init__.__doc__ = """**Arguments:**
 
 
 class DynamicThreshold(eqx.Module):
-    """Clips each sample to a quantile of its own absolute values, and scales it back to
-    [-bound, bound] where that is exceeded. For [`gddim_eqx.DataGuidance`][].
+    """Clips each sample to a quantile of its own absolute values, and rescales it to
+    [-bound, bound] if that quantile exceeds `bound`. For [`gddim_eqx.DataGuidance`][].
 
     ??? cite "Reference"
 
@@ -231,7 +231,7 @@ DynamicThreshold.__init__.__doc__ = """**Arguments:**
 
 - `shape`: the shape of one data sample.
 - `quantile`: which quantile of a sample's absolute values to clip to, in (0, 1].
-- `bound`: data lie in [-bound, bound].
+- `bound`: data are in [-bound, bound].
 """
 
 
@@ -242,7 +242,7 @@ def _check_callable(**functions: Callable) -> None:
 
 
 def _as_scale(scale: Scale) -> Scale:
-    """As an array, so that programs compiled for one number serve others."""
+    """As an array, so that another number does not recompile."""
     return scale if callable(scale) else as_floats("scale", scale)
 
 

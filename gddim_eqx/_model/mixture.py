@@ -16,12 +16,11 @@ from .._process import AbstractProcess, require_process, time_for
 
 
 class GaussianMixture(eqx.Module):
-    r"""Data distributed as a mixture of equally wide isotropic normals,
+    r"""A mixture of isotropic Gaussians of equal width as the data distribution,
     $\sum_k w_k\,\mathcal{N}(\mu_k, s^2 I)$.
 
-    Under every linear process it stays a mixture of normals, so the exact noise
-    prediction is known in closed form: a model without a network, with which samplers
-    can be tested and compared.
+    It remains a Gaussian mixture under any linear process, so the exact noise prediction
+    is known in closed form: a model without a network, for testing and comparing samplers.
     """
 
     means: Inexact[Array, "components *shape"]
@@ -37,10 +36,10 @@ class GaussianMixture(eqx.Module):
         """**Arguments:**
 
         - `means`: `(components, *shape)`, where `shape` is that of one data sample.
-        - `scale`: the common standard deviation; 0 for a distribution on points.
-        - `weights`: `(components,)`, positive; normalised here. Equal by default.
+        - `scale`: the common standard deviation; 0 for point masses.
+        - `weights`: `(components,)`, positive; normalised internally. Equal by default.
 
-        **Raises:** `ValueError` if these do not fit.
+        **Raises:** `ValueError` if these are invalid.
         """
         means = as_floats("means", means)
         if means.ndim == 0 or means.shape[0] == 0:
@@ -54,7 +53,7 @@ class GaussianMixture(eqx.Module):
         number = means.shape[0]
         raw = np.ones(number)
         try:
-            # On the host, also where JAX is tracing.
+            # On the host, even while JAX is tracing.
             raw = raw if weights is None else np.asarray(weights, np.float64)
         except (TypeError, ValueError):
             raw = np.zeros(0)
@@ -114,14 +113,14 @@ class _MixtureModel(eqx.Module):
         process, shape = self.process, self.process.shape
         u = check_state(u, process.num_components, shape, "The state")
         given, t = jtu.tree_leaves(u)[0].dtype, time_for(u, t)
-        # In single precision where states are in half.
+        # In single precision if states are in half precision.
         dtype = t.dtype
         u = jtu.tree_map(lambda x: x.astype(dtype), u)
         means = process.basis.forward(self.mixture.means.astype(dtype))
         means = means.reshape(means.shape[0], -1)
 
-        # A component has the mean `direction * its mean` and the covariance
-        # `covariance`, which is the same for all.
+        # A component has mean `direction * its mean`. Its covariance `covariance` is the
+        # same for all.
         factor = process.factor(t)
         direction = (
             process.transition(t, jnp.zeros_like(t)).blocks[:, 0] * process.data_scale

@@ -37,10 +37,10 @@ class AbstractProcess(eqx.Module):
     that turns data into noise, with every quantity the samplers need.
 
     States are arrays, or a [`gddim_eqx.Phase`][] of position and velocity, of shape
-    `(*batch, *shape)`. They are kept in the basis in which the process acts coordinate
-    by coordinate: the data's own, but for blurring, where states are cosine
-    coefficients. `to_data` and `from_data` change basis. States are real: complex data,
-    such as wave functions or k-space, get an axis for their real and imaginary parts,
+    `(*batch, *shape)`. They are stored in the basis in which the process acts coordinate
+    by coordinate: the data's own, except for blurring, where states are cosine
+    coefficients. `to_data` and `from_data` change basis. States are real: give complex
+    data, such as wave functions or k-space, an axis for real and imaginary parts,
     `jnp.stack([z.real, z.imag], -1)`.
 
     !!! info "Implementing a process"
@@ -58,16 +58,16 @@ class AbstractProcess(eqx.Module):
         4. the derivative of `factor(t)` is `(F + G G.T Sigma^-1 / 2) @ factor(t)`
             (gDDIM, equation 17).
 
-        [`gddim_eqx.check_process`][] checks these, and names the one that does not hold.
+        [`gddim_eqx.check_process`][] checks these, and names the one that fails.
 
-        Compute in the dtype of the time that is passed. Keep every number a static
-        field, so that a process has no leaves: it is then a constant of the compiled
-        program and no optimiser can mistake it for parameters.
+        Compute in the dtype of the time argument. Make every number a static field, so
+        that a process is a static pytree: a constant of the compiled program, which no
+        optimiser can mistake for parameters.
 
-        If all there is are the coefficients of the equation, use
-        [`gddim_eqx.LinearSDE`][], which solves for the rest. A process of one component
-        is an [`gddim_eqx.AbstractScalarProcess`][], to which `basis`, `data_scale`,
-        `t_max` and `num_components` are known and for which four functions are enough:
+        If only the coefficients of the equation are known, use
+        [`gddim_eqx.LinearSDE`][], which solves for the rest. For a process of one
+        component, subclass [`gddim_eqx.AbstractScalarProcess`][], which defines `basis`,
+        `data_scale`, `t_max` and `num_components`, and needs only four functions:
 
         ```python
         import equinox as eqx
@@ -103,11 +103,11 @@ class AbstractProcess(eqx.Module):
     shape: AbstractVar[tuple[int, ...]]
     """The shape of one data sample."""
     num_components: AbstractVar[int]
-    """The number of components of a state: 1, or 2 with a velocity, or more."""
+    """The number of components of a state: 1, 2 with a velocity, or more."""
     basis: AbstractVar[AbstractBasis]
-    """The basis in which states are kept."""
+    """The basis in which states are stored."""
     data_scale: AbstractVar[float]
-    """The mean of the state at time 0 is this times the data."""
+    """The mean of the state at time 0 is `data_scale` times the data."""
     t_min: AbstractVar[float]
     """Where sampling ends."""
     t_max: AbstractVar[float]
@@ -115,8 +115,8 @@ class AbstractProcess(eqx.Module):
     t_end: AbstractVar[float]
     """The end $T$ of the process' time axis; at least `t_max`."""
     t_zero_signal: AbstractVar[float]
-    """Where the signal would vanish if the time axis went on; infinity if nowhere. Only
-    used to place quadrature nodes well."""
+    """Where the signal would vanish if the time axis were extended; infinity if nowhere.
+    Only used to place quadrature nodes."""
 
     def __check_init__(self):
         if any(size < 1 for size in self.shape):
@@ -137,8 +137,8 @@ class AbstractProcess(eqx.Module):
 
     @abc.abstractmethod
     def transition(self, t: RealScalarLike, s: RealScalarLike) -> BlockLinearOperator:
-        r"""$\Psi(t, s)$, which takes the mean of the state at time `s` to time `t`. Either
-        may be the later."""
+        r"""$\Psi(t, s)$, which maps the mean of the state at time `s` to that at time `t`.
+        Either time may be the later."""
 
     @abc.abstractmethod
     def covariance(self, t: RealScalarLike) -> BlockLinearOperator:
@@ -146,31 +146,31 @@ class AbstractProcess(eqx.Module):
 
     @abc.abstractmethod
     def factor(self, t: RealScalarLike) -> BlockLinearOperator:
-        r"""$R_t$, the square root of $\Sigma_t$ with respect to which noise predictions are
-        constant along the probability flow of a single data point (gDDIM, equation 17).
+        r"""$R_t$, the square root of $\Sigma_t$ for which noise predictions are constant
+        along the probability flow of a single data point (gDDIM, equation 17).
         """
 
     @abc.abstractmethod
     def cholesky(self, t: RealScalarLike) -> BlockLinearOperator:
-        r"""$L_t$, the lower triangular square root of $\Sigma_t$."""
+        r"""$L_t$, the Cholesky factor of $\Sigma_t$."""
 
     @abc.abstractmethod
     def prior_factor(self) -> BlockLinearOperator:
         """A square root of the covariance of the prior, from which sampling starts."""
 
     def to_data(self, state: State) -> State:
-        """From the basis in which states are kept to the data's coordinates."""
+        """Convert from the basis of states to the data's coordinates."""
         return jtu.tree_map(self.basis.inverse, state)
 
     def from_data(self, state: State) -> State:
-        """From the data's coordinates to the basis in which states are kept."""
+        """Convert from the data's coordinates to the basis of states."""
         return jtu.tree_map(self.basis.forward, state)
 
     def log_snr(self, t: RealScalarLike) -> Inexact[Array, ""]:
         r"""Half the logarithm of the signal-to-noise ratio, $\frac{1}{2} \log a_t^\top
-        \Sigma_t^{-1} a_t$, where $a_t$ is how data enters the mean of the state: for
-        VP, the logarithm of the signal over the noise. Where frequencies differ, their
-        mean.
+        \Sigma_t^{-1} a_t$, where $a_t$ is the coefficient of the data in the mean of the
+        state: for VP, the logarithm of signal over noise. Averaged over frequencies if
+        they differ.
 
         **Arguments:**
 
@@ -181,7 +181,7 @@ class AbstractProcess(eqx.Module):
         return log_norm(signal.blocks[:, 0])[0].mean()
 
     def encode(self, x: Inexact[Array, "..."]) -> State:
-        """The mean of the state at time 0 given data.
+        """Encode data as the mean of the state at time 0.
 
         **Arguments:**
 
@@ -195,7 +195,7 @@ class AbstractProcess(eqx.Module):
         return join_components([position, *rest])
 
     def decode(self, u: State) -> Inexact[Array, "..."]:
-        """The data in a state: the inverse of `encode`.
+        """Extract the data from a state: the inverse of `encode`.
 
         **Arguments:**
 
@@ -253,16 +253,16 @@ class AbstractProcess(eqx.Module):
 
         - `key`: a random key.
         - `x`: data, `(*batch, *shape)`.
-        - `t`: one time in [0, T] for the whole batch. Use `jax.vmap` for one each.
+        - `t`: one time in [0, T] for the whole batch. Use `jax.vmap` for a time per sample.
 
         **Returns:** the state $u_t$ and the standard normal $\epsilon$, both in the basis
-        of states. A noise-predicting network is trained to return `to_data` of the
-        second from `to_data` of the first.
+        of states. Noise prediction networks are trained to map `to_data` of the first to
+        `to_data` of the second.
 
-        Near `t_max` a small error in the noise is a large one in the data that it amounts
-        to. [`gddim_eqx.nn.NetworkModel`][] preconditions a network by `data_std`, so that
-        it need not be that accurate; without it, training takes much longer, for
-        [`gddim_eqx.CLD`][] above all.
+        Near `t_max` a small error in the noise implies a large error in the data.
+        [`gddim_eqx.nn.NetworkModel`][] preconditions a network by `data_std`, so that it
+        need not be that accurate; without it, training takes much longer, above all for
+        [`gddim_eqx.CLD`][].
         """
         mean = self.encode(x)
         check_key(key)
@@ -277,8 +277,8 @@ class AbstractProcess(eqx.Module):
 def log_norm(
     vectors: Inexact[Array, "n *spectrum"],
 ) -> tuple[Inexact[Array, "*spectrum"], Inexact[Array, "n *spectrum"]]:
-    """The logarithm of the Euclidean norm over the first axis, whose square may underflow;
-    and the vectors divided by the norm."""
+    """The logarithm of the Euclidean norm over the first axis, and the vectors divided by
+    the norm. The squared norm may underflow."""
     size = lax.stop_gradient(jnp.abs(vectors).max(0))
     known = size > 0
     scaled = vectors / jnp.where(known, size, 1)[None]
@@ -287,7 +287,7 @@ def log_norm(
 
 
 def normal_like(key: Key, state: State) -> State:
-    """Independent standard normals of the structure, shape and dtype of a state."""
+    """Independent standard normals with the structure, shape and dtype of a state."""
     leaves, treedef = jtu.tree_flatten(state)
     keys = jr.split(key, len(leaves))
     draws = [jr.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves)]

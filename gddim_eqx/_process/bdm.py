@@ -13,7 +13,7 @@ from .tables import coarse_and_rest, nodes_of_panels, PiecewisePolynomial
 
 class BDM(AbstractDiagonalProcess):
     r"""The blurring diffusion model: noise is added while the image is blurred, so that
-    high frequencies drown first.
+    high frequencies are lost first.
 
     States are the cosine coefficients of the image. Given data $x$, the coefficient of
     frequency $(i, j)$ at time $t$ is normal with
@@ -24,11 +24,11 @@ class BDM(AbstractDiagonalProcess):
 
     $\alpha_t = \cos^2(\frac{\pi}{2} \frac{t + o}{1 + 2 o})$, $\lambda_{ij} = \pi^2 (i^2 /
     H^2 + j^2 / W^2)$, $\tau_t = \frac{1}{2} \sigma_B^2 \sin^4(\frac{\pi}{2} t)$: paper,
-    equation 11, with the schedules of the authors' code. At time 0 there is already a
-    little noise, $\alpha_0 < 1$; `encode` includes the factor $\sqrt{\alpha_0}$.
+    equation 11, with the schedules of the authors' code. There is already a little noise
+    at time 0, $\alpha_0 < 1$; `encode` includes the factor $\sqrt{\alpha_0}$.
 
     The diffusion is $G^2_{ij} = -\alpha' / \alpha - 2 (1 - \alpha) D'_{ij} / D_{ij}$; the
-    authors' code has another expression, which it never uses.
+    authors' code has a different expression, which it never uses.
 
     ??? cite "Reference"
 
@@ -89,15 +89,15 @@ class BDM(AbstractDiagonalProcess):
         return jnp.sin(0.5 * np.pi * (t + self.offset) / (1 + 2 * self.offset))
 
     def _cosine(self, t):
-        """The root of alpha, as a sine of the distance to the end: exact there."""
-        # The offset is added last, or XLA would add it to the 1.
+        """The square root of alpha, as a sine of the distance to the end: exact there."""
+        # Add the offset last, or XLA would add it to the 1.
         unit = 0.5 * np.pi / (1 + 2 * self.offset)
         return jnp.sin(unit * (1 - t) + unit * self.offset)
 
     def _blur(self, t):
-        """exp(-dissipation * tau), with an exponent of more than float32's precision:
-        the value at the panel's edge in parts whose products are exact, and the small
-        difference to it."""
+        """exp(-dissipation * tau), with the exponent in more than float32 precision: the
+        value at the panel's edge, in parts whose products are exact, plus the small
+        difference from it."""
         table = _blur_time(self.sigma_blur_max, self.t_end)
         edge_coarse, edge_rest, difference = table(t)
         dissipation = self._dissipation()
@@ -144,7 +144,7 @@ BDM.__init__.__doc__ = """**Arguments:**
 
 - `shape`: (height, width, channels) of one image.
 - `sigma_blur_max`: the strongest blur, in pixels.
-- `min_scale`: what is left of the highest frequencies.
+- `min_scale`: the fraction of the highest frequencies that remains.
 - `offset`: of the noise schedule.
 - `t_min`, `t_end`: the end of sampling and of the time axis. Sampling starts at `t_max`,
     where the noise is 80 times the signal, or at `t_end` if that is earlier.
@@ -153,8 +153,8 @@ BDM.__init__.__doc__ = """**Arguments:**
 
 @ft.lru_cache(maxsize=64)
 def _blur_time(sigma_blur_max: float, t_end: float) -> PiecewisePolynomial:
-    """tau_t on panels: twelve bits of its value at the left edge, the rest of that, and
-    the difference to it."""
+    """tau_t on panels: the leading twelve bits of its value at the left edge, the rest of
+    that value, and the difference from it."""
     edges = np.linspace(0, t_end, 65)
     degree = 9
 

@@ -13,23 +13,23 @@ from .base import AbstractProcess, require_process
 _QUANTITIES = ("drift", "diffusion", "covariance", "factor", "cholesky")
 _TOLERANCE = 1e-6
 
-# A law, how much it is broken at each time, those times, and what to do about it.
+# A law, its error at each time, those times, and what to do about it.
 _Law = tuple[str, np.ndarray, np.ndarray, str]
 
 
 def check_process(process: AbstractProcess) -> None:
-    r"""Check that a process obeys the laws on which training and sampling rely, those
-    listed at [`gddim_eqx.AbstractProcess`][]. A process that breaks one may sample
-    wrongly without any other sign of it.
+    r"""Check that a process obeys the laws that training and sampling rely on, as listed
+    in [`gddim_eqx.AbstractProcess`][]. A process that breaks one may silently produce
+    wrong samples.
 
     They are checked to about six digits, at a few times in the sampling interval, in
-    float64 whatever JAX's default.
+    float64 regardless of JAX's default.
 
     **Arguments:**
 
-    - `process`: a forward process, usually of a class of one's own.
+    - `process`: a forward process, usually of a custom class.
 
-    **Raises:** `ValueError` that names the law, the time, by how much they differ, and
+    **Raises:** `ValueError` that names the law, the time, the relative difference, and
     what to do about it.
     """
     require_process(process)
@@ -71,7 +71,7 @@ def _check_attributes(process: AbstractProcess, name: str) -> None:
 
 
 def _check_operators(process: AbstractProcess, name: str) -> None:
-    """Check what the methods return, without computing it."""
+    """Check the types that the methods return, without computing values."""
     for dtype in (jnp.float32, jnp.float64):
         t = jax.ShapeDtypeStruct((), dtype)
         outputs = {q: jax.eval_shape(getattr(process, q), t) for q in _QUANTITIES}
@@ -119,7 +119,7 @@ def _laws(process: AbstractProcess) -> Iterator[_Law]:
 
 
 def _evaluate(process: AbstractProcess, times: np.ndarray):
-    """Every quantity but the transition at times, and the derivatives there, as matrices
+    """Every quantity except the transition, and its time derivative, as matrices
     `(times, *spectrum, n, n)`."""
 
     @jax.jit
@@ -139,7 +139,7 @@ def _matrices(process: AbstractProcess, operator: BlockLinearOperator):
 
 
 def _transitions(process: AbstractProcess, *pairs):
-    """The transitions between pairs of times, and their derivatives in the first."""
+    """The transitions between pairs of times, and their derivatives in the first time."""
 
     @jax.jit
     @jax.vmap
@@ -304,8 +304,8 @@ def _laws_of_states(process, values) -> Iterator[_Law]:
 
 
 def _error(actual, expected, size) -> np.ndarray:
-    """The largest error at each time, relative to the largest entry of each row; none
-    where float64 cannot hold it."""
+    """The largest error at each time, relative to the largest entry of each row; zero
+    where float64 cannot represent it."""
     size = size.max(-1, keepdims=True)
     held = (size > 1e-250) & (size < 1e250)
     error = np.where(held, np.abs(actual - expected) / size, 0.0)
@@ -313,7 +313,7 @@ def _error(actual, expected, size) -> np.ndarray:
 
 
 def _slow(value, times):
-    """A rate of change that is slow: errors of derivatives are relative to it at least."""
+    """A slow rate of change: the floor of the scale for relative errors of derivatives."""
     times = times.reshape(-1, *(1,) * (value.ndim - 1))
     return 0.01 * np.abs(value) / times
 

@@ -23,17 +23,18 @@ class CLD(AbstractProcess):
     + \sqrt{2 \Gamma \beta_t}\,\mathrm{d}w, \qquad \Gamma = 2 \sqrt{M},$$
 
     $\beta_t = \beta_0 + \beta_1 t$. The initial velocity is normal with variance
-    $\gamma M$, and part of the covariance given data: $\Sigma_0 = \mathrm{diag}
-    (\varepsilon, \gamma M + \varepsilon)$, as in the authors' code. A network trained
-    with some $\varepsilon$ must be sampled with the same, since the frame $R_t$ in which
-    noise is predicted turns with it.
+    $\gamma M$, and is included in the covariance given data: $\Sigma_0 = \mathrm{diag}
+    (\varepsilon, \gamma M + \varepsilon)$, as in the authors' code. Sample a network with
+    the $\varepsilon$ it was trained with, as the frame $R_t$ in which noise is predicted
+    rotates with it.
 
-    Train networks for it with the preconditioning of [`gddim_eqx.nn.NetworkModel`][],
-    `data_std`. Where the process ends, the noise in the velocity says almost nothing of the
-    data, and a small error in it becomes a very large one in the samples.
+    Train networks with the preconditioning of [`gddim_eqx.nn.NetworkModel`][],
+    `data_std`. At the end of the process, the noise in the velocity carries almost no
+    information about the data, and a small error in it becomes a very large one in the
+    samples.
 
-    This is equation 10 of the paper with its two misprints (the sign of the force, and
-    the noise, which lacks the mass) put right.
+    This is equation 10 of the paper with two misprints corrected (the sign of the force,
+    and the noise, which lacks the mass).
 
     ??? cite "Reference"
 
@@ -98,8 +99,8 @@ class CLD(AbstractProcess):
         return self.epsilon, self.gamma + self.epsilon * self.mass_inverse
 
     def _operator(self, rows, scale_rows, scale_columns, tags: object = frozenset()):
-        """From blocks in (x, w) to (x, v): multiply the velocity's row or column by the
-        power of sqrt(M) that is given."""
+        """Convert blocks from (x, w) to (x, v): multiply the velocity's row and column by
+        the given powers of sqrt(M)."""
         root = 1 / math.sqrt(self.mass_inverse)
         down, right = root**scale_rows, root**scale_columns
         (a, b), (c, d) = rows
@@ -150,7 +151,7 @@ class CLD(AbstractProcess):
     def stationary_reversal(
         self, t: RealScalarLike, s: RealScalarLike
     ) -> tuple[BlockLinearOperator, BlockLinearOperator]:
-        """The reverse diffusion if the prior were the distribution at all times: an
+        """The reverse diffusion if the prior is the distribution at all times: an
         Ornstein-Uhlenbeck process, which the symmetric splitting of Dockhorn et al. solves
         exactly.
 
@@ -158,10 +159,10 @@ class CLD(AbstractProcess):
 
         - `t`, `s`: times with `t <= s`.
 
-        **Returns:** the transition from `s` down to `t`, and the lower triangular square
-        root of its covariance.
+        **Returns:** the transition from `s` down to `t`, and the Cholesky factor of its
+        covariance.
         """
-        # The forward process with the velocity's sign changed, started without noise.
+        # The forward process with the velocity's sign flipped, started without noise.
         y = -self._elapsed(*as_times(t, s))
         decay = jnp.exp(-y)
         rows = [[decay * (1 + y), -decay * y], [decay * y, decay * (1 - y)]]
@@ -191,10 +192,10 @@ CLD.__init__.__doc__ = """**Arguments:**
 
 def _exponential_tail(x, xp):
     """1 - exp(-x) (1 + x + x^2 / 2), to full relative precision for all x >= 0."""
-    # Where cancellation costs less than one digit, and fewer terms than these do.
+    # Where cancellation costs less than a digit, and these terms more than suffice.
     switch = 1.0 if x.dtype == np.float64 else 3.0
     # Not a minimum: its derivative compares numbers for equality, and XLA may compute
-    # them twice, rounded differently.
+    # them twice with different rounding.
     small = xp.where(x < switch, x, switch)
     series = 0.0
     for k in range(18, 3, -1):
@@ -204,8 +205,7 @@ def _exponential_tail(x, xp):
 
 
 def _covariance(y, a, b, xp=jnp):
-    """The covariance of (x, w) at clock y from diag(a, b) at 0, no term of which
-    cancels."""
+    """The covariance of (x, w) at clock y from diag(a, b) at 0, without cancellation."""
     decay, tail = xp.exp(-2 * y), _exponential_tail(2 * y, xp)
     xx = decay * (a * (1 + y) ** 2 + b * y * y) + tail
     xw = decay * y * ((b - a) + (2 - a - b) * y)
@@ -222,19 +222,19 @@ def _cholesky(y, a, b, xp=jnp):
 
 @ft.lru_cache(maxsize=64)
 def _rotation(clock_end: float, a: float, b: float) -> PiecewisePolynomial:
-    """The cosine and sine of the angle of R_t against L_t, as a function of the clock.
+    """The cosine and sine of the angle from L_t to R_t, as a function of the clock.
 
     Equation 17 of the paper with R = L Rot(angle) becomes d(angle)/dy = -L_22 / L_11:
     one quadrature.
     """
     degree = 9
-    # The rotation is fast while the noise of the first instants takes over from `a`,
-    # and then runs with the logarithm of the clock: geometric panels.
+    # The rotation is fast at first, while noise overtakes `a`, and then linear in the
+    # logarithm of the clock: geometric panels.
     onset = min(math.sqrt(a / b), a ** (1 / 3))
     panels = 40 + 14 * math.ceil(math.log2(1 + clock_end / onset))
     grid = np.linspace(0, np.arcsinh(clock_end / onset), panels + 1)
     edges = onset * np.sinh(grid)
-    # In the end it turns at a speed of 1: no panel is to be wider than half a radian.
+    # Eventually it rotates at unit speed: no panel may be wider than half a radian.
     pieces = np.ceil(2 * np.diff(edges))
     edges = np.interp(
         np.arange(pieces.sum() + 1), np.concatenate([[0], np.cumsum(pieces)]), edges

@@ -20,13 +20,13 @@ from .times import as_time, as_times
 
 
 class AbstractDiagonalProcess(AbstractProcess):
-    r"""A process of one component, hence one number per coordinate in place of every
-    matrix. There the two square roots of the covariance are the same.
+    r"""A process of one component, so that every matrix is one number per coordinate. Its
+    two square roots of the covariance coincide.
 
-    Subclasses give `prior_factor`, the attributes of [`gddim_eqx.AbstractProcess`][] but
-    for `num_components`, and these four, of scalar times. Each returns an array in the
-    dtype of its arguments: a scalar, for all coordinates alike, or one number per
-    coordinate in the basis of states, with as many axes as the data and of a shape that
+    Subclasses provide `prior_factor`, the attributes of [`gddim_eqx.AbstractProcess`][]
+    except `num_components`, and these four functions of scalar times. Each returns an
+    array in the dtype of its arguments: a scalar shared by all coordinates, or one number
+    per coordinate in the basis of states, with as many axes as the data and a shape that
     broadcasts to `shape`.
 
     - `_drift(t)`: $f_t$, in $\mathrm{d}u = f_t\,u\,\mathrm{d}t +
@@ -47,7 +47,7 @@ class AbstractDiagonalProcess(AbstractProcess):
 
     @abc.abstractmethod
     def _transition(self, t: Array, s: Array) -> Array:
-        """The ratio of the means at `t` and `s`. Either may be the later."""
+        """The ratio of the means at `t` and `s`. Either time may be the later."""
 
     @abc.abstractmethod
     def _std(self, t: Array) -> Array:
@@ -82,9 +82,9 @@ class AbstractDiagonalProcess(AbstractProcess):
 
 class AbstractScalarProcess(AbstractDiagonalProcess):
     """A diagonal process with the same number for all coordinates of the data, whose
-    `_drift`, `_diffusion`, `_transition` and `_std` are scalars. States are the data's
-    own coordinates, and sampling starts at `t_end`. [`gddim_eqx.AbstractProcess`][] has
-    an example."""
+    `_drift`, `_diffusion`, `_transition` and `_std` are scalars. States are in the data's
+    own coordinates, and sampling starts at `t_end`. See [`gddim_eqx.AbstractProcess`][]
+    for an example."""
 
     @property
     def basis(self) -> AbstractBasis:

@@ -7,11 +7,11 @@ _BITS = 3
 
 
 class EdgeTransitions:
-    """The transitions between any two edges of panels, from those across single panels.
+    """The transitions between any two panel edges, from those across single panels.
 
-    Tabulated are, from every edge and in both directions, those across 0 to 7 panels, 0
-    to 7 times 8 panels, and so on. Any other is a product of a few of these which all go
-    the same way: nothing underflows before it is inverted, and nothing cancels.
+    The table has, for every edge and in both directions, those across 0 to 7 panels, 0 to
+    7 times 8 panels, and so on. Any other is a product of a few of these, all in the same
+    direction: nothing underflows before it is inverted, and nothing cancels.
     """
 
     # (2 directions, levels, edges, 8, n, n, *spectrum). Those back in time are transposed.
@@ -30,8 +30,8 @@ class EdgeTransitions:
     def __call__(
         self, i: Int[Array, ""], j: Int[Array, ""], dtype
     ) -> Inexact[Array, "n n *spectrum"]:
-        """The blocks of the transition from edge `j` to edge `i`. What overflows is the
-        largest number of the dtype."""
+        """The blocks of the transition from edge `j` to edge `i`. Overflow saturates at
+        the largest number of the dtype."""
         largest = float(jnp.finfo(dtype).max)
         table = jnp.asarray(np.clip(self.table, -largest, largest).astype(dtype))
         table = table[(i < j).astype(i.dtype)]
@@ -47,8 +47,8 @@ class EdgeTransitions:
 
 
 def saturated_product(a: Array, b: Array) -> Array:
-    """The product of two blocks, where the largest number stands for all beyond it:
-    infinity times zero, or less infinity, would not be a number."""
+    """The product of two blocks, with overflow saturated at the largest number: infinity
+    times zero, or minus infinity, would be `nan`."""
 
     def product(a, b):
         return (a[:, :, None] * b[None]).sum(1)
@@ -62,13 +62,13 @@ def saturated_product(a: Array, b: Array) -> Array:
 
 def _levels(steps: np.ndarray) -> np.ndarray:
     """`(levels, edges, 8, *spectrum, n, n)`: the products of 0 to 7 steps, 0 to 7 times 8
-    steps, and so on, from every edge on."""
+    steps, and so on, starting from every edge."""
     eye = np.broadcast_to(np.eye(steps.shape[-1]), (1, *steps.shape[1:]))
     units, stride, levels = np.concatenate([steps, eye]), 1, []
     largest = np.finfo(np.float64).max
 
     def after(some, number):
-        """Some products, followed by the unit that many strides on."""
+        """Products, each followed by the unit `number` strides ahead."""
         skipped = min(number * stride, len(units))
         ahead = [units[skipped:], np.repeat(eye, skipped, 0)]
         return np.clip(np.concatenate(ahead) @ some, -largest, largest)

@@ -19,17 +19,16 @@ from .times import as_time, as_times
 class LinearSDE(AbstractProcess):
     r"""Any linear diffusion, from its drift $F_t$ and diffusion $G_t$ alone.
 
-    Transition, covariance and both factors come from ordinary differential equations,
-    the factor from equation 17 of the paper. They are solved once, on the host and in
-    float64 whatever JAX's default, by spectral collocation on panels that are refined
-    until rounding errors remain, and kept as piecewise polynomials. There is a panel for
-    each time in which states decay or turn noticeably, of at most 4096; solving takes
-    about 2 ms for each.
+    Transition, covariance and both square roots are solutions of ODEs, `factor` that of
+    equation 17 of the paper. They are solved once, on the host and in float64 regardless
+    of JAX's default, by spectral collocation on panels that are refined down to rounding
+    errors, and stored as piecewise polynomials. There is a panel for each interval in which
+    states decay or rotate noticeably, at most 4096; each takes about 2 ms to solve.
 
     The square root $R_t$ is determined up to a constant rotation. It equals the Cholesky
-    factor at time 0; if the initial covariance is singular, so that no such start exists,
-    at `t_min / 1000`. Before that time the factors are then interpolated in the square
-    root of time.
+    factor at time 0, or at `t_min / 1000` if the initial covariance is singular, when no
+    such start exists. Before that time the square roots are then interpolated in the
+    square root of time.
 
     !!! example
 
@@ -66,12 +65,12 @@ class LinearSDE(AbstractProcess):
         r"""**Arguments:**
 
         - `shape`: the shape of one data sample.
-        - `drift`, `diffusion`: from a scalar time to $F_t$ and $G_t$. Each is a
+        - `drift`, `diffusion`: functions from a scalar time to $F_t$ and $G_t$. Each is a
             [`gddim_eqx.BlockLinearOperator`][]; or an array of its blocks, `(n, n)` or
             `(n, n, *spectrum)`, for states of `n` components; or a scalar, for `n = 1`.
             They must be smooth on [0, t_end] and compute in the dtype of their argument.
-        - `initial_covariance`: $\Sigma_0$, in the same form, constant; by default zero.
-        - `basis`: the basis in which states are kept; by default the data's own.
+        - `initial_covariance`: $\Sigma_0$, constant, in the same form; zero by default.
+        - `basis`: the basis in which states are stored; the data's own by default.
         - `data_scale`: the mean of the state at time 0 is this times the data.
         - `t_min`, `t_max`: the sampling interval; `t_max` is `t_end` by default.
         - `t_end`: the end of the time axis.
@@ -79,9 +78,9 @@ class LinearSDE(AbstractProcess):
         States of two components are a [`gddim_eqx.Phase`][], those of more a tuple. The
         first component carries the data.
 
-        **Raises:** `ValueError` if the shapes do not fit, the times are not in order, the
+        **Raises:** `ValueError` if the shapes do not match, the times are not in order, the
         coefficients are not finite or not smooth or have large rounding errors, or the
-        covariance overflows or is not positive definite for times after 0.
+        covariance overflows or is not positive definite after time 0.
         """
         check_positive(t_min=t_min, data_scale=data_scale)
         t_max = t_end if t_max is None else t_max
@@ -140,7 +139,7 @@ class LinearSDE(AbstractProcess):
 
 
 def _check_covariance(covariance: np.ndarray) -> None:
-    """In units of each component's standard deviation, as they may be of any size."""
+    """Checked in units of each component's standard deviation, which may have any scale."""
     variances = np.diagonal(covariance, axis1=-2, axis2=-1)[..., None]
     unit = np.sqrt(np.where(variances > 0, variances, 1))
     correlation = covariance / (unit * np.swapaxes(unit, -1, -2))
@@ -152,8 +151,8 @@ def _check_covariance(covariance: np.ndarray) -> None:
 
 
 def _not_after(t: Array, end: float) -> Array:
-    """A time, but not after the end on account of rounding, where the user's functions may
-    be singular."""
+    """A time, clipped at the end, which rounding may exceed and where the user's functions
+    may be singular."""
     largest = np.asarray(end).astype(t.dtype)
     if float(largest) > end:
         largest = np.nextafter(largest, largest.dtype.type(0))

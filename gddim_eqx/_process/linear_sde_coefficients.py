@@ -20,7 +20,7 @@ def as_blocks(value: "ArrayLike | BlockLinearOperator", dtype) -> Array:
 
 
 def _known_blocks(name: str, value: Any) -> np.ndarray:
-    """The blocks of what must be real and known when compiling."""
+    """The blocks of an argument that must be real and static."""
     value = value.blocks if isinstance(value, BlockLinearOperator) else value
     if isinstance(value, Tracer):
         raise ValueError(
@@ -33,7 +33,7 @@ def _known_blocks(name: str, value: Any) -> np.ndarray:
 
 
 class Coefficients:
-    """The drift and noise of a `LinearSDE`, on the host in float64, blocks last."""
+    """The drift and noise of a `LinearSDE`, on the host in float64, block axes last."""
 
     drift: Callable
     diffusion: Callable
@@ -104,8 +104,8 @@ class Coefficients:
         return values | dict(diffusion=diffusion @ np.swapaxes(diffusion, -1, -2))
 
     def rounding_errors(self, left: float, right: float) -> dict[str, np.ndarray]:
-        """How large the rounding errors of both are on an interval, row by row: what
-        sixth differences show at distances over which they would be nothing otherwise."""
+        """The size of the rounding errors of both on an interval, row by row: their sixth
+        differences over distances at which these would otherwise be negligible."""
         number, width = 16, right - left
         centres = left + width * (np.arange(number) + 0.5) / number
         weights = np.array([1, -6, 15, -20, 15, -6, 1]) / np.sqrt(924)
@@ -113,6 +113,6 @@ class Coefficients:
         errors = {}
         for name in shifted[0]:
             differences = sum(w * values[name] for w, values in zip(weights, shifted))
-            # The median, as a jump shows in very few of these.
+            # The median, as a jump affects very few of these.
             errors[name] = np.median(np.abs(differences), axis=0).max(-1)
         return errors

@@ -17,20 +17,20 @@ from .tables import (
 
 _DEGREE = 15
 _TOLERANCE = 1e-13
-# Before `t_min`, where no accuracy is promised, and a velocity alone has had time to
-# gather noise.
+# Before `t_min`, where no accuracy is promised, and only a velocity has had time to
+# accumulate noise.
 _TOLERANCE_EARLY = 1e-9
-# Relative to time, narrower panels could not be told from rounding errors.
+# Relative to time. Narrower panels are indistinguishable from rounding errors.
 _NARROWEST = 2.0**-36
-# Rounding errors of the coefficients, relative to them, that are put up with.
+# The largest relative rounding errors of the coefficients that are tolerated.
 _MOST_ROUNDING, _MOST_ROUNDING_EARLY = 1e-6, 1e-2
 _MOST_PANELS = 4096
 
 
 class Solution:
-    """The tables of a `LinearSDE`, and the functions they came from.
+    """The tables of a `LinearSDE`, and the functions they were computed from.
 
-    A constant that compares and hashes by identity, for the reasons of
+    A constant that compares and hashes by identity, for the same reasons as
     `PiecewisePolynomial`.
     """
 
@@ -87,13 +87,13 @@ class _Panel:
 
 
 class _Unresolved(Exception):
-    """Why a panel is too wide."""
+    """The reason why a panel is too wide."""
 
 
 def _solve(
     coefficients: Coefficients, singular: bool, t_min: float, t_end: float
 ) -> list[_Panel]:
-    """Solve on panels, each of which is halved until it is resolved."""
+    """Solve on panels, halving each until it is resolved."""
     covariance = coefficients.initial_covariance
     rotation = np.broadcast_to(np.eye(coefficients.num_components), coefficients.batch)
     rotation = None if singular else rotation
@@ -130,14 +130,14 @@ def _solve(
 
 
 def _solve_panel(coefficients, left, right, covariance, rotation, *, early) -> _Panel:
-    """**Raises:** `_Unresolved` if polynomials are not enough, or there is no solution."""
+    """**Raises:** `_Unresolved` if polynomials do not suffice, or there is no solution."""
     width, eye, near = right - left, np.eye(coefficients.num_components), f"{left:.6g}"
     tolerance = _TOLERANCE_EARLY if early else _TOLERANCE
     integrate = integration_matrix(_DEGREE) * width / 2
     values = _at_nodes(coefficients, left, right)
     drift, noise = values["drift"], values["diffusion"]
 
-    # What is tolerated in the coefficients is what changes nothing in the solution.
+    # Errors of the coefficients are tolerated if they do not affect the solution.
     within = _collocate(drift, np.broadcast_to(eye, drift.shape[1:]), integrate)
     inverse = np.linalg.inv(within[:-1])
     added = np.tensordot(integrate, inverse @ noise @ _T(inverse), 1)
@@ -165,7 +165,7 @@ def _solve_panel(coefficients, left, right, covariance, rotation, *, early) -> _
             "component."
         )
     if rotation is None:
-        # The factors have no polynomial here: see `Solution.cholesky`.
+        # No polynomials for the square roots here: see `Solution.cholesky`.
         rotations = np.broadcast_to(eye, cholesky.shape)
         cholesky = np.broadcast_to(cholesky[-1], cholesky.shape)
     else:
@@ -174,7 +174,7 @@ def _solve_panel(coefficients, left, right, covariance, rotation, *, early) -> _
         )
     _check_resolved(f"The covariance near t = {near}", cholesky[:-1], tolerance)
     _check_resolved(f"The factor R near t = {near}", rotations[:-1], tolerance)
-    # The nearest rotation, so that rounding errors do not add up.
+    # The nearest rotation, so that rounding errors do not accumulate.
     left_vectors, _, right_vectors = np.linalg.svd(rotations[-1])
     return _Panel(
         left,
@@ -191,7 +191,7 @@ def _solve_panel(coefficients, left, right, covariance, rotation, *, early) -> _
 
 def _rotations(drift, noise, cholesky, start, integrate):
     """L^-1 R at the nodes and the end, by equation 17 of the paper from R = `start`."""
-    # In units of each component's standard deviation: they may be of any size.
+    # In units of each component's standard deviation, which may have any scale.
     unit = np.linalg.norm(cholesky[-1], axis=-1, keepdims=True)
     drift, noise = drift * _T(unit) / unit, noise / (unit * _T(unit))
     cholesky = cholesky / unit
@@ -202,8 +202,8 @@ def _rotations(drift, noise, cholesky, start, integrate):
 
 
 def _at_nodes(coefficients, left, right):
-    """The coefficients at the nodes of a panel: not at the nearest floating-point numbers,
-    which makes a difference next to singularities."""
+    """The coefficients at the exact nodes of a panel rather than at the nearest
+    floating-point numbers, which matters close to singularities."""
     half = (right - left) / 2
     offsets = half * (1 + panel_nodes(_DEGREE))
     times = left + offsets
@@ -214,8 +214,8 @@ def _at_nodes(coefficients, left, right):
 
 
 def _check_coefficients(coefficients, left, right, values, negligible, tolerance, early):
-    """Raise `_Unresolved` if one of the coefficients is. Returns the tolerance for the
-    solution, which may have to be larger on account of their rounding errors."""
+    """Raise `_Unresolved` if a coefficient is unresolved. Returns the tolerance for the
+    solution, which rounding errors of the coefficients may increase."""
     most = _MOST_ROUNDING_EARLY if early else _MOST_ROUNDING
     solution_tolerance = tolerance
     for name, value in values.items():
@@ -226,7 +226,7 @@ def _check_coefficients(coefficients, left, right, values, negligible, tolerance
             continue
         scale, rounding = np.maximum(scale, floor), np.zeros(1)
         if (tail <= most * scale).all():
-            # Ten times a median, as they grow towards singularities.
+            # Ten times the median, as they grow towards singularities.
             rounding = 10 * coefficients.rounding_errors(left, right)[name]
         relative = float((rounding / scale).max())
         if not (tail <= np.maximum(allowed, rounding)).all() or relative > most:
@@ -251,14 +251,14 @@ def _check_resolved(name, values, tolerance):
 
 
 def _tail(values):
-    """The end of the Chebyshev series through values at nodes, and the largest value,
-    row by row."""
+    """The last coefficients of the Chebyshev series through values at nodes, and the
+    largest value, row by row."""
     coefficients = np.abs(np.tensordot(to_chebyshev(_DEGREE)[-2:], values, 1))
     return coefficients.max(axis=(0, -1)), np.abs(values).max(axis=(0, -1))
 
 
 def _is_singular(covariance):
-    """Whether one of the components is determined by those before it."""
+    """Whether a component is determined by the preceding ones."""
     rest, variances = _diagonal(_cholesky(covariance)), _diagonal(covariance)
     return not (rest > 1e-7 * np.sqrt(variances)).all()
 
@@ -280,7 +280,7 @@ def _collocate(drift, initial, integrate):
 
 
 def _cholesky(matrices):
-    """The Cholesky factor, of positive semi-definite matrices too; `nan` for others."""
+    """The Cholesky factor of positive semi-definite matrices; `nan` for others."""
     n = matrices.shape[-1]
     factor = np.zeros_like(matrices)
     for j in range(n):

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Inexact
 from .base import AbstractProcess
 
 
-# The least logarithm of a signal-to-noise ratio that the clock sees.
+# The clock clips the logarithm of the signal-to-noise ratio from below at this.
 _LEAST = -40.0
 
 
@@ -19,12 +19,12 @@ def clock(
     t: Inexact[Array, " *times"],
     log_snr: Inexact[Array, " *times"],
 ) -> Inexact[Array, " *times"]:
-    """How far sampling has come at a time with this `process.log_snr`: 0 at `t_max`, 1 at
+    """The progress of sampling at a time with this `process.log_snr`: 0 at `t_max`, 1 at
     `t_min`.
 
-    The mean of two clocks that run between these: one by the logarithm of the signal-to-
-    noise ratio, which knows no scale in the data, and one by the square root of time,
-    which gives the noisy half, where a sample chooses what to be, more than its share.
+    The mean of two clocks with this range: one linear in the logarithm of the signal-to-
+    noise ratio, which is independent of the scale of the data, and one linear in the square
+    root of time, which gives more weight to the noisy half, where samples are decided.
     """
     return _mean_of_clocks(process, jnp.sqrt(t), log_snr)
 
@@ -33,21 +33,21 @@ def clock_table(
     process: AbstractProcess,
 ) -> tuple[Float[np.ndarray, " times"], Float[np.ndarray, " times"]]:
     """Times from 0 to `t_end`, and the clock at each, in double precision. Below `t_min`,
-    where the signal-to-noise ratio may grow without bound, the clock by time runs on
-    alone."""
+    where the signal-to-noise ratio may be unbounded, only the clock by time keeps running.
+    """
     times, log_snr = _log_snr_table(process)
     return times, _mean_of_clocks(process, np.sqrt(times), log_snr)
 
 
 def log_snr_at_start(process: AbstractProcess) -> float:
-    """The logarithm of the signal-to-noise ratio at `t_max`, where sampling starts."""
+    """`process.log_snr` at `t_max`, where sampling starts."""
     times, table = _log_snr_table(process)
     return float(table[times == process.t_max][0])
 
 
 def _mean_of_clocks(process, root, log_snr) -> Any:
     first, last = log_snr_at_start(process), float(_log_snr_table(process)[1][0])
-    # A signal that has all but vanished tells no times apart.
+    # A signal that has nearly vanished cannot distinguish times.
     xp = np if isinstance(log_snr, np.ndarray) else jnp
     log_snr, first = xp.where(log_snr > _LEAST, log_snr, _LEAST), max(first, _LEAST)
     by_signal = (log_snr - first) / (last - first)
@@ -55,7 +55,7 @@ def _mean_of_clocks(process, root, log_snr) -> Any:
     return 0.5 * (by_signal + (root - first) / (last - first))
 
 
-# The tables of the processes that are still in use.
+# The tables of processes still in use.
 _tables = weakref.WeakKeyDictionary()
 
 
@@ -72,12 +72,12 @@ def _log_snr_table(process):
         quarter = lambda a, b, number: np.linspace(a**0.25, b**0.25, number) ** 4
         early = quarter(0.0, process.t_min, 401)[:-1]
         times = quarter(process.t_min, process.t_max, 4001)
-        # Not by powers, which round.
+        # Set exactly, as powers round.
         times[0], times[-1] = process.t_min, process.t_max
         late = np.linspace(process.t_max, process.t_end, 401)[1:]
         late = late[late > process.t_max]
         with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-            # Compiled anew, as what JAX keeps of a function it keeps of its process.
+            # A new function each time, as JAX's cache would keep its process alive.
             log_snr = jax.jit(jax.vmap(lambda t: process.log_snr(t)))
             table = np.asarray(log_snr(jnp.asarray(np.append(times, late), np.float64)))
         table = np.concatenate([np.full(len(early), table[0]), table])

@@ -10,8 +10,8 @@ from .._misc import constant_field
 
 
 class AbstractSchedule(eqx.Module):
-    r"""The noise schedule of a variance-preserving process: a rate $\beta_t$ and what
-    follows from it, in forms that lose no digits at either end of time."""
+    r"""The noise schedule of a variance-preserving process: a rate $\beta_t$ and derived
+    quantities, without loss of precision at either end of the time axis."""
 
     t_min: eqx.AbstractVar[float]
     t_end: eqx.AbstractVar[float]
@@ -77,8 +77,8 @@ class CosineSchedule(AbstractSchedule):
     r"""$\exp(-\int_0^t \beta) = \cos^2(\phi_t) / \cos^2(\phi_0)$ with
     $\phi_t = \frac{\pi}{2} \frac{t + o}{1 + o}$ (Nichol & Dhariwal 2021).
 
-    The signal vanishes at t = 1, so the time axis ends before: by default at 0.9946, as
-    DPM-Solver (Lu et al. 2022) has it.
+    The signal vanishes at t = 1, so the time axis ends earlier: by default at 0.9946, as
+    in DPM-Solver (Lu et al. 2022).
     """
 
     offset: float = constant_field("offset", 0.008)
@@ -98,7 +98,7 @@ class CosineSchedule(AbstractSchedule):
         return 1.0
 
     def _cosine(self, t):
-        # As a sine of the distance to the end, which is exact there.
+        # As the sine of the distance to the end: exact there.
         return jnp.sin(0.5 * np.pi * (1 - t) / (1 + self.offset))
 
     def rate(self, t):
@@ -115,7 +115,7 @@ class CosineSchedule(AbstractSchedule):
 
 
 def as_schedule(schedule: "str | AbstractSchedule") -> AbstractSchedule:
-    """A schedule from its name."""
+    """A schedule, from its name if given one."""
     named = {"linear": LinearSchedule, "cosine": CosineSchedule}
     if isinstance(schedule, AbstractSchedule):
         return schedule

@@ -7,7 +7,7 @@ from .schedule import AbstractSchedule, as_schedule
 
 
 class AbstractScheduledProcess(AbstractScalarProcess):
-    r"""A process with drift $-\frac{1}{2} \beta_t\,x$, which ends in standard normals."""
+    r"""A process with drift $-\frac{1}{2} \beta_t\,x$ and a standard normal prior."""
 
     shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
     schedule: AbstractSchedule = eqx.field(default="linear", converter=as_schedule)

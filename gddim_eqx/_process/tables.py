@@ -18,9 +18,9 @@ else:
 class PiecewisePolynomial:
     """A tabulated function of one real variable: a polynomial on each panel.
 
-    Built once on the host in float64, evaluated in the dtype of its argument. It is a
-    constant of the program rather than a PyTree: it has no leaves that an optimiser
-    could find, and compares and hashes by identity.
+    Built once on the host in float64, and evaluated in the dtype of its argument. It is a
+    constant of the program rather than a pytree with leaves for an optimiser to update, and
+    compares and hashes by identity.
     """
 
     edges: np.ndarray  # (panels + 1,)
@@ -29,7 +29,7 @@ class PiecewisePolynomial:
     def __init__(self, edges: np.ndarray, node_values: np.ndarray):
         """**Arguments:**
 
-        - `edges`: increasing ends of the panels, `(panels + 1,)`.
+        - `edges`: the panels' edges, increasing, `(panels + 1,)`.
         - `node_values`: the function at `panel_nodes(degree)` of each panel, `(panels,
             degree + 1, *value)`.
         """
@@ -38,23 +38,23 @@ class PiecewisePolynomial:
         self.coefficients = np.einsum("dn,pn...->pd...", to_chebyshev(degree), node_values)
 
     def _beyond_edges(self, x: Inexact[Array, ""]) -> Inexact[Array, " edges"]:
-        """How far an argument is beyond each edge, to the last digit of its dtype, to which
-        panels may be narrow."""
+        """The signed distance from each edge to the argument, to the full precision of its
+        dtype, as panels may be that narrow."""
         rounded = self.edges.astype(x.dtype)
         rest = (self.edges - rounded.astype(np.float64)).astype(x.dtype)
         return (x - jnp.asarray(rounded)) - jnp.asarray(rest)
 
     def panel(self, x: Inexact[Array, ""]) -> Int[Array, ""]:
-        """The index of the panel of an argument; the first or last for one outside."""
+        """The index of the panel that contains the argument; the first or last outside."""
         return (self._beyond_edges(x)[1:-1] >= 0).sum()
 
     def __call__(self, x: Inexact[Array, ""]) -> Inexact[Array, "*value"]:
         beyond, panel = self._beyond_edges(x), self.panel(x)
         width = jnp.asarray(np.diff(self.edges), x.dtype)[panel]
         u = (beyond[panel] + beyond[panel + 1]) / width
-        # Half of all ends round up, perhaps by more than the last panel is wide.
+        # Half of all end times round up, perhaps by more than the width of the last panel.
         u = u - lax.stop_gradient(u - jnp.clip(u, -1, 1))
-        # What the dtype cannot hold is huge, rather than not a number.
+        # Overflow gives a huge number rather than `nan`.
         largest = float(jnp.finfo(x.dtype).max) / 256
         coefficients = np.clip(self.coefficients, -largest, largest)
         coefficients = jnp.asarray(coefficients, x.dtype)[panel]
@@ -71,7 +71,7 @@ def panel_nodes(degree: int) -> np.ndarray:
 
 
 def nodes_of_panels(edges: np.ndarray, degree: int) -> np.ndarray:
-    """The nodes of every panel, `(panels, degree + 1)`."""
+    """The nodes of each panel, `(panels, degree + 1)`."""
     left, right = edges[:-1, None], edges[1:, None]
     return left + (right - left) * (1 + panel_nodes(degree)) / 2
 
@@ -114,7 +114,7 @@ def cumulative_integral(
 
 
 def coarse_and_rest(value: float | np.ndarray) -> tuple[Any, Any]:
-    """Split numbers into twelve leading bits, products of two of which are exact in
+    """Split numbers into their leading twelve bits, whose pairwise products are exact in
     float32, and the rest."""
     mantissa, exponent = np.frexp(value)
     coarse = np.ldexp(np.round(mantissa * 2**12), exponent - 12)

@@ -14,16 +14,16 @@ def on_time_axis(
     process: AbstractProcess, name: str, t: Any, dtype: Any = np.float32
 ) -> float:
     """A time as a Python number. Half of all end times round up in single precision, so
-    that by which a dtype may round them past the end is allowed, and taken back.
+    times that exceed the end by no more than rounding are moved to the end.
 
     **Arguments:**
 
-    - `process`: whose time axis.
-    - `name`: of the time.
+    - `process`: the process.
+    - `name`: the name of the time.
     - `t`: the time.
-    - `dtype`: the narrowest that it may have been rounded to, besides its own.
+    - `dtype`: the narrowest dtype it may have been rounded to, besides its own.
 
-    **Raises:** `ValueError` for what is not one time in [0, t_end].
+    **Raises:** `ValueError` for anything but a single time in [0, t_end].
     """
     value = as_constant(name, t)
     if not 0 <= value <= latest(process, dtype, getattr(t, "dtype", dtype)):
@@ -35,7 +35,7 @@ def on_time_axis(
 
 
 def latest(process: AbstractProcess, *dtypes: Any) -> float:
-    """The end of the time axis, or what it is in the narrowest of some dtypes."""
+    """The end of the time axis, plus its rounding in the narrowest of the dtypes."""
     floating = [x for x in dtypes if jnp.issubdtype(x, jnp.floating)]
     return process.t_end * (1 + max(float(jnp.finfo(x).eps) for x in floating))
 
@@ -45,10 +45,10 @@ def as_grid(
     ts: Times,
     direction: Literal["decreasing", "increasing"] | None = None,
 ) -> Real[Array, " times"]:
-    """Times to step to as an array, checked as far as they are known.
+    """The grid of times as an array, with its values checked unless traced.
 
-    **Raises:** `ValueError` unless they are at least two, strictly monotone, in this
-    direction if one is given, and on the process' time axis.
+    **Raises:** `ValueError` unless there are at least two times, strictly monotone (in the
+    given direction, if any), on the process' time axis.
     """
     ts = as_floats("ts", ts)
     if ts.ndim != 1 or ts.shape[0] < 2:

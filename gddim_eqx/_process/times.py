@@ -34,7 +34,7 @@ def as_time(t: RealScalarLike) -> Array:
 
 
 def time_for(state: State, t: RealScalarLike) -> Array:
-    """A time as what acts on a state needs it."""
+    """A time in the dtype for operators that act on a state."""
     return as_time(t).astype(coefficient_dtype(state))
 
 

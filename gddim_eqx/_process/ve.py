@@ -15,7 +15,7 @@ class VE(AbstractScalarProcess):
     \qquad \sigma_t = \sigma_\text{min}
     (\sigma_\text{max} / \sigma_\text{min})^t, \qquad t \in [0, 1].$$
 
-    As in the reference the standard deviation given data is $\sigma_t$ itself, that is,
+    As in the reference, the standard deviation given data is $\sigma_t$ itself, so it is
     $\sigma_\text{min}$ already at time 0.
 
     ??? cite "Reference"
@@ -62,7 +62,7 @@ class VE(AbstractScalarProcess):
         coarse = jnp.round(t * 2**11) / 2**11
         rest = growth_rest * coarse + self._growth() * (t - coarse)
         at_coarse = self.sigma_min * jnp.exp(growth * coarse)
-        # Not a product of exponentials, which XLA may merge again.
+        # Not a product of exponentials, which XLA may merge.
         return at_coarse + at_coarse * jnp.expm1(rest)
 
     def prior_factor(self):

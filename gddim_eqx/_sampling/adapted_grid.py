@@ -24,10 +24,10 @@ class AdaptedGrid(NamedTuple):
     ts: Real[Array, " times"]
     """The times."""
     error: Inexact[Array, ""]
-    """The error of the solver on them: the geometric mean over samples of the distance to
-    the end of the exact flow, root mean square over coordinates of the data."""
+    """The error of the solver on this grid: the geometric mean over samples of the distance
+    to the endpoint of the exact flow, root mean square over coordinates of the data."""
     error_before: Inexact[Array, ""]
-    """The same for the grid that was adapted."""
+    """The same for the initial grid."""
 
 
 def adapted_grid(
@@ -41,30 +41,29 @@ def adapted_grid(
     learning_rate: float = 0.1,
     args: Args = None,
 ) -> AdaptedGrid:
-    """Adapt the times of a fixed grid to a model, its data and a solver, with a few samples
-    in advance.
+    """Optimise a time grid for a model, its data and a solver, on a few samples.
 
-    Where steps should be short depends on the data, and what looks like a small error of a
-    step may or may not matter to the sample that comes out. So the times are improved by
-    gradient descent on the error of these samples, through the solver; the exact flow is
-    taken from 8 times as many steps (at least 200). The grid then serves for any number
-    of other samples.
+    Where steps should be short depends on the data, and a small local error may or may not
+    matter to the final sample. So the times are optimised by gradient descent on the error
+    of these samples, through the solver; the exact flow is approximated with 8 times as
+    many steps (at least 200). The grid can then be used for any number of other samples.
 
     Takes about three times `num_iterations * num_steps` evaluations of the model on `u`.
 
     **Arguments:**
 
     - `flow`: the probability flow of the model.
-    - `u`: states at the first time, from which to learn: some tens suffice.
+    - `u`: states at the first time, to optimise on: a few dozen suffice.
     - `num_steps`: the number of steps of the grid.
     - `solver`: any Diffrax solver for ordinary differential equations.
-    - `ts`: the times to begin with instead of [`gddim_eqx.time_grid`][] with `num_steps`.
-    - `num_iterations`: how many steps of gradient descent, by Adam.
-    - `learning_rate`: the first of a cosine schedule, for the logarithms of the steps.
+    - `ts`: the initial grid, in place of [`gddim_eqx.time_grid`][] with `num_steps`.
+    - `num_iterations`: the number of Adam steps.
+    - `learning_rate`: the initial value of a cosine schedule, for the logarithms of the
+        step sizes.
     - `args`: passed to the model.
 
-    **Returns:** [`gddim_eqx.AdaptedGrid`][]: the best times that were seen, which begin
-    and end as those before, and their error.
+    **Returns:** [`gddim_eqx.AdaptedGrid`][]: the best times found, with the endpoints of
+    the initial grid, and their error.
 
     **Raises:** `ValueError` for arguments that do not fit.
     """
@@ -78,7 +77,7 @@ def adapted_grid(
     if ts is None:
         ts = time_grid(process, num_steps, dtype=coefficient_dtype(u))
     ts = as_grid(process, ts)
-    # Times that are learned need more digits than states.
+    # Optimised times need more precision than states.
     ts = jnp.minimum(ts.astype(at_least_single(ts.dtype)), process.t_end)
     number, ends = max(200, 8 * (len(ts) - 1)), dict(t0=float(ts[0]), t1=float(ts[-1]))
     fine = time_grid(process, number, **ends, dtype=ts.dtype)
@@ -92,8 +91,8 @@ def _adapt(flow, u, ts, fine, solver, args, num_iterations, learning_rate):
     optimiser = optax.chain(optax.zero_nans(), optax.adam(schedule))
     exact = generate(flow, u, solver=GDDIM(), ts=fine, args=args)
     axes = tuple(range(exact.ndim - len(flow.process.shape), exact.ndim))
-    # A coordinate in which the default grid is uniform; and time, so that it can be
-    # interpolated.
+    # A coordinate in which the default grid is uniform; and time, on a scale to
+    # interpolate.
     place, root = jnp.linspace(0, 1, len(fine), dtype=ts.dtype), fine**0.25
     order = jnp.argsort(fine)
     lengths = jnp.diff(jnp.interp(ts, fine[order], place[order]))

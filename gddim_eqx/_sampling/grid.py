@@ -20,7 +20,7 @@ def time_grid(
     t1: float | None = None,
     dtype=None,
 ) -> Real[Array, " times"]:
-    r"""The times to step to when sampling.
+    r"""The time grid for sampling.
 
     Pass it as `diffrax.StepTo(ts)` together with `t0=ts[0], t1=ts[-1]`.
 
@@ -28,21 +28,21 @@ def time_grid(
 
     - `process`: the forward process.
     - `num_steps`: the number of steps, at least 1.
-    - `grid`: by default `"clock"`, uniform in the mean of two clocks that run from
-        `t_max` to `t_min`: the logarithm of the signal-to-noise ratio and the square root
-        of time. Or a power $p$ for times uniform in $t^{1/p}$, or another name:
-        `"uniform"` is 1, `"quadratic"` is 2, the authors' choice, and `"log"` is uniform
-        in the logarithm of time.
-    - `t0`, `t1`: where to start and end; by default `process.t_max` and `process.t_min`.
-        `t0 < t1` gives a grid that increases, for encoding.
-    - `dtype`: of the times; by default JAX's default floating dtype. Use the states'.
+    - `grid`: by default `"clock"`, uniform in the mean of two clocks that run from `t_max`
+        to `t_min`: the log-SNR and the square root of time. Or a power $p$, for times
+        uniform in $t^{1/p}$: `"uniform"` is 1, and `"quadratic"`, the authors' choice, is
+        2. `"log"` is uniform in the logarithm of time.
+    - `t0`, `t1`: the first and last time; by default `process.t_max` and `process.t_min`.
+        `t0 < t1` gives an increasing grid, for encoding.
+    - `dtype`: of the times; by default JAX's default floating dtype. Use that of the
+        states.
 
     **Returns:** `num_steps + 1` strictly monotone times. The first and last are exactly
     `t0` and `t1` in that dtype.
 
-    **Raises:** `ValueError` if `num_steps` is not a positive integer, the times are not
-    distinct or outside `[0, process.t_end]`, the grid is unknown, or the dtype cannot
-    hold so many different times.
+    **Raises:** `ValueError` if `num_steps` is not a positive integer, `t0` and `t1` are
+    equal or outside `[0, process.t_end]`, the grid is unknown, or the dtype cannot resolve
+    the steps.
     """
     require_process(process)
     check_count("num_steps", num_steps)

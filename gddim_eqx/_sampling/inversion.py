@@ -19,8 +19,8 @@ class Inversion(NamedTuple):
     latent: State
     """Latent codes: states at the last time, `(*batch, *shape)`."""
     error: Inexact[Array, "*batch"] | None
-    """How far data are from what their codes are decoded to: the root mean square over
-    that of the data. None if this was not asked for."""
+    """The relative error of the round trip: the root mean square difference of data and
+    decoded codes, over that of the data. `None` if `check` is false."""
 
 
 def invert(
@@ -35,24 +35,23 @@ def invert(
 ) -> Inversion:
     """Encode data: find the noise that the sampler turns into them.
 
-    Solves the probability flow forward in time. For a process with a velocity data are
-    taken to be at rest.
+    Solves the probability flow forward in time. For a process with a velocity, the initial
+    velocity is taken to be 0.
 
     **Arguments:**
 
     - `flow`: the probability flow of the model.
     - `x`: data, `(*batch, *shape)`.
     - `num_steps`: the number of steps.
-    - `solver`: any Diffrax solver for ordinary differential equations. `GDDIM()`, of
-        order 4, is more accurate for most data, but in few steps loses more of them to
-        others on the way back.
-    - `ts`: the times to step to instead of those of [`gddim_eqx.time_grid`][], increasing
-        from a time later than 0, where `x` is taken to be, to that of the codes.
-    - `check`: whether to decode the codes again, by as many steps through the same times,
-        and report the error.
+    - `solver`: any Diffrax solver for ordinary differential equations. `GDDIM()`, of order
+        4, is more accurate for most data, but with few steps more of them decode to other
+        data.
+    - `ts`: an increasing time grid in place of [`gddim_eqx.time_grid`][], from the time of
+        `x`, which must not be 0, to that of the codes.
+    - `check`: whether to decode the codes again, on the same grid, and report the error.
     - `args`: passed to the model.
 
-    **Returns:** [`gddim_eqx.Inversion`][]: codes, and the error of the round trip.
+    **Returns:** [`gddim_eqx.Inversion`][]: the codes and the round-trip error.
 
     **Raises:** `ValueError` for arguments that do not fit.
     """
@@ -82,10 +81,10 @@ def generate(
     ts: Times | None = None,
     args: Args = None,
 ) -> Inexact[Array, "..."]:
-    """Decode latent codes: the samples that the probability flow makes of given noise.
+    """Decode latent codes: map given noise to samples by the probability flow.
 
-    Unlike [`gddim_eqx.sample`][], which draws the noise, this can be jitted, mapped and
-    differentiated.
+    Unlike [`gddim_eqx.sample`][], which draws the noise, this works under `jax.jit`,
+    `jax.vmap` and `jax.grad`.
 
     **Arguments:**
 
@@ -94,7 +93,7 @@ def generate(
         `process.prior` or [`gddim_eqx.invert`][].
     - `num_steps`: the number of steps.
     - `solver`: any Diffrax solver for ordinary differential equations.
-    - `ts`: the times to step to instead of those of [`gddim_eqx.time_grid`][].
+    - `ts`: a time grid in place of [`gddim_eqx.time_grid`][].
     - `args`: passed to the model.
 
     **Returns:** data, `(*batch, *shape)`.

@@ -35,7 +35,7 @@ class Likelihood(NamedTuple):
     value: Inexact[Array, "*batch"]
     """One number per sample, in nats."""
     latent: State
-    """Where the probability flow takes the state: its latent code."""
+    """The latent code: the state at the end of the probability flow."""
     stats: dict
     """Diffrax's statistics of the solve, among them `num_steps`."""
 
@@ -60,34 +60,34 @@ def log_density(
     r"""The log density of states under a diffusion model: for CLD, of position and
     velocity jointly.
 
-    The state is carried forward along the probability flow together with its log density,
-    which changes by the divergence: $\log p_{t_0}(u_0) = \log p_{t_1}(u_1) +
-    \int_{t_0}^{t_1} \nabla \cdot f(t, u_t)\,\mathrm{d}t$. Samples of a batch must not
-    depend on each other in the model. Everything can be differentiated and jitted.
+    The probability flow is solved forward in time for the state together with its log
+    density, which changes by the divergence: $\log p_{t_0}(u_0) = \log p_{t_1}(u_1) +
+    \int_{t_0}^{t_1} \nabla \cdot f(t, u_t)\,\mathrm{d}t$. The model must treat the samples
+    of a batch independently. Everything can be differentiated and jitted.
 
     **Arguments:**
 
     - `flow`: the probability flow of the model.
-    - `u`: states at `t0`, `(*batch, *shape)`, in the basis in which the process keeps them.
-        From half precision they are converted to single.
+    - `u`: states at `t0`, `(*batch, *shape)`, in the basis of the process' states. Half
+        precision is converted to single.
     - `key`: a random key, for the probes.
-    - `divergence`: how the model's part of the divergence is computed; that of the drift
-        is always exact.
-        - `"exact"`: one derivative of the model for each coordinate of the state.
-        - `"rademacher"`, `"gaussian"`: Hutchinson's unbiased estimate, with random signs
-            or normals, one derivative for each of `num_probes`. Random signs are exact
-            for what is diagonal, which for images most is: with as many derivatives they
-            are ahead of Hutch++ too. The same probes serve all times.
-    - `num_probes`: how many random probes to average.
-    - `solver`: any of Diffrax's for ordinary differential equations.
-    - `stepsize_controller`: by default adaptive steps with tolerances of 1e-5, where the
-        log density per coordinate counts as much as all of the state.
-    - `t0`, `t1`: the states' time, and that of the latents; by default `process.t_min`
-        and `process.t_max`. `t0=0` needs a model that predicts the score, as the score is
-        not defined by a prediction of noise where there is none.
+    - `divergence`: how to compute the model's part of the divergence; that of the drift is
+        always exact.
+        - `"exact"`: one JVP of the model per coordinate of the state.
+        - `"rademacher"`, `"gaussian"`: Hutchinson's unbiased estimator, with Rademacher or
+            Gaussian probes, and one JVP for each of `num_probes`. Rademacher probes are
+            exact for the diagonal part, which dominates for images: at equal cost they are
+            ahead of Hutch++ too. The same probes are used at all times.
+    - `num_probes`: the number of random probes to average over.
+    - `solver`: any Diffrax solver for ordinary differential equations.
+    - `stepsize_controller`: by default adaptive step sizes with tolerances of 1e-5, in a
+        norm that weights the log density per coordinate as much as the whole state.
+    - `t0`, `t1`: the times of the states and of the latents; by default `process.t_min` and
+        `process.t_max`. `t0=0` needs a model that predicts the score, as without noise the
+        score does not follow from a noise prediction.
     - `dt0`, `max_steps`, `adjoint`: as in `diffrax.diffeqsolve`.
-    - `prior_log_density`: what the log density of states at `t1` is, where it is not that
-        of `process.prior`: a function of states.
+    - `prior_log_density`: the log density of states at `t1`, a function of states, where it
+        is not that of `process.prior`.
     - `args`: passed to the model.
 
     **Returns:** [`gddim_eqx.Likelihood`][], with values of shape `(*batch,)`.
@@ -120,7 +120,7 @@ def log_density(
     if stepsize_controller is None:
         stepsize_controller = dfx.PIDController(rtol=1e-5, atol=1e-5, norm=_norm)
     batch, dtype = batch_axes(u, process.shape), coefficient_dtype(u)
-    # In half precision the sums would be lost.
+    # Half precision would lose the sums.
     u = jtu.tree_map(lambda x: x.astype(dtype), u)
     probes = _probes(divergence, num_probes, key, u)
     sol = dfx.diffeqsolve(
@@ -148,10 +148,10 @@ def log_likelihood(
 ) -> Likelihood:
     r"""The log density of data under a diffusion model, $\log p(x)$.
 
-    Data are taken for states at `t0`: the density is that of data with the little noise
-    of `process.t_min`. For a process with a velocity this density is not known: see
-    [`gddim_eqx.log_likelihood_bound`][], and for position and velocity jointly
-    [`gddim_eqx.log_density`][].
+    Data are treated as states at `t0`: the density is that of data with the small noise of
+    `process.t_min`. For a process with a velocity this density is not known; see
+    [`gddim_eqx.log_likelihood_bound`][], or [`gddim_eqx.log_density`][] for position and
+    velocity jointly.
 
     For images see [`gddim_eqx.dequantise`][] and [`gddim_eqx.bits_per_dimension`][].
 
@@ -160,7 +160,7 @@ def log_likelihood(
     - `flow`: the probability flow of the model.
     - `x`: data, `(*batch, *shape)`.
     - `key`: a random key, for the probes.
-    - `**kwargs`: as in [`gddim_eqx.log_density`][], to begin with `divergence`.
+    - `**kwargs`: as in [`gddim_eqx.log_density`][], from `divergence` on.
 
     **Returns:** [`gddim_eqx.Likelihood`][], with values of shape `(*batch,)`.
 
@@ -193,22 +193,22 @@ def log_likelihood_bound(
     $$\log p(x) \geq \mathbb{E}_{v \sim q}[\log p(x, v)] + H(q),$$
 
     where $q$ is the distribution of the initial velocity, given data, and $H$ its
-    entropy. The gap is the divergence of $q$ from the model's distribution of the velocity
-    given `x`.
+    entropy. The gap is the KL divergence of $q$ from the model's distribution of the
+    velocity given `x`.
 
     **Arguments:**
 
     - `flow`: the probability flow of the model.
     - `x`: data, `(*batch, *shape)`.
     - `key`: a random key, for the velocities and the probes.
-    - `num_velocities`: over how many velocities for each sample to average.
-    - `**kwargs`: as in [`gddim_eqx.log_density`][], to begin with `divergence`.
+    - `num_velocities`: the number of velocities per sample to average over.
+    - `**kwargs`: as in [`gddim_eqx.log_density`][], from `divergence` on.
 
     **Returns:** [`gddim_eqx.Likelihood`][]: unbiased estimates of the bound, `(*batch,)`,
     and latent codes, `(num_velocities, *batch, *shape)`.
 
     **Raises:** `ValueError` for arguments that do not fit, for a process without a
-    velocity, or one that starts with a certain velocity.
+    velocity, or one whose initial velocity is deterministic.
 
     ??? cite "Reference"
 
@@ -291,7 +291,7 @@ def _over_coordinates(quadratic, u, shape):
         ]
         return quadratic(jtu.tree_unflatten(treedef, probe))
 
-    # Some at a time; but an empty batch cannot be mapped so.
+    # In chunks, which an empty batch does not allow.
     together = min(number, 16) if leaves[0].size else None
     return jax.lax.map(one, jnp.arange(number), batch_size=together).sum(0)
 
@@ -315,8 +315,8 @@ def _probes(divergence, num_probes, key, u):
 
 
 def _norm(y):
-    """The root mean square of the state, or of the log density per coordinate, whichever
-    is larger: among all the coordinates of the state it would not count."""
+    """The root mean square of the state, or of the log density per coordinate, whichever is
+    larger: averaged with all coordinates of the state, the latter would not count."""
 
     def root_mean_square(part):
         leaves = [jnp.ravel(x) for x in jtu.tree_leaves(jax.lax.stop_gradient(part))]
@@ -331,10 +331,10 @@ def _size(process) -> int:
 
 
 def _sum(spectrum, process):
-    """The sum over all coordinates of data of a number that may depend on them."""
+    """The sum over all coordinates of the data of a value that may depend on them."""
     return jnp.broadcast_to(spectrum, process.shape).sum()
 
 
 def _log_volume(process) -> float:
-    """By how much `encode` stretches volumes, as a logarithm."""
+    """The logarithm of the factor by which `encode` scales volumes."""
     return math.prod(process.shape) * math.log(process.data_scale)

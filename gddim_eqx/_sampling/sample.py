@@ -30,10 +30,10 @@ class Samples(NamedTuple):
     x: Float[Array, "number *shape"]
     """The data."""
     evaluations: int
-    """How often the model was evaluated, counted as it ran."""
+    """The number of model evaluations (NFE), counted at run time."""
 
 
-# Counts by the number of the call, so that calls on several threads stay apart.
+# Counts per call, so that calls from several threads do not mix.
 _evaluations: dict[int, int] = {}
 _calls = itertools.count()
 
@@ -59,7 +59,7 @@ def _solve(flow, lam, solver, denoise, ts, key, number, args, meter, placement):
         u = placement.shard(u)
     terms, adjoint = flow, dfx.RecursiveCheckpointAdjoint()
     if not isinstance(lam, float) or lam != 0:
-        # Other than any key that the prior makes by splitting this one.
+        # Distinct from any key that the prior splits off this one.
         key = jr.fold_in(key, 2**31 - 1)
         leaves = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), u)
         path = dfx.UnsafeBrownianPath(leaves, key)
@@ -106,42 +106,40 @@ def sample(
 
     - `process`, `model`: the forward process, and a model called as `model(t, u, args)` on
         the whole batch. Or, in place of both and of `predicts` and `factor`, a
-        [`gddim_eqx.ProbabilityFlow`][]: `sample(flow, key, number)`. Pass the same object
-        again and nothing is recompiled; a new `lambda`, or another Python number in a
-        model, is.
+        [`gddim_eqx.ProbabilityFlow`][]: `sample(flow, key, number)`. Passing the same
+        object again does not recompile; a new `lambda`, or another Python number in a
+        model, does.
     - `key`: a random key.
-    - `number`: how many samples.
+    - `number`: the number of samples.
     - `num_steps`: the number of steps of the default grid; 50 if neither this nor `ts`
         is given.
     - `solver`: any Diffrax solver for ordinary differential equations, or for stochastic
         ones if `lam` is not 0; [`gddim_eqx.GDDIM`][] by default.
-    - `lam`: the level of noise: 0 for the probability flow, else a number or a function
-        of time, as in
-        [`gddim_eqx.reverse_sde`][]. The noise is drawn afresh at every step, so another
-        grid has other noise.
-    - `denoise`: what to do about the noise that is left at the last time. Each takes one
+    - `lam`: the stochasticity: 0 for the probability flow, else a number or a function of
+        time, as in [`gddim_eqx.reverse_sde`][]. Noise is drawn anew at every step, so it
+        depends on the grid.
+    - `denoise`: how to treat the noise left at the last time. Both methods below cost one
         more evaluation.
         - `None`: leave it.
-        - `"drift"`: the step of the authors' code, an Euler step of the drift of
-            `lam=1` to time 0. For a process with a velocity it cannot change the data by
-            what the model says there, as only the velocity is driven by the score: the
-            evaluation is spent for nothing.
-        - `"exact"`: the step of the exponential integrator to time 0, less the noise
-            that the process has there: the data that the model predicts.
-    - `ts`: the times to step to instead, for example from [`gddim_eqx.time_grid`][]. The
-        samples have their dtype. They must start at `process.t_max`, where the prior is.
+        - `"drift"`: the step of the authors' code, an Euler step to time 0 with the drift
+            of `lam=1`. For a process with a velocity only the velocity is driven by the
+            score, so the prediction cannot change the data and the evaluation is wasted.
+        - `"exact"`: a step of the exponential integrator to time 0, without the noise that
+            the process has there: the data prediction.
+    - `ts`: a time grid in place of `num_steps`, for example from [`gddim_eqx.time_grid`][].
+        The samples have its dtype. It must start at `process.t_max`, where the prior is.
     - `predicts`, `factor`: as in [`gddim_eqx.ProbabilityFlow`][].
     - `args`: passed to the model.
-    - `placement`: over which devices to divide the samples, which are the same as on one;
-        by default the first has all. The model must be on them too.
+    - `placement`: how to shard the samples over devices, which does not change them; by
+        default all are on the first device. The model must be on the same devices.
     - `progress_meter`: for example `diffrax.TextProgressMeter()`.
 
     **Returns:** [`gddim_eqx.Samples`][]: the data, `(number, *shape)`, and the number of
     evaluations of the model.
 
     **Raises:** `ValueError` for arguments that do not fit, or if called while JAX is
-    tracing. `FloatingPointError` if a sample is not finite. Warns if samples are far
-    larger than data can be, as far as that is known.
+    tracing. `FloatingPointError` if a sample is not finite. Warns if samples are
+    implausibly large for the process and model.
     """
     if isinstance(key, Tracer):
         raise ValueError(
@@ -210,8 +208,8 @@ def sample(
 
 
 def _most_expected(process: AbstractProcess, model: Callable) -> float:
-    """A root mean square of data that is far too large: a hundred times what the model was
-    made for; or where data would not drown in the noise of the prior."""
+    """An implausibly large root mean square of data: a hundred times what the model was
+    made for; or where the noise of the prior would not drown the data."""
     data_std = getattr(model, "data_std", None)
     if isinstance(data_std, (float, int)):
         return 100.0 * data_std

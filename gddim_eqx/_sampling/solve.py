@@ -14,7 +14,7 @@ def solve(
     args: Args,
     **kwargs,
 ) -> dfx.Solution:
-    """`diffrax.diffeqsolve` through some times. It saves the state at the last."""
+    """`diffrax.diffeqsolve` on a time grid. Saves the final state."""
     check_solver(solver)
     return dfx.diffeqsolve(
         terms,
@@ -37,5 +37,5 @@ def check_solver(solver: object) -> None:
 
 
 def last(sol: dfx.Solution) -> State:
-    """The state at the last time, where nothing else was saved."""
+    """The final state, where nothing else was saved."""
     return jtu.tree_map(lambda y: y[-1], sol.ys)

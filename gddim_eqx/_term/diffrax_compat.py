@@ -1,4 +1,4 @@
-# The only file that touches Diffrax's private names.
+# The only file that uses Diffrax's private names.
 import diffrax as dfx
 from diffrax._term import WrapTerm
 
@@ -6,10 +6,10 @@ from .._custom_types import RealScalarLike
 
 
 def unwrap(term: dfx.AbstractTerm) -> tuple[dfx.AbstractTerm, RealScalarLike]:
-    """Strip what `diffeqsolve` wraps around a term to make time increase.
+    """Strip the wrapper that `diffeqsolve` puts around a term to make time increase.
 
-    **Returns:** the term as the user wrote it, and the direction, 1 or -1, by which the
-    times that a solver sees must be multiplied to be the user's times.
+    **Returns:** the user's term, and the direction, 1 or -1, that maps the solver's times
+    to the user's when multiplied by it.
     """
     direction = 1
     while isinstance(term, WrapTerm):

@@ -1,9 +1,9 @@
-"""What models predict, one class each.
+"""The predictions that a model can make, one class each.
 
 With data $x_0$ in the basis of states and noise $\\epsilon$ in the frame $R_t$, a state is
 $u_t = m_t x_0 + R_t \\epsilon$, where $m_t$ is the mean coefficient $\\Psi(t, 0)$ times
-`data_scale`. A prediction is another combination of $x_0$ and $\\epsilon$, so that either
-follows from it and the state.
+`data_scale`. A prediction is another combination of $x_0$ and $\\epsilon$, so together
+with the state it determines both.
 """
 
 import abc
@@ -25,38 +25,37 @@ class Marginal(NamedTuple):
     process: AbstractProcess
     t: Array
     known_root: BlockLinearOperator | None = None
-    """$R_t$, if it is known."""
+    """$R_t$, if already computed."""
 
     def root(self, frame: FrameName = "R") -> BlockLinearOperator:
-        """The square root of the covariance that a frame is named after."""
+        """The square root of the covariance that defines a frame."""
         if frame == "cholesky":
             return self.process.cholesky(self.t)
         return self.process.factor(self.t) if self.known_root is None else self.known_root
 
     def mean(self) -> BlockLinearOperator:
-        """From data to the mean of the state."""
+        """The map from data to the mean of the state."""
         signal = self.process.transition(self.t, jnp.zeros_like(self.t))
         return signal * self.process.data_scale
 
 
 class AbstractPrediction(eqx.Module):
-    """What a model predicts, given the state. All states are in the basis of states."""
+    """A model's prediction, given the state. All states are in the basis of states."""
 
     @abc.abstractmethod
     def target(self, at: Marginal, data: State, noise: State) -> State:
-        """What should be predicted, from the data and the noise in the frame R."""
+        """The target of the prediction, given the data and the noise in the frame R."""
 
     @abc.abstractmethod
     def noise(self, at: Marginal, u: State, value: State, frame: FrameName) -> State:
-        """The noise in a frame that a predicted value amounts to."""
+        """Convert a prediction to noise in the given frame."""
 
     @abc.abstractmethod
     def denoised(self, at: Marginal, u: State, value: State) -> State:
-        """The initial state, `data_scale` times the data, that a predicted value amounts
-        to."""
+        """Convert a prediction to the initial state, `data_scale` times the data."""
 
     def score(self, at: Marginal, u: State, value: State) -> State:
-        """The score that a predicted value amounts to."""
+        """Convert a prediction to the score."""
         noise = self.noise(at, u, value, "R")
         return apply((-at.root().inverse()).transpose(), noise)
 
@@ -77,7 +76,7 @@ class Noise(AbstractPrediction):
 
 
 class Data(AbstractPrediction):
-    """The data; of a process with a velocity, its initial state, in which that is zero."""
+    """The data; for a process with a velocity, the initial state, with zero velocity."""
 
     def target(self, at, data, noise):
         return data
@@ -107,7 +106,7 @@ class Score(AbstractPrediction):
 
 
 class Velocity(AbstractPrediction):
-    r"""$m_t \epsilon - \sigma_t x_0$, where every coordinate has one number."""
+    r"""$m_t \epsilon - \sigma_t x_0$, for processes with one number per coordinate."""
 
     def target(self, at, data, noise):
         return subtract(apply(at.mean(), noise), apply(at.root(), data))
@@ -139,8 +138,8 @@ def make_prediction(predicts: PredictionName, frame: FrameName) -> AbstractPredi
 
 
 def check_prediction(process: AbstractProcess, predicts: str, factor: str) -> None:
-    """**Raises:** `ValueError` unless these are a prediction, and a frame of noise, that
-    are defined for the process."""
+    """**Raises:** `ValueError` unless this prediction and frame of the noise are defined
+    for the process."""
     if predicts not in _predictions:
         raise ValueError(
             f"`predicts` must be one of {', '.join(map(repr, _predictions))}; got "
@@ -157,7 +156,7 @@ def check_prediction(process: AbstractProcess, predicts: str, factor: str) -> No
 
 
 def _change_frame(at, noise, frame, other):
-    # Square roots of one number are all the same.
+    # The square root of a scalar is unique.
     if frame == other or isinstance(at.process, AbstractDiagonalProcess):
         return noise
     return apply(at.root(other).inverse() @ at.root(frame), noise)

@@ -13,7 +13,7 @@ from .prediction import AbstractPrediction, check_prediction, make_prediction, M
 
 
 class AbstractReverseTerm(dfx.AbstractTerm):
-    """What generates samples: the probability flow, or the reverse diffusion."""
+    """A term that generates samples: the probability flow or the reverse diffusion."""
 
 
 class ProbabilityFlow(AbstractReverseTerm):
@@ -22,9 +22,9 @@ class ProbabilityFlow(AbstractReverseTerm):
     $$\frac{\mathrm{d}u}{\mathrm{d}t} = F_t\,u - \tfrac{1}{2} G_t G_t^\top
     \nabla \log p_t(u).$$
 
-    Paper, equation 7. It is an ordinary differential equation for every solver, adjoint
-    and step size controller of Diffrax; [`gddim_eqx.GDDIM`][] uses in addition that it
-    is linear but for the noise prediction.
+    Paper, equation 7. This is an ODE for any solver, adjoint and step size controller of
+    Diffrax; [`gddim_eqx.GDDIM`][] also exploits that it is linear except for the noise
+    prediction.
     """
 
     process: AbstractProcess
@@ -43,23 +43,23 @@ class ProbabilityFlow(AbstractReverseTerm):
 
         - `process`: the forward process.
         - `model`: called as `model(t, u, args)` with a scalar time and a state in the
-            data's coordinates, `(*batch, *shape)`; returns the same structure. It is given
-            the whole batch, and in training a batch of one: of a network for single
-            samples [`gddim_eqx.nn.NetworkModel`][] makes such a model, as does `jax.vmap`.
-        - `predicts`: what it returns.
+            data's coordinates, `(*batch, *shape)`; returns the same structure. It receives
+            the whole batch, and in training a batch of one. To wrap a network for single
+            samples, use [`gddim_eqx.nn.NetworkModel`][] or `jax.vmap`.
+        - `predicts`: what the model returns.
             - `"noise"`: $-K_t^\top \nabla \log p_t$ (paper, equation 4).
-            - `"data"`: the mean of the data given `u`. For a process with a velocity:
-                of the initial state, whose velocity is zero.
+            - `"data"`: the mean of the data given `u`. For a process with a velocity,
+                that of the initial state, whose velocity is zero.
             - `"score"`: $\nabla \log p_t$.
             - `"velocity"`: $m\,\epsilon - \sigma\,x_0$, where $m$ and $\sigma$ are the
                 mean coefficient and standard deviation. Not for processes with a
                 velocity component.
-        - `factor`: with respect to which $K_t$ noise is predicted: `"R"` for the paper's
-            $R_t$ (equation 17), `"cholesky"` for $L_t$.
+        - `factor`: the square root $K_t$ of the covariance that defines the noise: `"R"`
+            for the paper's $R_t$ (equation 17), `"cholesky"` for $L_t$.
 
         **Raises:** `ValueError` for an unknown `predicts` or `factor`, or velocity where
         it is not defined. When evaluated: if the state does not fit the process or the
-        model returns another structure or shape.
+        model returns a different structure or shape.
         """
         require_process(process)
         if isinstance(model, ProbabilityFlow):
@@ -88,8 +88,8 @@ class ProbabilityFlow(AbstractReverseTerm):
         args: Args,
         root: BlockLinearOperator | None = None,
     ) -> tuple[Marginal, State, State]:
-        """One evaluation of the model, checked: the process at that time, the state as
-        arrays, and the prediction in the basis of states."""
+        """Evaluate the model once, with checks: returns the process at that time, the
+        state as arrays, and the prediction in the basis of states."""
         process = self.process
         u = check_state(u, process.num_components, process.shape, "The state")
         t = time_for(u, t)
@@ -118,7 +118,7 @@ class ProbabilityFlow(AbstractReverseTerm):
         return Marginal(process, t, root), u, value
 
     def predict(self, t: RealScalarLike, u: State, args: Args) -> State:
-        """What the model predicts, in the basis of states. Arguments as
+        """The model's prediction in the basis of states. Arguments as for
         [`gddim_eqx.ProbabilityFlow.noise`][]."""
         return self._evaluate(t, u, args)[2]
 
@@ -140,7 +140,7 @@ class ProbabilityFlow(AbstractReverseTerm):
         - `u`: a state, `(*batch, *shape)`.
         - `args`: passed to the model.
         - `factor`: which $K_t$: `"R"` for $R_t$, `"cholesky"` for $L_t$.
-        - `root`: $R_t$, if it is known, so that it need not be computed again.
+        - `root`: $R_t$, if already computed.
 
         **Returns:** a state.
         """
@@ -150,7 +150,7 @@ class ProbabilityFlow(AbstractReverseTerm):
         return self._prediction.noise(at, u, value, factor)
 
     def prediction(self, t: RealScalarLike, u: State, noise: State) -> State:
-        r"""What the model would have to predict for a certain noise: the inverse of
+        r"""The prediction that corresponds to a given noise: the inverse of
         [`gddim_eqx.ProbabilityFlow.noise`][].
 
         **Arguments:**
@@ -159,7 +159,7 @@ class ProbabilityFlow(AbstractReverseTerm):
         - `u`: a state, `(*batch, *shape)`.
         - `noise`: $-R_t^\top \nabla \log p_t$, in the basis of states.
 
-        **Returns:** what `model` returns: `predicts`, in the data's coordinates.
+        **Returns:** what `model` returns, as per `predicts`, in the data's coordinates.
         """
         process = self.process
         u, noise = (
@@ -179,22 +179,22 @@ class ProbabilityFlow(AbstractReverseTerm):
         *,
         root: BlockLinearOperator | None = None,
     ) -> State:
-        r"""The prediction of the initial state, without the noise that the process has at
-        time 0: $\Psi(0, t) (u - R_t \epsilon)$. Arguments as
+        r"""The prediction of the initial state, without the process' noise at time 0:
+        $\Psi(0, t) (u - R_t \epsilon)$. Arguments as for
         [`gddim_eqx.ProbabilityFlow.noise`][]."""
         at, u, value = self._evaluate(t, u, args, root)
         return self._prediction.denoised(at, u, value)
 
     def score(self, t: RealScalarLike, u: State, args: Args) -> State:
-        r"""The score $\nabla \log p_t(u)$ in the basis of states. Arguments as
+        r"""The score $\nabla \log p_t(u)$ in the basis of states. Arguments as for
         [`gddim_eqx.ProbabilityFlow.noise`][]."""
         at, u, value = self._evaluate(t, u, args)
         return self._prediction.score(at, u, value)
 
     def reverse_drift(self, t: RealScalarLike, u: State, args: Args, lam: Level) -> State:
         r"""$F_t\,u - \frac{1 + \lambda^2}{2} G_t G_t^\top \nabla \log p_t(u)$: paper,
-        equation 6. Arguments as [`gddim_eqx.ProbabilityFlow.noise`][], and the level of
-        noise."""
+        equation 6. Arguments as for [`gddim_eqx.ProbabilityFlow.noise`][], and the
+        stochasticity."""
         lam = as_level(lam)
         score = self.score(t, u, args)
         t = time_for(score, t)

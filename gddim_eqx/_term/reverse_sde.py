@@ -77,7 +77,7 @@ class _ReverseDiffusion(dfx.AbstractTerm):
         return vf.mv(jtu.tree_map(lambda w: w.astype(vf.blocks.dtype), control))
 
     def check(self, y: State) -> None:
-        """Raise a `ValueError` unless the Brownian path fits a state."""
+        """Raise a `ValueError` unless the Brownian path matches the state."""
         time = jax.ShapeDtypeStruct((), jnp.float32)
         increments = eqx.filter_eval_shape(self.path.evaluate, time, time)
         same = jtu.tree_structure(increments) == jtu.tree_structure(y)
@@ -94,21 +94,21 @@ class _ReverseDiffusion(dfx.AbstractTerm):
 
 
 class ReverseSDE(dfx.MultiTerm, AbstractReverseTerm):
-    """What [`gddim_eqx.reverse_sde`][] returns: a drift and a diffusion."""
+    """The drift and diffusion returned by [`gddim_eqx.reverse_sde`][]."""
 
     def __init__(self, drift: _ReverseDrift, diffusion: _ReverseDiffusion):
         self.terms = (drift, diffusion)
 
     def normal(self, t0: RealScalarLike, t1: RealScalarLike, y: State) -> State:
-        """The Brownian increments over a step, in the time that a solver sees, divided by
-        the root of its length: standard normal, like the state `y`."""
+        """The Brownian increments over a step, in the solver's time, divided by the square
+        root of its length: standard normals of the structure and shape of `y`."""
         diffusion, _ = unwrap(self.terms[1])
         assert isinstance(diffusion, _ReverseDiffusion)
         diffusion.check(y)
 
         def normalise(y, increment):
-            # In the path's precision, which is what the increments are for; but the
-            # difference of times in half precision would be lost.
+            # In the path's precision, which the increments are made for; but in half
+            # precision the difference of times would be lost.
             wide = at_least_single(increment.dtype)
             start, end = (jnp.asarray(t, wide) for t in (t0, t1))
             length = jnp.where(start == end, 1, jnp.abs(end - start))
@@ -134,43 +134,43 @@ def reverse_sde(
     $$\mathrm{d}u = \left[F_t\,u - \tfrac{1 + \lambda^2}{2} G_t G_t^\top
     \nabla \log p_t(u)\right] \mathrm{d}t + \lambda\,G_t\,\mathrm{d}w,$$
 
-    to be solved backward in time. Paper, equation 6. All have the same distribution at
-    every time, that of the data at time 0: $\lambda = 0$ is the probability flow,
-    $\lambda = 1$ the time reversal of the forward diffusion.
+    to be solved backward in time. Paper, equation 6. All have the same marginals, at
+    time 0 that of the data: $\lambda = 0$ is the probability flow, $\lambda = 1$ the
+    time reversal of the forward diffusion.
 
-    [`gddim_eqx.GDDIM`][] takes these terms, and so do Diffrax's solvers for stochastic
-    equations: `diffrax.Euler()` is the Euler-Maruyama scheme. (Those that use Levy areas
-    are refused: they are wrong backward in time.) `GDDIM(1)` with `lam=1` is ancestral
+    Solve these terms with [`gddim_eqx.GDDIM`][] or with Diffrax's SDE solvers:
+    `diffrax.Euler()` is the Euler-Maruyama scheme. (Solvers that use Levy areas raise an
+    error: they are wrong backward in time.) `GDDIM(1)` with `lam=1` is ancestral
     sampling, which draws from the exact posterior given the predicted data.
 
     **Arguments:**
 
     - `process`, `model`, `predicts`, `factor`: as in [`gddim_eqx.ProbabilityFlow`][]; or
-        in their place one: `reverse_sde(flow, lam, key, batch)`.
-    - `lam`: the level of noise $\lambda$, at least 0 (for VP, DDIM's $\eta$). A Python
-        number is a constant of the compiled program; for many levels without recompiling
-        pass an array. Or a function of time, for example to add noise in an interval only
+        pass a flow in their place: `reverse_sde(flow, lam, key, batch)`.
+    - `lam`: the stochasticity $\lambda$, at least 0 (for VP, DDIM's $\eta$). A Python
+        number is a constant of the compiled program; to vary it without recompiling, pass
+        an array. Or a function of time, for example to add noise only in an interval
         ("churn"): `lambda t: jnp.where((0.1 < t) & (t < 0.6), 1.0, 0.0)`. `GDDIM` is
-        exact for it too; have times of the grid where it jumps, as within a step it is
-        taken to be smooth.
+        exact for this too; put grid times at its jumps, as it is assumed to be smooth
+        within a step.
     - `key`: a random key; or a Brownian path, such as `diffrax.VirtualBrownianTree`, whose
         increments have the states' structure and shape.
     - `batch`: the states' leading axes. Not needed under `jax.vmap`, or with a path.
-    - `tol`: no step may be shorter. By default $2^{-20}$ of the time axis. A shorter one
-        takes longer: each step draws noise about $2 \log_2(1 / \text{tol})$ times.
+    - `tol`: the smallest step size. Defaults to $2^{-20}$ of the time axis. Smaller values
+        are slower: each step draws noise about $2 \log_2(1 / \text{tol})$ times.
 
-    The path of a key is a `diffrax.VirtualBrownianTree` in single precision whatever the
-    precision of the states. So the same key gives the same path, and solves on different
-    grids, with different solvers or in different precision converge to one sample. Where
-    the draws take too long, for a small model and a large batch, pass a
-    `diffrax.UnsafeBrownianPath`, which draws once a step, and to `diffeqsolve`
-    `adjoint=diffrax.DirectAdjoint()`.
+    A key gives a `diffrax.VirtualBrownianTree`, in single precision whatever the precision
+    of the states. The same key thus gives the same path, and solves on different grids,
+    with different solvers or in different precision converge to the same sample. If the
+    draws are too slow, for a small model and a large batch, pass a
+    `diffrax.UnsafeBrownianPath`, which draws once per step, and
+    `adjoint=diffrax.DirectAdjoint()` to `diffeqsolve`.
 
     **Returns:** a `diffrax.MultiTerm` of drift and diffusion.
 
     **Raises:** `ValueError` for a `lam` that is negative or not finite, and whatever
-    `ProbabilityFlow` raises. When evaluated: if the path does not fit the states or a step
-    is shorter than `tol`.
+    `ProbabilityFlow` raises. When evaluated: if the path does not match the states or a
+    step is shorter than `tol`.
 
     !!! example
 
@@ -215,8 +215,8 @@ def reverse_sde(
 def unwrap_reverse(
     terms: dfx.AbstractTerm,
 ) -> tuple[ProbabilityFlow, Level, RealScalarLike]:
-    """From what a solver is given: the probability flow, the level of noise, and the
-    direction by which times are multiplied."""
+    """The probability flow, the stochasticity, and the direction by which times are
+    multiplied, from the terms that a solver receives."""
     if isinstance(terms, ReverseSDE):
         drift, direction = unwrap(terms.terms[0])
         assert isinstance(drift, _ReverseDrift)

@@ -39,8 +39,8 @@ class _TakesFlow(Protocol[P, R]):
 def takes_flow(
     function: Callable[Concatenate[AbstractProcess, Callable, P], R],
 ) -> _TakesFlow[P, R]:
-    """Let a [`gddim_eqx.ProbabilityFlow`][] be passed in place of a process, a model, and
-    what it predicts: `predicts` and `factor`."""
+    """Allow a [`gddim_eqx.ProbabilityFlow`][] in place of a process, a model, `predicts`
+    and `factor`."""
 
     @ft.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> R:
@@ -51,7 +51,7 @@ def takes_flow(
 
 
 def init_takes_flow(init: Callable[..., None]) -> Callable[..., None]:
-    """The same for a constructor."""
+    """As `takes_flow`, for a constructor."""
 
     @ft.wraps(init)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -64,9 +64,9 @@ def init_takes_flow(init: Callable[..., None]) -> Callable[..., None]:
 def unpack_flow(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments with a flow, if there is one, replaced by its parts.
+    """The arguments, with a flow, if any, replaced by its parts.
 
-    **Raises:** `ValueError` for parts that are given beside the flow.
+    **Raises:** `ValueError` for parts that are also given separately.
     """
     if "flow" in kwargs:
         args = (kwargs["flow"], *args)

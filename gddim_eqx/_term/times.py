@@ -14,11 +14,11 @@ def real_times(
     direction: RealScalarLike,
     dtype,
 ) -> tuple[Array, Array]:
-    """The start and end of a step in the user's time, checked."""
+    """The start and end of a step in the user's time, with checks."""
     end = latest(process, jnp.asarray(t1).dtype, dtype)
     s, t = (jnp.asarray(x * direction, dtype) for x in (t0, t1))
     inside = (jnp.minimum(s, t) >= 0) & (jnp.maximum(s, t) <= end)
-    # What rounding has added is taken back.
+    # Rounding may have moved a time past the end.
     s, t = (pin(x > process.t_end, process.t_end, x) for x in (s, t))
     return eqx.error_if(
         (s, t),
@@ -29,7 +29,7 @@ def real_times(
 
 
 def backward(s: Array, t: Array) -> tuple[Array, Array]:
-    """The start and end of a step of a reverse diffusion, checked."""
+    """Check that a step of a reverse diffusion runs backward in time."""
     return eqx.error_if(
         (s, t),
         t > s,

@@ -1,4 +1,4 @@
-"""The authors' checkpoints: what Flax 0.3 wrote, of the training state of NCSN++."""
+"""The authors' checkpoints: training states of NCSN++, written by Flax 0.3."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -28,21 +28,21 @@ def load_authors(
     **Arguments:**
 
     - `path`: of the file, as `checkpoint_15`.
-    - `config`: which network it is: one of [`gddim_eqx.nn.presets`][]; or the authors'
-        configuration as a mapping (`config.to_dict()` of theirs), whole or its entry
-        `model` alone; or a network, whose parameters are not used.
+    - `config`: the architecture: one of [`gddim_eqx.nn.presets`][]; or the authors'
+        configuration as a mapping (their `config.to_dict()`), complete or only its entry
+        `model`; or a network, whose parameters are not used.
     - `size`: of images, one number or height and width, for a configuration without
-        `image_size`. By default it is found from where the checkpoint has attention; where
-        that leaves a choice, 32x32 is preferred.
+        `image_size`. By default it is inferred from where the checkpoint has attention; if
+        that is ambiguous, 32x32 is preferred.
 
-    **Returns:** the network with the running averages of its parameters, in single
-    precision. It predicts noise with respect to `factor="R"`; if the configuration has
-    `mixed_score`, give that to [`gddim_eqx.nn.NetworkModel`][]. The rest of the training
-    state, such as the optimiser's, is not read.
+    **Returns:** the network with the EMA of its parameters, in single precision. It
+    predicts noise with respect to `factor="R"`; if the configuration has `mixed_score`,
+    pass that to [`gddim_eqx.nn.NetworkModel`][]. The rest of the training state, such as
+    the optimiser's, is not read.
 
-    **Raises:** `ValueError` for a file that is no such checkpoint, or is of another
-    network than `config`, and then it names the first array that does not fit; or for a
-    configuration with entries that are not known or not supported.
+    **Raises:** `ValueError` for a file that is not such a checkpoint, or is of another
+    network than `config`, naming the first array that does not fit; or for a configuration
+    with unknown or unsupported entries.
     """
     path = Path(path)
     arrays = _read(path)
@@ -61,7 +61,7 @@ def load_authors(
             f"{type(config).__name__}."
         )
     if network.embedding is None:
-        # The authors' networks have frequencies even if they do not see the time.
+        # The authors' networks have frequencies even if they ignore the time.
         arrays.pop(_FREQUENCIES, None)
     leaves, treedef = jtu.tree_flatten(network)
     for name, index, axes in _arrays(treedef.unflatten(range(len(leaves)))):
@@ -93,7 +93,7 @@ _other = "The checkpoint is of another network than `config`, or another `size`.
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of the averaged parameters, by names such as `Dense_0/kernel`."""
+    """The arrays of the parameters' EMA, by names such as `Dense_0/kernel`."""
     try:
         import msgpack
     except ImportError as error:
@@ -139,13 +139,13 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-# A name in a checkpoint, an array of a network, and how the axes there are to be ordered.
+# A name in a checkpoint, an array of a network, and the permutation of the axes there.
 _Array = tuple[str, Any, tuple[int, ...]]
 
 
 def _theirs(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in a checkpoint of an array that has `shape` here. Here it may have more
-    axes, of length 1, at its end."""
+    """The shape in a checkpoint of an array that has `shape` here. Here it may have
+    trailing axes of length 1."""
     return tuple(shape[axis] for axis in np.argsort(axes))
 
 
@@ -212,7 +212,7 @@ def _pointwise(name: str, layer: eqx.nn.Conv2d) -> Iterator[_Array]:
     yield f"{name}/b", layer.bias, (0,)
 
 
-# What entries of the authors' `config.model` are called here.
+# The names here of entries of the authors' `config.model`.
 _options = {
     "nf": "features",
     "ch_mult": "multipliers",
@@ -226,7 +226,7 @@ _options = {
     "skip_rescale": "skip_rescale",
     "init_scale": "init_scale",
 }
-# Entries with one value that is known here.
+# Entries with a single supported value.
 _fixed = {
     "normalization": "GroupNorm",
     "nonlinearity": "swish",
@@ -263,8 +263,8 @@ def _from_config(
     arrays: dict[str, np.ndarray],
     size: int | tuple[int, int] | None,
 ) -> NCSNpp:
-    """The network, without values, that a configuration of the authors' means."""
-    # The authors' code does not tell cases apart in these.
+    """The network, without values, that the authors' configuration describes."""
+    # The authors' code ignores case in these.
     lower = {
         name: str(config[name]).lower()
         for name in (
@@ -316,7 +316,7 @@ def _from_config(
 
 
 def _attends_as(network: NCSNpp, arrays: dict[str, np.ndarray]) -> bool:
-    """Whether the attention of a network has the sizes of the checkpoint's."""
+    """Whether the attention layers of a network have the shapes of the checkpoint's."""
     theirs = {n: x.shape for n, x in arrays.items() if n.startswith("AttnBlockpp")}
     ours = {n: _theirs(x.shape, axes) for n, x, axes in _arrays(network)}
     ours = {n: shape for n, shape in ours.items() if n.startswith("AttnBlockpp")}

@@ -1,4 +1,4 @@
-"""What a model is, as JSON has it: of the library's classes, their names and arguments."""
+"""Models described as JSON: the library's classes by their names and arguments."""
 
 import functools
 import inspect
@@ -16,7 +16,7 @@ from .._term import ProbabilityFlow
 from ..nn import ImageClassifier, NCSNpp, NetworkModel, TimeMLP
 
 
-# What a file describes. Each keeps the arguments of its `__init__` under their names.
+# What a file describes. Each stores the arguments of its `__init__` under their names.
 _classes: dict[str, type[eqx.Module]] = {
     cls.__name__: cls
     for cls in (
@@ -24,13 +24,13 @@ _classes: dict[str, type[eqx.Module]] = {
         *(ImageClassifier, NCSNpp, TimeMLP, NetworkModel, ProbabilityFlow),
     )
 }
-# As files name them that were written before these had their present names.
+# Former names, in older files.
 _classes |= {"Linear": LinearSchedule, "CosineSquared": CosineSchedule}
 
 
 def describe(value: Any) -> Any:
-    """A value as JSON has it; of a module, its class and arguments; of what is not the
-    library's, only the name of its class."""
+    """A value as JSON: for a module, its class and arguments; for a class that is not the
+    library's, only its name."""
     if type(value) in _classes.values():
         names = [n for n in inspect.signature(type(value)).parameters if n != "key"]
         arguments = {name: describe(getattr(value, name)) for name in names}
@@ -58,8 +58,8 @@ def others(description: Any) -> Iterator[str]:
 
 
 def build(description: Any, like: Any, path: Path) -> Any:
-    """What `describe` described, with shapes in place of parameters. `like` is used for
-    what is not the library's: all of it, or a part of it."""
+    """Build what `describe` described, with shapes in place of parameters. `like` stands in
+    for what is not the library's: all of it, or a part of it."""
     kinds = sorted(set(others(description)))
     name = description.get("class") if isinstance(description, dict) else None
     whole = name is not None and type(like).__name__ == name

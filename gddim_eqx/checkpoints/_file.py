@@ -1,4 +1,4 @@
-"""Files of models that say themselves what is in them."""
+"""Self-describing files of models."""
 
 import json
 import zipfile
@@ -23,19 +23,19 @@ def save(path: str | Path, model: Any) -> None:
     """Save a model with its architecture and its process, for
     [`gddim_eqx.checkpoints.load`][].
 
-    The file is NumPy's `.npz`: the parameters, and in `header` what they are of, as JSON.
-    It is written under another name first, so that `path` is never half a file.
+    The file is NumPy's `.npz`, of the parameters and a `header` that describes them as
+    JSON. It is written under another name first, so that `path` is never incomplete.
 
-    Networks and processes of your own, and a `LinearSDE`, cannot be described: of these
-    it has the arrays, and `load` needs one like them.
+    Networks and processes of your own, and a `LinearSDE`, cannot be described: only their
+    arrays are saved, and `load` needs a `like`.
 
     **Arguments:**
 
-    - `path`: of the file, with any ending.
+    - `path`: of the file, with any suffix.
     - `model`: a [`gddim_eqx.nn.NetworkModel`][]; or a [`gddim_eqx.ProbabilityFlow`][] of
-        one, or of a model of your own, to keep too what it predicts; or a network alone.
+        one, or of a model of your own, to save what it predicts too; or a network alone.
 
-    **Raises:** `ValueError` for arrays of something else than numbers.
+    **Raises:** `ValueError` for arrays that are not numeric.
     """
     arrays: dict[str, np.ndarray] = {}
     dtypes = {}
@@ -60,16 +60,15 @@ def load(path: str | Path, like: Any = None) -> Any:
     **Arguments:**
 
     - `path`: of the file.
-    - `like`: where the file has the arrays of a network or process of your own: one of
-        the same structure, or a whole model with it. Its arrays are replaced, and may be
-        shapes only, by `eqx.filter_eval_shape`. What is no array is kept, such as
-        activation functions or the functions of a `LinearSDE`, and is not compared with
-        what was saved.
+    - `like`: for a file with the arrays of a network or process of your own: one of the
+        same structure, or a whole model with it. Its arrays are replaced, and may be mere
+        shapes, from `eqx.filter_eval_shape`. Other leaves, such as activation functions or
+        the functions of a `LinearSDE`, are kept, and not compared with what was saved.
 
     **Returns:** the model.
 
-    **Raises:** `ValueError` for a file that is no such file, is not whole, was written by
-    a later version of the library, needs a `like`, or whose arrays are not those of its
+    **Raises:** `ValueError` for a file that is not such a file, is incomplete, was written
+    by a later version of the library, needs a `like`, or whose arrays are not those of its
     architecture. It names the first that does not fit.
     """
     path = Path(path)
@@ -133,7 +132,7 @@ def _arrays(model: Any) -> list[tuple[str, Any]]:
 
 
 def _to_numpy(name: str, x: Any) -> tuple[np.ndarray, str | None]:
-    """An array that NumPy can save, and of what it is if that is not its dtype."""
+    """An array that NumPy can save, and its kind if that is not its dtype."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return np.asarray(jr.key_data(x)), f"key {jr.key_impl(x)}"
     x = np.asarray(x)

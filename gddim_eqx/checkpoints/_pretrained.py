@@ -8,17 +8,17 @@ from ._file import load
 def pretrained(
     name: Literal["fashion-mnist-bdm", "fashion-mnist-cld", "fashion-mnist-vp"],
 ) -> ProbabilityFlow:
-    """A model that comes with the library.
+    """A pretrained model, included in the library.
 
     **Arguments:**
 
-    - `name`: the data it was trained on and the process: Fashion-MNIST, images of
-        28x28 in grey, under [`gddim_eqx.BDM`][], [`gddim_eqx.CLD`][] or
-        [`gddim_eqx.VP`][]. A small network, of 180,000 parameters.
+    - `name`: the data it was trained on and the process: Fashion-MNIST, greyscale images of
+        28x28, under [`gddim_eqx.BDM`][], [`gddim_eqx.CLD`][] or [`gddim_eqx.VP`][]. A small
+        network, with 180,000 parameters.
 
     **Returns:** the flow, whose `process` and `model` are for [`gddim_eqx.sample`][].
 
-    **Raises:** `ValueError` for a name that is not known.
+    **Raises:** `ValueError` for an unknown name.
     """
     files = importlib.resources.files("gddim_eqx.checkpoints")
     ending = ".npz"

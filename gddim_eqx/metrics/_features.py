@@ -20,24 +20,24 @@ Images = UInt8[np.ndarray, "number height width channels"]
 
 
 class AbstractFeatures(eqx.Module):
-    """Vectors that images are compared by: `features(images)`."""
+    """Feature vectors for comparing images: `features(images)`."""
 
     name: eqx.AbstractVar[str]
-    """What the Frechet distance of these features is called."""
+    """The name of the Frechet distance of these features."""
     key: eqx.AbstractVar[str]
-    """Tells these features from all that give other vectors."""
+    """Distinguishes these features from all that give other vectors."""
 
     @abc.abstractmethod
     def __call__(self, images: Images) -> Float[np.ndarray, "number size"]:
         """**Arguments:**
 
-        - `images`: any number of them, also none.
+        - `images`: any number of them, possibly none.
         """
 
 
 def to_uint8(x: Float[Array | np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
-    """Images as they would be stored: numbers in [-1, 1] to the nearest of the levels 0 to
-    255, and those beyond to the first or last.
+    """Quantise images for storage: from [-1, 1] to the nearest of the levels 0 to 255,
+    clipping what is beyond.
 
     **Raises:** `ValueError` for integers, or numbers that are not finite.
     """
@@ -53,8 +53,8 @@ def to_uint8(x: Float[Array | np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shap
 
 
 class Pixels(AbstractFeatures):
-    """The pixels themselves, in [-1, 1]. For images of up to about 32x32, as covariances
-    have the square of their number of entries."""
+    """The pixels themselves, in [-1, 1]. For images of up to about 32x32, as the size of
+    covariances is quadratic in that of images."""
 
     name: str = eqx.field(default="Frechet distance of pixels", init=False)
     key: str = eqx.field(default="pixels", init=False)
@@ -65,11 +65,10 @@ class Pixels(AbstractFeatures):
 
 
 class Classifier(AbstractFeatures):
-    """What the last layer of a classifier sees.
+    """The input of the last layer of a classifier.
 
-    The one that comes with the library was trained on Fashion-MNIST, by
-    `examples/classifier.py`. Distances by it are not those by Inception, and are not to be
-    compared with FIDs.
+    The included classifier was trained on Fashion-MNIST, by `examples/classifier.py`. Its
+    distances are not comparable with FIDs by Inception.
     """
 
     name: str
@@ -83,9 +82,8 @@ class Classifier(AbstractFeatures):
     ):
         """**Arguments:**
 
-        - `classifier`: by default the one that comes with the library, for images of
-            28x28 in grey.
-        - `name`: what the Frechet distance of its features is called.
+        - `classifier`: by default the included one, for greyscale images of 28x28.
+        - `name`: the name of the Frechet distance of its features.
         """
         if classifier is None:
             files = importlib.resources.files("gddim_eqx.metrics")
@@ -104,7 +102,7 @@ class Classifier(AbstractFeatures):
         size = 500
         for n in range(0, len(images), size):
             part = images[n : n + size]
-            # Always as many, to compile once.
+            # Padded to one size, to compile once.
             padded = np.pad(part, [(0, size - len(part)), (0, 0), (0, 0), (0, 0)])
             parts.append(np.asarray(_embed(self.classifier, padded))[: len(part)])
         return np.concatenate(parts)
@@ -117,13 +115,13 @@ def _embed(classifier, images):
 
 
 class Inception(AbstractFeatures):
-    """The 2048 features of InceptionV3 that the FID of the literature is of, computed by
+    """The 2048 features of InceptionV3 that define the FID of the literature, computed by
     torch-fidelity from a file of weights. Needs `pip install "gddim_eqx[fid]"`.
 
-    With other weights than the published, the distance is not called FID.
+    With weights other than the published ones, the distance is not called FID.
 
-    Images are brought to 299x299 as TensorFlow 1 does it, which is part of the definition;
-    pass them as they are.
+    Images are resized to 299x299 as in TensorFlow 1, which is part of the definition; pass
+    them as they are.
     """
 
     name: str
@@ -156,7 +154,7 @@ class Inception(AbstractFeatures):
                 'Inception features need `pip install "gddim_eqx[fid]"`.'
             ) from error
         try:
-            # torch-fidelity would run what a file of another kind might hold.
+            # torch-fidelity would execute code in a file of another kind.
             torch.load(weights, map_location="cpu", weights_only=True)
             network = FeatureExtractorInceptionV3("inception", ["2048"], str(weights))
         except Exception as error:
@@ -164,7 +162,7 @@ class Inception(AbstractFeatures):
                 f"{weights} does not hold the weights of InceptionV3: {error}"
             ) from error
         digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-        # The names of the published files end with the beginning of their sum.
+        # The names of the published files end with the beginning of their checksum.
         published = digest.startswith("6726825d")
         self.name = "FID" if published else "Frechet distance by Inception"
         self.key = f"inception {digest}"

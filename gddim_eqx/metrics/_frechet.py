@@ -20,8 +20,8 @@ def frechet_distance(
 
     - `a`, `b`: vectors, at least two each, or their [`gddim_eqx.metrics.Moments`][].
 
-    **Returns:** a number that is at least 0. It grows as the number of vectors falls, so
-    compare only distances of equally many.
+    **Returns:** a non-negative number. It grows as the number of vectors falls, so only
+    compare distances for equal numbers of vectors.
 
     **Raises:** `ValueError` for too few vectors, of different sizes or not finite.
 
@@ -40,7 +40,7 @@ def frechet_distance(
         if not (np.isfinite(moments.mean).all() and np.isfinite(moments.covariance).all()):
             raise ValueError("The moments are not finite.")
     # The trace of the square root is the sum of these singular values. They are accurate
-    # where covariances have no full rank; eigenvalues of a product would have to be rooted.
+    # for rank-deficient covariances, unlike square roots of the eigenvalues of a product.
     overlap = np.linalg.svd(_root(a.covariance).T @ _root(b.covariance), compute_uv=False)
     between_means = np.sum((a.mean - b.mean) ** 2)
     spread = np.trace(a.covariance) + np.trace(b.covariance)
@@ -51,6 +51,6 @@ def frechet_distance(
 def _root(covariance: Float[np.ndarray, "size size"]) -> Float[np.ndarray, "size rank"]:
     """A matrix whose product with its transpose is the covariance."""
     values, vectors = np.linalg.eigh(covariance)
-    # As `numpy.linalg.matrix_rank`: roots of what rounding left would add up.
+    # As in `numpy.linalg.matrix_rank`: roots of rounding errors would add up.
     kept = values > len(values) * np.finfo(np.float64).eps * values[-1]
     return vectors[:, kept] * np.sqrt(values[kept])

@@ -22,20 +22,20 @@ def kernel_distance(
     subset_size: int = 1000,
     seed: int = 0,
 ) -> KernelDistance:
-    """The squared maximum mean discrepancy with the kernel (x y / size + 1)^3, without
-    bias, of random subsets of two sets of vectors.
+    """The unbiased squared maximum mean discrepancy with the kernel (x y / size + 1)^3, on
+    random subsets of two sets of vectors.
 
     With Inception features it is the KID.
 
     **Arguments:**
 
     - `a`, `b`: vectors.
-    - `num_subsets`, `subset_size`: how many subsets are drawn, and how many vectors are in
-        each, at least 2.
+    - `num_subsets`, `subset_size`: the number of subsets, and of vectors in each, at least
+        2.
     - `seed`: for the choice of subsets.
 
-    **Returns:** [`gddim_eqx.metrics.KernelDistance`][]. The mean may be negative, as it is
-    without bias.
+    **Returns:** [`gddim_eqx.metrics.KernelDistance`][]. The mean may be negative, as the
+    estimator is unbiased.
 
     **Raises:** `ValueError` for fewer vectors than `subset_size`, of different sizes or
     not finite.

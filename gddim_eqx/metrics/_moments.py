@@ -7,8 +7,8 @@ from jaxtyping import Float, Real
 class Moments(eqx.Module):
     """The number, mean and covariance of vectors, in double precision.
 
-    Those of vectors that come in parts are the sum of those of the parts:
-    `Moments.of(first) + Moments.of(second)`. No more than the sums is kept.
+    Moments of parts add up: `Moments.of(first) + Moments.of(second)`. Only the sums are
+    kept.
     """
 
     count: int
@@ -20,7 +20,7 @@ class Moments(eqx.Module):
     def of(cls, vectors: Real[np.ndarray, "number size"]) -> "Moments":
         """**Arguments:**
 
-        - `vectors`: any number of them, also none.
+        - `vectors`: any number of them, possibly none.
 
         **Raises:** `ValueError` for an array that does not have two axes, or values that
         are not finite.
@@ -54,7 +54,7 @@ class Moments(eqx.Module):
 def as_vectors(name: str, vectors: Real[np.ndarray, "..."]) -> np.ndarray:
     vectors = np.asarray(vectors)
     if vectors.dtype.kind not in "fiub":
-        # Of numbers that NumPy does not have, such as bfloat16.
+        # Dtypes that NumPy lacks, such as bfloat16.
         if not jnp.issubdtype(vectors.dtype, jnp.floating):
             raise ValueError(f"`{name}` must be real numbers; got {vectors.dtype}.")
         vectors = vectors.astype(np.float32)

@@ -11,9 +11,9 @@ class PrecisionRecall(NamedTuple):
     """What [`gddim_eqx.metrics.precision_recall`][] returns."""
 
     precision: float
-    """The share of samples that lie among the data."""
+    """The fraction of samples that lie among the data."""
     recall: float
-    """The share of data that lie among the samples."""
+    """The fraction of data that lie among the samples."""
 
 
 def precision_recall(
@@ -21,19 +21,19 @@ def precision_recall(
     data: Real[np.ndarray, "other_number size"],
     neighbours: int = 3,
 ) -> PrecisionRecall:
-    """How many samples are like data, and how much of the data there are samples of.
+    """The fraction of samples that resemble data, and of data that samples cover.
 
-    A vector lies among others if it is as near to one of these as its third nearest
+    A vector lies among others if it is as near to one of them as that one's third nearest
     neighbour among them is.
 
     **Arguments:**
 
-    - `samples`, `data`: vectors. It takes time in proportion to the product of their
-        numbers: 10,000 are usual.
+    - `samples`, `data`: vectors. Time is proportional to the product of their numbers;
+        10,000 are usual.
     - `neighbours`: the number of the neighbour that sets the distance.
 
-    **Raises:** `ValueError` for no more vectors than `neighbours`, or such of different
-    sizes or not finite.
+    **Raises:** `ValueError` for no more vectors than `neighbours`, of different sizes or
+    not finite.
 
     ??? cite "Reference"
 
@@ -62,7 +62,7 @@ def _among(
     others: Real[np.ndarray, "other_number size"],
     neighbours: int,
 ) -> Bool[np.ndarray, " number"]:
-    # Each is its own nearest. Copies, as views would keep all distances.
+    # Each is its own nearest neighbour. Copies, as views would keep all distances alive.
     radii = np.concatenate(
         [
             np.partition(d, neighbours)[:, neighbours].copy()
@@ -73,7 +73,7 @@ def _among(
 
 
 def _squares(a, b):
-    """Squares of the distances of some of `a` from all of `b`, part by part."""
+    """Squared distances from some of `a` to all of `b`, part by part."""
     squares = (b**2).sum(axis=1)
     for part in np.array_split(a, -(-len(a) // 1000)):
         yield (part**2).sum(axis=1)[:, None] + squares - 2 * part @ b.T

@@ -23,7 +23,7 @@ class Reference(NamedTuple):
     moments: Moments
     """Of the features of all images."""
     vectors: Float[np.ndarray, "some size"]
-    """The features of some in random order, for measures that need them one by one."""
+    """The features of some in random order, for metrics that need individual vectors."""
 
 
 def reference(
@@ -38,10 +38,9 @@ def reference(
 
     - `images`: the data, or a part of it; at least one.
     - `features`: for example [`gddim_eqx.metrics.Inception`][].
-    - `directory`: where to keep the result, to read it from there the next time. Its file
-        is named by the images, the features and `number`, so that it is never read for
-        others.
-    - `number`: how many features to keep one by one, at most.
+    - `directory`: where to cache the result. The file name depends on the images, the
+        features and `number`, so that it is never read for others.
+    - `number`: the maximum number of individual vectors to keep.
 
     **Returns:** [`gddim_eqx.metrics.Reference`][].
 
@@ -79,7 +78,7 @@ def reference(
                 return Reference(Moments(*moments), file["vectors"])
         except (
             *(ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile),
-            # For damage that reads as a kind of archive that is not known.
+            # For damage that looks like an unknown kind of archive.
             RuntimeError,
         ) as error:
             warnings.warn(f"{path} is damaged, and is computed again: {error}")

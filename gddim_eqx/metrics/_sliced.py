@@ -11,16 +11,16 @@ def sliced_wasserstein(
     num_directions: int = 256,
     seed: int = 0,
 ) -> float:
-    """The Wasserstein-2 distance between two sets of vectors along a random direction: the
-    root mean square over directions. It is exact for sets of different numbers too.
+    """The sliced Wasserstein-2 distance between two sets of vectors: the root mean square
+    over random directions. Exact along each, for sets of different sizes too.
 
     **Arguments:**
 
     - `a`, `b`: vectors, at least one each.
-    - `num_directions`: how many directions are drawn.
+    - `num_directions`: the number of random directions.
     - `seed`: for the directions.
 
-    **Raises:** `ValueError` for no vectors, or such of different sizes or not finite.
+    **Raises:** `ValueError` for no vectors, or vectors of different sizes or not finite.
 
     ??? cite "Reference"
 

@@ -12,11 +12,10 @@ from .._misc import as_shape, check_count
 
 
 class ImageClassifier(eqx.Module):
-    """A small convolutional network that tells classes of images, as
-    `classifier(x)` for one image.
+    """A small convolutional classifier, called as `classifier(x)` on one image.
 
-    It halves the image by a convolution and convolves once more, several times. Its last
-    layer sees the means over the image, which are good to compare sets of images by.
+    Each stage halves the image by a convolution and convolves once more. The last layer
+    takes the means over the image, which are good features for comparing sets of images.
     """
 
     convolutions: tuple[eqx.nn.Conv2d, ...]
@@ -37,7 +36,7 @@ class ImageClassifier(eqx.Module):
         """**Arguments:**
 
         - `shape`: of one image: `(height, width, channels)`.
-        - `num_classes`: how many classes there are.
+        - `num_classes`: the number of classes.
         - `features`: the number of channels after each halving, multiples of 8.
         - `key`: a random key, for the initial parameters.
 
@@ -66,7 +65,7 @@ class ImageClassifier(eqx.Module):
     def embed(
         self, x: Inexact[Array, "height width channels"]
     ) -> Float[Array, " features"]:
-        """What the last layer sees.
+        """The input of the last layer.
 
         **Arguments:**
 
@@ -87,5 +86,5 @@ class ImageClassifier(eqx.Module):
     def __call__(
         self, x: Inexact[Array, "height width channels"]
     ) -> Float[Array, " num_classes"]:
-        """The logarithms of the classes' odds; see `embed` for the arguments."""
+        """The logits of the classes; see `embed` for the arguments."""
         return self.last(self.embed(x))

@@ -1,4 +1,4 @@
-"""The layers of NCSN++, channels first as Equinox's: `(channels, height, width)`."""
+"""The layers of NCSN++, channels first as in Equinox: `(channels, height, width)`."""
 
 import functools as ft
 import math
@@ -19,15 +19,15 @@ from .._linear import coefficient_dtype
 Image = Inexact[Array, "_ _ _"]
 Taps = tuple[float, ...]
 
-# A box: an image is enlarged by repeating its pixels, and made smaller by their means.
+# A box filter: upsampling repeats pixels, and downsampling averages them.
 BOX = (1.0, 1.0)
 
 
 def _initialised(kind, *args, key: Key, scale: float, **options):
-    """A layer with the initial weights of Ho et al. 2020: uniform, of variance `scale`
-    over the mean of the numbers of inputs and outputs. A scale of 0 means almost 0, so
-    that gradients pass. Its bias is 0."""
-    # Equinox's own initial weights are not drawn, only their shapes found.
+    """A layer initialised as in Ho et al. 2020: uniform, with variance `scale` over the
+    mean of fan-in and fan-out. A scale of 0 means almost 0, so that gradients pass. The
+    bias is 0."""
+    # Equinox's own initial weights are not sampled, only their shapes found.
     layer = eqx.filter_eval_shape(kind, *args, **options, key=key)
     shape, dtype = layer.weight.shape, layer.weight.dtype
     out_size, size, *window = shape
@@ -39,8 +39,8 @@ def _initialised(kind, *args, key: Key, scale: float, **options):
 
 
 def _uniform(key: Key, size: int, dtype) -> Array:
-    """Numbers in [-1, 1). Compilation takes most of the time of small draws, so that a few
-    sizes serve for all."""
+    """Uniform samples in [-1, 1). Compilation dominates small ones, so a few sizes serve
+    all."""
     larger = 1 << (size - 1).bit_length()
     return jr.uniform(key, (larger,), dtype, -1)[:size]
 
@@ -60,9 +60,8 @@ def convolution(
 
 
 def convolve(layer: eqx.nn.Conv2d, x: Image) -> Image:
-    """The layer of an image, computed with channels last: on CPUs only such convolutions
-    are fast, and where XLA rearranges others it leaves out those in loops, as solvers have
-    them."""
+    """Apply a layer to an image, with channels last: on CPUs only such convolutions are
+    fast, and XLA does not rearrange others within loops, which solvers use."""
     y = _convolve(x, layer.weight, layer.stride, layer.padding)
     return y if layer.bias is None else y + layer.bias
 
@@ -97,9 +96,8 @@ def normalisation(channels: int) -> eqx.nn.GroupNorm:
 def _filtered(
     x: Image, taps: Taps, total: int, *, up: int = 1, down: int = 1, gain: int = 1
 ) -> Image:
-    """An image with zeros put between its pixels, convolved with the taps along both axes,
-    of which every `down`-th pixel is kept. `total` zeros go around it, beside those that
-    follow each pixel."""
+    """Insert zeros between pixels, convolve with the taps along both axes, and keep every
+    `down`-th pixel. `total` zeros pad the image, besides those after each pixel."""
     low, high = (total + 1) // 2 + gain - 1, total // 2
     for axis in (1, 2):
         padding = [(0, 0, 0)] * 3
@@ -139,7 +137,7 @@ class Downsample(eqx.Module):
         *,
         key: Key,
     ):
-        # Pixels start at the first as in TensorFlow.
+        # Strides start at the first pixel, as in TensorFlow.
         padding = ((0, 1), (0, 1)) if taps is None else 0
         self.convolution = (
             convolution(channels, out_channels, key=key, stride=2, padding=padding)
@@ -178,7 +176,7 @@ class Upsample(eqx.Module):
 
 
 def add(x: Image, y: Image, rescale: bool) -> Image:
-    """The sum of two branches, of the variance of one if rescaled."""
+    """The sum of two branches, with the variance of one if rescaled."""
     return (x + y) / math.sqrt(2) if rescale else x + y
 
 
@@ -249,7 +247,7 @@ class ResidualBlock(eqx.Module):
 
 
 class AttentionBlock(eqx.Module):
-    """Attention of every pixel to every other, with one head."""
+    """Single-head self-attention over pixels."""
 
     normalisation: eqx.nn.GroupNorm
     query: eqx.nn.Conv2d

@@ -13,14 +13,14 @@ from ._embedding import Fourier
 
 
 class TimeMLP(eqx.Module):
-    """The authors' network for points in the plane: a multilayer perceptron that sees the
-    time and the point, each through a layer of its own. It takes small images too.
+    """The authors' network for points in the plane: a multilayer perceptron of the time and
+    the point, each with an input layer of its own. It takes small images too.
 
-    Called as `network(t, x)` on one sample; [`gddim_eqx.nn.NetworkModel`][] makes it the
-    model of a process.
+    Called as `network(t, x)` on one sample; [`gddim_eqx.nn.NetworkModel`][] turns it into
+    the model of a process.
 
-    The authors give it $999 t$ and Fourier features of scale 30 of that, so that times
-    apart by 0.001 look unrelated. Here it sees $t$ itself, and a scale of 1 by default.
+    The authors use Fourier features of $999 t$ with scale 30, so that times apart by 0.001
+    look unrelated. Here they are of $t$ itself, by default with scale 1.
     """
 
     time_features: Fourier

@@ -31,10 +31,10 @@ class NCSNpp(eqx.Module):
     r"""The U-Nets NCSN++ and DDPM++ of Song et al. 2021, as the paper uses them.
 
     Called as `network(t, x)` on one sample, or as `network(t, x, key=key)` with dropout;
-    [`gddim_eqx.nn.NetworkModel`][] makes it the model of a process.
+    [`gddim_eqx.nn.NetworkModel`][] turns it into the model of a process.
 
-    The network sees $999 t$, as the authors' do, and with `embedding="fourier"` its
-    logarithm, so that time 0 is not to be given.
+    The time embedding is of $999 t$, as in the authors' code, and with
+    `embedding="fourier"` of its logarithm, which excludes time 0.
 
     **Arguments:**
 
@@ -43,38 +43,37 @@ class NCSNpp(eqx.Module):
     - `out_channels`: by default as many as the input has.
     - `features`: the number of channels at full resolution.
     - `multipliers`: of the number of channels, for each resolution. Each has half the
-        height and width of the one before.
-    - `num_blocks`: of residual blocks at each resolution on the way down; on the way up
-        there is one more.
-    - `attention`: the heights of images at which there is attention. There always is in
-        the middle.
-    - `block`: `"biggan"` blocks also halve and double resolution; between `"ddpm"` blocks
-        there are layers for that.
-    - `filter_taps`: of the finite impulse response that images are filtered with when
-        their resolution changes, `(1, 3, 3, 1)` in the paper's; `None` for means of four
-        pixels on the way down and for repeated ones on the way up.
+        height and width of the previous one.
+    - `num_blocks`: the number of residual blocks per resolution on the way down; on the way
+        up there is one more.
+    - `attention`: the image heights with attention layers. The middle always has one.
+    - `block`: `"biggan"` blocks also halve and double the resolution; `"ddpm"` blocks have
+        separate layers for that between them.
+    - `filter_taps`: of the FIR filter for up- and downsampling, `(1, 3, 3, 1)` in the
+        paper; `None` for means of four pixels on the way down and repeated pixels on the
+        way up.
     - `resample_with_convolution`: whether layers that halve or double the resolution
         between `"ddpm"` blocks also convolve.
-    - `progressive_input`: with `"residual"` the input, made smaller, is added at every
+    - `progressive_input`: with `"residual"` the downsampled input is added at every
         resolution.
-    - `embedding`: of time: `"fourier"`, `"positional"`, or `None` for a network that is
-        the same at all times.
+    - `embedding`: of time: `"fourier"`, `"positional"`, or `None` for a network that does
+        not depend on time.
     - `fourier_scale`: the standard deviation of the frequencies of `"fourier"`.
-    - `dropout`: the rate.
+    - `dropout`: the dropout rate.
     - `skip_rescale`: whether sums of two branches are divided by $\sqrt{2}$.
     - `init_scale`: of the last layer of every block and of the network. At 0, initial
         weights there are almost 0.
-    - `dtype`: what to compute in, for example `jnp.bfloat16`; by default the parameters'.
-        Normalisation and time features stay in single precision, and so do parameters.
-    - `checkpoint`: whether to keep no values within blocks for gradients, but to compute
-        them again: less memory for a third more time.
-    - `patch`: the side of the squares of pixels that are made channels of one pixel before
-        the first layer, and pixels again after the last. At 2 everything in between has a
+    - `dtype`: the dtype of computation, for example `jnp.bfloat16`; by default the
+        parameters'. Normalisation, time features and parameters stay in single precision.
+    - `checkpoint`: whether to use gradient checkpointing, which recomputes values within
+        blocks: less memory for a third more time.
+    - `patch`: the side of the square patches that become channels of one pixel before the
+        first layer, and pixels again after the last. At 2 everything in between has a
         quarter of the pixels, and takes a quarter of the time. The full resolution of the
-        other arguments is then that of the squares.
+        other arguments is then that of the patches.
     - `key`: a random key, for the initial parameters.
 
-    **Raises:** `ValueError` for options that are not known, or that do not fit together.
+    **Raises:** `ValueError` for unknown options, or options that do not fit together.
 
     ??? cite "References"
 
@@ -165,7 +164,7 @@ class NCSNpp(eqx.Module):
                     dropout=self.dropout,
                     resample=resample,
                     taps=BOX if taps is None else taps,
-                    # The authors' two kinds of blocks start like this.
+                    # The authors' two kinds of blocks are initialised like this.
                     shortcut_scale=1.0 if block == "biggan" else 0.1,
                     **options,
                 )
@@ -190,7 +189,7 @@ class NCSNpp(eqx.Module):
         )
         self.first = convolution(channels, features, key=next(keys))
         size, pyramid = features, channels
-        # The channels of values that are kept for the way up.
+        # The channels of the skip connections.
         skips = [size]
         for level, multiplier in enumerate(self.multipliers):
             for _ in range(num_blocks):
@@ -286,11 +285,11 @@ class NCSNpp(eqx.Module):
     ) -> Inexact[Array, "height width out_channels"]:
         """**Arguments:**
 
-        - `t`: the time, as the process has it: in [0, 1].
-        - `x`: the input. It and the output have the same dtype, whatever is computed in.
-        - `key`: a random key for dropout; without it there is none.
+        - `t`: the time of the process, in [0, 1].
+        - `x`: the input. The output has the same dtype, whatever the dtype of computation.
+        - `key`: a random key for dropout; without it there is no dropout.
 
-        **Returns:** an array of the shape of `x`, but for the number of channels.
+        **Returns:** an array of the shape of `x`, except for the number of channels.
 
         **Raises:** `ValueError` for an input of another shape.
         """

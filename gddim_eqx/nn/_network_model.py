@@ -48,20 +48,19 @@ class NetworkModel(eqx.Module):
         - `process`: the forward process.
         - `network`: called as `network(t, x)`, or as `network(t, x, key=key)` where a key
             is given for dropout, on the time and the joined components of one sample, of
-            shape `(*shape[:-1], num_components * shape[-1])`. It returns as much; with
-            `data_std` it returns an array of the data's `shape`.
-        - `mixed_score`: for processes with a velocity, such as [`gddim_eqx.CLD`][],
-            whether $R_t^{-1} (0, v)$ is added to what the network returns, so that it has
-            less to learn: the noise in the velocity if that were all there is. It
-            predicts noise in the frame of $R_t$ then. (The authors' code; Dockhorn et al.
-            2022 have the like for one component.)
-        - `data_std`: the standard deviation of the data, to precondition the network.
-            What it returns is then what the data are besides their mean given the state,
-            in units of their standard deviation given the state, if they were normal with
-            mean 0: a number of order 1 at all times. The noise in all components follows
-            from it, in the frame of $R_t$. (Karras et al. 2022 for VE; here for every
-            process.) A network learns faster so, as a mistake of it in pure noise does
-            not become a large one in the data.
+            shape `(*shape[:-1], num_components * shape[-1])`. It returns an array of the
+            same shape, or with `data_std` of the data's `shape`.
+        - `mixed_score`: for processes with a velocity, such as [`gddim_eqx.CLD`][], whether
+            to add $R_t^{-1} (0, v)$ to the output, so that the network has less to learn:
+            the noise if the velocity were nothing but noise. It then predicts noise in the
+            frame of $R_t$. (As in the authors' code; Dockhorn et al. 2022 do similarly for
+            one component.)
+        - `data_std`: the standard deviation of the data, to precondition the network. Its
+            output is then the data minus their posterior mean given the state, in units of
+            their posterior standard deviation, if they were normal with mean 0: of order 1
+            at all times. The noise prediction for all components follows from it, in the
+            frame of $R_t$. (Karras et al. 2022 for VE; here for every process.) This speeds
+            up learning, as an error in pure noise does not become a large one in the data.
 
         **Raises:** `ValueError` for `mixed_score` with a process without velocity, or with
         `data_std`.
@@ -93,10 +92,10 @@ class NetworkModel(eqx.Module):
         """**Arguments:**
 
         - `t`: the time of the whole batch.
-        - `u`: the state, in data coordinates, with any batch axes: in training and in
-            sampling one.
+        - `u`: the state, in data coordinates, with any batch axes: one in training and
+            sampling.
         - `args`: not used.
-        - `key`: a random key for dropout; without it there is none.
+        - `key`: a random key for dropout; without it there is no dropout.
 
         **Returns:** the prediction, a state like `u`.
         """
@@ -142,9 +141,9 @@ class NetworkModel(eqx.Module):
         mean = carried.blocks[:, 0]
         spread = variance * mean[:, None] * mean[None]
         total = process.covariance(t) + _with_blocks(root, spread)
-        # What the noise would be if the data were their mean, given the state ...
+        # The noise if the data were their posterior mean given the state ...
         noise = apply(root.T @ total.inverse(), process.from_data(u))
-        # ... and what the data's difference from it takes away.
+        # ... minus the contribution of the data's deviation from it.
         share = root.inverse() @ carried
         precision = 1 / variance + (share.blocks[:, 0] ** 2).sum(0)
         share = _with_blocks(share, share.blocks / jnp.sqrt(precision)[None, None])

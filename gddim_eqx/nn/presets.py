@@ -32,8 +32,8 @@ def cifar10_bdm(*, key: Key, dtype=None, checkpoint: bool = False) -> NCSNpp:
 def celeba_cld(*, key: Key, dtype=None, checkpoint: bool = False) -> NCSNpp:
     """The paper's network for CELEBA at 64x64 under CLD: 61,811,334 parameters.
 
-    Table 4 says 2 blocks at each resolution; the authors' configuration, and the number of
-    parameters in the table, say 4.
+    Table 4 lists 2 blocks per resolution; the authors' configuration, and the number of
+    parameters in the table, imply 4.
 
     **Arguments:**
 
@@ -116,7 +116,7 @@ def points(size: int, *, key: Key) -> TimeMLP:
 
     **Arguments:**
 
-    - `size`: how many numbers one sample has: 2, or 4 for a process with a velocity.
+    - `size`: the size of one sample: 2, or 4 for a process with a velocity.
     - `key`: a random key, for the initial parameters.
     """
     return TimeMLP(size, key=key)

@@ -16,16 +16,16 @@ from .._sharding import Placement
 
 
 class Batches:
-    """Batches of data in memory, in another random order in each epoch.
+    """Batches of data in memory, shuffled anew in each epoch.
 
     Batch n is a function of the seed and of n, so that no position needs to be saved: to
-    go on after n steps is to ask for batch n. It is the same on any number of devices, of
-    which each is given its part, and of processes, of which each reads what its devices
-    need. Every sample comes once in each epoch; a batch may hold the end of one and the
-    beginning of the next.
+    resume after n steps is to ask for batch n. It does not depend on the number of devices,
+    which each get a shard, or of processes, which each read what their devices need. Every
+    sample occurs once per epoch; a batch may hold the end of one and the beginning of the
+    next.
 
-    This is why there is no library for loading data here: one that streams from disk has
-    a position to save, and gives another order for another number of processes.
+    This is why no data loading library is used: one that streams from disk has a position
+    to save, and an order that depends on the number of processes.
     """
 
     def __init__(
@@ -37,12 +37,12 @@ class Batches:
     ):
         """**Arguments:**
 
-        - `data`: an array of shape `(number, *shape)`; `numpy.memmap` will do.
+        - `data`: an array of shape `(number, *shape)`, or a `numpy.memmap`.
         - `batch_size`: over all devices and processes.
-        - `seed`: of the order.
-        - `placement`: over which devices to divide; by default JAX's first.
+        - `seed`: for the order.
+        - `placement`: over which devices to shard; by default JAX's first only.
 
-        **Raises:** `ValueError` for no data, or a batch that does not divide over devices.
+        **Raises:** `ValueError` for no data, or a batch that cannot be sharded evenly.
         """
         check_count("batch_size", batch_size)
         check_count("seed", seed, least=0)
@@ -61,7 +61,7 @@ class Batches:
         self._orders: dict[int, np.ndarray] = {}
 
     def indices(self, n: int) -> np.ndarray:
-        """Which samples are in batch n, counted from 0."""
+        """The indices of the samples in batch n, counted from 0."""
         number = len(self.data)
         places = np.arange(n * self.batch_size, (n + 1) * self.batch_size)
         epochs, within = np.divmod(places, number)
@@ -85,19 +85,19 @@ class Batches:
             return jax.device_put(self.data[indices])
 
         def rows(part):
-            # Only the first axis is divided.
+            # Only the first axis is sharded.
             return self.data[indices[part[0]]]
 
         shape = (self.batch_size, *self.data.shape[1:])
         return jax.make_array_from_callback(shape, self.placement.batch, rows)
 
     def iterate_from(self, n: int, ahead: int = 2) -> Generator[Array, None, None]:
-        """Batches n, n + 1 and so on without end, read by a thread while others are used.
+        """Iterate over batches n, n + 1 and so on without end, prefetched by a thread.
 
         **Arguments:**
 
-        - `n`: the first.
-        - `ahead`: how many to have ready.
+        - `n`: the first batch.
+        - `ahead`: the number of batches to prefetch.
         """
         with ThreadPoolExecutor(1) as pool:
             ready = [pool.submit(self.__getitem__, n + i) for i in range(ahead)]
@@ -112,19 +112,19 @@ class Batches:
 
 
 class Augmentation(eqx.Module):
-    """From images as they are stored to what models are trained on, on the device.
+    """Convert stored images to training data, on the device.
 
-    The levels of `uint8` and `uint16`, from the first to the last, become numbers in
-    [-1, 1], and so do `False` and `True`; floating-point numbers stay as they are.
+    The full range of `uint8`, `uint16` and `bool` is scaled to [-1, 1]; floating-point
+    numbers stay as they are.
 
     **Arguments:**
 
-    - `flip`: whether to mirror images left to right, each with probability one half.
-    - `dequantise`: whether to add noise that fills the levels of integers, as in
+    - `flip`: whether to flip images horizontally, each with probability one half.
+    - `dequantise`: whether to dequantise integers by uniform noise, as in
         [`gddim_eqx.dequantise`][]. The paper does not.
 
     **Raises:** `ValueError` for other integers, whose range is not known, and for `flip` of
-    what are not images.
+    data that are not images.
     """
 
     flip: bool = eqx.field(default=False, static=True)

@@ -17,8 +17,8 @@ from ._trainer import copy, TrainState
 
 
 class Checkpoints:
-    """The states of a training run in a directory, kept by Orbax: saved while training
-    goes on, whole or not at all, by all processes together.
+    """Checkpoints of a training run in a directory, by Orbax: saved asynchronously and
+    atomically, by all processes together.
 
     Needs Orbax (`pip install "gddim_eqx[train]"`).
     """
@@ -32,11 +32,11 @@ class Checkpoints:
     ):
         """**Arguments:**
 
-        - `directory`: made if there is none.
-        - `config`: what makes the run what it is, as JSON can hold it. `restore` refuses
-            what was saved with another.
-        - `keep`: how many of the latest to keep.
-        - `keep_every`: also keep those of multiples of this step, for ever.
+        - `directory`: created if missing.
+        - `config`: what defines the run, in types that JSON can hold. `restore` refuses
+            checkpoints with another config.
+        - `keep`: the number of latest checkpoints to keep.
+        - `keep_every`: also keep the checkpoints of multiples of this step, permanently.
 
         **Raises:** `ValueError` for a directory that is a file, or a config that JSON
         cannot hold.
@@ -56,7 +56,7 @@ class Checkpoints:
             policy = policies.AnyPreservationPolicy(
                 [policy, policies.EveryNSteps(keep_every)]
             )
-        # Orbax can do this too, in a thread that fails when Python ends before it.
+        # Orbax can do this too, in a thread that fails when Python exits first.
         if jax.process_index() == 0:
             for unfinished in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
                 shutil.rmtree(unfinished)
@@ -72,18 +72,18 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """The steps of which there is a checkpoint."""
+        """The steps that have a checkpoint."""
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState) -> None:
-        """Save a state, of which there is no checkpoint yet, in the background.
+        """Save a state in the background, unless its step has a checkpoint.
 
         **Arguments:**
 
-        - `state`: whose arrays may be used again as soon as this returns.
+        - `state`: a state, whose buffers may be reused as soon as this returns.
 
-        **Raises:** `OSError` if this or the save before it failed. What was saved earlier
-        is still there.
+        **Raises:** `OSError` if this or the previous save failed. Earlier checkpoints
+        remain.
         """
         ocp, step = _orbax(), int(state.step)
         if step in self._manager.all_steps():
@@ -100,17 +100,17 @@ class Checkpoints:
         self._attempt(lambda: self._manager.save(step, args=items))
 
     def restore(self, state: TrainState, step: int | None = None) -> TrainState:
-        """The state of a step.
+        """Restore the state of a step.
 
         **Arguments:**
 
-        - `state`: one of the same trainer, for instance new from `init`: where its arrays
-            are placed, those of the result are, on however many devices saved them.
+        - `state`: a state of the same trainer, for instance from `init`. The result has its
+            sharding, on however many devices it was saved.
         - `step`: by default the latest.
 
-        **Raises:** `ValueError` if there is none, if it is damaged, or if it is of another
-        config, network, optimiser or precision. It names the first array that does not
-        fit, and reads none then.
+        **Raises:** `ValueError` if there is no checkpoint, if it is damaged, or if it is of
+        another config, network, optimiser or precision. It names the first array that does
+        not fit, and then reads none.
         """
         ocp, steps = _orbax(), self.steps
         step = max(steps, default=None) if step is None else step
@@ -176,7 +176,7 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Wait until what was to be saved is. **Raises:** `OSError` if it could not be."""
+        """Wait for pending saves. **Raises:** `OSError` if one failed."""
         self._attempt(self._manager.wait_until_finished)
 
     def close(self) -> None:
@@ -224,13 +224,12 @@ def _brief(error: Exception) -> str:
 def _named(state: TrainState) -> dict[str, jax.Array]:
     leaves = jtu.tree_leaves_with_path(eqx.filter(state, eqx.is_array))
     named = {jtu.keystr(path).lstrip("."): leaf for path, leaf in leaves}
-    # Orbax cannot save arrays without numbers, which nothing is lost of.
+    # Orbax cannot save empty arrays, which hold nothing.
     return {name: x for name, x in named.items() if x.size}
 
 
 def _kinds(arrays: dict[str, jax.Array]) -> dict[str, list]:
-    """The shape and the dtype of each array, as JSON holds them; of a random key its
-    kind."""
+    """The shape and dtype of each array, for JSON; for a random key, its implementation."""
     dtype = lambda x: f"{jr.key_impl(x)} key" if is_key(x) else str(x.dtype)
     return {name: [list(x.shape), dtype(x)] for name, x in arrays.items()}
 
@@ -269,9 +268,8 @@ def _as_numbers(arrays: dict[str, jax.Array]) -> dict[str, int]:
 
 @jax.jit
 def _sums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """A number for each array that changes with each of its bits, as neither Orbax nor
-    the format of its files sees a bit that changed on the disk. Of integers, so that it
-    is the same however arrays are divided over devices."""
+    """A checksum of each array, as neither Orbax nor its file format detects a bit that
+    flipped on disk. In integers, so that it does not depend on the sharding."""
     return {name: _sum(x) for name, x in arrays.items()}
 
 
@@ -288,5 +286,5 @@ def _sum(x: jax.Array) -> jax.Array:
     for axis, size in enumerate(words.shape):
         place = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
         index = index * jnp.uint32(size) + place
-    # Odd factors: no change of one word goes unseen.
+    # Odd factors: no change of one word goes undetected.
     return jnp.sum(words * (jnp.uint32(2654435761) * index | 1), dtype=jnp.uint32)

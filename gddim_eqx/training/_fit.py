@@ -20,22 +20,22 @@ from ._checkpoints import Checkpoints
 from ._trainer import copy, Metrics, Trainer, TrainState
 
 
-# Called with the number of steps done and what was measured.
+# Called with the number of completed steps and the metrics.
 Log = Callable[[int, dict[str, float]], Any]
 
 
 class JSONLines:
-    """Writes what is measured to a file, an object a line.
+    """Writes metrics to a file, one JSON object per line.
 
-    A run that goes on from a step first drops what was written after it, and a line that
-    was not finished.
+    A run that resumes from a step first drops what was written after it, and an unfinished
+    line.
     """
 
     def __init__(self, path: str | Path, since: int = 0):
         """**Arguments:**
 
         - `path`: of the file.
-        - `since`: how many steps are done.
+        - `since`: the number of completed steps.
         """
         path = Path(path)
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
@@ -60,19 +60,20 @@ class JSONLines:
 
 
 class _Stop:
-    """Whether this process was asked to end, by SIGTERM or SIGINT, and the others with it.
+    """Whether this process, and the others with it, were asked to stop, by SIGTERM or
+    SIGINT.
 
-    A second SIGINT goes where it would without this: it raises `KeyboardInterrupt`.
+    A second SIGINT is handled as it would be without this: it raises `KeyboardInterrupt`.
     """
 
     def __init__(self, notice: bool):
         self._asked, self._notice = False, notice
-        # JAX listens to SIGTERM itself where there are several processes.
+        # With several processes, JAX handles SIGTERM itself.
         self._several = jax.process_count() > 1
         self._before: dict[int, Any] = {}
 
     def __enter__(self):
-        # Python lets no other thread listen.
+        # Python allows signal handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
             self._listen(signal.SIGINT, self._interrupt)
             if not self._several:
@@ -85,7 +86,7 @@ class _Stop:
 
     def _listen(self, number, handler):
         before = signal.getsignal(number)
-        # Not if it is to be ignored, as under `nohup`, or belongs to other than Python.
+        # Not if it is ignored, as under `nohup`, or was not installed from Python.
         if before not in (None, signal.SIG_IGN):
             self._before[number] = before
             signal.signal(number, handler)
@@ -94,7 +95,7 @@ class _Stop:
         self._asked = True
 
     def _interrupt(self, *_):
-        # So that the next goes there. (There is none left just before all are put back.)
+        # So that the next goes there. (There is none left just before all are restored.)
         before = self._before.pop(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGINT, before)
         self._asked = True
@@ -102,7 +103,7 @@ class _Stop:
             # This tells the other processes too.
             os.kill(os.getpid(), signal.SIGTERM)
         if self._notice:
-            # `print` must not be used here: it may just be printing.
+            # `print` must not be used here: it may be running already.
             os.write(2, _notice)
 
     def __call__(self, step: int) -> bool:
@@ -127,44 +128,45 @@ def fit(
     callbacks: Sequence[tuple[int, Callable[[TrainState], Any]]] = (),
     progress: bool = True,
 ) -> TrainState:
-    """Train until a number of steps is done.
+    """Train up to a number of steps.
 
-    If `checkpoints` holds some, training goes on from the latest, and comes to the same
+    If `checkpoints` has any, training resumes from the latest, and reaches the same
     parameters as if it had never stopped.
 
     On SIGTERM, and on SIGINT (Ctrl-C, or a notebook's "interrupt"), it finishes the step,
     saves if there are `checkpoints`, and returns the newest state; a second SIGINT raises
-    `KeyboardInterrupt` at once. In a thread other than the main one it cannot listen to
-    signals.
+    `KeyboardInterrupt` at once. Signals are handled in the main thread only.
 
-    Afterwards sample with `state.averaged`; see [`gddim_eqx.training.Trainer`][] for how
-    to choose the average, and [`gddim_eqx.training.adam`][] for the learning rate.
+    Afterwards sample with `state.averaged`; see [`gddim_eqx.training.Trainer`][] for how to
+    choose the EMA, and [`gddim_eqx.training.adam`][] for the learning rate.
 
     **Arguments:**
 
     - `trainer`: how to train.
-    - `state`: from its `init`, or of a run to go on with. It stays as it is, and can be
-        used again whatever happens. Its memory is free after the first step only if you
-        do not keep it: `fit(trainer, trainer.init(model, key), ...)`.
-    - `batches`: what to train on.
-    - `num_steps`: to be done in all, those of `state` included.
+    - `state`: from its `init`, or of a run to resume. It is not donated, and can be used
+        again in any case. Its memory is freed after the first step only if you do not keep
+        it: `fit(trainer, trainer.init(model, key), ...)`.
+    - `batches`: the training data.
+    - `num_steps`: the total number of steps, including those of `state`.
     - `checkpoints`: where to save.
-    - `save_every`: how many steps between two checkpoints. The last step is saved too.
-    - `logs`: called as `log(step, metrics)` with means since the last time, on the first
+    - `save_every`: the number of steps between checkpoints. The last step is saved too.
+    - `logs`: called as `log(step, metrics)` with means since the last call, on the first
         process only: `loss`, `gradient_norm` and `images_per_second`. For example
         [`gddim_eqx.training.JSONLines`][].
-    - `log_every`: how many steps between two calls.
-    - `callbacks`: pairs of a number of steps and what to call with the state that often,
-        for example to draw samples. They run on all processes. The next step uses the
-        memory of the state that they are called with: copy what you keep of it.
+    - `log_every`: the number of steps between calls.
+    - `callbacks`: pairs of a number of steps and a function to call with the state that
+        often, for example to draw samples. They run on all processes. The next step donates
+        the buffers of this state: copy what you keep of it.
     - `progress`: whether to show a progress bar. Needs tqdm.
 
-    **Returns:** the state. If its `step` is less than `num_steps`, a signal came.
+    **Returns:** the state. If its `step` is less than `num_steps`, a signal stopped
+    training.
 
     **Raises:** `FloatingPointError` when the loss or its gradient is not finite. Such a
     step is not saved. `OSError` if a checkpoint could not be saved.
 
-    **Warns:** if the initial parameters still are more than a twentieth of the average.
+    **Warns:** if the initial parameters still have more than a twentieth of the EMA's
+    weight.
     """
     check_instance("trainer", trainer, Trainer, "a `Trainer(loss)`")
     check_instance("state", state, TrainState, "a state from `Trainer.init`")
@@ -189,7 +191,7 @@ def fit(
     if checkpoints is not None and checkpoints.steps:
         state = checkpoints.restore(state)
     elif int(state.step) < num_steps:
-        # A step uses the memory of the state it is given.
+        # A step donates the buffers of its state.
         state = copy(state)
     start = done = int(state.step)
     first = jax.process_index() == 0
@@ -198,7 +200,7 @@ def fit(
     since, timed = time.perf_counter(), 0
 
     def read(keep: int) -> None:
-        """Wait for all steps but the last few, and see whether they went well."""
+        """Wait for all but the last few steps, and check that they are finite."""
         while len(measured) > keep:
             step, metrics = measured.pop(0)
             loss, norm = float(metrics.loss), float(metrics.gradient_norm)
@@ -210,7 +212,7 @@ def fit(
             totals.append((loss, norm))
 
     with contextlib.ExitStack() as stack:
-        # First, so that it still listens while the last checkpoint is written.
+        # First, so that signals are handled while the last checkpoint is written.
         stop = stack.enter_context(_Stop(notice=progress))
         if checkpoints is not None:
             stack.callback(checkpoints.wait)

@@ -19,8 +19,7 @@ from ._times import AbstractTimes, UniformTimes
 
 
 class NoisedBatch(NamedTuple):
-    """A batch and all that is random about its loss. Every leaf has a leading axis for
-    the samples."""
+    """A batch and all randomness of its loss. Every leaf has a leading batch axis."""
 
     x: Inexact[Array, "batch *shape"]
     t: Float[Array, " batch"]
@@ -31,12 +30,13 @@ class NoisedBatch(NamedTuple):
 
 
 class DenoisingLoss(eqx.Module):
-    r"""How well a model denoises: the mean square of the difference between what it
-    predicts for $u_t = \Psi(t, 0) u_0 + R_t \epsilon$ and what it should.
+    r"""The denoising loss: the mean squared error of what a model predicts for
+    $u_t = \Psi(t, 0) u_0 + R_t \epsilon$.
 
-    One loss for all processes. By default it is the paper's: noise with respect to $R_t$,
-    unweighted, at uniform times. For [`gddim_eqx.CLD`][] that is hybrid score matching
-    (Dockhorn et al. 2022): the initial velocity is not drawn but part of the noise.
+    One loss for all processes. The default is the paper's: noise prediction with respect to
+    $R_t$, unweighted, at uniform times. For [`gddim_eqx.CLD`][] this is hybrid score
+    matching (Dockhorn et al. 2022): the initial velocity is not sampled but part of the
+    noise.
     """
 
     process: AbstractProcess
@@ -61,21 +61,21 @@ class DenoisingLoss(eqx.Module):
         - `process`: the forward process.
         - `predicts`, `factor`: what the model predicts, as in
             [`gddim_eqx.ProbabilityFlow`][].
-        - `times`: how times are drawn.
-        - `weighting`: what is squared.
+        - `times`: the distribution of times.
+        - `weighting`: which error is squared.
             - `"prediction"`: the error of what the model predicts.
-            - `"noise"`: the error of the noise that follows from it, so that models
-                which predict other things are trained for the same.
-            - `"likelihood"`: the error of the diffusion times the score,
-                $G_t^\top R_t^{-\top} \epsilon$, for a bound on the likelihood (Song et
-                al. 2021b). It grows fast towards time 0: draw times there more often, by
+            - `"noise"`: the error of the noise prediction that follows from it, so that all
+                kinds of prediction have the same objective.
+            - `"likelihood"`: the error of the diffusion coefficient times the score,
+                $G_t^\top R_t^{-\top} \epsilon$, for a bound on the likelihood (Song et al.
+                2021b). It grows fast towards time 0: sample times there more often, by
                 [`gddim_eqx.training.ImportanceTimes`][].
-            - a function of a time, such as [`gddim_eqx.training.DataWeighting`][]:
+            - a function of time, such as [`gddim_eqx.training.DataWeighting`][]:
                 `"prediction"`, times its value.
-        - `dropout`: whether to call the model with `key=`, as a
-            [`gddim_eqx.nn.NetworkModel`][] of a network with dropout wants it.
+        - `dropout`: whether to call the model with `key=`, as needed by a
+            [`gddim_eqx.nn.NetworkModel`][] of a network with dropout.
 
-        **Raises:** `ValueError` for arguments that do not fit, as `ProbabilityFlow`, and
+        **Raises:** `ValueError` for arguments that do not fit, as in `ProbabilityFlow`, and
         for times beyond the process' time axis.
         """
         require_process(process)
@@ -100,16 +100,16 @@ class DenoisingLoss(eqx.Module):
         self.times, self.weighting, self.dropout = times, weighting, dropout
 
     def noised(self, key: Key, x: Inexact[Array, "batch *shape"]) -> NoisedBatch:
-        """Draw times and noise for a batch.
+        """Sample times and noise for a batch.
 
         **Arguments:**
 
         - `key`: a random key.
         - `x`: data, `(batch, *shape)`.
 
-        **Returns:** what the loss of each sample depends on, besides the model.
+        **Returns:** all that the loss of each sample depends on, except the model.
 
-        **Raises:** `ValueError` for data of another shape, or of integers.
+        **Raises:** `ValueError` for data of another shape, or integer data.
         """
         process = self.process
         check_key(key)
@@ -134,13 +134,13 @@ class DenoisingLoss(eqx.Module):
     def __call__(
         self, model: Callable, batch: NoisedBatch, args: Args = None
     ) -> Float[Array, " batch"]:
-        """The loss of each sample; their mean is to be minimised.
+        """The loss of each sample; minimise the mean.
 
         **Arguments:**
 
         - `model`: called as in sampling, as `model(t, u, args)` with one time and a batch
             of states `(batch, *shape)` in the data's coordinates, and with `key=` for
-            dropout. As each sample has a time of its own, it is called on batches of one
+            dropout. As each sample has its own time, it is called on batches of one
             (under `jax.vmap`).
         - `batch`: from [`gddim_eqx.training.DenoisingLoss.noised`][].
         - `args`: passed to the model.
@@ -150,7 +150,7 @@ class DenoisingLoss(eqx.Module):
         return jax.vmap(lambda sample: self._of_one(model, sample, args))(batch)
 
     def _of_one(self, model, sample, args):
-        # Models are for batches, here as in sampling.
+        # Models take batches, here as in sampling.
         x, u, noise = jtu.tree_map(lambda x: x[None], (sample.x, sample.u, sample.noise))
         sample = sample._replace(x=x, u=u, noise=noise)
         _, t, u, noise, weight, key = sample

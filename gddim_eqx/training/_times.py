@@ -19,12 +19,12 @@ else:
 
 
 class AbstractTimes(eqx.Module):
-    """How the times are drawn at which a batch is noised."""
+    """A distribution of the times at which a batch is noised."""
 
     start: AbstractVar[float]
-    """The least time."""
+    """The smallest time."""
     end: AbstractVar[float | None]
-    """The greatest time; `None` for the end of the process' time axis."""
+    """The largest time; `None` for the end of the process' time axis."""
 
     def __check_init__(self):
         if self.start <= 0 or (self.end is not None and self.end <= self.start):
@@ -34,26 +34,26 @@ class AbstractTimes(eqx.Module):
     def fractions(
         self, key: Key, number: int, dtype
     ) -> tuple[Float[Array, " number"], Float[Array, " number"]]:
-        """Draw where times lie between `start` and `end`.
+        """Sample the positions of times between `start` and `end`.
 
         **Arguments:**
 
         - `key`: a random key.
-        - `number`: how many.
+        - `number`: how many to sample.
         - `dtype`: of the result.
 
-        **Returns:** numbers in [0, 1], and weights: the mean of a function of the numbers
-        times the weights is, in expectation, its mean over [0, 1].
+        **Returns:** positions in [0, 1], and importance weights: the weighted mean of a
+        function of the positions is, in expectation, its mean over [0, 1].
         """
 
 
 class UniformTimes(AbstractTimes):
-    """Independent uniform times: what the paper trains with.
+    """Independent uniform times, as in the paper.
 
     **Arguments:**
 
-    - `start`: the least time, 1e-5 in the authors' code.
-    - `end`: the greatest; by default the end of the process' time axis.
+    - `start`: the smallest time, 1e-5 in the authors' code.
+    - `end`: the largest; by default the end of the process' time axis.
     """
 
     start: float = constant_field("start", 1e-5)
@@ -64,10 +64,10 @@ class UniformTimes(AbstractTimes):
 
 
 class StratifiedTimes(AbstractTimes):
-    """Uniform times, one in each of as many equal intervals as the batch is large, so
-    that the mean of a batch varies less (Kingma et al. 2021, appendix I.1).
+    """Stratified uniform times, one per sample in equal intervals, to reduce the variance
+    of a batch's mean (Kingma et al. 2021, appendix I.1).
 
-    **Arguments:** as [`gddim_eqx.training.UniformTimes`][].
+    **Arguments:** as in [`gddim_eqx.training.UniformTimes`][].
     """
 
     start: float = constant_field("start", 1e-5)
@@ -78,14 +78,14 @@ class StratifiedTimes(AbstractTimes):
 
 
 class ImportanceTimes(AbstractTimes):
-    """Times from a density of your choice, each weighted by its inverse, so that the loss
-    is in expectation what uniform times give. Stratified too.
+    """Importance sampling: times from a density of your choice, weighted by its inverse, so
+    that the expected loss is that of uniform times. Stratified too.
 
     **Arguments:**
 
     - `density`: positive numbers, to which the density is proportional on equal intervals
-        from `start` to `end`. Best is the root mean square of the gradient there.
-    - `start`, `end`: as [`gddim_eqx.training.UniformTimes`][].
+        from `start` to `end`. The root mean square of the gradient there is optimal.
+    - `start`, `end`: as in [`gddim_eqx.training.UniformTimes`][].
     """
 
     density: tuple[float, ...] = eqx.field(

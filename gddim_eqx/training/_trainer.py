@@ -19,43 +19,43 @@ from ._loss import DenoisingLoss
 
 
 class TrainState(eqx.Module):
-    """Everything that training changes, and the key of all its randomness."""
+    """Everything that training updates, and the key of all its randomness."""
 
     model: PyTree
     """The model, with its current parameters."""
     average: PyTree
-    """The running average of the parameters, at least in single precision; `None` in place
-    of everything else."""
+    """The EMA of the parameters, at least in single precision; `None` for all other
+    leaves."""
     optimiser: PyTree
     """The state of the optimiser."""
     step: Int[Array, ""]
-    """How many steps were done."""
+    """The number of completed steps."""
     key: Key
-    """What is random in step n follows from this and n."""
+    """The randomness of step n is a function of this and n."""
     precise: PyTree = None
-    """The parameters in single precision where the model has them in half precision, which
-    cannot hold a small update: what the optimiser works on. `None` elsewhere."""
+    """Master copies, in single precision, of parameters in half precision, which cannot
+    hold a small update: what the optimiser works on. `None` elsewhere."""
     lost: PyTree = None
-    """What rounding has added to the average, where the decay is so close to 1 that it
-    would matter. `None` elsewhere."""
+    """The rounding error in the EMA, where the decay is so close to 1 that it would matter.
+    `None` elsewhere."""
 
     @property
     def averaged(self) -> Any:
-        """The model with the running average of its parameters, in the precision of the
-        model, to sample with."""
+        """The model with the EMA of its parameters, in the precision of the model, for
+        sampling."""
         return eqx.combine(_cast_like(self.average, _parameters(self.model)), self.model)
 
 
 class Metrics(eqx.Module):
-    """What a step measured."""
+    """The metrics of a step."""
 
     loss: Float[Array, ""]
     gradient_norm: Float[Array, ""]
-    """The global norm, before it is clipped."""
+    """The global norm, before clipping."""
 
 
 class Trainer(eqx.Module):
-    """How a model is trained: a loss, an optimiser, and an average of the parameters.
+    """How a model is trained: a loss, an optimiser, and an EMA of the parameters.
 
     A step is a function of the state and a batch:
 
@@ -65,14 +65,13 @@ class Trainer(eqx.Module):
     state, metrics = trainer.step(state, images)
     ```
 
-    What is random in it depends on the state's key and the number of the step alone: not
-    on how many devices there are, nor on whether training was interrupted.
+    Its randomness depends only on the state's key and the number of the step: not on the
+    number of devices, nor on whether training was interrupted.
 
-    A model may have its parameters in bfloat16 or float16. The optimiser then works on a
-    copy of them in float32 ("master weights"), which the model's are rounded from after
-    each step; gradients, the optimiser's moments and the average are in float32 too. The
-    loss is not scaled against the underflow of gradients, which float16 may need:
-    prefer bfloat16.
+    Mixed precision: a model may have its parameters in bfloat16 or float16. The optimiser
+    then works on float32 master weights, which are rounded to the model's after each step;
+    gradients, the optimiser's moments and the EMA are in float32 too. There is no loss
+    scaling against underflow of gradients, which float16 may need: prefer bfloat16.
     """
 
     loss: DenoisingLoss
@@ -98,21 +97,20 @@ class Trainer(eqx.Module):
 
         - `loss`: what to minimise.
         - `optimiser`: by default [`gddim_eqx.training.adam`][].
-        - `average_decay`: the share of the running average ("EMA") that stays at a step.
-            The average is over about the last `1 / (1 - average_decay)` steps, which
-            should be no more than a tenth of all: 0.995 suits from 2,000 steps on, 0.999
-            from 10,000, and 0.9999, as in the paper, from 100,000. Where it is longer,
-            `state.averaged` may be worse than `state.model`.
-        - `debias`: whether the initial parameters have no part in the average, by the
-            correction that Adam makes for its moments. Without, as in the authors' code,
-            the average starts there, which `average_decay**n` of it still is after n
-            steps.
-        - `accumulate`: in how many parts to compute the gradient of a batch, one after the
-            other, for less memory. The result is the same up to rounding.
-        - `prepare`: called as `prepare(key, batch)` on the whole batch. By default images
-            of integers become numbers in [-1, 1], and what are numbers stays as it is:
-            [`gddim_eqx.training.Augmentation`][], which can do more. `None` for nothing.
-        - `placement`: which devices hold what; by default one device holds all.
+        - `average_decay`: the decay of the EMA of the parameters. It averages over about
+            the last `1 / (1 - average_decay)` steps, which should be at most a tenth of
+            all: 0.995 suits from 2,000 steps on, 0.999 from 10,000, and 0.9999, as in the
+            paper, from 100,000. With a longer average, `state.averaged` may be worse than
+            `state.model`.
+        - `debias`: whether to remove the initial parameters from the EMA, by Adam's bias
+            correction. Without, as in the authors' code, the EMA starts at them, and they
+            still have weight `average_decay**n` after n steps.
+        - `accumulate`: the number of parts for gradient accumulation, to save memory. The
+            result is the same up to rounding.
+        - `prepare`: called as `prepare(key, batch)` on the whole batch. By default
+            [`gddim_eqx.training.Augmentation`][], which scales integer images to [-1, 1],
+            leaves floating-point data as they are, and can do more. `None` for nothing.
+        - `placement`: the sharding over devices; by default everything is on one device.
 
         **Raises:** `ValueError` for numbers out of range.
         """
@@ -139,10 +137,10 @@ class Trainer(eqx.Module):
 
         **Arguments:**
 
-        - `model`: whose floating-point arrays are the parameters.
+        - `model`: the model, whose floating-point arrays are the parameters.
         - `key`: a random key, for all of training.
 
-        **Raises:** `ValueError` for a model without parameters, or what is no key.
+        **Raises:** `ValueError` for a model without parameters, or an invalid key.
         """
         check_key(key)
         if not jtu.tree_leaves(_parameters(model)):
@@ -150,7 +148,7 @@ class Trainer(eqx.Module):
                 "`model` has no parameters, that is, no floating-point arrays of JAX; got "
                 f"{type(model).__name__}."
             )
-        # Of its own memory, as a step gives its input's memory away.
+        # Copied, as a step donates the buffers of its input.
         copied, average = copy(model), copy(_in_single(_parameters(model)))
         optimiser = copy(self.optimiser.init(average))
         precise = copy(_where_changed(average, _parameters(model)))
@@ -164,19 +162,19 @@ class Trainer(eqx.Module):
     def step(
         self, state: TrainState, batch: PyTree, args: Any = None
     ) -> tuple[TrainState, Metrics]:
-        """One step, compiled. The memory of `state` is used for the result, so that it
-        cannot be used again.
+        """One compiled step. The buffers of `state` are donated, so it cannot be used
+        again.
 
         **Arguments:**
 
-        - `state`: from `init`, or from the step before.
-        - `batch`: data, `(batch, *shape)`; or what `prepare` makes that of.
+        - `state`: from `init`, or from the previous step.
+        - `batch`: data, `(batch, *shape)`; or what `prepare` converts to data.
         - `args`: arrays that are passed to the model.
 
-        **Returns:** the new state, and what was measured.
+        **Returns:** the new state and the metrics.
 
-        **Raises:** `ValueError` for a batch that does not divide into `accumulate` parts,
-        or over the devices.
+        **Raises:** `ValueError` for a batch size not divisible by `accumulate`, or by the
+        number of devices.
         """
         check_instance("state", state, TrainState, "a state from `Trainer.init`")
         batch = jnp.asarray(batch) if isinstance(batch, list) else batch
@@ -185,7 +183,7 @@ class Trainer(eqx.Module):
         return fixed.unflatten(leaves), metrics
 
     def lower(self, state: TrainState, batch: PyTree, args: Any = None) -> Any:
-        """A step before it is compiled, as `jax.jit(...).lower` gives it, to look into."""
+        """A lowered step, as from `jax.jit(...).lower`, for inspection."""
         fixed, leaves = _Fixed.of(self, state)
         return _step.lower(fixed, leaves, batch, args)
 
@@ -219,13 +217,13 @@ class Trainer(eqx.Module):
         return state, metrics
 
     def _average(self, state, parameters, step):
-        """The average with the newest parameters in it, and what rounding added to it."""
+        """The updated EMA, and its rounding error."""
 
         def change(old, new):
             return self._share(step, old.dtype) * (new.astype(old.dtype) - old)
 
         changes = jtu.tree_map(change, state.average, parameters)
-        # Kahan's sum, where `lost` is not `None`.
+        # Kahan summation, where `lost` is not `None`.
         known = eqx.combine(state.lost, jtu.tree_map(jnp.zeros_like, changes))
         changes = jtu.tree_map(jnp.subtract, changes, known)
         average = jtu.tree_map(jnp.add, state.average, changes)
@@ -238,16 +236,16 @@ class Trainer(eqx.Module):
         return average, lost
 
     def _share(self, step, dtype) -> Array:
-        """Of the newest parameters in the average."""
+        """The weight of the newest parameters in the EMA."""
         dtype, share = jnp.finfo(dtype).dtype, 1 - self.average_decay
         if not self.debias:
             return jnp.asarray(share, dtype)
         log = math.log(self.average_decay) if self.average_decay else -math.inf
-        # One minus a power of the decay, of which rounding would leave little.
+        # One minus a power of the decay, without cancellation.
         return share / -jnp.expm1(step.astype(dtype) * log)
 
     def _rounds(self, x: Array) -> bool:
-        """Whether the average would lose all but a few bits of a change."""
+        """Whether the EMA would lose all but a few bits of an update."""
         return 1 - self.average_decay < 2**9 * float(jnp.finfo(x.dtype).eps)
 
     def _gradient(self, mean_loss, parameters, noised):
@@ -284,7 +282,7 @@ class Trainer(eqx.Module):
 
 
 def copy(tree: PyTree) -> Any:
-    """The same with arrays of their own memory."""
+    """The same tree with copied arrays."""
     return jtu.tree_map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, tree)
 
 
@@ -308,9 +306,8 @@ def _where_changed(tree: PyTree, other: PyTree) -> Any:
 
 
 class _Fixed:
-    """What is known when a step is compiled: the trainer, and all of a state but its
-    arrays. `equinox.filter_jit` would find this out too, but takes longer than some
-    networks do."""
+    """The static part of a step: the trainer, and all of a state but its arrays.
+    `equinox.filter_jit` would find this out too, but takes longer than some networks do."""
 
     def __init__(self, trainer: Trainer, treedef: Any, others: tuple):
         self.trainer, self.treedef, self.others = trainer, treedef, others
@@ -353,19 +350,19 @@ def adam(
     num_steps: int | None = None,
     **options: Any,
 ) -> optax.GradientTransformation:
-    """Adam with the gradient clipped and the learning rate rising from 0 at first, as the
-    paper has it. Its numbers are `adam(2e-4, warmup=5000)` (Table 4, and the authors'
-    configurations), for large networks and hundreds of thousands of steps; the defaults are
-    for small ones and thousands of steps.
+    """Adam with gradient clipping and linear learning-rate warm-up, as in the paper, which
+    uses `adam(2e-4, warmup=5000)` (Table 4, and the authors' configurations), for large
+    networks and hundreds of thousands of steps. The defaults are for small networks and
+    thousands of steps.
 
     **Arguments:**
 
     - `learning_rate`: after the warm-up. Up to 2e-3 for small networks with `num_steps`.
-    - `warmup`: the number of steps in which it rises; 0 for none. At most a tenth of all.
-    - `clip`: the greatest global norm of a gradient.
-    - `num_steps`: if given, the learning rate falls to 0 until then, as a cosine. The
-        paper's does not; short training with a high rate wants it.
-    - `options`: of `optax.adam`.
+    - `warmup`: the number of warm-up steps; 0 for none. At most a tenth of all.
+    - `clip`: the maximum global norm of the gradient.
+    - `num_steps`: if given, the learning rate decays to 0 until then, along a cosine. The
+        paper does not do this; use it for short training with a high learning rate.
+    - `options`: passed to `optax.adam`.
 
     **Raises:** `ValueError` for numbers out of range, and if `num_steps` is within the
     warm-up.

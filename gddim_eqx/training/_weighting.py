@@ -7,13 +7,13 @@ from .._process import AbstractProcess, require_process
 
 
 class DataWeighting(eqx.Module):
-    r"""A weighting of the error of the predicted noise, for
-    [`gddim_eqx.training.DenoisingLoss`][], by which the data that follow from it count
-    equally at all times: their error in units of the standard deviation that they have
-    given the state, if they were normal.
+    r"""A weighting of the error of the noise prediction, for
+    [`gddim_eqx.training.DenoisingLoss`][], by which errors of the data prediction count
+    equally at all times: in units of the posterior standard deviation of the data given the
+    state, if they were normal.
 
-    Unweighted, errors late in the process, where a state says little of its data, count
-    almost nothing, and with them what images look like as a whole. The output of a
+    Unweighted, errors late in the process, where a state says little about its data, hardly
+    count, and with them the global appearance of images. The output of a
     [`gddim_eqx.nn.NetworkModel`][] with the same `data_std` has weight 1 at all times.
 
     For [`gddim_eqx.BDM`][] it is the weight of the lowest frequency.
