@@ -33,9 +33,7 @@ class Reevaluate(AbstractCorrector):
 
     num_older: int = eqx.field(static=True)
 
-    def __call__(
-        self, nodes: Nodes, c: StepCoefficients
-    ) -> Inexact[Array, "nodes+1 nodes+1"]:
+    def __call__(self, nodes: Nodes, c: StepCoefficients) -> Inexact[Array, "more more"]:
         """Lagrange polynomials on the end of the step, at 1, and past nodes."""
         x = jnp.append(1, scaled(nodes.coordinate, c.start, c.end))
         return lagrange(x, jnp.append(True, nodes.valid(self.num_older)))

@@ -12,6 +12,15 @@ from jaxtyping import PyTree
 import gddim_eqx as gd
 
 
+@ft.cache
+def third_order():
+    """Noise enters the last of three components."""
+    drift = lambda t: 6 * jnp.array([[0, 1.0, 0], [-1, 0, 1.5], [0, -1.5, -3]], t.dtype)
+    diffusion = lambda t: jnp.diag(jnp.array([0, 0, 6.0], t.dtype))
+    initial = np.diag([1e-4, 0.04, 0.04])
+    return gd.LinearSDE((3,), drift, diffusion, initial)
+
+
 # Every law in test_process.py is checked for every process here.
 processes = {
     "vp": ft.partial(gd.VP, (3,)),
@@ -21,6 +30,7 @@ processes = {
     "cld": ft.partial(gd.CLD, (3,)),
     "cld_sloped": ft.partial(gd.CLD, (3,), beta=1.0, beta_slope=6.0, mass_inverse=2.0),
     "bdm": ft.partial(gd.BDM, (4, 6, 2)),
+    "third_order": third_order,
 }
 solvers = {f"gddim{q}": ft.partial(gd.GDDIM, q) for q in (1, 2, 3, 4)}
 

@@ -254,6 +254,6 @@ def test_bad_arguments_raise_and_are_named(case):
 @every_process
 def test_states_that_do_not_fit_raise(name):
     model = mixture_of(name, 0.3).model(processes[name]())
-    for state in (jnp.ones((2, 5)), (jnp.ones(3),) * 3):
+    for state in (jnp.ones((2, 5)), (jnp.ones(3),) * 4):
         with pytest.raises(ValueError, match=r"The state must be .*\*batch, "):
             model(jnp.array(0.5), state, None)

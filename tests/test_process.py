@@ -119,22 +119,25 @@ def test_transitions_compose(name, fractions):
 
 @every_process
 def test_time_derivatives_are_the_defining_equations(name):
-    t = times_of(processes[name]())
+    process = processes[name]()
+    t = times_of(process)
+    # A `LinearSDE` is itself the solution of these equations by collocation.
+    tolerance = DERIVATIVE * (3 if isinstance(process, gd.LinearSDE) else 1)
     F, G, Psi, S, R, _ = evaluate(name, t, t[::-1]).values()
     rates = evaluate(name, t, t[::-1], rates=True)
     GG = G @ transpose(G)
 
     size = np.abs(F) @ np.abs(Psi)
-    assert_within(rates["transition"], F @ Psi, DERIVATIVE, size)
+    assert_within(rates["transition"], F @ Psi, tolerance, size)
 
     size = np.abs(F) @ np.abs(S) + np.abs(S) @ np.abs(transpose(F)) + GG
     lyapunov = F @ S + S @ transpose(F) + GG
-    assert_within(rates["covariance"], lyapunov, DERIVATIVE, size)
+    assert_within(rates["covariance"], lyapunov, tolerance, size)
 
     # Sigma^-1 R is the inverse transpose of R. The paper's equation 17.
     turned = np.linalg.inv(transpose(R))
     size = np.abs(F) @ np.abs(R) + GG @ np.abs(turned)
-    assert_within(rates["factor"], F @ R + GG @ turned / 2, DERIVATIVE, size)
+    assert_within(rates["factor"], F @ R + GG @ turned / 2, tolerance, size)
 
 
 @every_process
@@ -707,7 +710,7 @@ def test_data_and_states_that_do_not_fit_raise(name):
     for call in (
         lambda: process.encode(wrong),
         lambda: process.decode(wrong),
-        lambda: process.decode((data_for(process),) * 3),
+        lambda: process.decode((data_for(process),) * 4),
         lambda: process.perturb(jr.key(0), wrong, 0.5),
     ):
         with pytest.raises(ValueError, match=r"\(\*batch, "):

@@ -17,15 +17,6 @@ from gddim_eqx._linear import align, join_components
 from .helpers import last, max_difference, processes, slow
 
 
-def _third_order():
-    """Noise enters the last of three components."""
-    drift = lambda t: 6 * jnp.array([[0, 1.0, 0], [-1, 0, 1.5], [0, -1.5, -3]], t.dtype)
-    diffusion = lambda t: jnp.diag(jnp.array([0, 0, 6.0], t.dtype))
-    initial = np.diag([1e-4, 0.04, 0.04])
-    return gd.LinearSDE((2,), drift, diffusion, initial)
-
-
-_all = {**processes, "third_order": _third_order}
 _contraction = jax.jit(
     lambda process, s, t, lam: contraction(step_nodes(process, s, t), lam),
     static_argnums=0,
@@ -65,9 +56,9 @@ def test_reference_covariances(process, s, t, lam, expected):
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("name", _all)
+@pytest.mark.parametrize("name", processes)
 def test_marginals_are_kept(name):
-    process = _all[name]()
+    process = processes[name]()
     span = process.t_max - process.t_min
     fraction = st.floats(0, 1)
 
@@ -90,7 +81,7 @@ def test_marginals_are_kept(name):
 )
 def test_solves_the_differential_equation_of_the_paper(name):
     """Proposition 6, with a general solver."""
-    process = _all[name]()
+    process = processes[name]()
     n = process.num_components
 
     def field(t, y, lam):
@@ -121,9 +112,9 @@ def test_solves_the_differential_equation_of_the_paper(name):
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("name", _all)
+@pytest.mark.parametrize("name", processes)
 def test_special_levels_of_noise(name):
-    process = _all[name]()
+    process = processes[name]()
     zero, one = jnp.zeros(()), jnp.ones(())
     for s, t in ((0.9, 0.2), (0.5, 0.49), (0.01, process.t_min)):
         s, t = jnp.asarray(s), jnp.asarray(t)
@@ -140,9 +131,9 @@ def test_special_levels_of_noise(name):
         np.testing.assert_allclose(added.blocks - _blocks(left, added), 0, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", _all)
+@pytest.mark.parametrize("name", processes)
 def test_covariance_is_semidefinite_at_the_shortest_steps(name):
-    process = _all[name]()
+    process = processes[name]()
     f32 = jnp.float32
     for s in (process.t_max, 0.5, 0.01, process.t_min):
         for length in (1e-6, 1e-5, 1e-3):
@@ -160,9 +151,9 @@ def test_covariance_is_semidefinite_at_the_shortest_steps(name):
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("name", _all)
+@pytest.mark.parametrize("name", processes)
 def test_single_precision(name):
-    process = _all[name]()
+    process = processes[name]()
     for s, t in ((process.t_max, process.t_min), (0.5, 0.3), (0.02, 0.01), (0.6, 0.599)):
         for lam in (0.3, 1.0):
             times32 = [jnp.asarray(x, jnp.float32) for x in (s, t)]
@@ -179,9 +170,9 @@ def test_single_precision(name):
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("name", _all)
+@pytest.mark.parametrize("name", processes)
 def test_noise_of_a_short_step_is_that_of_the_equation(name):
-    process, lam, s, length = _all[name](), 0.8, 0.4, 1e-7
+    process, lam, s, length = processes[name](), 0.8, 0.4, 1e-7
     times = jnp.array([s, s - length])
     spread = _contraction(process, *times, jnp.asarray(lam)).spread
     loading = process.factor(s).inverse() @ process.diffusion(s)
@@ -207,9 +198,9 @@ def test_aligning_keeps_the_covariance(n, seed, zeros):
         assert cosine > 1 - 1e-4
 
 
-@pytest.mark.parametrize("name", _all)
+@pytest.mark.parametrize("name", processes)
 def test_a_step_of_no_length(name):
-    process = _all[name]()
+    process = processes[name]()
     for t in (0.0, process.t_min, 0.5):
         time = jnp.asarray(t)
         step = _contraction(process, time, time, jnp.ones(()))

@@ -24,9 +24,10 @@ def lagrange(
     # Vectors over the nodes, one per power, and a single division: XLA compiles this faster
     # than matrices and separate divisions.
     numerators, denominator = [one, *[zero] * (number - 1)], one
+    index = np.arange(number).reshape(*[1] * (nodes.ndim - 1), number)
     for k in range(number):
         node = nodes[..., k, None]
-        use = valid & valid[..., k, None] & (np.arange(number) != k)
+        use = valid & valid[..., k, None] & (index != k)
         denominator = jnp.where(use, denominator * (nodes - node), denominator)
         lower = [zero, *numerators[:-1]]
         numerators = [

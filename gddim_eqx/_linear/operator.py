@@ -139,6 +139,10 @@ class BlockLinearOperator(lx.AbstractLinearOperator):
             determinant = b[0, 0] * b[1, 1] - b[0, 1] * b[1, 0]
             adjugate = [[b[1, 1], -b[0, 1]], [-b[1, 0], b[0, 0]]]
             inverse = jnp.array(adjugate) / determinant[None, None]
+        elif self.num_components == 3:
+            rows = [jnp.cross(b[i - 2], b[i - 1], axis=0) for i in range(3)]
+            determinant = (b[0] * rows[0]).sum(0)
+            inverse = jnp.stack(rows, axis=1) / determinant[None, None]
         else:
             inverse = _last_to_first(jnp.linalg.inv(_first_to_last(b)))
         definite = lx.positive_semidefinite_tag
