@@ -24,6 +24,12 @@ _script = pathlib.Path(__file__).parents[1] / "examples" / "train.py"
 _environment = os.environ | {"JAX_ENABLE_X64": "0", "PYTHONWARNINGS": "default"}
 
 
+# Processes inherit it, as in the background of a shell.
+if_interrupted = pytest.mark.skipif(
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN, reason="SIGINT is ignored here"
+)
+
+
 def _start(*arguments, **environment):
     return subprocess.Popen(
         [sys.executable, _script, *map(str, arguments)],
@@ -129,12 +135,6 @@ def _wait_for_lines(process, output):
         assert process.poll() is None and time.sleep(0.1) is None
 
 
-# Processes inherit it, as in the background of a shell.
-if_interrupted = pytest.mark.skipif(
-    signal.getsignal(signal.SIGINT) == signal.SIG_IGN, reason="SIGINT is ignored here"
-)
-
-
 @pytest.mark.parametrize(
     "number", (signal.SIGTERM, pytest.param(signal.SIGINT, marks=if_interrupted))
 )
@@ -227,12 +227,6 @@ def test_two_processes_train_and_go_on(tmp_path):
 
 
 @pytest.mark.slow
-# Processes inherit it, as in the background of a shell.
-if_interrupted = pytest.mark.skipif(
-    signal.getsignal(signal.SIGINT) == signal.SIG_IGN, reason="SIGINT is ignored here"
-)
-
-
 @pytest.mark.parametrize(
     "number", (signal.SIGTERM, pytest.param(signal.SIGINT, marks=if_interrupted))
 )
