@@ -1,10 +1,9 @@
 from typing import Any, Literal
 
-import diffrax as dfx
 import equinox as eqx
 import numpy as np
 
-from gddim_eqx._custom_types import FrameName
+from gddim_eqx._custom_types import FrameName, Level
 from gddim_eqx._exponential import (
     AbstractCoordinate,
     AbstractSplitting,
@@ -12,7 +11,7 @@ from gddim_eqx._exponential import (
     DataSplitting,
     NoiseSplitting,
 )
-from gddim_eqx._term import unwrap_reverse
+from gddim_eqx._term import check_frame
 
 from ._corrector import AbstractCorrector, FreeCorrector, NoCorrector, Reevaluate
 from ._multistep import AbstractExponentialMultistep
@@ -128,7 +127,7 @@ class GDDIM(AbstractExponentialMultistep):
             raise ValueError(f"`order` must be 1, 2, 3 or 4; got {order!r}.")
         if space not in ("data", "noise"):
             raise ValueError(f"`space` must be 'data' or 'noise'; got {space!r}.")
-        default = order - 1 if space == "data" or reevaluate else 0
+        default = _default_corrector(order, space, reevaluate)
         if corrector is not None and not _is_integer(corrector, 0, order):
             raise ValueError(
                 "`corrector` must be an integer from 0 (for none) to `order`, which is "
@@ -139,8 +138,7 @@ class GDDIM(AbstractExponentialMultistep):
                 f"`variable` must be one of {', '.join(map(repr, COORDINATES))}; got "
                 f"{variable!r}."
             )
-        if factor not in ("R", "cholesky"):
-            raise ValueError(f"`factor` must be 'R' or 'cholesky'; got {factor!r}.")
+        check_frame(factor)
         if factor == "cholesky" and space == "data":
             raise ValueError(
                 "`factor` is the frame of noise predictions. For the frame L_t take "
@@ -181,22 +179,23 @@ class GDDIM(AbstractExponentialMultistep):
     def correction(self) -> AbstractCorrector:
         number = self.corrector
         if number is None:
-            by_default = self.space == "data" or self.reevaluate
-            number = self.num_nodes - 1 if by_default else 0
+            number = _default_corrector(self.num_nodes, self.space, self.reevaluate)
         if number == 0:
             return NoCorrector()
         return Reevaluate(number) if self.reevaluate else FreeCorrector(number)
 
-    def check(self, terms: dfx.AbstractTerm) -> None:
-        _, lam, _ = unwrap_reverse(terms)
+    def check(self, lam: Level | None) -> None:
         plain = GDDIM(self.num_nodes, "noise")
-        stochastic = not (isinstance(lam, float) and lam == 0)
-        if self.space == "noise" and stochastic and self != plain:
+        if self.space == "noise" and lam is not None and self != plain:
             raise ValueError(
                 "In noise space the options of `GDDIM` are for the probability flow only, "
                 f"but these terms have noise, lam={lam}. Use `GDDIM()`, or "
                 f"`GDDIM({self.num_nodes}, 'noise')`; got {self}."
             )
+
+
+def _default_corrector(order: int, space: str, reevaluate: bool) -> int:
+    return order - 1 if space == "data" or reevaluate else 0
 
 
 def _is_integer(value: Any, least: int, most: int) -> bool:

@@ -69,8 +69,9 @@ class AbstractExponentialMultistep(
     correction: eqx.AbstractVar[AbstractCorrector]
 
     @abc.abstractmethod
-    def check(self, terms: dfx.AbstractTerm) -> None:
-        """Raise a `ValueError` for terms that the solver does not support."""
+    def check(self, lam: Level | None) -> None:
+        """Raise a `ValueError` unless the solver supports reverse diffusions of this
+        stochasticity; `None` for the probability flow."""
 
     term_structure: ClassVar = AbstractReverseTerm
     interpolation_cls: ClassVar[Callable[..., dfx.AbstractLocalInterpolation]] = (
@@ -116,19 +117,19 @@ class AbstractExponentialMultistep(
         del t1, args
         flow, lam, _ = _unwrap(terms)
         process = flow.process
-        self.check(terms)
+        self.check(lam)
         y0 = check_state(y0, process.num_components, process.shape, "The state `y0`")
         last = residual = None
         zeros = jtu.tree_map(jnp.zeros_like, y0)
         corrects = isinstance(self.correction, FreeCorrector)
-        interpolates_noise = isinstance(self.splitting, NoiseSplitting)
-        if corrects or lam is not None and interpolates_noise:
+        explains = lam is not None and isinstance(self.splitting, NoiseSplitting)
+        if corrects or explains:
             time = jax.ShapeDtypeStruct((), coefficient_dtype(y0))
             c = eqx.filter_eval_shape(self._integrate, process, time, time, lam)
             if corrects:
                 moments = jnp.zeros(c.moments.shape, c.moments.dtype)
                 last = LastStep(zeros, moments, jnp.zeros((), moments.dtype))
-            else:
+            if explains:
                 mean = c.contraction.mean
                 gain = BlockLinearOperator(jnp.zeros(mean.shape, mean.dtype), process.shape)
                 residual = Residual(gain, zeros)
@@ -203,8 +204,8 @@ class AbstractExponentialMultistep(
             x = scaled(nodes.coordinate, last.start, nodes.coordinate[0])
             cases.append((x, nodes.valid(self.correction.num_older + 1)))
         # Batched, so that they are compiled once.
-        both = lagrange(*(jnp.stack(x) for x in zip(*cases)))
-        predictor, wide, narrow, corrector = both[0], both[1], both[2], both[-1]
+        every = lagrange(*(jnp.stack(x) for x in zip(*cases)))
+        predictor, wide, narrow, corrector = every[0], every[1], every[2], every[-1]
         return corrector, self.predictor(predictor, nodes), (wide - narrow)[:, :number]
 
     def func(

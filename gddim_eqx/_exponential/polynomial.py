@@ -52,4 +52,4 @@ def integral(
     values: list[State],
 ) -> State:
     """The integral of the interpolation polynomial of the values."""
-    return combine(shape, list(zip(weights(polynomials, moments), values)))
+    return combine(shape, list(zip(weights(polynomials, moments), values, strict=True)))

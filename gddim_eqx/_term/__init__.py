@@ -1,5 +1,6 @@
 from .diffrax_compat import unwrap as unwrap
 from .prediction import (
+    check_frame as check_frame,
     check_prediction as check_prediction,
     make_prediction as make_prediction,
     Marginal as Marginal,

@@ -1,8 +1,8 @@
-"""The predictions that a model can make, one class each.
+r"""The predictions that a model can make, one class each.
 
-With data $x_0$ in the basis of states and noise $\\epsilon$ in the frame $R_t$, a state is
-$u_t = m_t x_0 + R_t \\epsilon$, where $m_t$ is the mean coefficient $\\Psi(t, 0)$ times
-`data_scale`. A prediction is another combination of $x_0$ and $\\epsilon$, so together
+With data $x_0$ in the basis of states and noise $\epsilon$ in the frame $R_t$, a state is
+$u_t = m_t x_0 + R_t \epsilon$, where $m_t$ is the mean coefficient $\Psi(t, 0)$ times
+`data_scale`. A prediction is another combination of $x_0$ and $\epsilon$, so together
 with the state it determines both.
 """
 
@@ -56,8 +56,7 @@ class AbstractPrediction(eqx.Module):
 
     def score(self, at: Marginal, u: State, value: State) -> State:
         """Convert a prediction to the score."""
-        noise = self.noise(at, u, value, "R")
-        return apply((-at.root().inverse()).transpose(), noise)
+        return _to_score(at, self.noise(at, u, value, "R"))
 
 
 class Noise(AbstractPrediction):
@@ -93,7 +92,7 @@ class Score(AbstractPrediction):
     r"""$\nabla \log p_t$."""
 
     def target(self, at, data, noise):
-        return apply((-at.root().inverse()).transpose(), noise)
+        return _to_score(at, noise)
 
     def noise(self, at, u, value, frame):
         return apply((-at.root(frame)).transpose(), value)
@@ -145,14 +144,23 @@ def check_prediction(process: AbstractProcess, predicts: str, factor: str) -> No
             f"`predicts` must be one of {', '.join(map(repr, _predictions))}; got "
             f"{predicts!r}."
         )
-    if factor not in ("R", "cholesky"):
-        raise ValueError(f"`factor` must be 'R' or 'cholesky'; got {factor!r}.")
+    check_frame(factor)
     if predicts == "velocity" and process.num_components != 1:
         raise ValueError(
             "`predicts='velocity'` is only defined for processes with one number "
             f"per coordinate, not for {type(process).__name__}. Use 'noise', 'data' "
             "or 'score'."
         )
+
+
+def check_frame(factor: str) -> None:
+    """Raise a `ValueError` unless given the name of a frame of the noise."""
+    if factor not in ("R", "cholesky"):
+        raise ValueError(f"`factor` must be 'R' or 'cholesky'; got {factor!r}.")
+
+
+def _to_score(at, noise):
+    return apply((-at.root().inverse()).transpose(), noise)
 
 
 def _change_frame(at, noise, frame, other):

@@ -6,10 +6,17 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._custom_types import Args, FrameName, Level, PredictionName, RealScalarLike, State
-from .._linear import add, apply, BlockLinearOperator, check_state, subtract
+from .._linear import add, apply, BlockLinearOperator, check_state
 from .._misc import as_level, level_at
 from .._process import AbstractProcess, require_process, time_for
-from .prediction import AbstractPrediction, check_prediction, make_prediction, Marginal
+from .prediction import (
+    AbstractPrediction,
+    check_frame,
+    check_prediction,
+    make_prediction,
+    Marginal,
+    Noise,
+)
 
 
 class AbstractReverseTerm(dfx.AbstractTerm):
@@ -144,8 +151,7 @@ class ProbabilityFlow(AbstractReverseTerm):
 
         **Returns:** a state.
         """
-        if factor not in ("R", "cholesky"):
-            raise ValueError(f"`factor` must be 'R' or 'cholesky'; got {factor!r}.")
+        check_frame(factor)
         at, u, value = self._evaluate(t, u, args, root)
         return self._prediction.noise(at, u, value, factor)
 
@@ -166,10 +172,10 @@ class ProbabilityFlow(AbstractReverseTerm):
             check_state(x, process.num_components, process.shape, name)
             for x, name in ((u, "The state"), (noise, "The noise"))
         )
-        t = time_for(u, t)
-        mean = subtract(u, apply(process.factor(t), noise))
-        data = apply(process.transition(jnp.zeros_like(t), t) / process.data_scale, mean)
-        return process.to_data(self._prediction.target(Marginal(process, t), data, noise))
+        at = Marginal(process, time_for(u, t))
+        initial = Noise("R").denoised(at, u, noise)
+        data = jtu.tree_map(lambda x: x / process.data_scale, initial)
+        return process.to_data(self._prediction.target(at, data, noise))
 
     def denoised(
         self,
