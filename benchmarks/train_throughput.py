@@ -92,9 +92,7 @@ class ByHand:
 class Ours:
     def __init__(self, model, images, batch):
         self.batches = Batches(images, batch)
-        self.trainer = Trainer(
-            DenoisingLoss(model.process), average_decay=0.9999, debias=False
-        )
+        self.trainer = Trainer(DenoisingLoss(model.process), ema_decay=0.9999, debias=False)
         self.state: Any = self.trainer.init(model, jr.key(1))
         self.done = 0
 

@@ -114,9 +114,9 @@ def train(
     num_steps: int,
     batch_size: int = 256,
     learning_rate: float = 2e-3,
-    average_decay: float = 0.999,
+    ema_decay: float = 0.999,
 ) -> NoisePredictor:
-    """Returns the network with the running average of its parameters."""
+    """Returns the network with the EMA of its parameters."""
     network_key, key = jr.split(key)
     network = NoisePredictor(process, images, network_key)
     schedule = optax.warmup_cosine_decay_schedule(
@@ -136,7 +136,7 @@ def train(
         updates, optimiser_state = optimiser.update(gradient, optimiser_state)
         network = eqx.apply_updates(network, updates)
         # A shorter memory at first, to forget the initial parameters.
-        decay = jnp.minimum(average_decay, (1 + step) / (10 + step))
+        decay = jnp.minimum(ema_decay, (1 + step) / (10 + step))
         parameters = eqx.filter(network, eqx.is_inexact_array)
         average = jtu.tree_map(
             lambda old, new: decay * old + (1 - decay) * new, average, parameters

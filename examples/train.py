@@ -95,7 +95,7 @@ class Network:
 
 @dataclasses.dataclass(frozen=True)
 class Optimiser:
-    """Adam, and the running average of parameters."""
+    """Adam, and the EMA of the parameters."""
 
     learning_rate: float = 2e-4
     warmup: int = 5000
@@ -104,9 +104,9 @@ class Optimiser:
     """Let the learning rate fall to 0 until the last step. The paper's does not."""
     clip: float = 1.0
     """The greatest norm of a gradient."""
-    average_decay: float = 0.9999
+    ema_decay: float = 0.9999
     debias: bool = False
-    """Give the initial parameters no part in the average."""
+    """Remove the initial parameters from the EMA."""
     accumulate: int = 1
     """In how many parts to compute the gradient of a batch, for less memory."""
 
@@ -157,7 +157,7 @@ class Config:
 
 
 # Of the paper's Table 4, and of the authors' configurations.
-PAPER = Optimiser(2e-4, warmup=5000, average_decay=0.9999, debias=False)
+PAPER = Optimiser(2e-4, warmup=5000, ema_decay=0.9999, debias=False)
 
 PRESETS = {
     "toy": (
@@ -168,7 +168,7 @@ PRESETS = {
             "cld",
             steps=10_000,
             batch_size=1024,
-            optimiser=Optimiser(2e-3, warmup=500, average_decay=0.99, debias=True),
+            optimiser=Optimiser(2e-3, warmup=500, ema_decay=0.99, debias=True),
             times="stratified",
             samples_every=2000,
         ),
@@ -182,7 +182,7 @@ PRESETS = {
             steps=10_000,
             batch_size=256,
             optimiser=Optimiser(
-                2e-3, warmup=100, cosine=True, average_decay=0.999, debias=True
+                2e-3, warmup=100, cosine=True, ema_decay=0.999, debias=True
             ),
             times="stratified",
             samples_every=2500,
@@ -197,7 +197,7 @@ PRESETS = {
             steps=8000,
             batch_size=64,
             optimiser=Optimiser(
-                2e-3, warmup=100, cosine=True, average_decay=0.999, debias=True
+                2e-3, warmup=100, cosine=True, ema_decay=0.999, debias=True
             ),
             times="stratified",
             samples_every=2000,
@@ -212,7 +212,7 @@ PRESETS = {
             steps=40_000,
             batch_size=128,
             optimiser=Optimiser(
-                1e-3, warmup=1000, cosine=True, average_decay=0.999, debias=True
+                1e-3, warmup=1000, cosine=True, ema_decay=0.999, debias=True
             ),
             times="stratified",
         ),
@@ -246,7 +246,7 @@ PRESETS = {
             Network("celeba_cld"),
             "cld",
             steps=150_000,
-            optimiser=dataclasses.replace(PAPER, average_decay=0.999),
+            optimiser=dataclasses.replace(PAPER, ema_decay=0.999),
             save_every=10_000,
         ),
     ),
@@ -277,9 +277,9 @@ def check(config: Config) -> None:
     }.items():
         if not 0 < value < math.inf:
             raise ValueError(f"`{option}` must be positive and finite; got {value}.")
-    if not 0 <= optimiser.average_decay < 1:
+    if not 0 <= optimiser.ema_decay < 1:
         raise ValueError(
-            f"`--optimiser.average-decay` must be in [0, 1); got {optimiser.average_decay}."
+            f"`--optimiser.ema-decay` must be in [0, 1); got {optimiser.ema_decay}."
         )
     if config.batch_size % optimiser.accumulate:
         raise ValueError(
@@ -477,7 +477,7 @@ def train(config: Config) -> TrainState:
             optimiser.clip,
             config.steps if optimiser.cosine else None,
         ),
-        average_decay=optimiser.average_decay,
+        ema_decay=optimiser.ema_decay,
         debias=optimiser.debias,
         accumulate=optimiser.accumulate,
         prepare=Augmentation(config.data.flip, config.data.dequantise),

@@ -130,7 +130,7 @@ class AbstractExponentialMultistep(
                 moments = jnp.zeros(c.moments.shape, c.moments.dtype)
                 last = LastStep(zeros, moments, jnp.zeros((), moments.dtype))
             if explains:
-                mean = c.contraction.mean
+                mean = c.noise_transition.mean
                 gain = BlockLinearOperator(jnp.zeros(mean.shape, mean.dtype), process.shape)
                 residual = Residual(gain, zeros)
         return History.empty(self._slots, t0, y0, last, residual)
@@ -230,7 +230,7 @@ def _forcing(process, history: History, count, c: StepCoefficients, value, norma
     if history.residual is not None:
         noise, value = value, history.residual(value, count)
         forcing.append((c.moments[0], subtract(noise, value)))
-        residual = next_residual(process.shape, c.contraction, noise, value, normal)
+        residual = next_residual(process.shape, c.noise_transition, noise, value, normal)
     return value, forcing, residual
 
 

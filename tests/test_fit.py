@@ -146,7 +146,7 @@ def _trainer(placement=None, **options):
     trainer = Trainer(
         DenoisingLoss(process),
         adam(1e-2, 2),
-        average_decay=0.9,
+        ema_decay=0.9,
         placement=placement,
         **options,
     )
@@ -310,7 +310,7 @@ def test_an_average_of_initial_parameters_is_warned_of():
     for decay, debias, warns in ((0.9, False, True), (0.5, False, False), (0.99, True, 0)):
         process = gd.VP((2,))
         model = gd.nn.NetworkModel(process, gd.nn.TimeMLP(2, width=16, key=jr.key(0)))
-        options = dict(average_decay=decay, debias=debias)
+        options = dict(ema_decay=decay, debias=debias)
         trainer = Trainer(DenoisingLoss(process), adam(1e-2, 2), **options)
         expected = (
             pytest.warns(UserWarning, match="initial parameters are still 59%")
@@ -497,7 +497,7 @@ def _state(dtype=jnp.float32, key=jr.key(1), optimiser=None, **options):
         ),
         ({}, dict(optimiser=optax.adamw(1e-2)), "array optimiser.* is not there"),
         ({}, dict(optimiser=optax.sgd(1e-2)), "an array optimiser.*which has no place"),
-        ({}, dict(average_decay=0.999999), "array lost.* is not there"),
+        ({}, dict(ema_decay=0.999999), "array lost.* is not there"),
     ],
 )
 def test_a_checkpoint_in_another_precision_is_refused(tmp_path, saved, wanted, message):

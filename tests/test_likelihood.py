@@ -150,7 +150,7 @@ def test_the_bound_is_below_the_density_by_the_divergence_of_velocities():
     # Normal data: position and velocity are normal at all times.
     flow = gd.ProbabilityFlow(process, gd.GaussianMixture([[0.0]], 0.7).model(process))
     x = jnp.array([[0.3], [-1.0]])
-    got = gd.log_likelihood_bound(flow, x, jax.random.key(0), num_velocities=2000)
+    got = gd.log_likelihood_bound(flow, x, jax.random.key(0), num_draws=2000)
     covariance = np.asarray(process.covariance(process.t_min).blocks)
     signal = np.asarray(process.transition(process.t_min, 0.0).blocks)[:, 0]
     covariance = covariance + 0.49 * np.outer(signal, signal)
@@ -278,10 +278,8 @@ _x = np.zeros((3, 2), np.float32)
             "Take `log_likelihood`",
         ),
         (
-            lambda: gd.log_likelihood_bound(
-                _cld_flow, _x, jax.random.key(0), num_velocities=0
-            ),
-            "`num_velocities` must be a positive integer; got 0",
+            lambda: gd.log_likelihood_bound(_cld_flow, _x, jax.random.key(0), num_draws=0),
+            "`num_draws` must be a positive integer; got 0",
         ),
         (
             lambda: gd.log_likelihood(

@@ -107,8 +107,8 @@ def test_preconditioned_networks_predict_any_noise(name):
         u, noise = process.perturb(jax.random.key(1), x, t)
         # The mean and the variance of normal data given the state, from what is left of
         # them in it, in units of the noise.
-        carried = process.transition(t, jnp.zeros_like(t)) * process.data_scale
-        share = (process.factor(t).inverse() @ carried).blocks[:, 0]
+        signal = process.transition(t, jnp.zeros_like(t)) * process.data_scale
+        share = (process.factor(t).inverse() @ signal).blocks[:, 0]
         seen = jtu.tree_leaves(process.factor(t).inverse().mv(u))
         variance = 1 / (1 / std**2 + (share**2).sum(0))
         mean = variance * sum(a * y for a, y in zip(share, seen))

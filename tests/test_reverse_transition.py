@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, strategies as st
 
 import gddim_eqx as gd
-from gddim_eqx._exponential import contraction, step_nodes
+from gddim_eqx._exponential import noise_transition, step_nodes
 from gddim_eqx._linear import align, join_components
 
 from .helpers import last, max_difference, processes, slow
 
 
-_contraction = jax.jit(
-    lambda process, s, t, lam: contraction(step_nodes(process, s, t), lam),
+_transition = jax.jit(
+    lambda process, s, t, lam: noise_transition(step_nodes(process, s, t), lam),
     static_argnums=0,
 )
 
@@ -26,10 +26,10 @@ _contraction = jax.jit(
 @ft.partial(jax.jit, static_argnums=0)
 def _transition(process, t, s, lam):
     """`reverse_transition` for a level of noise that is traced, to compile once."""
-    step = contraction(step_nodes(process, s, t), lam)
-    omega, spread = (gd.BlockLinearOperator(x, process.shape) for x in step[:2])
+    step = noise_transition(step_nodes(process, s, t), lam)
+    omega, noise_root = (gd.BlockLinearOperator(x, process.shape) for x in step[:2])
     mean = process.factor(t) @ omega @ process.factor(s).inverse()
-    root = process.factor(t) @ spread
+    root = process.factor(t) @ noise_root
     return mean, root @ root.T
 
 
@@ -140,13 +140,15 @@ def test_covariance_is_semidefinite_at_the_shortest_steps(name):
             for lam in jnp.array([0.01, 1.0, 3.0], f32):
                 s32 = jnp.asarray(s, f32)
                 t32 = jnp.maximum(s32 - jnp.asarray(length, f32), 0)
-                step = _contraction(process, s32, t32, lam)
+                step = _transition(process, s32, t32, lam)
                 _, added = _transition(process, t32, s32, lam)
                 blocks = np.asarray(added.blocks, np.float64)
                 eigenvalues = np.linalg.eigvalsh(np.moveaxis(blocks, (0, 1), (-2, -1)))
                 # The product of a matrix and its transpose, but for the product's rounding.
                 assert (eigenvalues >= -1e-7 * np.abs(blocks).max()).all()
-                assert np.isfinite(step.spread).all() and np.abs(step.spread).max() > 0
+                assert (
+                    np.isfinite(step.noise_root).all() and np.abs(step.noise_root).max() > 0
+                )
                 assert np.abs(step.omega).max() <= 1 + 1e-5
 
 
@@ -159,11 +161,11 @@ def test_single_precision(name):
             times32 = [jnp.asarray(x, jnp.float32) for x in (s, t)]
             times64 = [x.astype(jnp.float64) for x in times32]
             low, high = (
-                _contraction(process, *x, jnp.asarray(lam, x[0].dtype))
+                _transition(process, *x, jnp.asarray(lam, x[0].dtype))
                 for x in (times32, times64)
             )
             # Omega is of the order of the identity, or negligible.
-            sizes = (1, np.abs(high.spread).max())
+            sizes = (1, np.abs(high.noise_root).max())
             for a, b, size in zip(low[:2], high[:2], sizes):
                 assert a.dtype == jnp.float32
                 assert np.abs(np.asarray(a, np.float64) - b).max() < 1e-5 * size
@@ -174,10 +176,10 @@ def test_single_precision(name):
 def test_noise_of_a_short_step_is_that_of_the_equation(name):
     process, lam, s, length = processes[name](), 0.8, 0.4, 1e-7
     times = jnp.array([s, s - length])
-    spread = _contraction(process, *times, jnp.asarray(lam)).spread
+    noise_root = _transition(process, *times, jnp.asarray(lam)).noise_root
     loading = process.factor(s).inverse() @ process.diffusion(s)
     expected = lam * np.sqrt(length) * loading.blocks
-    difference = np.abs(spread - expected).max() / np.abs(expected).max()
+    difference = np.abs(noise_root - expected).max() / np.abs(expected).max()
     assert difference < 1e-4
 
 
@@ -203,11 +205,11 @@ def test_a_step_of_no_length(name):
     process = processes[name]()
     for t in (0.0, process.t_min, 0.5):
         time = jnp.asarray(t)
-        step = _contraction(process, time, time, jnp.ones(()))
+        step = _transition(process, time, time, jnp.ones(()))
         eye = np.eye(process.num_components)
         eye = eye.reshape(eye.shape + (1,) * (step.omega.ndim - 2))
         np.testing.assert_allclose(step.omega, eye + 0 * step.omega, atol=1e-6)
-        np.testing.assert_allclose(step.spread, 0, atol=1e-6)
+        np.testing.assert_allclose(step.noise_root, 0, atol=1e-6)
 
 
 @pytest.mark.parametrize("lam", (-0.5, float("nan"), float("inf"), "much"))

@@ -105,7 +105,7 @@ def test_a_run_writes_what_it_says_and_goes_on(tmp_path):
         ),
         (("toy", "--steps", 0), "`--steps` must be at least 1; got 0"),
         (("toy", "--batch-size", 0), "`--batch-size` must be at least 1"),
-        (("toy", "--optimiser.average-decay", 1), "`--optimiser.average-decay` must be"),
+        (("toy", "--optimiser.ema-decay", 1), "`--optimiser.ema-decay` must be"),
         (("toy", "--optimiser.learning-rate", "nan"), "`--optimiser.learning-rate` must"),
         (
             ("toy", "--optimiser.accumulate", 3),

@@ -227,7 +227,7 @@ def test_training_finds_the_best_prediction():
     trainer = Trainer(
         DenoisingLoss(process, times=StratifiedTimes()),
         adam(3e-3, warmup=10),
-        average_decay=0.99,
+        ema_decay=0.99,
         debias=True,
     )
     state = trainer.init(_points(), jr.key(1))
@@ -244,7 +244,7 @@ def test_training_finds_the_best_prediction():
 
 @pytest.mark.float32
 def test_a_step_is_that_of_optax():
-    options = dict(average_decay=0.75, debias=False)
+    options = dict(ema_decay=0.75, debias=False)
     trainer = Trainer(DenoisingLoss(gd.VP((2,))), optax.sgd(0.1), **options)
     model, x = _points(), _data(8)
     state, metrics = trainer.step(trainer.init(model, jr.key(1)), x)
@@ -256,8 +256,8 @@ def test_a_step_is_that_of_optax():
     parameters = eqx.filter(model, eqx.is_inexact_array)
     expected = jtu.tree_map(lambda p, g: p - 0.1 * g, parameters, gradient)
     assert max_difference(eqx.filter(state.model, eqx.is_inexact_array), expected) < 1e-6
-    average = jtu.tree_map(lambda p, e: 0.75 * p + 0.25 * e, parameters, expected)
-    assert max_difference(state.average, average) < 1e-6
+    ema = jtu.tree_map(lambda p, e: 0.75 * p + 0.25 * e, parameters, expected)
+    assert max_difference(state.ema, ema) < 1e-6
 
 
 @pytest.mark.float32
@@ -265,7 +265,7 @@ def test_a_step_is_that_of_optax():
 def test_average_is_the_weighted_mean_of_all_parameters(debias):
     decay, steps = 0.6, 4
     trainer = Trainer(
-        DenoisingLoss(gd.VP((2,))), optax.sgd(0.5), average_decay=decay, debias=debias
+        DenoisingLoss(gd.VP((2,))), optax.sgd(0.5), ema_decay=decay, debias=debias
     )
     state = trainer.init(_points(), jr.key(1))
     weight = lambda state: np.asarray(state.model.network.first.weight)
@@ -276,7 +276,7 @@ def test_average_is_the_weighted_mean_of_all_parameters(debias):
     weights = np.array([(1 - decay) * decay ** (steps - n) for n in range(steps + 1)])
     weights[0] = 0 if debias else decay**steps
     expected = np.tensordot(weights / weights.sum(), np.stack(seen), 1)
-    np.testing.assert_allclose(state.average.network.first.weight, expected, atol=1e-6)
+    np.testing.assert_allclose(state.ema.network.first.weight, expected, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -318,7 +318,7 @@ def _vector(tree):
 )
 def test_the_average_is_that_of_double_precision(dtype, decay, debias):
     dtype = jnp.dtype(dtype)
-    options = dict(average_decay=decay, debias=debias)
+    options = dict(ema_decay=decay, debias=debias)
     trainer = Trainer(DenoisingLoss(gd.VP((2,))), optax.adam(1e-2), **options)
     state = trainer.init(_in_precision(_points(), dtype), jr.key(1))
     expected = _vector(state.model)
@@ -327,13 +327,13 @@ def test_the_average_is_that_of_double_precision(dtype, decay, debias):
         share = (1 - decay) / (1 - decay ** (n + 1) if debias else 1)
         expected += share * (_vector(state.model) - expected)
     assert np.isfinite(metrics.gradient_norm)
-    np.testing.assert_allclose(_vector(state.average), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(_vector(state.ema), expected, rtol=1e-5, atol=1e-6)
     # Of the model's precision at the end, and all of it is held in at least single.
     averaged = eqx.filter(state.averaged, eqx.is_inexact_array)
     assert {x.dtype for x in jtu.tree_leaves(averaged)} == {dtype}
     rounding = float(jnp.finfo(dtype).eps)
     np.testing.assert_allclose(_vector(averaged), expected, rtol=rounding, atol=1e-6)
-    kept = eqx.filter((state.average, state.optimiser), eqx.is_inexact_array)
+    kept = eqx.filter((state.ema, state.optimiser), eqx.is_inexact_array)
     assert {x.dtype for x in jtu.tree_leaves(kept)} == {jnp.dtype("float32")}
 
 
@@ -377,19 +377,19 @@ def test_parts_of_a_batch_are_summed_in_single_precision():
 def test_long_averages_do_not_stand_still(debias):
     # Without a compensated sum, changes of less than six per cent are lost.
     decay, steps = 0.999999, 100_000
-    options = dict(average_decay=decay, debias=debias)
+    options = dict(ema_decay=decay, debias=debias)
     trainer = Trainer(DenoisingLoss(gd.VP((2,))), optax.sgd(0.0), **options)
     state = trainer.init(jnp.ones((2,), jnp.float32), jr.key(0))
 
     def step(state, n):
         parameters = jnp.asarray([1.01, 0.999], jnp.float32)
-        average, lost = trainer._average(state, parameters, n)
-        return dataclasses.replace(state, average=average, lost=lost), None
+        ema, lost = trainer._update_ema(state, parameters, n)
+        return dataclasses.replace(state, ema=ema, lost=lost), None
 
     state, _ = jax.lax.scan(step, state, jnp.arange(1, steps + 1, dtype=jnp.int32))
     share = 1.0 if debias else 1 - decay**steps
     expected = 1 + share * np.array([0.01, -0.001])
-    np.testing.assert_allclose(state.average, expected, rtol=2e-7)
+    np.testing.assert_allclose(state.ema, expected, rtol=2e-7)
 
 
 def test_the_paper_s_optimiser():
@@ -422,7 +422,7 @@ def test_parts_of_a_batch_give_the_same_gradient():
     make = lambda n: Trainer(DenoisingLoss(gd.VP((2,))), adam(1e-2, 0), accumulate=n)
     (one, first), (four, second) = (_train(make(n), _points(), 5) for n in (1, 4))
     np.testing.assert_allclose(first, second, rtol=1e-5)
-    assert max_difference(one.average, four.average) < 1e-5
+    assert max_difference(one.ema, four.ema) < 1e-5
 
 
 class _Forgetful(eqx.Module):
@@ -492,7 +492,7 @@ def test_the_same_losses_on_any_number_of_devices():
 def test_a_part_of_the_parameters_on_each_device():
     bytes_of = lambda state: sum(
         leaf.addressable_shards[0].data.nbytes
-        for leaf in jtu.tree_leaves((state.average, state.optimiser))
+        for leaf in jtu.tree_leaves((state.ema, state.optimiser))
     )
     whole, parts = (
         _sharded(8, shard).init(_points(), jr.key(0)) for shard in (False, True)
@@ -523,7 +523,7 @@ def test_sums_over_devices_and_no_gathered_batch():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: Trainer(DenoisingLoss(gd.VP((2,))), average_decay=1.0), "got 1.0"),
+        (lambda: Trainer(DenoisingLoss(gd.VP((2,))), ema_decay=1.0), "got 1.0"),
         (lambda: Trainer(DenoisingLoss(gd.VP((2,))), accumulate=0), "`accumulate` must be"),
         (lambda: DenoisingLoss(gd.VP((2,)), weighting="snr"), "`weighting` must be one"),
         (lambda: DenoisingLoss(gd.CLD((2,)), "velocity"), "predicts='velocity'"),

@@ -8,8 +8,8 @@ from .polynomial import integral as integral, lagrange as lagrange, weights as w
 from .quadrature import step_nodes as step_nodes
 from .residual import next_residual as next_residual, Residual as Residual
 from .reverse_transition import (
-    Contraction as Contraction,
-    contraction as contraction,
+    noise_transition as noise_transition,
+    NoiseTransition as NoiseTransition,
     reverse_transition as reverse_transition,
 )
 from .splitting import (

@@ -5,7 +5,7 @@ from jaxtyping import Array, Int
 
 from .._custom_types import State
 from .._linear import apply, BlockLinearOperator
-from .reverse_transition import Contraction
+from .reverse_transition import NoiseTransition
 
 
 class Residual(eqx.Module):
@@ -32,21 +32,21 @@ class Residual(eqx.Module):
 
 
 def next_residual(
-    shape: tuple[int, ...], step: Contraction, noise: State, value: State, normal: State
+    shape: tuple[int, ...], step: NoiseTransition, noise: State, value: State, normal: State
 ) -> Residual:
     """The map from the next noise prediction to its residual.
 
     **Arguments:**
 
     - `shape`: the shape of one data sample.
-    - `step`: the contraction over the step.
+    - `step`: the noise transition over the step.
     - `noise`, `value`: the noise prediction at the start of the step, and the residual.
     - `normal`: the standard normals of the step.
     """
-    omega, spread, mean = (
-        BlockLinearOperator(x, shape) for x in (step.omega, step.spread, step.mean)
+    omega, noise_root, mean = (
+        BlockLinearOperator(x, shape) for x in (step.omega, step.noise_root, step.mean)
     )
     gain = mean.inverse()
-    explained = apply(gain @ omega, noise), apply(gain @ spread, normal)
+    explained = apply(gain @ omega, noise), apply(gain @ noise_root, normal)
     offset = jtu.tree_map(lambda v, a, b: v - a - b, value, *explained)
     return Residual(gain, offset)

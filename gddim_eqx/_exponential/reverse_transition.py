@@ -41,7 +41,7 @@ from .._process import AbstractProcess, as_times, require_process
 from .quadrature import NODES, step_nodes, StepNodes, WEIGHTS
 
 
-class Contraction(NamedTuple):
+class NoiseTransition(NamedTuple):
     r"""$\Omega$ over a step from `s` to `t`, and related quantities for the solver."""
 
     # Omega(t, s).
@@ -49,14 +49,14 @@ class Contraction(NamedTuple):
     # A square root of I - Omega Omega^T. Applied to normalised Brownian increments it gives
     # the noise that these add to the noise prediction, or the nearest to that among those
     # with the right covariance.
-    spread: Inexact[Array, "n n *spectrum"]
+    noise_root: Inexact[Array, "n n *spectrum"]
     # The mean of Omega(t, tau) over the step; the identity where it is zero.
     mean: Inexact[Array, "n n *spectrum"]
     # Omega(t, tau) at the start, the quadrature nodes and the end.
     omegas: Inexact[Array, "times n n *spectrum"]
 
 
-def contraction(nodes: StepNodes, lam: Level) -> Contraction:
+def noise_transition(nodes: StepNodes, lam: Level) -> NoiseTransition:
     """The contraction over a step backward in time.
 
     **Arguments:**
@@ -64,32 +64,32 @@ def contraction(nodes: StepNodes, lam: Level) -> Contraction:
     - `nodes`: of a step from `s` to `t <= s`.
     - `lam`: the stochasticity, or a function of time.
     """
-    loadings = nodes.whitened[1:-1]
-    durations = (nodes.times[0] - nodes.times[-1]) * nodes.weights[1:-1]
-    durations = append_axes(durations, loadings.ndim)
+    whitened = nodes.whitened[1:-1]
+    step_weights = (nodes.times[0] - nodes.times[-1]) * nodes.weights[1:-1]
+    step_weights = append_axes(step_weights, whitened.ndim)
     level, levels = _levels(lam, nodes.times[1:])
-    levels = append_axes(levels, loadings.ndim)
+    levels = append_axes(levels, whitened.ndim)
     # Square roots are taken only of regular quantities, and then multiplied by the level,
     # so that derivatives with respect to it exist even where it is zero.
     if nodes.process.num_components == 1:
-        exponents = _exponents(nodes, loadings, durations, levels)
+        exponents = _exponents(nodes, whitened, step_weights, levels)
         omegas, omega = (jnp.exp(level**2 * x) for x in exponents)
-        increments = _root(durations) * levels[:-1] * omegas * loadings
+        increments = _root(step_weights) * levels[:-1] * omegas * whitened
         root = _root(-2 * exponents[1] * _expm1_over(2 * level**2 * exponents[1]))
     else:
-        loadings = levels[:-1] * loadings
-        omegas, omega = _collocate(loadings, durations, level)
-        increments = _root(durations) * jax.vmap(matmul)(omegas, loadings)
+        whitened = levels[:-1] * whitened
+        omegas, omega = _collocate(whitened, step_weights, level)
+        increments = _root(step_weights) * jax.vmap(matmul)(omegas, whitened)
         root = square_root_of_sum(increments)
     # The integral of the noise against the increments of Brownian motion.
-    target = (_root(durations) * increments).sum(0)
-    spread = level * align(root, target)
+    target = (_root(step_weights) * increments).sum(0)
+    noise_root = level * align(root, target)
     mean = (append_axes(nodes.weights[1:-1], omegas.ndim) * omegas).sum(0)
     eye = append_axes(jnp.eye(len(mean), dtype=mean.dtype), mean.ndim)
     eye = jnp.broadcast_to(eye, mean.shape)
     mean = jnp.where((mean == 0).all(), eye, mean)
     omegas = jnp.concatenate([omega[None], omegas, eye[None]])
-    return Contraction(omega, spread, mean, omegas)
+    return NoiseTransition(omega, noise_root, mean, omegas)
 
 
 def _levels(lam: Level, times):
@@ -114,7 +114,7 @@ def _expm1_over(x):
     return jnp.where(small, 1 + x / 2, jnp.expm1(x) / jnp.where(small, 1, x))
 
 
-def _exponents(nodes, loadings, durations, levels):
+def _exponents(nodes, whitened, step_weights, levels):
     """The logarithms of Omega(t, tau) and Omega(t, s) in the scalar case, for a mean level
     of one. At a constant level Omega is R_t / (Psi R_s) to the power lam^2. The deviation
     of the level from its value at the end is regular there, and integrated."""
@@ -132,7 +132,7 @@ def _exponents(nodes, loadings, durations, levels):
 
     at_nodes = jax.vmap(log_ratio)(nodes.times[:-1], nodes.roots[:-1], nodes.signals[:-1])
     # The logarithm of a ratio near 1 suffers from cancellation; the integral does not.
-    rate = 0.5 * durations * loadings**2
+    rate = 0.5 * step_weights * whitened**2
     whole = at_nodes[0]
     whole = jnp.where(whole < -0.1, whole, -rate.sum(0))
     at_end, excess = levels[-1] ** 2, rate * (levels[:-1] ** 2 - levels[-1:] ** 2)
@@ -143,16 +143,16 @@ def _exponents(nodes, loadings, durations, levels):
     return at_end[None] * at_nodes[1:] + within, whole
 
 
-def _collocate(loadings, durations, lam):
+def _collocate(whitened, step_weights, lam):
     """Omega(t, tau) at the nodes and Omega(t, s), by Gauss collocation from t to s.
 
     It preserves quadratic invariants, so I - Omega Omega^T equals its quadrature at the
     nodes.
     """
-    number, n = loadings.shape[:2]
-    squares = jax.vmap(lambda x: matmul(x, transposed(x)))(loadings)
+    number, n = whitened.shape[:2]
+    squares = jax.vmap(lambda x: matmul(x, transposed(x)))(whitened)
     # The generator times the quadrature weights, then in the quadrature's own variable.
-    change = 0.5 * lam**2 * durations * squares
+    change = 0.5 * lam**2 * step_weights * squares
     generator = change / append_axes(jnp.asarray(WEIGHTS, change.dtype), change.ndim)
     last = jnp.moveaxis(generator, (1, 2), (-2, -1))
     system = jnp.einsum("ij,j...ab->...iajb", jnp.asarray(_BACKWARD, last.dtype), last)
@@ -210,12 +210,12 @@ def reverse_transition(
         "The reverse diffusion runs backward in time: `t` must not exceed `s`.",
     )
     nodes = step_nodes(process, before, after)
-    step = contraction(nodes, lam)
-    factor, inverse, omega, spread = (
+    step = noise_transition(nodes, lam)
+    factor, inverse, omega, noise_root = (
         BlockLinearOperator(x, process.shape)
-        for x in (nodes.roots[-1], nodes.inverses[0], step.omega, step.spread)
+        for x in (nodes.roots[-1], nodes.inverses[0], step.omega, step.noise_root)
     )
-    root = factor @ spread
+    root = factor @ noise_root
     covariance = BlockLinearOperator(
         (root @ root.T).blocks, process.shape, lx.positive_semidefinite_tag
     )

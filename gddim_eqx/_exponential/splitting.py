@@ -17,7 +17,7 @@ from .._term import ProbabilityFlow
 from .coordinate import AbstractCoordinate, Time
 from .moments import moments_of_bracket, moments_of_density, Position, position
 from .quadrature import step_ends, step_nodes, StepNodes
-from .reverse_transition import Contraction, contraction
+from .reverse_transition import noise_transition, NoiseTransition
 
 
 Moments = Callable[[Position, int], Inexact[Array, "number n n *spectrum"]]
@@ -40,9 +40,9 @@ class StepCoefficients(NamedTuple):
     start: Inexact[Array, ""]
     end: Inexact[Array, ""]
     # On reverse diffusions: the multiplier of standard normals, `(n, n, *spectrum)`, and
-    # the `Contraction` it is computed from. Otherwise `None`.
+    # the `NoiseTransition` it is computed from. Otherwise `None`.
     noise: Any
-    contraction: Any
+    noise_transition: Any
 
 
 class AbstractSplitting(eqx.Module):
@@ -63,7 +63,7 @@ class AbstractSplitting(eqx.Module):
 
     @abc.abstractmethod
     def prepare(
-        self, nodes: StepNodes, step: Contraction | None
+        self, nodes: StepNodes, step: NoiseTransition | None
     ) -> tuple[Inexact[Array, "n n *factors"], Moments]:
         """The multiplier of the state, and the moments of the bracket as a function of the
         position in a coordinate and the number of moments."""
@@ -99,7 +99,7 @@ class AbstractSplitting(eqx.Module):
         at_zero = (s == t) & (s <= 0)
         start, end = (jnp.where(at_zero, process.t_min, x) for x in (s, t))
         nodes = step_nodes(process, start, end)
-        step = None if lam is None else contraction(nodes, lam)
+        step = None if lam is None else noise_transition(nodes, lam)
         linear, moments = self.prepare(nodes, step)
         in_time = moments(position(nodes, Time()), number_in_time)
         if number == 1 and step is None and not self.needs_nodes(process):
@@ -110,7 +110,7 @@ class AbstractSplitting(eqx.Module):
         in_coordinate = moments(at, number)
         noise = None
         if step is not None:
-            noise = _product(process, nodes.roots[-1], step.spread)
+            noise = _product(process, nodes.roots[-1], step.noise_root)
         root = nodes.roots[0]
         in_coordinate, in_time = (_none_if_still(s, t, x) for x in (in_coordinate, in_time))
         return StepCoefficients(

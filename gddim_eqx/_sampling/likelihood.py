@@ -184,7 +184,7 @@ def log_likelihood_bound(
     x: Inexact[Array, "..."],
     key: Key,
     *,
-    num_velocities: int = 1,
+    num_draws: int = 1,
     **kwargs,
 ) -> Likelihood:
     r"""An estimate of a lower bound on the log density of data under a process with a
@@ -201,11 +201,11 @@ def log_likelihood_bound(
     - `flow`: the probability flow of the model.
     - `x`: data, `(*batch, *shape)`.
     - `key`: a random key, for the velocities and the probes.
-    - `num_velocities`: the number of velocities per sample to average over.
+    - `num_draws`: the number of velocities per sample to average over.
     - `**kwargs`: as in [`gddim_eqx.log_density`][], from `divergence` on.
 
     **Returns:** [`gddim_eqx.Likelihood`][]: unbiased estimates of the bound, `(*batch,)`,
-    and latent codes, `(num_velocities, *batch, *shape)`.
+    and latent codes, `(num_draws, *batch, *shape)`.
 
     **Raises:** `ValueError` for arguments that do not fit, for a process without a
     velocity, or one whose initial velocity is deterministic.
@@ -223,9 +223,9 @@ def log_likelihood_bound(
             f"The states of {type(process).__name__} are data alone, whose density is "
             "known. Take `log_likelihood`."
         )
-    check_count("num_velocities", num_velocities)
+    check_count("num_draws", num_draws)
     x = jnp.asarray(x)
-    mean = process.encode(jnp.broadcast_to(x[None], (num_velocities, *x.shape)))
+    mean = process.encode(jnp.broadcast_to(x[None], (num_draws, *x.shape)))
     initial = process.covariance(jnp.zeros((), coefficient_dtype(mean))).blocks[1:, 1:]
     root = jnp.linalg.cholesky(jnp.moveaxis(initial, (0, 1), (-2, -1)))
     logarithms = jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1)).sum(-1)

@@ -137,14 +137,14 @@ class NetworkModel(eqx.Module):
     def _noise(self, t: Array, u: State, output: Array, variance: float) -> State:
         process = self.process
         root = process.factor(t)
-        carried = process.transition(t, jnp.zeros_like(t)) * process.data_scale
-        mean = carried.blocks[:, 0]
+        signal = process.transition(t, jnp.zeros_like(t)) * process.data_scale
+        mean = signal.blocks[:, 0]
         spread = variance * mean[:, None] * mean[None]
         total = process.covariance(t) + _with_blocks(root, spread)
         # The noise if the data were their posterior mean given the state ...
         noise = apply(root.T @ total.inverse(), process.from_data(u))
         # ... minus the contribution of the data's deviation from it.
-        share = root.inverse() @ carried
+        share = root.inverse() @ signal
         precision = 1 / variance + (share.blocks[:, 0] ** 2).sum(0)
         share = _with_blocks(share, share.blocks / jnp.sqrt(precision)[None, None])
         output = process.basis.forward(output)

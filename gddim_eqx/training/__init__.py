@@ -3,7 +3,7 @@ from ._checkpoints import Checkpoints as Checkpoints
 from ._fit import fit as fit, JSONLines as JSONLines
 from ._loss import DenoisingLoss as DenoisingLoss, NoisedBatch as NoisedBatch
 from ._times import (
-    AbstractTimes as AbstractTimes,
+    AbstractTimeSampler as AbstractTimeSampler,
     ImportanceTimes as ImportanceTimes,
     StratifiedTimes as StratifiedTimes,
     UniformTimes as UniformTimes,

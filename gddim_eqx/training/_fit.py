@@ -260,13 +260,13 @@ def fit(
 
 
 def _warn_of_initial(trainer: Trainer, steps: int) -> None:
-    share = 0.0 if trainer.debias else trainer.average_decay**steps
+    share = 0.0 if trainer.debias else trainer.ema_decay**steps
     if share > 0.05:
         warnings.warn(
-            f"After {steps} steps with `average_decay={trainer.average_decay}` the initial "
-            f"parameters are still {share:.0%} of the average. Sample with `state.model` "
+            f"After {steps} steps with `ema_decay={trainer.ema_decay}` the initial "
+            f"parameters are still {share:.0%} of the EMA. Sample with `state.model` "
             "in place of `state.averaged`, train for longer, or choose a smaller "
-            "`average_decay` or `debias=True`.",
+            "`ema_decay` or `debias=True`.",
             stacklevel=3,
         )
 

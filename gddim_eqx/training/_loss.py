@@ -15,7 +15,7 @@ from .._linear import apply, check_state, coefficient_dtype, subtract
 from .._misc import check_key
 from .._process import AbstractProcess, latest, require_process
 from .._term import check_prediction, make_prediction, Marginal, ProbabilityFlow
-from ._times import AbstractTimes, UniformTimes
+from ._times import AbstractTimeSampler, UniformTimes
 
 
 class NoisedBatch(NamedTuple):
@@ -42,7 +42,7 @@ class DenoisingLoss(eqx.Module):
     process: AbstractProcess
     predicts: PredictionName = eqx.field(static=True)
     factor: FrameName = eqx.field(static=True)
-    times: AbstractTimes
+    times: AbstractTimeSampler
     weighting: str | Callable = eqx.field(static=True)
     dropout: bool = eqx.field(static=True)
 
@@ -52,7 +52,7 @@ class DenoisingLoss(eqx.Module):
         predicts: PredictionName = "noise",
         factor: FrameName = "R",
         *,
-        times: AbstractTimes = UniformTimes(),
+        times: AbstractTimeSampler = UniformTimes(),
         weighting: Literal["prediction", "noise", "likelihood"] | Callable = "prediction",
         dropout: bool = False,
     ):
@@ -86,7 +86,7 @@ class DenoisingLoss(eqx.Module):
                 f"`weighting` must be one of {known} or a function of time; got "
                 f"{weighting!r}."
             )
-        if not isinstance(times, AbstractTimes):
+        if not isinstance(times, AbstractTimeSampler):
             raise ValueError(
                 f"`times` must be times such as `UniformTimes()`; got {times!r}."
             )

@@ -18,7 +18,7 @@ else:
     from equinox import AbstractVar
 
 
-class AbstractTimes(eqx.Module):
+class AbstractTimeSampler(eqx.Module):
     """A distribution of the times at which a batch is noised."""
 
     start: AbstractVar[float]
@@ -47,7 +47,7 @@ class AbstractTimes(eqx.Module):
         """
 
 
-class UniformTimes(AbstractTimes):
+class UniformTimes(AbstractTimeSampler):
     """Independent uniform times, as in the paper.
 
     **Arguments:**
@@ -63,7 +63,7 @@ class UniformTimes(AbstractTimes):
         return jr.uniform(key, (number,), dtype), jnp.ones(number, dtype)
 
 
-class StratifiedTimes(AbstractTimes):
+class StratifiedTimes(AbstractTimeSampler):
     """Stratified uniform times, one per sample in equal intervals, to reduce the variance
     of a batch's mean (Kingma et al. 2021, appendix I.1).
 
@@ -77,7 +77,7 @@ class StratifiedTimes(AbstractTimes):
         return _stratified(key, number, dtype), jnp.ones(number, dtype)
 
 
-class ImportanceTimes(AbstractTimes):
+class ImportanceTimes(AbstractTimeSampler):
     """Importance sampling: times from a density of your choice, weighted by its inverse, so
     that the expected loss is that of uniform times. Stratified too.
 

@@ -23,7 +23,7 @@ class TrainState(eqx.Module):
 
     model: PyTree
     """The model, with its current parameters."""
-    average: PyTree
+    ema: PyTree
     """The EMA of the parameters, at least in single precision; `None` for all other
     leaves."""
     optimiser: PyTree
@@ -43,7 +43,7 @@ class TrainState(eqx.Module):
     def averaged(self) -> Any:
         """The model with the EMA of its parameters, in the precision of the model, for
         sampling."""
-        return eqx.combine(_cast_like(self.average, _parameters(self.model)), self.model)
+        return eqx.combine(_cast_like(self.ema, _parameters(self.model)), self.model)
 
 
 class Metrics(eqx.Module):
@@ -76,7 +76,7 @@ class Trainer(eqx.Module):
 
     loss: DenoisingLoss
     optimiser: optax.GradientTransformation = eqx.field(static=True)
-    average_decay: float = eqx.field(static=True)
+    ema_decay: float = eqx.field(static=True)
     debias: bool = eqx.field(static=True)
     accumulate: int = eqx.field(static=True)
     prepare: Callable | None = eqx.field(static=True)
@@ -87,7 +87,7 @@ class Trainer(eqx.Module):
         loss: DenoisingLoss,
         optimiser: optax.GradientTransformation | None = None,
         *,
-        average_decay: float = 0.995,
+        ema_decay: float = 0.995,
         debias: bool = True,
         accumulate: int = 1,
         prepare: Callable | None = Augmentation(),
@@ -97,14 +97,14 @@ class Trainer(eqx.Module):
 
         - `loss`: what to minimise.
         - `optimiser`: by default [`gddim_eqx.training.adam`][].
-        - `average_decay`: the decay of the EMA of the parameters. It averages over about
-            the last `1 / (1 - average_decay)` steps, which should be at most a tenth of
+        - `ema_decay`: the decay of the EMA of the parameters. It averages over about
+            the last `1 / (1 - ema_decay)` steps, which should be at most a tenth of
             all: 0.995 suits from 2,000 steps on, 0.999 from 10,000, and 0.9999, as in the
-            paper, from 100,000. With a longer average, `state.averaged` may be worse than
+            paper, from 100,000. With a longer EMA, `state.averaged` may be worse than
             `state.model`.
         - `debias`: whether to remove the initial parameters from the EMA, by Adam's bias
             correction. Without, as in the authors' code, the EMA starts at them, and they
-            still have weight `average_decay**n` after n steps.
+            still have weight `ema_decay**n` after n steps.
         - `accumulate`: the number of parts for gradient accumulation, to save memory. The
             result is the same up to rounding.
         - `prepare`: called as `prepare(key, batch)` on the whole batch. By default
@@ -123,13 +123,13 @@ class Trainer(eqx.Module):
             raise ValueError(
                 f"`prepare` must be callable as `prepare(key, batch)`; got {prepare!r}."
             )
-        average_decay = as_constant("average_decay", average_decay)
-        if not 0 <= average_decay < 1:
-            raise ValueError(f"`average_decay` must be in [0, 1); got {average_decay}.")
+        ema_decay = as_constant("ema_decay", ema_decay)
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be in [0, 1); got {ema_decay}.")
         check_count("accumulate", accumulate)
         self.loss = loss
         self.optimiser = optimiser
-        self.average_decay, self.debias = average_decay, debias
+        self.ema_decay, self.debias = ema_decay, debias
         self.accumulate, self.prepare, self.placement = accumulate, prepare, placement
 
     def init(self, model: PyTree, key: Key) -> TrainState:
@@ -149,14 +149,12 @@ class Trainer(eqx.Module):
                 f"{type(model).__name__}."
             )
         # Copied, as a step donates the buffers of its input.
-        copied, average = copy(model), copy(_in_single(_parameters(model)))
-        optimiser = copy(self.optimiser.init(average))
-        precise = copy(_where_changed(average, _parameters(model)))
-        lost = jtu.tree_map(
-            lambda x: jnp.zeros_like(x) if self._rounds(x) else None, average
-        )
+        copied, ema = copy(model), copy(_in_single(_parameters(model)))
+        optimiser = copy(self.optimiser.init(ema))
+        precise = copy(_where_changed(ema, _parameters(model)))
+        lost = jtu.tree_map(lambda x: jnp.zeros_like(x) if self._rounds(x) else None, ema)
         step = jnp.zeros((), jnp.int32)
-        state = TrainState(copied, average, optimiser, step, copy(key), precise, lost)
+        state = TrainState(copied, ema, optimiser, step, copy(key), precise, lost)
         return state if self.placement is None else self.placement.put(state)
 
     def step(
@@ -209,44 +207,44 @@ class Trainer(eqx.Module):
         precise = eqx.apply_updates(precise, updates)
         parameters = _cast_like(precise, parameters)
         model, step = eqx.combine(parameters, static), state.step + 1
-        average, lost = self._average(state, parameters, step)
+        ema, lost = self._update_ema(state, parameters, step)
         precise = _where_changed(precise, parameters)
-        state = TrainState(model, average, optimiser, step, state.key, precise, lost)
+        state = TrainState(model, ema, optimiser, step, state.key, precise, lost)
         if self.placement is not None:
             state = self.placement.constrain(state)
         return state, metrics
 
-    def _average(self, state, parameters, step):
+    def _update_ema(self, state, parameters, step):
         """The updated EMA, and its rounding error."""
 
         def change(old, new):
             return self._share(step, old.dtype) * (new.astype(old.dtype) - old)
 
-        changes = jtu.tree_map(change, state.average, parameters)
+        changes = jtu.tree_map(change, state.ema, parameters)
         # Kahan summation, where `lost` is not `None`.
         known = eqx.combine(state.lost, jtu.tree_map(jnp.zeros_like, changes))
         changes = jtu.tree_map(jnp.subtract, changes, known)
-        average = jtu.tree_map(jnp.add, state.average, changes)
+        ema = jtu.tree_map(jnp.add, state.ema, changes)
         lost = jtu.tree_map(
             lambda old, new, change: new - old - change if self._rounds(old) else None,
-            state.average,
-            average,
+            state.ema,
+            ema,
             changes,
         )
-        return average, lost
+        return ema, lost
 
     def _share(self, step, dtype) -> Array:
         """The weight of the newest parameters in the EMA."""
-        dtype, share = jnp.finfo(dtype).dtype, 1 - self.average_decay
+        dtype, share = jnp.finfo(dtype).dtype, 1 - self.ema_decay
         if not self.debias:
             return jnp.asarray(share, dtype)
-        log = math.log(self.average_decay) if self.average_decay else -math.inf
+        log = math.log(self.ema_decay) if self.ema_decay else -math.inf
         # One minus a power of the decay, without cancellation.
         return share / -jnp.expm1(step.astype(dtype) * log)
 
     def _rounds(self, x: Array) -> bool:
         """Whether the EMA would lose all but a few bits of an update."""
-        return 1 - self.average_decay < 2**9 * float(jnp.finfo(x.dtype).eps)
+        return 1 - self.ema_decay < 2**9 * float(jnp.finfo(x.dtype).eps)
 
     def _gradient(self, mean_loss, parameters, noised):
         def value_and_gradient(parameters, noised):

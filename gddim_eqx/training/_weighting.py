@@ -45,8 +45,8 @@ class DataWeighting(eqx.Module):
         - `t`: the time.
         """
         process = self.process
-        carried = process.transition(t, 0.0) * process.data_scale
-        share = (process.factor(t).inverse() @ carried).blocks[:, 0]
+        signal = process.transition(t, 0.0) * process.data_scale
+        share = (process.factor(t).inverse() @ signal).blocks[:, 0]
         signal = (share**2).sum(axis=0).max()
         components = process.num_components
         return components * (1 + 1 / (self.data_std**2 * signal))
