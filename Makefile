@@ -14,8 +14,8 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
 
-# One network trained under VP, BDM and CLD on Fashion-MNIST, and all samplers measured:
-# hours on two cores. It needs Debian's package dataset-fashion-mnist.
+# Trains one network under VP, BDM and CLD on Fashion-MNIST, and compares all samplers:
+# hours on two cores. Needs Debian's package dataset-fashion-mnist.
 fashion-mnist: $(VENV)/.installed
 	$(BIN)/python benchmarks/fashion_mnist.py
 
@@ -23,25 +23,26 @@ fashion-mnist: $(VENV)/.installed
 tables: $(VENV)/.installed
 	$(BIN)/python benchmarks/paper_tables.py
 
-# The error of few steps on fourteen cases: a minute or two a case.
+# The error with few steps, in fourteen cases: a minute or two per case.
 few-steps: $(VENV)/.installed
 	$(BIN)/python benchmarks/few_steps.py
 
-# Error against evaluations and time, all samplers, with a picture: several minutes a case.
+# Work-precision diagrams of all samplers: several minutes per case.
 work-precision: $(VENV)/.installed
 	$(BIN)/python benchmarks/work_precision.py
 
-# The test-suite, in double precision.
+# The test suite, in double precision.
 test: $(VENV)/.installed
 	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" \
 		--durations=25
 
-# The same with JAX's default of single precision.
+# The same in JAX's default, single precision.
 test-float32: $(VENV)/.installed
 	JAX_ENABLE_X64=0 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
-# What of it `.ci/run` runs: what is skipped in double precision, and what depends on it.
-# And once what depends on how XLA compiles, without the flags that make the suite fast.
+# The part of it that `.ci/run` runs: the tests that are skipped in double precision or that
+# depend on the precision. Then, once, those that depend on how XLA compiles, without the
+# flags that make the suite fast.
 test-precision: $(VENV)/.installed
 	JAX_ENABLE_X64=0 $(BIN)/python -m pytest -n 2 --dist worksteal \
 		-m "(float32 or precision) and not slow"
@@ -56,7 +57,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-# Format, lint, types, and all tests in both precisions.
+# Formatting, lint, types, and the test suite in both precisions.
 check: lint test test-float32
 
 clean:

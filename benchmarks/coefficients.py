@@ -1,9 +1,9 @@
-"""Set-up time and accuracy of the coefficients of CLD, against the authors' procedure.
+"""Time and accuracy of computing the coefficients of CLD, against the authors' procedure.
 
-The authors integrate R_t over a million Runge-Kutta steps in float32 and then sum each
-coefficient over 10,000 nodes from the left. That procedure is written out again here,
-for order 3 on the 50-step quadratic grid, in float32, as the authors have it, and in
-float64, so that what is measured is the method.
+The authors integrate R_t over a million Runge-Kutta steps in float32, and then compute each
+coefficient by a left Riemann sum over 10,000 nodes. That procedure is reimplemented here,
+for order 3 on the 50-step quadratic grid: in float32, as in the authors' code, and in
+float64, to measure the method rather than rounding.
 
     python benchmarks/coefficients.py
     python benchmarks/coefficients.py --quick  # only to see that it runs
@@ -76,7 +76,7 @@ def _authors_table(rk_steps: int, dtype) -> jax.Array:
 
 @jax.jit
 def _authors_integrand(table, tau, t):
-    """That of equation 19, with R_t interpolated linearly."""
+    """The integrand of equation 19, with R_t interpolated linearly."""
     place = jnp.clip(tau * len(table), 0, len(table) - 2)
     left = place.astype(int)
     fraction = (place - left)[:, None, None]
@@ -87,7 +87,7 @@ def _authors_integrand(table, tau, t):
 
 
 def authors(ts: jax.Array, rk_steps: int, nodes: int, dtype) -> np.ndarray:
-    """The same by a table of R_t and left Riemann sums of equation 19."""
+    """The same coefficients, by a table of R_t and left Riemann sums of equation 19."""
     table = _authors_table(rk_steps, dtype)
     out = np.zeros((len(ts) - 1, _order, 2, 2))
     times = np.asarray(ts, np.float64)
@@ -131,7 +131,7 @@ def exact(ts: jax.Array) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="only see that it runs")
+    parser.add_argument("--quick", action="store_true", help="only check that it runs")
     quick = parser.parse_args().quick
     steps, million, many = (5, 1000, 100) if quick else (50, 1_000_000, 10_000)
     ts = gd.time_grid(_process, steps, "quadratic")
@@ -142,7 +142,7 @@ def main() -> None:
         fn()
         return time.perf_counter() - start
 
-    columns = ("first call", "again", "max error", "relative")
+    columns = ("first call", "later calls", "max error", "relative")
     print(f"{f'CLD, order 3, {steps} steps':28s}" + "".join(f"{c:>12s}" for c in columns))
 
     def report(name: str, fn) -> tuple[float, float]:
@@ -158,9 +158,9 @@ def main() -> None:
     slow, error = report(
         "the authors', float64", lambda: authors(ts, million, many, jnp.float64)
     )
-    print(f"In float64 the authors' takes {slow / fast:.0f} times as long", end=" ")
+    print(f"In float64 the authors' method takes {slow / fast:.0f} times as long", end=" ")
     print(f"and has {error / exactness:.0e} times the error.")
-    print("A first call includes compilation and, for this library, its tables.")
+    print("The first call includes compilation and, for this library, its tables.")
 
 
 if __name__ == "__main__":

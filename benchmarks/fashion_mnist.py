@@ -1,14 +1,14 @@
 """The paper's comparison on real images: one network trained under VP, BDM and CLD, and
-all samplers measured at the same numbers of evaluations.
+all samplers evaluated at the same numbers of network evaluations.
 
     python benchmarks/fashion_mnist.py          # hours on two CPU cores
     python benchmarks/fashion_mnist.py --gpu    # a larger network, for a GPU
     python benchmarks/fashion_mnist.py --quick  # digits, only to see that it runs
 
-It trains by `examples/train.py` and measures by `examples/evaluate.py`; stop it and run it
-again, and it goes on where it was. `--tables` shows how far it came. It writes the
-results, tables and pictures to `benchmarks/fashion_mnist`. Needs Debian's package
-`dataset-fashion-mnist`.
+It trains with `examples/train.py` and evaluates with `examples/evaluate.py`. If
+interrupted, run the same command again to resume. `--tables` only shows the results so far.
+Results, tables and pictures are written to `benchmarks/fashion_mnist`. Needs Debian's
+package `dataset-fashion-mnist`.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from evaluate import budgets_in, SAMPLERS, samplers_in, table
 _processes = ("vp", "bdm", "cld")
 _samplers = [name for name in SAMPLERS if name != "ddim"]
 _budgets = (5, 8, 10, 15, 20, 30, 50, 100, 200)
-_repeated = (5, 10, 20, 50)  # with other seeds
+_repeated = (5, 10, 20, 50)  # with several seeds
 _other_grid = [name for name in _samplers if SAMPLERS[name].grid == "clock"]
 
 
@@ -47,7 +47,7 @@ def call(example: ModuleType, quick: bool, *arguments: Any) -> None:
     words = list(map(str, arguments))
     if quick:
         return example.main(words)
-    # In a process of its own, whose memory is free afterwards.
+    # In a separate process, whose memory is freed afterwards.
     subprocess.run([sys.executable, str(example.__file__), *words], check=True)
 
 
@@ -67,7 +67,7 @@ def train_model(process: str, output: Path, arguments: argparse.Namespace) -> No
 def measure(
     process: str, run: Path, arguments: argparse.Namespace
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The results, and those on the other grid."""
+    """The results, and those on the quadratic grid."""
     kinds = [run / "evaluation", run / "evaluation-quadratic"]
 
     def evaluate_some(seeds, budgets, samplers=_samplers, output=kinds[0], options=()):
@@ -101,8 +101,8 @@ def measure(
 
 
 def differences(results: list[dict[str, Any]], first: Path) -> list[dict[str, Any]]:
-    """How far samples are from those of the same flow and noise in the most evaluations
-    that were made."""
+    """The RMS difference of samples from those of gDDIM with the most evaluations, for the
+    same flow and noise."""
 
     def images(sampler: str, budget: int) -> np.ndarray:
         with np.load(first / f"{sampler}-{budget}-0.npz") as file:
@@ -158,11 +158,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--runs", type=Path)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--number", type=int, help="of samples; by default 1000, or 10,000")
-    parser.add_argument("--seeds", type=int, help="by default 3")
+    parser.add_argument("--number", type=int, help="samples; 1000, or 10,000 with --gpu")
+    parser.add_argument("--seeds", type=int, help="number of seeds; by default 3")
     parser.add_argument("--gpu", action="store_true", help="train a larger network")
-    parser.add_argument("--tables", action="store_true", help="only of what was measured")
-    parser.add_argument("--quick", action="store_true", help="only see that it runs")
+    parser.add_argument("--tables", action="store_true", help="only show results so far")
+    parser.add_argument("--quick", action="store_true", help="only check that it runs")
     arguments = parser.parse_args()
     if arguments.number is None:
         default = 10_000 if arguments.gpu else 1000
@@ -194,8 +194,8 @@ def main() -> None:
                 table(content["results"], metric),
             ]
         text += [
-            f"### {process.upper()}: levels of 255 from the flow's samples, in the mean "
-            "square over 16",
+            f"### {process.upper()}: RMS difference from the flow's samples in "
+            "grey levels (0 to 255), over 16 images",
             table(differences(content["results"], run / "evaluation/first"), "difference"),
             f"### {process.upper()}: {protocol['frechet_distance']}, quadratic grid",
             table(other["results"]),

@@ -1,12 +1,12 @@
-"""The error of few steps, with `GDDIM()` and `time_grid` as they come.
+"""The error with few steps of `GDDIM()` on `time_grid`, with the defaults of both.
 
-Data are mixtures of normals, whose scores are exact: eight on a ring in 2-D, forty in 5-D,
-and one around each of 500 real images (`--fashion-mnist`: the directory of its files),
-under VP, CLD and BDM (images only), each with the exact noise prediction and with one that
-is off by 5%, as that of a trained network would be. Errors are medians over samples of the
-distance to the end of the exact flow of the same model, RMS per coordinate, and are
-divided by those of the paper's sampler: `GDDIM(3, "noise")` on the quadratic grid, with as
-many evaluations. `--others` takes other data instead, with which no default was chosen,
+The data are mixtures of Gaussians, whose scores are exact: eight on a ring in 2-D, forty in
+5-D, and one around each of 500 real images (`--fashion-mnist`: the directory of the data
+set), under VP, CLD and BDM (images only); each with the exact noise prediction and with one
+that is off by 5%, as that of a trained network would be. Errors are distances to the
+endpoint of the exact flow of the same model, RMS per coordinate: the median over samples,
+divided by that of the paper's sampler, `GDDIM(3, "noise")` on the quadratic grid, with the
+same number of evaluations. `--others` takes held-out data, on which no default was chosen,
 and `--float32` samples in single precision.
 
     python benchmarks/few_steps.py
@@ -46,7 +46,7 @@ _methods: list[tuple[str, gd.GDDIM, Grid]] = [
 
 
 class Perturbed(eqx.Module):
-    """A noise prediction plus smooth random sines of state and time."""
+    """A noise prediction, perturbed by random sinusoids of state and time."""
 
     model: Callable
     size: float
@@ -77,7 +77,7 @@ class Perturbed(eqx.Module):
 
 
 class Counted(eqx.Module):
-    """A model that says whenever it is evaluated."""
+    """A model that calls a function whenever it is evaluated."""
 
     model: Callable
     call: Callable = eqx.field(static=True)
@@ -90,7 +90,7 @@ class Counted(eqx.Module):
 def mixtures(
     path: Path, others: bool, quick: bool = False
 ) -> dict[str, tuple[gd.GaussianMixture, int]]:
-    """The data, and how many samples to take of each."""
+    """The data sets, and the number of samples to draw for each."""
     if quick:
         images = gd.datasets.digits()[:20] / 127.5 - 1
         return {
@@ -113,7 +113,7 @@ def mixtures(
             "40 in 5-D": (gd.GaussianMixture(cloud, 0.05), 512),
         }
     if not path.exists():
-        print(f"No images: {path} is not there (Debian: dataset-fashion-mnist).")
+        print(f"No images: {path} does not exist (Debian: dataset-fashion-mnist).")
         return small
     raw = gd.datasets.fashion_mnist(path)
     first = 10_000 if others else 0
@@ -122,7 +122,7 @@ def mixtures(
 
 
 def cases(path: Path, others: bool, quick: bool):
-    """All cases: a name, the process, the model and how many samples to take."""
+    """All cases: a name, the process, the model and the number of samples."""
     for size in (0.05,) if quick else (0.0, 0.05):
         for name, (mixture, number) in mixtures(path, others, quick).items():
             shape = mixture.means.shape[1:]
@@ -138,7 +138,7 @@ def cases(path: Path, others: bool, quick: bool):
 
 
 def exact_flow(process: AbstractProcess, model: Callable, u) -> jax.Array:
-    """The data at the end of the flow, by another solver."""
+    """The endpoint of the exact flow, as data, by another solver."""
     tolerance = 1e-9 if u_size(u) < 10_000 else 1e-7
     sol = dfx.diffeqsolve(
         gd.ProbabilityFlow(process, model),
@@ -170,7 +170,7 @@ def _through(term: gd.ProbabilityFlow, solver: dfx.AbstractSolver, u, ts, number
 
 
 def step_through(process: AbstractProcess, model: Callable, solver, u, ts) -> jax.Array:
-    """The data at the end of a grid of up to 300 steps, compiled once for all of these."""
+    """The data at the end of a grid of up to 300 steps. Compiled once for all lengths."""
     number = len(ts) - 1
     padded = np.pad(np.asarray(ts), (0, 300 - number), mode="edge")
     term = gd.ProbabilityFlow(process, model)
@@ -178,7 +178,7 @@ def step_through(process: AbstractProcess, model: Callable, solver, u, ts) -> ja
 
 
 class Counter:
-    """Counts the evaluations of a model as they run."""
+    """Counts the evaluations of a model at run time."""
 
     def __init__(self, model: Callable):
         self.count = 0
@@ -196,11 +196,11 @@ class Counter:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="The error of few steps.")
+    parser = argparse.ArgumentParser(description="The error with few steps.")
     parser.add_argument("--fashion-mnist", type=Path, default=fashion_mnist)
-    parser.add_argument("--others", action="store_true", help="other data")
+    parser.add_argument("--others", action="store_true", help="use held-out data")
     parser.add_argument("--float32", action="store_true", help="sample in float32")
-    parser.add_argument("--quick", action="store_true", help="only see that it runs")
+    parser.add_argument("--quick", action="store_true", help="only check that it runs")
     arguments = parser.parse_args()
     names, errors = [], []
     numbers = (5, 8) if arguments.quick else (5, 8, 10, 15, 20, 30, 50)
@@ -224,7 +224,7 @@ def main():
                 rows[-1].append(float(jnp.median(distance)))
         names.append(name)
         errors.append(rows)
-    # By case, method and number of evaluations.
+    # Indexed by case, method and number of evaluations.
     table = np.array(errors)
     header = " | ".join(str(n) for n in numbers)
     print(f"\n| median error | | {header} |\n| --- | --- |{' --- |' * len(numbers)}")

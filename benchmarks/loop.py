@@ -1,7 +1,7 @@
-"""An evaluation of a network in a loop, as solvers have it, and outside of one.
+"""A network evaluation inside a loop, as in a solver, and outside of one.
 
-With the convolutions of this library, and with Equinox's own, which have channels first
-and are slow in loops on CPUs.
+With the convolutions of this library, and with Equinox's own, which are channels-first and
+slow in loops on CPUs.
 
     python benchmarks/loop.py
     python benchmarks/loop.py --quick  # only to see that it runs
@@ -19,7 +19,7 @@ from gddim_eqx.nn import _layers, _ncsnpp
 
 
 def milliseconds(run, *args, number: int) -> float:
-    """For one of so many images or evaluations, the least of three."""
+    """Milliseconds per image or evaluation, of which there are `number`: best of three."""
     jax.block_until_ready(run(*args))
     spent = []
     for _ in range(3):
@@ -32,7 +32,7 @@ def milliseconds(run, *args, number: int) -> float:
 def measure(batch: int, steps: int) -> tuple[float, float]:
     model = gd.checkpoints.pretrained("fashion-mnist-vp").model
 
-    # Anew each time, so that nothing compiled before is used.
+    # Defined anew each time, so that no earlier compilation is reused.
     def one(model, t, x):
         return model(t, x)
 
@@ -47,9 +47,9 @@ def measure(batch: int, steps: int) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="only see that it runs")
+    parser.add_argument("--quick", action="store_true", help="only check that it runs")
     extent = (2, 2) if parser.parse_args().quick else (64, 20)
-    print("| convolutions | ms an image, alone | in a loop | ratio |")
+    print("| convolutions | ms per image, alone | in a loop | ratio |")
     print("| --- | --- | --- | --- |")
     alone, loop = measure(*extent)
     print(f"| channels last | {alone:.2f} | {loop:.2f} | {loop / alone:.2f} |", flush=True)

@@ -1,11 +1,11 @@
-"""Time and memory of the measures of `gddim_eqx.metrics`, on features made up.
+"""Time and memory of `gddim_eqx.metrics`, on synthetic features.
 
-    python benchmarks/metrics.py           # 50,000 of size 2048: some minutes on 2 cores
+    python benchmarks/metrics.py           # 50,000 of size 2048: minutes on 2 cores
     python benchmarks/metrics.py --number 10000 --size 512
     python benchmarks/metrics.py --quick   # only to see that it runs
 
-Each is run in a process of its own, and compared with a plain way to compute the same:
-NumPy's covariance of all features at once, and SciPy's root of a matrix.
+Each metric runs in its own process. For comparison, straightforward implementations of two
+of them: NumPy's covariance of all features at once, and SciPy's matrix square root.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from gddim_eqx import metrics
 
 
 def features(seed: int, number: int, size: int) -> np.ndarray:
-    """Such as Inception's: correlated, and none negative."""
+    """Features like Inception's: correlated and nonnegative."""
     random = np.random.default_rng(seed)
     mixing = np.random.default_rng(0).normal(size=(size, size)) / size**0.5
     mixing = mixing.astype(np.float32)
@@ -59,10 +59,10 @@ def some(a, b):
 
 
 MEASURES = {
-    "moments of both, in parts of 1000": (lambda a, b: (a, b), streamed),
-    "the same by numpy.cov": (lambda a, b: (a, b), at_once),
+    "moments of both, in batches of 1000": (lambda a, b: (a, b), streamed),
+    "the same with numpy.cov": (lambda a, b: (a, b), at_once),
     "Frechet distance of the moments": (streamed, metrics.frechet_distance),
-    "the same by scipy.linalg.sqrtm": (streamed, rooted),
+    "the same with scipy.linalg.sqrtm": (streamed, rooted),
     "kernel distance, 100 subsets of 1000": (
         lambda a, b: (a, b),
         lambda a, b: metrics.kernel_distance(a, b, 100, min(1000, len(a))),
@@ -97,20 +97,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--number", type=int, default=50_000)
     parser.add_argument("--size", type=int, default=2048)
-    parser.add_argument("--quick", action="store_true", help="only see that it runs")
+    parser.add_argument("--quick", action="store_true", help="only check that it runs")
     arguments = parser.parse_args()
     number, size = arguments.number, arguments.size
     if arguments.quick:
         number, size = 50, 16
     print(f"Two sets of {number} features of size {size}, float32:", end=" ")
     print(f"{2 * 4 * number * size / 2**30:.2f} GiB.\n")
-    print("| | seconds | GiB before | and at the peak | value |")
+    print("| | seconds | GiB before | peak GiB | value |")
     print("| --- | --- | --- | --- | --- |")
     context = multiprocessing.get_context("spawn")
     for name in MEASURES:
         queue = context.SimpleQueue()
         process = context.Process(target=run, args=(name, number, size, queue))
-        # Quickly, in a process of its own only the first.
+        # With `--quick`, only the first runs in its own process.
         if arguments.quick and name != next(iter(MEASURES)):
             run(name, number, size, queue)
         else:

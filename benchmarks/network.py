@@ -1,9 +1,9 @@
 """Time and memory of the paper's network for CIFAR10 under CLD, on one image.
 
-Forward, and the gradient of a mean square with respect to all parameters, with and without
-gradient checkpointing, in single precision and with bfloat16 inside. Each case is a
-process of its own, so that its peak memory is known. `kept` is what JAX keeps from the
-forward pass for the gradient, with the parameters.
+The forward pass, and the gradient of the mean squared output with respect to all
+parameters, with and without gradient checkpointing, with activations in float32 and in
+bfloat16. Each case runs in its own process, to measure its peak memory. The residuals are
+what JAX stores from the forward pass for the backward pass, parameters included.
 
     python benchmarks/network.py
     python benchmarks/network.py --quick  # a small network, only to see that it runs
@@ -33,7 +33,7 @@ _cases = [
 
 
 def peak_bytes() -> int:
-    """The most memory that this process had, or the device."""
+    """The peak memory of this process, or of the accelerator."""
     device = jax.devices()[0]
     if device.platform == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -62,7 +62,7 @@ def measure(mode: str, dtype: str, checkpoint: str, repeats: int, quick: bool) -
     call = min(seconds[1:])
     peak = peak_bytes()
     kept = f"{_kept(network, x) / 2**30:.2f} GiB" if mode == "gradient" else ""
-    name = mode + (", checkpoints" if checkpoint else "")
+    name = mode + (", checkpointed" if checkpoint else "")
     cells = [name, dtype, f"{seconds[0] - call:.0f} s", f"{call:.2f} s"]
     return f"| {' | '.join(cells)} | {peak / 2**30:.1f} GiB | {kept} |"
 
@@ -81,18 +81,18 @@ def _kept(network, x) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="only see that it runs")
+    parser.add_argument("--quick", action="store_true", help="only check that it runs")
     parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
         mode, dtype, checkpoint = options.case
         print(measure(mode, dtype, checkpoint, options.repeats, options.quick))
         sys.exit()
-    print("| | inside | compilation | a call | peak memory | kept |")
+    print("| | activations | compilation | per call | peak memory | residuals |")
     print("| --- | --- | --- | --- | --- | --- |")
     quick = ["--quick"] if options.quick else []
     for case in _cases[-1:] if quick else _cases:
         command = [sys.executable, __file__, "--repeats", str(options.repeats), *quick]
-        # What was printed so far comes first, also in a file.
+        # Keep the output in order, even if it is redirected to a file.
         sys.stdout.flush()
         subprocess.run([*command, "--case", *case], check=True)

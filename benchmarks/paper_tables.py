@@ -1,8 +1,9 @@
 """Tables 1 to 3 and figures 1 and 2 of the gDDIM paper, without trained networks.
 
-The data are mixtures of normals, whose scores are known exactly: a ring of eight in two
-dimensions, and mixtures around real images. So what is measured is the samplers alone. The
-paper's numbers, FID on CIFAR10 with trained networks, stand beside for comparison of shape.
+The data are mixtures of Gaussians, whose scores are known exactly: a ring of eight in two
+dimensions, and mixtures around real images. The results therefore isolate the samplers. The
+paper's numbers, FIDs on CIFAR10 with trained networks, are shown alongside to compare
+trends.
 
     python benchmarks/paper_tables.py            # everything; about an hour on 2 cores
     python benchmarks/paper_tables.py --data ring
@@ -36,10 +37,13 @@ from quickstart import load_images
 
 
 _key = jr.key(0)
-_row = 12  # How many samples are in a row of figure 1.
+_row = 12  # The number of samples in a row of figure 1.
 _metrics = {
     "median": "median distance to the exact flow, RMS per coordinate",
-    "rms": "the same, root mean square over samples: ruled by those that end elsewhere",
+    "rms": (
+        "the same, root mean square over samples: dominated by those that end in a "
+        "different mode"
+    ),
     "frechet": "Frechet distance to data",
     "sliced": "sliced Wasserstein distance to data",
 }
@@ -47,13 +51,13 @@ _metrics = {
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What is sampled: a mixture of normals around points."""
+    """A data set: a mixture of Gaussians around points."""
 
     name: str
     centres: np.ndarray
     scale: float
     number: int
-    """How many samples are drawn."""
+    """The number of samples to draw."""
 
     def mixture(self) -> gd.GaussianMixture:
         return gd.GaussianMixture(jnp.asarray(self.centres), self.scale)
@@ -64,7 +68,7 @@ class Data:
     def processes(self) -> dict[str, AbstractProcess]:
         shape = self.centres.shape[1:]
         found: dict[str, AbstractProcess] = {"DDPM": gd.VP(shape), "CLD": gd.CLD(shape)}
-        if len(shape) == 3:  # Blurring needs a picture.
+        if len(shape) == 3:  # Blurring needs images.
             found["BDM"] = gd.BDM(shape)
         return found
 
@@ -98,7 +102,7 @@ class Cell:
 
 
 class Bench:
-    """The samplers and measures for one process and data set."""
+    """The samplers and metrics for one process and data set."""
 
     def __init__(self, data: Data, process: AbstractProcess):
         self.data, self.process = data, process
@@ -126,7 +130,7 @@ class Bench:
     def fixed(
         self, solver: dfx.AbstractSolver, lam: float | jax.Array = 0.0, per_step: int = 1
     ) -> Callable:
-        """A sampler that steps through a grid, from the number of evaluations."""
+        """A sampler with fixed steps, as a function of the number of evaluations."""
         deterministic = isinstance(lam, float) and lam == 0
 
         def run(evaluations: int) -> Cell:
@@ -183,7 +187,7 @@ class Bench:
         self._evaluations += 1
 
     def rk45(self) -> Callable:
-        """Dopri5 with the tolerance for which it takes nearly so many evaluations."""
+        """Dopri5, at the tolerance for which the number of evaluations is closest."""
         cells: list[Cell] = []
 
         def run(evaluations: int) -> Cell:
@@ -209,7 +213,7 @@ class Row:
 def table(
     title: str, columns: Sequence[float], rows: list[Row], data: Data, quick: bool
 ) -> str:
-    """Run a table, and write it in Markdown: one block for each measure."""
+    """Run a table, and write it in Markdown, with one block per metric."""
     if quick:
         rows = [rows[0], rows[-1]]
     cells: list[list[Cell]] = []
@@ -249,7 +253,7 @@ def _text(cell: Cell, metric: str, column: float) -> str:
         return ""
     value = cell.metrics[metric]
     text = "diverged" if not value < 1e3 else f"{value:.2g}"
-    # Where the column is a number of evaluations that could not be met.
+    # Columns above 1 are numbers of evaluations: show the actual one where it differs.
     met = column <= 1 or abs(cell.evaluations - column) <= 1
     return text if met else f"{text} ({cell.evaluations})"
 
@@ -290,7 +294,7 @@ def table_2(data: Data, quick: bool) -> str:
         row("EM", dfx.Euler(), (346, 168, 137, 89, 45, 57)),
     ]
     columns = (0.0, 0.1, 0.3, 0.5, 0.7, 1.0)
-    title = f"Table 2, CLD, levels of noise at {evaluations} evaluations"
+    title = f"Table 2, CLD, stochasticity, {evaluations} evaluations"
     return table(title, columns, rows, data, quick)
 
 
@@ -355,8 +359,8 @@ def _along_the_flow(bench: Bench, u, ts):
 
 
 def figure_1(data: Data, path: Path, quick: bool) -> None:
-    """Under CLD positions oscillate, and so does the noise prediction with respect to L_t,
-    but not the one with respect to R_t; and what samples come of it."""
+    """Under CLD, positions oscillate along the flow, and so does the noise prediction with
+    respect to L_t, but not the one with respect to R_t. Below, the resulting samples."""
     process = data.processes()["CLD"]
     bench = Bench(data, process)
     ts = gd.time_grid(process, 400, "quadratic")
@@ -414,7 +418,7 @@ def figure_1(data: Data, path: Path, quick: bool) -> None:
 
 def figure_2(path: Path) -> None:
     """Two points in one dimension: noise predictions along the exact flow change only
-    while the flow chooses."""
+    while the flow commits to one of them."""
     process = gd.VP((1,))
     data = Data("two points", np.array([[-1.0], [1.0]]), 0.0, 1)
     bench = Bench(data, process)
@@ -447,11 +451,11 @@ def main() -> None:
         "--fashion-mnist",
         type=Path,
         default=Path("/usr/share/datasets/fashion-mnist"),
-        help="directory of its files; Debian's package dataset-fashion-mnist",
+        help="directory of the data set; Debian's package dataset-fashion-mnist",
     )
-    parser.add_argument("--most", type=int, default=1000, help="evaluations, in table 3")
+    parser.add_argument("--most", type=int, default=1000, help="maximum NFE of table 3")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--quick", action="store_true", help="only see that it runs")
+    parser.add_argument("--quick", action="store_true", help="only check that it runs")
     arguments = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
 
@@ -461,11 +465,11 @@ def main() -> None:
         names, arguments.most = ["digits"], 10
     if "fashion-mnist" in names and not arguments.fashion_mnist.exists():
         message = (
-            f"{arguments.fashion_mnist} is not there (apt install dataset-fashion-mnist)"
+            f"{arguments.fashion_mnist} is missing (apt install dataset-fashion-mnist)"
         )
         if arguments.data:
             parser.error(message)
-        print(f"Without Fashion-MNIST: {message}.", file=sys.stderr)
+        print(f"Skipping Fashion-MNIST: {message}.", file=sys.stderr)
         names.remove("fashion-mnist")
     arguments.output.mkdir(parents=True, exist_ok=True)
     figure_2(arguments.output / "figure_2.png")

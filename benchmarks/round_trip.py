@@ -1,8 +1,8 @@
-"""How far images are from what their latent codes are decoded to, in single precision.
+"""The round-trip error of encoding images and decoding them again, in single precision.
 
-Takes 32 samples of a mixture of normals around 500 real images under VP, CLD and BDM, with
-exact models. Relative errors, root mean square over pixels: the median and the largest, for
-as many steps forward as back.
+Takes 32 samples of a mixture of Gaussians around 500 real images under VP, CLD and BDM,
+with exact models. Errors are relative, root mean square over pixels: the median and the
+largest, with the same number of steps each way.
 
     python benchmarks/round_trip.py
     python benchmarks/round_trip.py --quick  # of digits, only to see that it runs
@@ -32,7 +32,7 @@ def run(flow, x, ts, solver):
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--fashion-mnist", type=Path, default=few_steps.fashion_mnist)
-    parser.add_argument("--quick", action="store_true", help="only see that it runs")
+    parser.add_argument("--quick", action="store_true", help="only check that it runs")
     arguments = parser.parse_args()
     quick = arguments.quick
     found = few_steps.mixtures(arguments.fashion_mnist, others=False, quick=quick)

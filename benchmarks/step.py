@@ -1,11 +1,11 @@
-"""The time of a step of GDDIM, without the network's.
+"""The time per step of GDDIM, excluding the network.
 
-At a batch of 64 CLD states of 32 x 32 x 3 in float32, with a trivial network:
+For a batch of 64 CLD states of 32 x 32 x 3 in float32, with a trivial network:
 
 - `diffeqsolve(GDDIM)`, which computes its coefficients in each step;
-- a hand-written `lax.scan` over coefficients computed beforehand;
-- reading and writing the same bytes once: the state and all stored predictions are read,
-  the state and the new prediction are written.
+- a hand-written `lax.scan` with precomputed coefficients;
+- the memory traffic alone: the state and all stored predictions are read once, and the
+  state and the new prediction are written once.
 
     python benchmarks/step.py
     python benchmarks/step.py --quick  # only to see that it runs
@@ -55,8 +55,8 @@ def with_diffrax(order: int) -> Callable:
 
 
 def by_hand(order: int, ts: jax.Array) -> Callable:
-    """What one would write for CLD alone, with all coefficients known and the stored
-    predictions in a ring."""
+    """What one would write for CLD alone, with precomputed coefficients and the history in
+    a ring buffer."""
     slots = order - 1
     step = np.arange(len(ts) - 1)[:, None]
     # Node 0 is the new prediction, node k + 1 is slot k, last written at this step:
@@ -98,8 +98,8 @@ def by_hand(order: int, ts: jax.Array) -> Callable:
 
 
 def read_and_write(order: int) -> Callable:
-    """One pass a step over the bytes that a step has to touch: read the state and the
-    stored predictions, write the state and one prediction."""
+    """The memory traffic alone: per step, read the state and the stored predictions, and
+    write the state and one prediction."""
     slots = order - 1
 
     @jax.jit
@@ -118,7 +118,7 @@ def read_and_write(order: int) -> Callable:
 
 
 def measure(candidates: dict[str, tuple], rounds: int) -> dict[str, float]:
-    """The best time of each, run in turn so that all meet the same conditions."""
+    """The best time of each, interleaved so that all run under the same conditions."""
     best = dict.fromkeys(candidates, np.inf)
     for fn, arguments in candidates.values():
         jax.block_until_ready(fn(*arguments))
@@ -132,14 +132,14 @@ def measure(candidates: dict[str, tuple], rounds: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="only see that it runs")
+    parser.add_argument("--quick", action="store_true", help="only check that it runs")
     quick = parser.parse_args().quick
     steps, rounds, batch, orders = (
         (5, 2, 1, (1, 2)) if quick else (100, 30, 64, (1, 2, 3, 4))
     )
     device = jax.devices()[0]
-    print(f"{device.device_kind}, {steps} steps, microseconds a step, best of {rounds}")
-    columns = ("diffeqsolve", "scan", "ratio", "bytes once", "ratio")
+    print(f"{device.device_kind}, {steps} steps, microseconds per step, best of {rounds}")
+    columns = ("diffeqsolve", "scan", "ratio", "traffic", "ratio")
     print("order " + "".join(f"{c:>13s}" for c in columns))
     ts = gd.time_grid(_process, steps, "quadratic")
     u = _process.prior(jax.random.key(0), (batch,))

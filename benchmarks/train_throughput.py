@@ -1,9 +1,9 @@
-"""Images a second in training, against a minimal loop written by hand.
+"""Training throughput in images per second, against a minimal hand-written loop.
 
-The loop has the same network, loss, optimiser and average, and nothing else: no data
-order, no checks, no logs, no devices. `fit` has all of that. Both run by turns in one
-process for the speed, so that other work on the machine meets both, and each in a process
-of its own for the peak of memory.
+The loop has the same network, loss, optimiser and EMA, and nothing else: no shuffling,
+checks, logging or sharding. `fit` has all of these. For the speed, the two alternate in one
+process, so that other load on the machine affects both; for the peak memory, each runs in
+its own process.
 
     python benchmarks/train_throughput.py
     python benchmarks/train_throughput.py --quick  # only to see that it runs
@@ -30,7 +30,7 @@ from gddim_eqx.training import Batches, DenoisingLoss, fit, Trainer
 
 
 def make(case: str, dtype: str):
-    """The model, images and the size of a batch."""
+    """The model, the images and the batch size."""
     key, random = jr.key(0), np.random.default_rng(0)
     inside = jnp.bfloat16 if dtype == "bfloat16" else None
     if case == "quick":
@@ -73,7 +73,7 @@ class ByHand:
             average = jtu.tree_map(lambda a, p: a + 1e-4 * (p - a), average, parameters)
             return parameters, average, state, value
 
-        # Of its own memory, which `step` gives away.
+        # Copies, as `step` donates its buffers.
         parameters, average = (jtu.tree_map(jnp.copy, parameters) for _ in range(2))
         self.state = (parameters, average, optimiser.init(parameters))
         self.step = jax.jit(step, donate_argnums=(0, 1, 2))
@@ -98,7 +98,7 @@ class Ours:
 
     def run(self, steps: int) -> None:
         self.done += steps
-        # Kept nowhere else, so that its memory is free after the first step.
+        # No other reference is kept, so its memory is freed after the first step.
         state, self.state = [self.state], None
         self.state = fit(self.trainer, state.pop(), self.batches, self.done, progress=False)
 
@@ -113,7 +113,7 @@ def seconds(way, steps: int) -> float:
 
 
 def operations(ours: Ours) -> float:
-    """How many floating-point operations a step has, by the compiler's count."""
+    """The number of floating-point operations of a step, as counted by the compiler."""
     compiled = ours.trainer.lower(ours.state, ours.batches[0]).compile()
     return (compiled.cost_analysis() or {}).get("flops", float("nan"))
 
@@ -123,8 +123,8 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", default=["mlp", "small"])
     parser.add_argument("--dtypes", nargs="*", default=["float32"])
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of a round, about")
-    parser.add_argument("--quick", action="store_true", help="only see that it runs")
+    parser.add_argument("--seconds", type=float, default=4.0, help="per round, roughly")
+    parser.add_argument("--quick", action="store_true", help="only check that it runs")
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:
@@ -134,9 +134,7 @@ def main() -> None:
         return
     if options.quick:
         options.cases, options.rounds, options.seconds = ["quick"], 1, 0.0
-    print(
-        "| network | inside | images a second | by hand | ratio | peak memory | by hand |"
-    )
+    print("| network | activations | images/s | by hand | ratio | peak memory | by hand |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for case in options.cases:
         for dtype in options.dtypes:

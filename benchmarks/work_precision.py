@@ -1,16 +1,18 @@
-"""Error against evaluations of the model, and against time: who wins?
+"""Work-precision diagrams: error against evaluations of the model, and against time.
 
-Eight normals on a ring under VP and CLD, and one around each of 500 real images under VP,
+Eight Gaussians on a ring under VP and CLD, and one around each of 500 real images under VP,
 with exact models. `GDDIM()` on its default grid and on one from `gddim_eqx.adapted_grid`
-(learnt from other samples), the paper's sampler and DDIM, against Diffrax's solvers with
-fixed steps, on the better of two grids, and adaptive ones, on the better of several ratios
-of tolerances (Kvaerno5: in 2-D, with steps of its own for each sample).
+(optimised on other samples), the paper's sampler and DDIM are compared with Diffrax's
+solvers: with fixed steps, on the better of two grids, and with adaptive steps, at the best
+of several ratios of `atol` to `rtol`. (Kvaerno5 only in 2-D, with separate steps for each
+sample.)
 
-Errors are distances to the end of the exact flow, root mean square over the coordinates:
-their median over samples in the picture, `benchmarks/work_precision.png`. The tables have
-the fewest evaluations, counted as they run, that reach an error: the median, and in
-brackets the root mean square over samples, which a few decide that end elsewhere. Several
-minutes a case on two CPU cores, most of it compilation.
+Errors are distances to the endpoint of the exact flow, root mean square over coordinates.
+The picture, `benchmarks/work_precision.png`, shows the median over samples. The tables show
+the smallest number of evaluations, counted at run time, that reaches a given error: for the
+median, and in brackets for the root mean square over samples, which is dominated by the few
+that end in a different mode. Takes several minutes per case on two CPU cores, most of it
+compilation.
 
     make work-precision
     python benchmarks/work_precision.py --quick  # only to see that it runs
@@ -68,7 +70,7 @@ class Case:
         self.counter = few_steps.Counter(self.model)
 
     def measure(self, run: Callable, *arguments, one_by_one: bool = False) -> Point:
-        """One solve that is counted, and the fastest of some that are not."""
+        """Count the evaluations of one solve, and time the fastest of three others."""
         some = 8 if one_by_one else 1
         u = jtu.tree_map(lambda x: x[:some], self.u) if one_by_one else self.u
         _, count = self.counter(run, u, *arguments)
@@ -88,7 +90,7 @@ class Case:
         )
 
     def fixed(self, solver: dfx.AbstractSolver, *grids: Callable, steps=None):
-        """Points of a solver on grids of any number of steps: compiled once."""
+        """The points of a solver on grids of several lengths, compiled once."""
 
         def run(model, u, ts):
             return few_steps.step_through(self.process, model, solver, u, ts)
@@ -96,8 +98,9 @@ class Case:
         return [self.measure(run, grid(n)) for grid in grids for n in steps or self.steps]
 
     def adaptive(self, solver: dfx.AbstractSolver, *ratios: float, one_by_one=False):
-        """Points of a solver with adaptive steps, by tolerance. One by one, samples have
-        steps of their own, and implicit solvers small equations."""
+        """The points of a solver with adaptive steps, for all tolerances. With
+        `one_by_one`, each sample has its own steps, and implicit solvers solve small
+        systems."""
 
         @eqx.filter_jit
         def run(model, u, rtol, atol):
@@ -168,7 +171,7 @@ def cheapest(points: list[Point], target: float, error: Callable) -> int | None:
 
 
 def front(points: list[Point], cost: Callable) -> list[Point]:
-    """The points that no cheaper one beats."""
+    """The Pareto front: the points that no cheaper one beats."""
     best, kept = np.inf, []
     for point in sorted(points, key=cost):
         if point.median < best:
@@ -232,7 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     parser.add_argument("--fashion-mnist", type=Path, default=few_steps.fashion_mnist)
-    parser.add_argument("--quick", action="store_true", help="only see that it runs")
+    parser.add_argument("--quick", action="store_true", help="only check that it runs")
     arguments = parser.parse_args()
     quick = arguments.quick
     data = few_steps.mixtures(arguments.fashion_mnist, others=False, quick=quick)

@@ -1,8 +1,8 @@
-"""Train the classifier whose features Fashion-MNIST is measured by.
+"""Train the classifier whose features define the Fashion-MNIST FID.
 
     python examples/classifier.py
 
-Five minutes on two CPU cores. Writes `gddim_eqx/metrics/fashion_mnist.npz`, which
+Takes five minutes on two CPU cores. Writes `gddim_eqx/metrics/fashion_mnist.npz`, which
 `gddim_eqx.metrics.Classifier` reads.
 """
 
@@ -36,7 +36,7 @@ def train(images: np.ndarray, labels: np.ndarray, num_steps: int, batch_size: in
 
     @eqx.filter_jit
     def make_step(classifier, state, images, labels, key):
-        # Clothes moved by up to two pixels are the same clothes.
+        # Data augmentation: the labels are invariant to small translations.
         shift = jr.randint(key, (2,), -2, 3)
         images = jnp.roll(images, shift, axis=(1, 2))
 
@@ -80,7 +80,7 @@ def main() -> None:
         for part in np.array_split(gd.datasets.fashion_mnist(train=False), 20)
     ]
     right = np.concatenate(found) == gd.datasets.fashion_mnist_labels(train=False)
-    print(f"{right.mean():.2%} of the test images are told right: {arguments.output}")
+    print(f"Test accuracy: {right.mean():.2%}. Classifier: {arguments.output}")
 
 
 if __name__ == "__main__":

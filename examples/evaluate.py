@@ -1,4 +1,4 @@
-r"""Measure how good the samples of a trained model are.
+r"""Evaluate the samples of a trained model.
 
     python examples/evaluate.py runs/fashion-mnist/model.npz --data.name fashion_mnist
     python examples/evaluate.py runs/digits/model.npz --data.name digits \
@@ -8,9 +8,9 @@ r"""Measure how good the samples of a trained model are.
         --data.directory cifar-10-python.tar.gz --features inception \
         --weights pt_inception-2015-12-05-6726825d.pth --number 50000
 
-For each sampler, number of evaluations of the network and seed it draws samples, and
-compares them with the data. In the output directory it writes `results.json`, with the
-protocol, and `grid.png`. Stop it and run it again, and it goes on where it was.
+For each sampler, number of network evaluations and seed, draws samples and compares them
+with the data. Writes `results.json`, with the protocol, and `grid.png` to the output
+directory. If interrupted, run the same command again to resume.
 """
 
 import contextlib
@@ -55,11 +55,11 @@ class Sampler:
     solver: dfx.AbstractSolver
     lam: float = 0.0
     grid: Literal["clock", "quadratic"] | None = "clock"
-    """Of the times; `None` for steps that adapt to a tolerance."""
+    """The time grid; `None` for adaptive steps."""
     evaluations_per_step: int = 1
     evaluations_at_start: int = 0
     only: type | None = None
-    """The only kind of process that it is for."""
+    """The only kind of process that it applies to; `None` for all."""
 
     def steps(self, evaluations: int) -> int:
         return (evaluations - self.evaluations_at_start) // self.evaluations_per_step
@@ -90,7 +90,7 @@ def _names(samplers: dict[str, Sampler]) -> list[str]:
 
 
 class Bench:
-    """Draws samples of a model, in batches of one size."""
+    """Draws samples from a model, in batches of one size."""
 
     def __init__(
         self,
@@ -118,9 +118,9 @@ class Bench:
         return self.steps(sampler, budget) > 0
 
     def draw(self, sampler: Sampler, budget: int, key) -> tuple[np.ndarray, int]:
-        """A batch of samples, and how often the network was evaluated.
+        """A batch of samples, and the number of evaluations of the network.
 
-        **Raises:** `FloatingPointError` or `RuntimeError` if it fails.
+        **Raises:** `FloatingPointError` or `RuntimeError` if sampling fails.
         """
         flow = self.flow
         if sampler.grid is None:
@@ -139,10 +139,10 @@ class Bench:
         return np.asarray(x), evaluations
 
     def _tolerance(self, budget: int) -> float | None:
-        """The least with which a few samples take no more evaluations than this. More
-        samples may take some more, or fewer."""
+        """The smallest tolerance that stays within the budget for a few samples. More
+        samples may take a few more evaluations, or fewer."""
         tried = self._tolerances
-        # Always the same ones, so that what is found does not depend on other budgets.
+        # Always the same tolerances, so that the result is independent of other budgets.
         while not tried or (tried[-1][0] <= 500 and len(tried) < 30):
             tolerance = 10 ** (1 - len(tried) / 4)
             evaluations = self._adaptive(jr.key(1000), tolerance, 16, None)[1]
@@ -152,7 +152,7 @@ class Bench:
 
     def _adaptive(self, key, tolerance, number, placement) -> tuple[np.ndarray, int]:
         self._evaluations = 0
-        # As an array, to compile once for all.
+        # An array, so as to compile only once.
         tolerance = jnp.asarray(tolerance)
         x = _adaptive(self.flow, key, tolerance, number, placement, self._count)
         jax.block_until_ready(x)
@@ -198,50 +198,50 @@ def _adaptive(flow, key, tolerance, number, placement, count):
 @dataclasses.dataclass(frozen=True)
 class Config:
     model: Annotated[Path, tyro.conf.Positional]
-    """A file of `gddim_eqx.checkpoints.save`, or of the authors' code with `--authors`."""
+    """A file written by `gddim_eqx.checkpoints.save`; or, with `--authors`, by the
+    authors' code."""
     data: Source
     """What to compare with."""
     authors: str | None = None
-    """What network a file of the authors' code has: `cifar10_cld`, `cifar10_bdm` or
-    `celeba_cld`; or a file of their configuration, as JSON."""
+    """The network in a checkpoint of the authors' code: `cifar10_cld`,
+    `cifar10_bdm` or `celeba_cld`; or a JSON file with their configuration."""
     process: Literal["cld", "bdm"] | None = None
-    """The process of a file of the authors' code; by default CLD."""
+    """The process of a checkpoint of the authors' code; by default CLD."""
     like: str | None = None
-    """For a model with a network or process of your own: `path.py:name` or `module:name`
-    of a function without arguments. It returns one of the same structure, as
-    `gddim_eqx.checkpoints.load` takes it."""
+    """For a model with a custom network or process: `path.py:name` or `module:name` of a
+    function without arguments that returns a model of the same structure, as for
+    `gddim_eqx.checkpoints.load(path, like=...)`."""
     against: Literal["train", "test"] = "train"
-    """Which part of the data to compare with."""
+    """Which split of the data to compare with."""
     features: Literal["pixels", "classifier", "inception"] | None = None
-    """What to compare images by: by default the classifier for Fashion-MNIST, Inception
-    for images in colour, and else pixels, which are for small images of any kind."""
+    """The features to compare images by: by default the classifier's for Fashion-MNIST,
+    Inception's for colour images, and otherwise pixels, for small images of any kind."""
     weights: Path | None = None
-    """The file of Inception's weights."""
+    """The file of Inception weights."""
     samplers: Annotated[
         tuple[str, ...],
-        tyro.conf.arg(help="Some of " + ", ".join(_names(SAMPLERS)) + "."),
+        tyro.conf.arg(help="Any of " + ", ".join(_names(SAMPLERS)) + "."),
     ] = ("gddim", "gddim-paper", "heun", "tsit5", "ancestral")
     evaluations: tuple[int, ...] = (10, 20, 50)
-    """The most that each sampler may evaluate the network."""
+    """Budgets: the maximum number of network evaluations for each sampler."""
     grid: Literal["clock", "quadratic"] | None = None
-    """The times of the steps, for all samplers that do not adapt them; by default
-    `clock`, and `quadratic` for gDDIM as in the paper. It can matter more than the
-    sampler."""
+    """The time grid of all samplers with fixed steps; by default `clock`, and `quadratic`
+    for gDDIM as in the paper. It can matter more than the sampler."""
     denoise: Literal["drift", "exact"] | None = None
-    """What to do with the noise that is left, as in `gddim_eqx.sample`. It takes one of
-    the evaluations. The authors of the paper use `drift`."""
+    """How to remove the noise that is left at the end, as in `gddim_eqx.sample`. It uses
+    one of the evaluations. The authors of the paper use `drift`."""
     seeds: tuple[int, ...] = (0,)
-    """Of the random numbers: everything is measured once with each."""
+    """Random seeds: everything is measured once with each."""
     number: int = 10_000
-    """Of samples for each sampler, number of evaluations and seed."""
+    """The number of samples for each sampler, number of evaluations and seed."""
     batch_size: int = 512
-    """How many are drawn together. Rounded up to a multiple of the number of devices."""
+    """The number of samples per batch. Rounded up to a multiple of the device count."""
     output: Path | None = None
     """By default `evaluation` beside the model."""
     cache: Path = Path.home() / ".cache" / "gddim_eqx"
-    """Where to keep the features of data."""
+    """Where to cache the features of the data."""
     keep_images: bool = False
-    """Write all samples too, as `images-*.npz`, for other tools."""
+    """Save all samples too, as `images-*.npz`, for other tools."""
 
 
 def sampler_of(config: Config, name: str) -> Sampler:
@@ -279,19 +279,19 @@ def read_ours(path: Path, like: str | None) -> Any:
         return gd.checkpoints.load(path)
     except ValueError as error:
         if "like=" in str(error):
-            raise ValueError(f"{error} Here: by `--like path.py:function`.") from error
+            raise ValueError(f"{error} Here: `--like path.py:function`.") from error
         raise
 
 
 def named(name: str) -> Callable[[], Any]:
-    """What `--like` names."""
+    """The function that `--like` names."""
     where, _, function = name.rpartition(":")
     try:
         found = getattr(module(where), function)
     except (ImportError, AttributeError, OSError, ValueError) as error:
         raise ValueError(
-            f"`--like` must be path.py:name or module:name of a function; got {name!r}, "
-            f"where {error}."
+            f"`--like` must be path.py:name or module:name of a function; got {name!r}: "
+            f"{error}."
         ) from error
     if not callable(found):
         raise ValueError(f"`--like` must name a function; {name} is {found!r}.")
@@ -304,7 +304,7 @@ def module(where: str) -> Any:
     if path.suffix != ".py":
         sys.path.append(os.getcwd())
         return importlib.import_module(where)
-    # By its path, as it may have the name of another, such as `train`.
+    # By its path, as its name may clash with another module's, such as `train`.
     sys.path.append(str(path.resolve().parent))
     spec = importlib.util.spec_from_file_location(f"like_{path.stem}", path)
     assert spec is not None and spec.loader is not None
@@ -360,7 +360,7 @@ def read_features(config: Config, shape: tuple[int, ...]) -> gd.metrics.Abstract
         if config.weights is None:
             raise ValueError(
                 "Inception is read from a file: give `--weights`; or `--features pixels`, "
-                "with which distances are no FID."
+                "whose distances are not FIDs."
             )
         if shape[-1] != 3:
             raise ValueError(
@@ -368,18 +368,18 @@ def read_features(config: Config, shape: tuple[int, ...]) -> gd.metrics.Abstract
                 "Use `--features pixels`."
             )
         found = gd.metrics.Inception(config.weights)
-    print(f"Comparing by {name}.", file=sys.stderr)
+    print(f"Features: {name}.", file=sys.stderr)
     return found
 
 
 def check(config: Config) -> None:
     unknown = [name for name in config.samplers if name not in SAMPLERS]
     if unknown:
-        raise ValueError(f"There is no sampler {unknown[0]!r}, but {', '.join(SAMPLERS)}.")
+        raise ValueError(f"No sampler {unknown[0]!r}. Choose from {', '.join(SAMPLERS)}.")
     for name in ("samplers", "evaluations", "seeds"):
         given = getattr(config, name)
         if not given or len(set(given)) < len(given):
-            raise ValueError(f"`{name}` must be some, all different; got {given}.")
+            raise ValueError(f"`{name}` must not be empty or have duplicates; got {given}.")
     if config.number < 4 or config.batch_size < 1:
         raise ValueError(
             "`number` must be at least 4, and `batch_size` 1; got "
@@ -389,13 +389,13 @@ def check(config: Config) -> None:
         raise ValueError(f"`evaluations` must be positive; got {config.evaluations}.")
     adaptive = [name for name in config.samplers if SAMPLERS[name].grid is None]
     if config.denoise is not None and adaptive:
-        raise ValueError(f"`denoise` is not for {adaptive[0]}, which chooses its steps.")
+        raise ValueError(f"`denoise` is not for {adaptive[0]}, whose steps are adaptive.")
     if config.weights is not None and config.features not in (None, "inception"):
         raise ValueError("`weights` are for `--features inception`.")
     if config.process is not None and config.authors is None:
-        raise ValueError("`process` is for `--authors`; other files say theirs.")
+        raise ValueError("`process` is for `--authors`; other files record theirs.")
     if config.like is not None and config.authors is not None:
-        raise ValueError("`like` is not for `--authors`, which says what network it is.")
+        raise ValueError("`like` is not for `--authors`, which specifies the network.")
 
 
 #
@@ -424,8 +424,8 @@ def draw_parts(
     cell: Cell,
     progress: tqdm,
 ) -> list[dict[str, np.ndarray]]:
-    """Samples and their features, batch by batch; batches that are in the directory are
-    not drawn again."""
+    """Draw samples and compute their features, batch by batch; batches that are in the
+    directory are not drawn again."""
     parts = []
     for n in range(num_parts(config, bench)):
         path = directory / f"{n:05d}.npz"
@@ -456,7 +456,7 @@ def read_part(path: Path, number: int) -> dict[str, np.ndarray] | None:
             raise ValueError(f"it holds {len(part['images'])} images, not {number}")
         return part
     except (*(ValueError, KeyError, EOFError, OSError), RuntimeError, BadZipFile) as error:
-        print(f"{path} is damaged, and is drawn again: {error}.", file=sys.stderr)
+        print(f"{path} is damaged, and will be redrawn: {error}.", file=sys.stderr)
         return None
 
 
@@ -481,7 +481,7 @@ def measure(
     }
 
 
-_subsets = 20  # Of the kernel distance.
+_subsets = 20  # For the kernel distance.
 
 
 def run_cell(
@@ -518,7 +518,7 @@ def write(path: Path, **arrays: np.ndarray) -> None:
 
 
 def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file that is never half of one."""
+    """Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -543,7 +543,7 @@ def protocol(
     images: np.ndarray,
     batch_size: int,
 ) -> dict[str, Any]:
-    """All that the numbers depend on, besides sampler, budget and seed."""
+    """Everything that the numbers depend on, besides sampler, budget and seed."""
     authors = config.authors
     if authors is not None and Path(authors).is_file():
         authors = digest(Path(authors).read_bytes())
@@ -574,7 +574,7 @@ def protocol(
 
 
 def source_of(like: str) -> str:
-    """The name and the file that has it, as they say what is measured."""
+    """The name and a digest of the file that defines it."""
     file = module(like.rpartition(":")[0]).__file__
     return f"{like} {digest(Path(file).read_bytes())}"
 
@@ -594,9 +594,9 @@ def read_results(
         cells = [(r["sampler"], r["solver"], r["outcome"]) for r in results]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} is damaged ({error}). Delete it to begin anew."
+            f"{path} is damaged ({error}). Delete it to start over."
         ) from error
-    # A run that failed before it drew anything leaves nothing to mix up.
+    # A run that failed before it drew anything leaves no samples of another protocol.
     if not cells and not any((path.parent / "parts").glob("*/*/*.npz")):
         return []
     for key in {**wanted, **before}:
@@ -631,7 +631,7 @@ def evaluate(config: Config) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def only_one(path: Path):
-    """Two at once would lose each other's results."""
+    """Hold a lock, as concurrent evaluations would overwrite each other's results."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -655,13 +655,13 @@ def run_cells(
         text = json.dumps({"protocol": wanted, "results": results}, indent=1)
         replace(path, lambda file: file.write(text.encode()))
 
-    # Before anything is drawn, so that nothing of another protocol is taken for it.
+    # Before anything is drawn, so that no samples are taken for another protocol's.
     save()
     text = json.dumps(wanted)
     parts = output / "parts" / digest(text.encode())[:16]
     print(f"Comparing with {len(images)} images.", file=sys.stderr)
     reference = gd.metrics.reference(images, features, config.cache)
-    # Seed by seed, for a whole table early on.
+    # Seed by seed, so that a whole table is complete early.
     cells = [
         Cell(name, budget, seed)
         for seed in config.seeds
@@ -670,7 +670,7 @@ def run_cells(
     ]
     done = {Cell(r["sampler"], r["budget"], r["seed"]): r for r in results}
     if config.keep_images:
-        # What was measured before without keeping them is drawn again.
+        # Redraw what was measured before without keeping the images.
         for cell, result in list(done.items()):
             kept = (output / f"images-{cell}.npz").exists()
             if cell in cells and result["outcome"] == "finite" and not kept:
@@ -688,7 +688,7 @@ def run_cells(
             )
             save()
             shutil.rmtree(directory, ignore_errors=True)
-            # What is compiled takes hundreds of memory maps, which Linux limits to 65,530.
+            # Compiled programs take hundreds of memory maps, which Linux limits to 65,530.
             if n % 32 == 31:
                 jax.clear_caches()
             progress.update((n + 1) * batches - progress.n)
@@ -696,12 +696,12 @@ def run_cells(
     draw_grid(results, output)
     print(f"{features.name} ({config.number} samples, against {wanted['against']}):\n")
     print(table(results))
-    print("\n± is half the range over seeds. In brackets: the evaluations made.")
+    print("\n± is half the range over seeds. In brackets: the actual evaluations.")
     missing = [r for r in results if r["outcome"] == "impossible"]
     if missing:
-        names = dict.fromkeys(f"{r['sampler']} in {r['budget']}" for r in missing)
+        names = dict.fromkeys(f"{r['sampler']} with {r['budget']}" for r in missing)
         print(f"Not possible: {', '.join(names)}.")
-    print(f"All measures: {path}. Samples: {output / 'grid.png'}.")
+    print(f"All metrics: {path}. Samples: {output / 'grid.png'}.")
     return results
 
 
@@ -715,8 +715,8 @@ def budgets_in(results: list[dict[str, Any]]) -> list[int]:
 
 
 def table(results: list[dict[str, Any]], metric: str = "frechet_distance") -> str:
-    """In Markdown: the mean over seeds, and half the range if there are several; and the
-    number of evaluations, where it differs from what was allowed by a tenth."""
+    """A Markdown table: the mean over seeds, with half the range if there are several, and
+    the number of evaluations where it differs from the budget by more than a tenth."""
     budgets = budgets_in(results)
     lines = ["| evaluations | " + " | ".join(map(str, budgets)) + " |"]
     lines.append("| --- |" + " --- |" * len(budgets))

@@ -1,15 +1,15 @@
 """Inpainting: fill in the missing half of handwritten digits, by wrapping the model.
 
-The model is exact, for a mixture of normals around 1,500 of scikit-learn's digits; a
-network would stand in its place. Two wrappers condition it on the pixels that are known,
-without training and without another sampler: `DataGuidance` puts them into every prediction
-of data, and `ClassifierGuidance` moves the rest to where the model's own prediction agrees
-with them. The same lines serve critically-damped Langevin diffusion, whose states have a
-velocity, and blurring diffusion, whose states are cosine coefficients.
+The model is exact, for a mixture of Gaussians around 1,500 of scikit-learn's digits; a
+network could take its place. Two wrappers condition it on the known pixels, without
+training or a special sampler: `DataGuidance` overwrites them in every data prediction, and
+`ClassifierGuidance` steers the other pixels to where the model's own prediction agrees with
+the known ones. The same code serves critically-damped Langevin diffusion, whose states have
+a velocity, and blurring diffusion, whose states are cosine coefficients.
 
-The digits that are filled in are others. As the mixture's conditional distribution is
-known, a table says how good this is. Draws `docs/inpainting.png`. One minute on two CPU
-cores.
+The digits to fill in are not among the 1,500. As the mixture's conditional distribution is
+known, a table compares the samples with its exact mean. Draws `docs/inpainting.png`. Takes
+one minute on two CPU cores.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import gddim_eqx as gd
 from gddim_eqx import AbstractProcess
 
 
-matplotlib.use("agg")  # Draws to a file, on machines without a screen too.
+matplotlib.use("agg")  # Draws to files, without a display.
 
 import matplotlib.pyplot as plt
 
@@ -45,15 +45,15 @@ def inpaint(
     num_steps: int,
     guidance: float,
 ) -> Float[Array, "number 8 8 1"]:
-    """Samples whose pixels in the mask are the known ones."""
+    """Samples that have the known pixels wherever the mask is true."""
     model = mixture.model(process)
     flow = gd.ProbabilityFlow(process, model)
 
     def log_likelihood(t, u, args):
-        """Of the known pixels, given what the model predicts from a noisy state."""
+        """An approximate log likelihood of the known pixels, given a noisy state."""
         x = process.decode(flow.denoised(t, process.from_data(u), args))
-        # How far off a prediction is: all of the data's variance at first, and in the end
-        # the noise that is left in a pixel.
+        # The variance of a pixel given the state: at first that of the data, and in the end
+        # that of the remaining noise.
         variance = 1 / (1 / 0.5 + jnp.exp(2 * process.log_snr(t)))
         square = jnp.where(mask, (x - known) ** 2, 0).sum(axis=(-3, -2, -1))
         return -0.5 * square / variance
@@ -79,9 +79,9 @@ def main() -> None:
         "--output",
         type=Path,
         default=Path(__file__).parents[1] / "docs",
-        help="the folder for the picture",
+        help="the directory to save the picture in",
     )
-    parser.add_argument("--quick", action="store_true", help="only see that it runs")
+    parser.add_argument("--quick", action="store_true", help="only check that it runs")
     arguments = parser.parse_args()
     digits, number, num_steps = (2, 4, 10) if arguments.quick else (8, 64, 50)
 
@@ -91,7 +91,7 @@ def main() -> None:
     mask = jnp.zeros((8, 8, 1), bool).at[:, :4].set(True)  # The left half is known.
 
     processes = {"CLD": gd.CLD((8, 8, 1)), "BDM": gd.BDM((8, 8, 1), sigma_blur_max=3.0)}
-    ways = {"with guidance": 1.0, "replaced only": 0.0}
+    ways = {"with guidance": 1.0, "replacement only": 0.0}
     exact = jax.vmap(lambda x: conditional_mean(mixture, x, mask))(others)
     rows = {
         "Digit": others,
@@ -101,11 +101,11 @@ def main() -> None:
     mean = jnp.broadcast_to(images[:1500].mean(axis=0), exact.shape)
 
     def distance(samples_mean):
-        """To the exact mean, over the missing pixels."""
+        """The RMS distance to the exact mean, over the missing pixels."""
         square = jnp.where(mask, 0, (samples_mean - exact) ** 2)
         return float(jnp.sqrt(square.sum() / (~mask).sum() / len(exact)))
 
-    print(f"Distance of the mean of {number} samples to the exact conditional mean")
+    print(f"Distance from the mean of {number} samples to the exact conditional mean")
     print(f"{'mean of all digits':30} {distance(mean):.3f}")
     for name, process in processes.items():
         for way, scale in ways.items():

@@ -1,15 +1,15 @@
-"""Latent codes: encode handwritten digits, walk between codes, and optimise one.
+"""Latent codes: encode handwritten digits, interpolate between codes, and optimise one.
 
-Solved forward in time the probability flow turns data into noise, from which the same
-solver makes the data again. The model is exact, for a mixture of normals around
-scikit-learn's 1,797 digits; a network would stand in its place.
+Solved forward in time, the probability flow maps data to noise; solved backward, it
+recovers the data. The model is exact, for a mixture of Gaussians around scikit-learn's
+1,797 digits; a network could take its place.
 
-1. Encodes digits, and prints how far they are from what their codes are decoded to.
-2. Decodes the codes on an arc between those of two digits.
-3. Differentiates through the sampler with respect to the noise: looks for noise whose
-    sample has given pixels in its left half, by gradient descent.
+1. Encodes digits, decodes them again, and prints the round-trip error.
+2. Interpolates between the codes of two digits, and decodes.
+3. Differentiates through the sampler with respect to the noise, to find by gradient
+    descent noise whose sample has given pixels in its left half.
 
-Draws `docs/latent_space.png`. One minute on two CPU cores.
+Draws `docs/latent_space.png`. Takes one minute on two CPU cores.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from sklearn.datasets import load_digits
 import gddim_eqx as gd
 
 
-matplotlib.use("agg")  # Draws to a file, on machines without a screen too.
+matplotlib.use("agg")  # Draws to files, without a display.
 
 import matplotlib.pyplot as plt
 
@@ -36,8 +36,8 @@ Images = Float[Array, "number 8 8 1"]
 
 
 def arc(first: Images, last: Images, number: int) -> Images:
-    """Codes on the arc between two: a straight line would pass through codes that are too
-    short to be noise."""
+    """Spherical interpolation between two codes: linear interpolation would pass through
+    codes of smaller norm than noise has."""
     cosine = (first * last).sum() / jnp.linalg.norm(first) / jnp.linalg.norm(last)
     angle = jnp.arccos(cosine)
     fraction = jnp.linspace(0, 1, number)[:, None, None, None]
@@ -53,12 +53,12 @@ def search(
     num_iterations: int,
     num_steps: int = 10,
 ) -> tuple[Images, Float[Array, " iterations"]]:
-    """Noise whose samples have the target for their left half."""
+    """Optimise noise so that the left half of its samples matches the target."""
 
     def loss(noise):
         x = gd.generate(flow, noise, num_steps)
         misfit = ((x[:, :, :4] - target) ** 2).mean()
-        # Keep it as long as noise is.
+        # Keep the norm that noise has.
         return misfit + 0.1 * ((noise**2).mean((1, 2, 3)) - 1).mean() ** 2
 
     optimiser = optax.adam(optax.cosine_decay_schedule(0.1, num_iterations))
@@ -81,9 +81,9 @@ def main() -> None:
         "--output",
         type=Path,
         default=Path(__file__).parents[1] / "docs",
-        help="the folder for the picture",
+        help="the directory to save the picture in",
     )
-    parser.add_argument("--quick", action="store_true", help="only see that it runs")
+    parser.add_argument("--quick", action="store_true", help="only check that it runs")
     arguments = parser.parse_args()
 
     pixels, _ = load_digits(return_X_y=True)
@@ -105,7 +105,7 @@ def main() -> None:
     noise = process.prior(jax.random.key(0), (8,))
     target = digits[3, :, :4]
     found, losses = search(flow, noise, target, 5 if arguments.quick else 100)
-    print(f"Left half of a 3: mean square misfit from {losses[0]:.2f} to {losses[-1]:.4f}")
+    print(f"Left half of a 3: loss reduced from {losses[0]:.2f} to {losses[-1]:.4f}")
     rows["Samples"] = decode(flow, noise, 100)
     rows["... of optimised noise"] = decode(flow, found, 100)
 

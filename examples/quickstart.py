@@ -6,8 +6,8 @@ samples with 10, 20 and 50 evaluations of the network. All solvers get the same 
 the same noise and the same `gddim_eqx.ProbabilityFlow`: to go from Diffrax's `Heun` to
 `GDDIM`, change the solver and nothing else.
 
-Prints a table, and draws the samples in `docs/quickstart.png`. About two minutes on two
-CPU cores. `--quick` is a smoke test: too short to give good samples.
+Prints a table, and draws the samples in `docs/quickstart.png`. Takes about two minutes on
+two CPU cores. `--quick` is a smoke test: too short to give good samples.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from tqdm import tqdm
 import gddim_eqx as gd
 
 
-matplotlib.use("agg")  # Draws to a file, on machines without a screen too.
+matplotlib.use("agg")  # Draws to files, without a display.
 
 import matplotlib.pyplot as plt
 
@@ -56,8 +56,8 @@ def load_images(key: PRNGKeyArray) -> Images:
 class NoisePredictor(eqx.Module):
     """Predicts the noise in one noisy image and its velocity.
 
-    The prediction is exact for a Gaussian with the mean and the spread of the images,
-    plus a correction that is learned. This makes for faster training, and for sensible
+    The prediction is the exact one for a Gaussian with the mean and standard deviation of
+    the images, plus a learned correction. This speeds up training, and gives sensible
     predictions far from all images, where there is nothing to learn from.
     """
 
@@ -82,7 +82,7 @@ class NoisePredictor(eqx.Module):
 
     def __call__(self, t: Float[Array, ""], u: gd.Phase) -> gd.Phase:
         gaussian = jax.lax.stop_gradient(self.gaussian)(t, u, None)
-        # Most happens early on, so let the network see the logarithm of time.
+        # Most changes happen at small times, so embed the logarithm of time.
         phase = jnp.log(t) * jnp.asarray(self.frequencies)
         # The velocity has half the standard deviation of the position.
         features = [u.x.ravel(), 2 * u.v.ravel(), jnp.sin(phase), jnp.cos(phase)]
@@ -97,7 +97,7 @@ def loss(
     """Hybrid score matching: noise the images, and predict the noise."""
     time_key, noise_key = jr.split(key)
     batch = images.shape[0]
-    # One time in each of `batch` equal intervals: varies less than independent times.
+    # Stratified: one time in each of `batch` equal intervals, to reduce the variance.
     fraction = (jnp.arange(batch) + jr.uniform(time_key)) / batch
     t = 1e-5 + (process.t_end - 1e-5) * fraction
     u, noise = jax.vmap(process.perturb)(jr.split(noise_key, batch), images, t)
@@ -135,7 +135,7 @@ def train(
         value, gradient = eqx.filter_value_and_grad(loss)(network, process, batch, loss_key)
         updates, optimiser_state = optimiser.update(gradient, optimiser_state)
         network = eqx.apply_updates(network, updates)
-        # A shorter memory at first, to forget the initial parameters.
+        # A shorter EMA at first, to forget the initial parameters.
         decay = jnp.minimum(ema_decay, (1 + step) / (10 + step))
         parameters = eqx.filter(network, eqx.is_inexact_array)
         average = jtu.tree_map(
@@ -161,7 +161,7 @@ def train(
 
 
 class CountedModel:
-    """Calls the network on a batch, and counts the calls when they are really made."""
+    """Calls the network on a batch, and counts the calls at run time."""
 
     def __init__(self):
         self.evaluations = 0
@@ -193,7 +193,7 @@ def sample(
         stepsize_controller=dfx.StepTo(ts),
         max_steps=len(ts) - 1,
     )
-    # Diffrax puts an axis in front for the times that are saved; here only the last.
+    # Diffrax prepends an axis for the saved times; here only the last is saved.
     return term.process.decode(solution.ys)[0]
 
 
@@ -237,7 +237,7 @@ def compare(
     noise: gd.Phase,
     budgets: list[int],
 ) -> dict[int, list[Result]]:
-    """Samples of every method at every budget, compared with real images."""
+    """Compare the samples of every method at every budget with real images."""
     model = CountedModel()
     term = gd.ProbabilityFlow(process, model)
     distance_of_noise, _ = distances(np.asarray(noise.x), real)
@@ -266,7 +266,7 @@ def compare(
         return min(results, key=lambda r: (math.isnan(r.frechet), r.frechet))
 
     results = {budget: [] for budget in budgets}
-    # Most of the time goes into compilation.
+    # Most of the time is spent on compilation.
     for budget, method in tqdm([*product(budgets, METHODS)], desc="Sampling"):
         results[budget].append(best(method, budget))
     return results
@@ -278,7 +278,7 @@ def compare(
 
 
 def distances(images: np.ndarray, real: np.ndarray) -> tuple[float, float]:
-    """Frechet, of the pixels, and sliced Wasserstein; NaN if the images are not finite."""
+    """Frechet and sliced Wasserstein distances of pixels; NaN if not finite."""
     a, b = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (images, real))
     if not np.isfinite(a).all():
         return math.nan, math.nan
@@ -295,7 +295,7 @@ def print_table(results: dict[int, list[Result]], references: list[Result]) -> N
                 f"  {result.frechet:9.3g}  {result.wasserstein:18.3g}"
                 f"{'  diverged' if result.diverged else ''}"
             )
-    print("\nDistances to real digits: lower is better. Diverged: as far as noise or more.")
+    print("\nDistances to real digits: lower is better. Diverged: no closer than noise.")
 
 
 def draw(results: dict[int, list[Result]], real: np.ndarray, path: Path) -> None:
@@ -310,7 +310,7 @@ def draw(results: dict[int, list[Result]], real: np.ndarray, path: Path) -> None
     )
 
     def show(axis, images, caption):
-        # Pixels of diverged samples are out of all bounds, or not finite.
+        # Pixels of diverged samples may be arbitrarily large, or not finite.
         images = np.nan_to_num(images[:8, ..., 0]).clip(-1, 1)
         images = np.pad(images, ((0, 0), (1, 1), (1, 1)), constant_values=-1)
         axis.imshow(np.concatenate(images, axis=1), cmap="gray", vmin=-1, vmax=1)
@@ -339,9 +339,9 @@ def main() -> None:
         "--output",
         type=Path,
         default=Path(__file__).parents[1] / "docs",
-        help="the folder for the picture",
+        help="the directory to save the picture in",
     )
-    parser.add_argument("--quick", action="store_true", help="only see that it runs")
+    parser.add_argument("--quick", action="store_true", help="only check that it runs")
     arguments = parser.parse_args()
     budgets = [20] if arguments.quick else [10, 20, 50]
     image_key, train_key, noise_key = jr.split(jr.key(0), 3)
@@ -356,7 +356,7 @@ def main() -> None:
     noise = process.prior(noise_key, (number,))
     results = compare(network, process, real, noise, budgets)
 
-    # What to expect at worst, and at best. (But the network was trained on both halves.)
+    # The worst and the best to expect. (But the network was trained on both halves.)
     starting_points = np.asarray(noise.x)
     references = [
         Result("Noise", starting_points, *distances(starting_points, real)),

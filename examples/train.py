@@ -4,13 +4,13 @@
     python examples/train.py digits --steps 500 --output runs/short
     python examples/train.py cifar10-cld --data.directory cifar-10-batches-py
 
-The first argument is a preset; all that it sets can be changed by the options that follow.
-In the output directory it writes checkpoints, the measured loss as lines of JSON, pictures
-of samples, and at the end `model.npz` for `gddim_eqx.checkpoints.load`.
+The first argument is a preset; the options that follow override any of its settings. Writes
+checkpoints, the training metrics as JSON Lines, pictures of samples, and at the end
+`model.npz`, for `gddim_eqx.checkpoints.load`, to the output directory.
 
-Ctrl-C or SIGTERM makes it save and stop; Ctrl-C twice, stop at once. Run it again and it
-goes on where it stopped, with the same result as if it had not. On several machines, or
-processes, give each `--processes.coordinator`, `--processes.number` and
+Ctrl-C or SIGTERM saves a checkpoint and stops; a second Ctrl-C stops at once. Run the same
+command again to resume, with the same result as an uninterrupted run. For several machines,
+or several processes, give each process `--processes.coordinator`, `--processes.number` and
 `--processes.index`.
 """
 
@@ -50,17 +50,17 @@ from gddim_eqx.training import (
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where data are read from."""
+    """Where the data are read from."""
 
     name: Literal["rings", "digits", "mnist", "fashion_mnist", "cifar10", "folder"]
     directory: Path | None = None
-    """Where its files are. Rings and digits need none."""
+    """The location of its files. Not needed for rings and digits."""
     verify: bool = True
-    """Refuse files other than those that were published."""
+    """Verify the files against their published checksums."""
     size: int | None = None
-    """For a folder of images: the size to bring them to."""
+    """For a folder of images: the size to resize them to."""
     crop: int | None = None
-    """For a folder of images: how much of the centre to keep before; CELEBA: 140."""
+    """For a folder of images: the size of a centre crop before resizing; CELEBA: 140."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +68,9 @@ class Data(Source):
     """What to train on."""
 
     flip: bool = False
-    """Mirror every other image."""
+    """Flip images horizontally, each with probability one half."""
     dequantise: bool = False
-    """Add noise that fills the levels of pixels. The paper does not."""
+    """Dequantise pixel levels with uniform noise. The paper does not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,16 +81,16 @@ class Network:
     bfloat16: bool = False
     """Compute in bfloat16. Parameters stay in single precision."""
     checkpoint: bool = False
-    """Compute values within blocks twice, for less memory."""
+    """Use gradient checkpointing: recompute activations within blocks, to save memory."""
     mixed_score: bool = False
-    """For CLD: add the noise of the velocity alone to the prediction."""
+    """For CLD: add to the output the noise prediction if the velocity were pure noise."""
     features: int | None = None
     """For `small`: the number of channels at full resolution; 32 by default."""
     patch: int = 1
-    """For `small`: the side of the squares of pixels to work on: faster, but coarser."""
+    """For `small`: the patch size in pixels. Larger patches are faster, but coarser."""
     precondition: bool = False
-    """Let the network predict what is unknown about the data given the state, in units of
-    its standard deviation."""
+    """Precondition the network: its output is then the data minus their posterior mean
+    given the state, in units of their posterior standard deviation, if they were normal."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,28 +99,28 @@ class Optimiser:
 
     learning_rate: float = 2e-4
     warmup: int = 5000
-    """The number of steps in which the learning rate rises."""
+    """The number of warm-up steps of the learning rate."""
     cosine: bool = False
-    """Let the learning rate fall to 0 until the last step. The paper's does not."""
+    """Decay the learning rate to 0 by a cosine schedule. The paper does not."""
     clip: float = 1.0
-    """The greatest norm of a gradient."""
+    """The global norm to which gradients are clipped."""
     ema_decay: float = 0.9999
     debias: bool = False
     """Remove the initial parameters from the EMA."""
     accumulate: int = 1
-    """In how many parts to compute the gradient of a batch, for less memory."""
+    """The number of parts for gradient accumulation, to save memory."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """For training by several processes together."""
+    """For distributed training with several processes."""
 
     coordinator: str | None = None
-    """Address and port of the first, as 10.0.0.1:1234."""
+    """Address and port of the first process, such as 10.0.0.1:1234."""
     number: int | None = None
     index: int | None = None
     timeout: int = 100
-    """After how many seconds without a sign of life the others end."""
+    """The number of seconds without a heartbeat after which the other processes stop."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,34 +129,34 @@ class Config:
     network: Network
     process: Literal["vp", "sub_vp", "ve", "cld", "bdm"]
     steps: int
-    """How many to train in all."""
+    """The total number of training steps."""
     batch_size: int = 128
-    """Over all devices."""
+    """The batch size over all devices together."""
     optimiser: Optimiser = Optimiser()
     predicts: Literal["noise", "data", "score", "velocity"] = "noise"
     times: Literal["uniform", "stratified"] = "uniform"
-    """How to draw times: independently, or one in each of equal intervals."""
+    """How to sample times: independently, or one in each of equal intervals."""
     weighting: Literal["prediction", "noise", "likelihood", "data"] = "prediction"
-    """What counts equally at all times; `data` is for predictions of noise."""
+    """Which error has equal weight at all times; `data` is for noise prediction."""
     shard_parameters: bool = False
-    """Divide parameters over devices too."""
+    """Shard parameters over devices too."""
     seed: int = 0
     processes: Processes = Processes()
     output: Path | None = None
-    """By default `runs/`, and the name of the preset."""
+    """By default `runs/` followed by the name of the preset."""
     save_every: int = 1000
     keep: int = 2
-    """How many checkpoints to keep."""
+    """The number of checkpoints to keep."""
     log_every: int = 100
     samples_every: int = 5000
-    """How often to draw samples; 0 for never."""
+    """The number of steps between pictures of samples; 0 for none."""
     tensorboard: bool = False
-    """Write what is measured for TensorBoard too (`pip install tensorboardX`)."""
+    """Log metrics to TensorBoard too (`pip install tensorboardX`)."""
     wandb: str | None = None
-    """A project of Weights & Biases to write to (`pip install wandb`)."""
+    """A Weights & Biases project to log metrics to (`pip install wandb`)."""
 
 
-# Of the paper's Table 4, and of the authors' configurations.
+# From the paper's Table 4 and the authors' configurations.
 PAPER = Optimiser(2e-4, warmup=5000, ema_decay=0.9999, debias=False)
 
 PRESETS = {
@@ -254,7 +254,7 @@ PRESETS = {
 
 
 def check(config: Config) -> None:
-    """Refuse, before anything takes time, what cannot be trained."""
+    """Refuse invalid settings before any expensive work."""
     optimiser, network, several = config.optimiser, config.network, config.processes
     lowest = {
         "--steps": (config.steps, 1),
@@ -301,7 +301,7 @@ def check(config: Config) -> None:
         )
     if config.samples_every and importlib.util.find_spec("matplotlib") is None:
         raise ImportError(
-            'Samples are drawn by matplotlib: `pip install "gddim_eqx[examples]"`, or give '
+            'Pictures need matplotlib: `pip install "gddim_eqx[examples]"`, or give '
             "`--samples-every 0`."
         )
 
@@ -313,24 +313,26 @@ def check_warmup(config: Config) -> None:
     message = f"`--steps` {steps} should be more than `--optimiser.warmup` {warmup}"
     if config.optimiser.cosine:
         raise ValueError(
-            f"{message}: the learning rate would not fall before the end, as "
-            "`--optimiser.cosine` has it. Give more steps, or a shorter warm-up."
+            f"{message}: no steps would be left for the decay of `--optimiser.cosine`. "
+            "Give more steps, or a shorter warm-up."
         )
-    print(f"{message}: the learning rate still rises when training ends.", file=sys.stderr)
+    print(f"{message}: training ends before the warm-up does.", file=sys.stderr)
 
 
 def load(data: Source, train: bool = True) -> np.ndarray:
     if not train and data.name in ("rings", "digits", "folder"):
-        raise ValueError(f"{data.name} has no part for tests.")
+        raise ValueError(f"{data.name} has no test set.")
     if data.name != "folder" and (data.size is not None or data.crop is not None):
         raise ValueError(
             f"`--data.size` and `--data.crop` are for a folder, not for {data.name}."
         )
     if data.name in ("rings", "digits", "folder") and not data.verify:
-        raise ValueError(f"{data.name} is not verified: no `--data.no-verify`.")
+        raise ValueError(f"{data.name} is not verified: leave out `--data.no-verify`.")
     if data.name in ("rings", "digits"):
         if data.directory is not None:
-            raise ValueError(f"{data.name} is not read from files: no `--data.directory`.")
+            raise ValueError(
+                f"{data.name} is not read from files: leave out `--data.directory`."
+            )
         return getattr(gd.datasets, data.name)()
     if data.directory is None and data.name != "fashion_mnist":
         raise ValueError(f"{data.name} is read from files: give `--data.directory`.")
@@ -350,7 +352,7 @@ def make_model(config: Config, data: np.ndarray, key) -> gd.nn.NetworkModel:
     if network.name in ("points", "mlp"):
         if network.bfloat16 or network.checkpoint:
             raise ValueError(
-                f"{network.name} has no `bfloat16` and no `checkpoint`: leave out "
+                f"{network.name} has no `bfloat16` or `checkpoint`: leave out "
                 "`--network.bfloat16` and `--network.checkpoint`."
             )
     else:
@@ -361,7 +363,7 @@ def make_model(config: Config, data: np.ndarray, key) -> gd.nn.NetworkModel:
         options |= dict(features=network.features or 32, patch=network.patch)
     elif network.features is not None or network.patch != 1:
         raise ValueError(
-            f"{network.name} has no `features` and no `patch`: leave out "
+            f"{network.name} has no `features` or `patch`: leave out "
             "`--network.features` and `--network.patch`."
         )
     make = ft.partial(getattr(gd.nn.presets, network.name), **options)
@@ -387,12 +389,12 @@ def make_model(config: Config, data: np.ndarray, key) -> gd.nn.NetworkModel:
 
 
 def standard_deviation(data: np.ndarray) -> float:
-    """Of what the model sees."""
+    """The standard deviation of the data as the model sees them."""
     return float(data.std(dtype=np.float64)) / (127.5 if data.dtype == np.uint8 else 1)
 
 
 def draw(path: Path, flow: gd.ProbabilityFlow, number: int = 64) -> None:
-    """Draw samples, by 20 evaluations of the model."""
+    """Draw a picture of samples, with 20 evaluations of the model."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -401,7 +403,7 @@ def draw(path: Path, flow: gd.ProbabilityFlow, number: int = 64) -> None:
     try:
         x = gd.sample(flow, jr.key(0), number, num_steps=20).x
     except FloatingPointError as error:
-        # Early on a network may not be fit for it.
+        # Early in training, samples may diverge.
         print(f"No {path.name}: {error}")
         return
     x = np.asarray(x)
@@ -418,7 +420,7 @@ def draw(path: Path, flow: gd.ProbabilityFlow, number: int = 64) -> None:
 
 
 def tiled(images: np.ndarray) -> np.ndarray:
-    """A square of images; the last places stay black."""
+    """Tile images in a square grid; unused places stay black."""
     side = math.isqrt(len(images) - 1) + 1
     images = np.pad(images, [(0, side**2 - len(images)), (0, 1), (0, 1), (0, 0)])
     grid = rearrange(images, "(a b) h w c -> (a h) (b w) c", a=side)
@@ -485,7 +487,7 @@ def train(config: Config) -> TrainState:
     )
     output = config.output
     assert output is not None
-    # What may change when a run goes on is left out.
+    # Without the settings that may change when a run resumes.
     names = ("data", "network", "process", "batch_size", "optimiser", "predicts", "times")
     names = (*names, "weighting", "seed", *(["steps"] if optimiser.cosine else []))
     kept = {name: to_json(getattr(config, name)) for name in names}
@@ -497,7 +499,7 @@ def train(config: Config) -> TrainState:
         )
         done = max(checkpoints.steps, default=0)
         if first and done:
-            print(f"Going on from step {done} in {output}.")
+            print(f"Resuming from step {done} in {output}.")
         logs: list[Any] = []
         if first:
             logs.append(stack.enter_context(JSONLines(output / "metrics.jsonl", done)))
@@ -515,7 +517,7 @@ def train(config: Config) -> TrainState:
         every = config.samples_every
         state = fit(
             trainer,
-            # Kept nowhere else, so that its memory is free after the first step.
+            # No other reference is kept, so its memory is freed after the first step.
             trainer.init(model, train_key),
             batches,
             config.steps,
@@ -527,7 +529,7 @@ def train(config: Config) -> TrainState:
         )
     model, done = placement.gather(state.averaged), int(state.step)
     if first and done < config.steps:
-        print(f"Stopped at step {done}. Run the same again to go on.")
+        print(f"Stopped at step {done}. Run the same command again to resume.")
     elif first:
         path = output / "model.npz"
         gd.checkpoints.save(path, gd.ProbabilityFlow(process, model, config.predicts))
@@ -563,11 +565,11 @@ def main(arguments: list[str] | None = None) -> None:
         train(config)
     except KeyboardInterrupt:
         print(
-            f"\nInterrupted. Run the same again to go on from the last checkpoint in "
-            f"{config.output}, if there is one.",
+            f"\nInterrupted. Run the same command again to resume from the last checkpoint "
+            f"in {config.output}, if there is one.",
             file=sys.stderr,
         )
-        # As shells have it for SIGINT.
+        # The conventional exit status after SIGINT.
         sys.exit(130)
     except (ValueError, ImportError, OSError, FloatingPointError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
@@ -575,8 +577,8 @@ def main(arguments: list[str] | None = None) -> None:
         if jax.process_count() == 1:
             raise
         sys.exit(
-            f"{error}\nProbably another process died. Start all of them again to go on "
-            "from the last checkpoint."
+            f"{error}\nProbably another process died. Restart all processes to resume from "
+            "the last checkpoint."
         )
 
 

@@ -27,5 +27,5 @@ Times = Real[ArrayLike, " times"] | Sequence[RealScalarLike]
 Level = RealScalarLike | Callable[[Array], RealScalarLike]
 # What models predict.
 PredictionName = Literal["noise", "data", "score", "velocity"]
-# In which frame noise is predicted: by the square root R or L of the covariance.
+# The frame in which noise is predicted: the square root of the covariance, R or L.
 FrameName = Literal["R", "cholesky"]

@@ -14,20 +14,20 @@ def dequantise(
 ) -> Inexact[Array, "*shape"]:
     """Dequantise pixel levels: add uniform noise that fills each level, and map to [-1, 1].
 
-    Integers have no density. With this noise the mean log density is a lower bound on the
-    log probability of the levels.
+    Discrete data have no density. With this noise, the expected log density is a lower
+    bound on the log probability of the levels.
 
     **Arguments:**
 
     - `key`: a random key.
     - `levels`: integers from 0 to `num_levels - 1`.
     - `num_levels`: the number of levels.
-    - `dtype`: of the result; by default JAX's default floating dtype.
+    - `dtype`: the dtype of the result; by default JAX's default floating dtype.
 
     **Returns:** numbers in [-1, 1], of the same shape.
 
-    **Raises:** `ValueError` if the levels are not integers. Also raises, even under
-    `jax.jit`, if they are not from 0 to `num_levels - 1`.
+    **Raises:** `ValueError` if the levels are not integers. An error is also raised, even
+    under `jax.jit`, if they are not from 0 to `num_levels - 1`.
     """
     check_key(key)
     levels = jnp.asarray(levels)
@@ -54,7 +54,8 @@ def bits_per_dimension(
 
     **Arguments:**
 
-    - `log_likelihood`: in nats, of data from [`gddim_eqx.dequantise`][]: on [-1, 1].
+    - `log_likelihood`: the log likelihood, in nats, of data on [-1, 1], as from
+        [`gddim_eqx.dequantise`][].
     - `shape`: the shape of one data sample.
     - `num_levels`: the number of levels.
 

@@ -1,4 +1,4 @@
-"""One image file, as the 8-bit RGB that a screen would show."""
+"""Reading an image file as 8-bit sRGB."""
 
 import io
 from pathlib import Path
@@ -28,13 +28,13 @@ def read_image(path: Path) -> Any:
             image = ImageOps.exif_transpose(file)
             depth, frames = _png_depth(path), getattr(file, "n_frames", 1)
             kind = file.format
-    except Exception as error:  # Pillow raises many classes for damaged files.
-        raise ValueError(f"{path} is not a whole image: {error}.") from error
+    except Exception as error:  # Pillow raises many exceptions for damaged files.
+        raise ValueError(f"{path} is not a complete image: {error}.") from error
     if kind not in _formats:
-        raise ValueError(f"{path} is a file of {kind}. Convert it, for example to PNG.")
+        raise ValueError(f"{path} is a {kind} file. Convert it, for example to PNG.")
     # The other pictures in an MPO file are variants, for example smaller.
     if frames > 1 and kind != "MPO":
-        raise ValueError(f"{path} has {frames} frames. Save the one that is meant, alone.")
+        raise ValueError(f"{path} has {frames} frames. Save only the intended one.")
     if depth == 16:
         image = _from_16_bits(path, image)
     _check_opaque(path, image)
@@ -42,8 +42,8 @@ def read_image(path: Path) -> Any:
 
 
 def _png_depth(path: Path) -> int | None:
-    """The bits per channel. Pillow does not report them, and drops the lower 8 of
-    colours."""
+    """The bits per channel of a PNG file. Pillow does not report them, and drops the lower
+    8 of 16-bit colours."""
     with path.open("rb") as file:
         head = file.read(25)
     return head[24] if head.startswith(b"\x89PNG") else None
@@ -54,8 +54,8 @@ def _from_16_bits(path: Path, image: Any) -> Any:
 
     if image.mode != "I" and not image.mode.startswith("I;16"):
         raise ValueError(
-            f"{path} has colours or transparency of 16 bits, of which Pillow reads 8. "
-            "Convert it to 8 bits."
+            f"{path} has colours or transparency of 16 bits, of which Pillow reads only 8. "
+            "Convert it to 8 bits per channel."
         )
     found = Image.fromarray((np.asarray(image).astype(np.int64) // 257).astype(np.uint8))
     found.info = image.info
@@ -68,8 +68,8 @@ def _check_opaque(path: Path, image: Any) -> None:
         transparent = image.convert("RGBA").getextrema()[3][0] < 255
     if transparent:
         raise ValueError(
-            f"{path} is transparent in places, and what is behind is not known. Put it "
-            "onto a background, by Pillow's `Image.alpha_composite`."
+            f"{path} is transparent in places, and its background is not known. Composite "
+            "it onto one, with Pillow's `Image.alpha_composite`."
         )
 
 
@@ -81,12 +81,12 @@ def _to_srgb(path: Path, image: Any) -> Any:
         image = image.convert("L")
     elif mode not in ("L", "RGB", "CMYK"):
         raise ValueError(
-            f"{path} has Pillow's mode {mode!r}, whose black and white are not known. "
-            "Convert it to grey or RGB of 8 bits."
+            f"{path} has Pillow's mode {mode!r}, whose black and white levels are not "
+            "known. Convert it to 8-bit greyscale or RGB."
         )
     if mode == "CMYK" and "adobe" not in info:
         raise ValueError(
-            f"{path} is of CMYK, and does not say whether 0 is no ink or all of it. "
+            f"{path} is in CMYK, and does not say whether 0 means no ink or full ink. "
             "Convert it to RGB."
         )
     if "icc_profile" in info:
@@ -107,12 +107,13 @@ def _by_profile(path: Path, image: Any, profile: bytes) -> Any:
 
     try:
         found = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        # Left as it is, as a conversion could only round.
+        # Left as it is, as a conversion would only add rounding errors.
         if "sRGB" in ImageCms.getProfileDescription(found):
             return image.convert("RGB")
         srgb: Any = ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(image, found, srgb, outputMode="RGB")
     except (OSError, ImageCms.PyCMSError) as error:
         raise ValueError(
-            f"{path} has an ICC profile that does not do: {error}. Convert it to sRGB."
+            f"{path} has an ICC profile that cannot be applied: {error}. Convert the image "
+            "to sRGB."
         ) from error

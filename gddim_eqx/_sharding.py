@@ -29,7 +29,7 @@ class Placement(eqx.Module):
     ):
         """**Arguments:**
 
-        - `devices`: to use; by default all, of all processes.
+        - `devices`: the devices to use; by default all devices of all processes.
         - `shard_parameters`: whether each device holds only a shard of the parameters.
         """
         devices = jax.devices() if devices is None else devices
@@ -70,7 +70,7 @@ class Placement(eqx.Module):
 
         **Arguments:**
 
-        - `tree`: of arrays, or of their shapes. Other leaves get `None`.
+        - `tree`: a pytree of arrays, or of their shapes. Other leaves get `None`.
         """
         is_array = lambda x: eqx.is_array(x) or isinstance(x, jax.ShapeDtypeStruct)
         return jtu.tree_map(self._of_array, eqx.filter(tree, is_array))
@@ -87,7 +87,7 @@ class Placement(eqx.Module):
 
         **Arguments:**
 
-        - `tree`: the same on all processes.
+        - `tree`: a pytree, the same on all processes.
         """
         arrays, rest = eqx.partition(tree, eqx.is_array)
         return eqx.combine(jtu.tree_map(self._put_array, arrays), rest)
@@ -104,7 +104,7 @@ class Placement(eqx.Module):
         return jax.make_array_from_callback(x.shape, self._of_array(x), values.__getitem__)
 
     def constrain(self, tree: PyTree) -> Any:
-        """The same inside `jax.jit`."""
+        """Inside `jax.jit`, constrain every array of a training state to its sharding."""
         arrays, rest = eqx.partition(tree, eqx.is_array)
         arrays = jax.lax.with_sharding_constraint(arrays, self.of(arrays))
         return eqx.combine(arrays, rest)

@@ -25,7 +25,7 @@ _image_endings = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 def rings(number: int = 12_800, seed: int = 0) -> Float[np.ndarray, "number 2"]:
-    """The authors' points in the plane: five rings, scaled to unit variance."""
+    """The authors' two-dimensional toy data: five rings, scaled to unit variance."""
     check_count("number", number)
     check_count("seed", seed, least=0)
     random = np.random.default_rng(seed)
@@ -45,7 +45,7 @@ def digits() -> Images:
     except ImportError as error:
         raise ImportError("The digits come with scikit-learn: install it.") from error
     pixels, _ = load_digits(return_X_y=True)
-    # From levels 0 to 16, so that the largest stays the largest.
+    # From levels 0 to 16, of which the largest becomes 255.
     return np.round(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
 
 
@@ -86,13 +86,13 @@ _published = {
 
 
 def mnist(directory: str | Path, train: bool = True, verify: bool = True) -> Images:
-    """MNIST, in its own format: 60,000 images of 28x28, or 10,000.
+    """MNIST, in its original format: 60,000 training or 10,000 test images of 28x28.
 
     **Arguments:**
 
-    - `directory`: that holds `train-images-idx3-ubyte` or `t10k-images-idx3-ubyte`, with
-        or without `.gz`.
-    - `train`: whether to read the images for training.
+    - `directory`: the directory that holds `train-images-idx3-ubyte` or
+        `t10k-images-idx3-ubyte`, with or without `.gz`.
+    - `train`: whether to read the training images; otherwise, the test images.
     - `verify`: whether to refuse files other than the published ones.
 
     **Raises:** `ValueError` for a file that is missing, truncated, or not the expected one.
@@ -103,7 +103,7 @@ def mnist(directory: str | Path, train: bool = True, verify: bool = True) -> Ima
 def fashion_mnist(
     directory: str | Path = _debian, train: bool = True, verify: bool = True
 ) -> Images:
-    """Fashion-MNIST, which has MNIST's format: 60,000 images of 28x28, or 10,000.
+    """Fashion-MNIST, in MNIST's format: 60,000 training or 10,000 test images of 28x28.
 
     **Arguments:** as in [`gddim_eqx.datasets.mnist`][], except that `directory` is by
     default where Debian's package `dataset-fashion-mnist` puts it.
@@ -135,7 +135,7 @@ def _idx(
             raise ValueError(f"it says that its shape is {shape}")
         images = np.frombuffer(content, np.uint8, offset=header).reshape(shape)
     except (ValueError, EOFError, OSError, zlib.error, struct.error) as error:
-        raise ValueError(f"{path} is not a whole file of {kind}: {error}.") from error
+        raise ValueError(f"{path} is not a complete {kind} file: {error}.") from error
     if verify:
         _verify(data, path, name, content)
     return images
@@ -146,7 +146,7 @@ def _verify(data: str, path: Path | str, name: str, content: bytes) -> None:
     if found != wanted:
         raise ValueError(
             f"{path} is not the file that was published as {data}: its MD5 sum, unpacked, "
-            f"is {found} and not {wanted}. {_where[data]} To read it all the same, pass "
+            f"is {found} and not {wanted}. {_where[data]} To read it anyway, pass "
             "`verify=False`."
         )
 
@@ -170,13 +170,13 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def cifar10(directory: str | Path, train: bool = True, verify: bool = True) -> Images:
-    """CIFAR-10, in its format for Python: 50,000 images of 32x32, or 10,000.
+    """CIFAR-10, in its Python version: 50,000 training or 10,000 test images of 32x32.
 
     **Arguments:**
 
     - `directory`: `cifar-10-batches-py`, or the archive it is in,
         `cifar-10-python.tar.gz`.
-    - `train`: whether to read the images for training.
+    - `train`: whether to read the training images; otherwise, the test images.
     - `verify`: whether to refuse files other than the published ones.
 
     **Raises:** `ValueError` for a file that is missing, truncated, or not the expected one.
@@ -187,11 +187,11 @@ def cifar10(directory: str | Path, train: bool = True, verify: bool = True) -> I
     archive = None
     if path.is_file():
         try:
-            # All of it at first, as the checksum is at the end.
+            # Decompressed completely first, as the checksum is at the end.
             content = gzip.decompress(path.read_bytes())
             archive = tarfile.open(fileobj=io.BytesIO(content))
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{path} is not a whole archive: {error}.") from error
+            raise ValueError(f"{path} is not a complete archive: {error}.") from error
     for name in names:
         where, content = _batch(path, archive, name)
         if verify:
@@ -202,7 +202,7 @@ def cifar10(directory: str | Path, train: bool = True, verify: bool = True) -> I
                 raise ValueError(f"it holds {data.dtype}")
             parts.append(data.reshape(-1, 3, 32, 32))
         except Exception as error:
-            raise ValueError(f"{where} is not a whole file of images: {error}.") from error
+            raise ValueError(f"{where} is not a complete file: {error}.") from error
     return np.ascontiguousarray(np.concatenate(parts).transpose(0, 2, 3, 1))
 
 
@@ -214,13 +214,13 @@ def _batch(path: Path, archive: tarfile.TarFile | None, name: str) -> tuple[str,
     try:
         file = archive.extractfile(member)
         if file is None:
-            raise KeyError(f"{member} is no file")
+            raise KeyError(f"{member} is not a file")
         return where, file.read()
     except KeyError as error:
         message = f"There is no {member} in {path}. {_where['CIFAR-10']}"
         raise ValueError(message) from error
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a whole archive: {error}.") from error
+        raise ValueError(f"{path} is not a complete archive: {error}.") from error
 
 
 def folder(
@@ -230,16 +230,17 @@ def folder(
     `img_align_celeba` from mmlab.ie.cuhk.edu.hk/projects/CelebA.html.
 
     They are converted to 8-bit RGB. Greyscale becomes three equal channels, 16-bit levels
-    divided by 257 and rounded down; images are rotated as EXIF says, and colours with an
-    ICC profile are converted to sRGB.
+    are divided by 257 and rounded down, images are rotated according to EXIF, and colours
+    with an ICC profile are converted to sRGB.
 
     **Arguments:**
 
-    - `directory`: with PNG, JPEG, BMP or WebP files.
-    - `size`: of the result; without it, all images must be of one size already.
+    - `directory`: a directory with PNG, JPEG, BMP or WebP files.
+    - `size`: the height and width of the result; by default images are not resized, and
+        must all have the same size.
     - `crop`: the side of the centre crop, before resizing: 140 for CELEBA.
 
-    **Raises:** `ValueError` if there are no images, for images of several sizes, and for
+    **Raises:** `ValueError` if there are no images, for images of different sizes, and for
     one that is smaller than `crop`, cannot be read, or cannot be converted without
     guessing: with transparent pixels, several frames, 16-bit colours or levels without a
     known range. Needs Pillow.
@@ -256,7 +257,7 @@ def folder(
         path for path in directory.rglob("*") if path.suffix.lower() in _image_endings
     )
     if not paths:
-        what = "holds no images" if directory.is_dir() else "is no directory"
+        what = "holds no images" if directory.is_dir() else "is not a directory"
         raise ValueError(f"{directory} {what}. Images end in {', '.join(_image_endings)}.")
     images = []
     for path in paths:
@@ -264,8 +265,8 @@ def folder(
         if crop is not None:
             if crop > min(image.size):
                 raise ValueError(
-                    f"{path} is of {image.width}x{image.height} pixels, of which `crop` "
-                    f"cannot keep {crop}x{crop}."
+                    f"{path} has {image.width}x{image.height} pixels, of which `crop` "
+                    f"cannot keep {crop}x{crop}. Use a smaller `crop`."
                 )
             left, top = (image.width - crop) // 2, (image.height - crop) // 2
             image = image.crop((left, top, left + crop, top + crop))
@@ -274,8 +275,8 @@ def folder(
         images.append(np.asarray(image))
         if images[-1].shape != images[0].shape:
             raise ValueError(
-                f"{path} is of {image.width}x{image.height} pixels, but {paths[0]} is of "
-                f"{images[0].shape[1]}x{images[0].shape[0]}. Give a `size`."
+                f"{path} has {image.width}x{image.height} pixels, but {paths[0]} has "
+                f"{images[0].shape[1]}x{images[0].shape[0]}. Pass a `size`."
             )
     return np.stack(images)
 

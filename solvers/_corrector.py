@@ -1,24 +1,34 @@
-import equinox as eqx
-import jax.numpy as jnp
-from jaxtyping import Array, Inexact
+from typing import ClassVar
 
-from gddim_eqx._exponential import lagrange, scaled, StepCoefficients
+import equinox as eqx
+from jaxtyping import Array, Inexact
 
 from ._history import Nodes
 
 
 class AbstractCorrector(eqx.Module):
-    """Corrects the end of a step once the model has been evaluated there."""
+    """The polynomial that corrects the end of a step once the model has been evaluated
+    there."""
 
     num_older: eqx.AbstractVar[int]
-    """How many past evaluations the corrector's polynomial interpolates, besides the new
-    one."""
+    """How many past evaluations are combined with the one at the end of the step; 0 for no
+    correction."""
+    reevaluates: eqx.AbstractClassVar[bool]
+    """Whether the model is evaluated at the end of every step; otherwise the evaluation
+    that begins the next step is used, and the last step is not corrected."""
+
+    def __call__(
+        self, polynomials: Inexact[Array, "nodes nodes"], nodes: Nodes
+    ) -> Inexact[Array, "nodes nodes"]:
+        """As `AbstractPredictor.__call__`."""
+        return polynomials
 
 
 class NoCorrector(AbstractCorrector):
     """No correction: the predicted state is kept."""
 
     num_older: int = eqx.field(static=True, default=0, init=False)
+    reevaluates: ClassVar[bool] = False
 
 
 class FreeCorrector(AbstractCorrector):
@@ -26,14 +36,11 @@ class FreeCorrector(AbstractCorrector):
     does. It costs no NFE, but the last step is not corrected."""
 
     num_older: int = eqx.field(static=True)
+    reevaluates: ClassVar[bool] = False
 
 
 class Reevaluate(AbstractCorrector):
     """Corrects each step with an extra evaluation of the model at its end: PEC."""
 
     num_older: int = eqx.field(static=True)
-
-    def __call__(self, nodes: Nodes, c: StepCoefficients) -> Inexact[Array, "more more"]:
-        """Lagrange polynomials on the end of the step, at 1, and past nodes."""
-        x = jnp.append(1, scaled(nodes.coordinate, c.start, c.end))
-        return lagrange(x, jnp.append(True, nodes.valid(self.num_older)))
+    reevaluates: ClassVar[bool] = True

@@ -7,6 +7,7 @@ from gddim_eqx._custom_types import FrameName, Level
 from gddim_eqx._exponential import (
     AbstractCoordinate,
     AbstractSplitting,
+    CoordinateName,
     COORDINATES,
     DataSplitting,
     NoiseSplitting,
@@ -18,9 +19,7 @@ from ._multistep import AbstractExponentialMultistep
 from ._predictor import AdamsBashforth
 
 
-_default_variables = {"data": "clock", "noise": "time"}
-
-Variable = Literal["time", "sqrt", "log", "clock"]
+_default_variables: dict[str, CoordinateName] = {"data": "clock", "noise": "time"}
 
 
 class GDDIM(AbstractExponentialMultistep):
@@ -34,32 +33,33 @@ class GDDIM(AbstractExponentialMultistep):
 
     - In data space, the default, the data prediction is extrapolated. The UniC corrector
         reuses the next step's evaluation, so it costs no extra NFE; the final step is not
-        corrected. For VP, order 2 without a corrector is the semilinear form of
-        DPM-Solver++.
+        corrected. For VP, order 2 without a corrector is DPM-Solver++(2M), but for the
+        interpolation coordinate.
     - In noise space, the noise prediction is extrapolated in the frame $R_t$, where it is
         nearly constant along the flow. This is the paper's method: equations 18 (order 1;
         DDIM for VP) and 19 (DEIS for VP). The paper's best sampler is
         `GDDIM(3, "noise")` on the grid `time_grid(process, n, "quadratic")`.
 
-    The interpolation coordinate is rescaled so that each step extrapolates over a shorter
-    distance than the previous step covered; this keeps large steps stable.
+    In data space, the interpolation coordinate slows down during sampling, so that each
+    step extrapolates over a shorter distance than the previous step covered; this keeps
+    large steps stable.
 
     Coefficients are computed from the times of the step and of its history. Steps may
     therefore be nonuniform, rejected or clipped, and time may run in either direction:
     backward to sample, forward to encode. (Solves in noise space may start at time 0;
     those in data space must start with some noise, for example at `process.t_min`.)
 
-    The first steps are a warm-up of lower order, so as all steps shrink together the
-    global error is second order, or third order with a corrector. In practice this costs
-    little, as predictions hardly change near the start of sampling: in noise space, an
-    exact initial history changes the error by no more than 1% for CLD and 25% for VP.
+    The first steps are a warm-up of lower order. As all steps shrink together, the global
+    order is thus at most 2, or 3 with a corrector. In practice this costs little, as
+    predictions hardly change near the start of sampling: in noise space, an exact initial
+    history changes the error by no more than 1% for CLD and 25% for VP.
 
     The error estimate is the difference between the polynomials in time through all stored
-    values and through one fewer, so it costs no NFE. (Order 1 is compared with order 2. On
-    the very first step the estimate is the model's whole contribution, which is safe but
-    coarse.) Dense output has the order of the solver. To make the most of a small NFE,
-    rather than to meet a tolerance, take fixed steps: [`gddim_eqx.adapted_grid`][] finds
-    good ones.
+    values and through one fewer, so it costs no NFE; with `reevaluate`, between the
+    predicted and the corrected state. (Order 1 is compared with order 2. On the very first
+    step the estimate is the model's whole contribution, which is safe but coarse.) Dense
+    output has the order of the solver. To make the most of a small NFE, rather than to meet
+    a tolerance, use a fixed grid: [`gddim_eqx.adapted_grid`][] finds a good one.
 
     On [`gddim_eqx.reverse_sde`][] this is stochastic gDDIM (paper, proposition 6), with the
     exact mean and covariance of every step: for a single data point, samples have the right
@@ -83,7 +83,7 @@ class GDDIM(AbstractExponentialMultistep):
     num_nodes: int = eqx.field(static=True)
     space: Literal["data", "noise"] = eqx.field(static=True)
     corrector: int | None = eqx.field(static=True)
-    variable: Variable | None = eqx.field(static=True)
+    variable: CoordinateName | None = eqx.field(static=True)
     factor: FrameName = eqx.field(static=True)
     reevaluate: bool = eqx.field(static=True)
 
@@ -93,7 +93,7 @@ class GDDIM(AbstractExponentialMultistep):
         space: Literal["data", "noise"] = "data",
         corrector: int | None = None,
         *,
-        variable: Variable | None = None,
+        variable: CoordinateName | None = None,
         factor: FrameName = "R",
         reevaluate: bool = False,
         num_nodes: int | None = None,
@@ -106,7 +106,8 @@ class GDDIM(AbstractExponentialMultistep):
             noise prediction, as in the paper.
         - `corrector`: the number of past evaluations that the corrector uses besides the
             new one, from 0 (no corrector) to `order`. Defaults to `order - 1` in data
-            space, and to 0 in noise space, where correctors are unstable for few steps.
+            space and with `reevaluate`, and else to 0, as the free corrector is unstable
+            in noise space for few steps.
         - `variable`: the interpolation coordinate: `"time"` (the paper's, and the default
             in noise space), its `"sqrt"` or `"log"`, or `"clock"` (the default in data
             space), which slows down during sampling.
@@ -116,8 +117,8 @@ class GDDIM(AbstractExponentialMultistep):
             the frame in which the model predicts.
         - `reevaluate`: correct every step with an extra evaluation at its end, for two
             evaluations per step: the paper's predictor-corrector (PEC).
-        - `num_nodes`: the field that stores `order`, as every solver has a method of that
-            name. Only used if `order` is not given, as in `dataclasses.replace`.
+        - `num_nodes`: the field that stores `order`, as every Diffrax solver has a method
+            called `order`. Only used if `order` is not given, as in `dataclasses.replace`.
 
         **Raises:** `ValueError` for invalid or mutually exclusive values.
         """
@@ -141,12 +142,12 @@ class GDDIM(AbstractExponentialMultistep):
         check_frame(factor)
         if factor == "cholesky" and space == "data":
             raise ValueError(
-                "`factor` is the frame of noise predictions. For the frame L_t take "
+                "`factor` is the frame of noise predictions. For the frame L_t use "
                 "`GDDIM(space='noise', factor='cholesky')`."
             )
         if reevaluate and (corrector == 0 or default == 0 and corrector is None):
             raise ValueError(
-                "`reevaluate` is for the corrector, but there is none. Give `corrector`, "
+                "`reevaluate` is for the corrector, but there is none. Pass `corrector`, "
                 "from 1 to `order`."
             )
         self.num_nodes = int(order)
@@ -162,6 +163,8 @@ class GDDIM(AbstractExponentialMultistep):
         names = ("space", "corrector", "variable", "factor", "reevaluate")
         rest = [f"{name}={getattr(self, name)!r}" for name in names]
         return f"GDDIM({', '.join([f'order={self.num_nodes}', *rest])})"
+
+    # The arguments name what the properties of `AbstractExponentialMultistep` are made of.
 
     @property
     def splitting(self) -> AbstractSplitting:

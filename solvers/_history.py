@@ -26,6 +26,17 @@ class Nodes(eqx.Module):
         """A mask of the newest `number` nodes, or of all if there are fewer."""
         return self.age < jnp.minimum(self.count + 1, number)
 
+    def with_end(self, t: Array, end: Array) -> "Nodes":
+        """The times and coordinates with another evaluation at the end of the step."""
+        zero = jnp.zeros(1, jnp.int32)
+        return Nodes(
+            [],
+            jnp.append(t, self.times),
+            jnp.append(end, self.coordinate),
+            jnp.append(zero, self.age + 1),
+            self.count + 1,
+        )
+
 
 class LastStep(NamedTuple):
     """What a corrector needs from the previous step: the result of the linear part and the
@@ -107,6 +118,7 @@ class History(eqx.Module):
             self.times.at[slot].set(nodes.times[0]),
             self.coordinate.at[slot].set(c.start),
             jtu.tree_map(lambda x, y: x.at[slot].set(y), self.values, nodes.values[0]),
+            # A full history loses its oldest value, unless the slot stays free.
             jnp.minimum(nodes.count + kept, slots - 1 + kept),
             (slot + kept) % slots,
             jnp.asarray(t1),

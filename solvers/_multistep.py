@@ -24,7 +24,6 @@ from gddim_eqx._exponential import (
     interpolation,
     lagrange,
     next_residual,
-    NoiseSplitting,
     Residual,
     scaled,
     StepCoefficients,
@@ -46,7 +45,7 @@ from gddim_eqx._term import (
     unwrap_reverse,
 )
 
-from ._corrector import AbstractCorrector, FreeCorrector, Reevaluate
+from ._corrector import AbstractCorrector
 from ._history import History, LastStep, Nodes
 from ._predictor import AbstractPredictor
 
@@ -96,13 +95,13 @@ class AbstractExponentialMultistep(
         return max(self.predictor.num_nodes - 1, self.correction.num_older, 1)
 
     @property
-    def _number(self) -> int:
+    def _num_moments(self) -> int:
         """The number of moments that the predictor and the corrector need."""
-        corrected = self.correction.num_older > 0
-        return self._slots + 1 if corrected else self.predictor.num_nodes
+        corrects = self.correction.num_older > 0
+        return self._slots + 1 if corrects else self.predictor.num_nodes
 
     @property
-    def _number_in_time(self) -> int:
+    def _num_moments_in_time(self) -> int:
         """The number of moments that the error estimate needs."""
         return max(self.predictor.num_nodes, 2)
 
@@ -121,18 +120,18 @@ class AbstractExponentialMultistep(
         y0 = check_state(y0, process.num_components, process.shape, "The state `y0`")
         last = residual = None
         zeros = jtu.tree_map(jnp.zeros_like, y0)
-        corrects = isinstance(self.correction, FreeCorrector)
-        explains = lam is not None and isinstance(self.splitting, NoiseSplitting)
-        if corrects or explains:
+        corrects = self.correction.num_older > 0 and not self.correction.reevaluates
+        has_residual = lam is not None and self.splitting.has_residual
+        if corrects or has_residual:
             time = jax.ShapeDtypeStruct((), coefficient_dtype(y0))
             c = eqx.filter_eval_shape(self._integrate, process, time, time, lam)
             if corrects:
                 moments = jnp.zeros(c.moments.shape, c.moments.dtype)
                 last = LastStep(zeros, moments, jnp.zeros((), moments.dtype))
-            if explains:
-                mean = c.noise_transition.mean
-                gain = BlockLinearOperator(jnp.zeros(mean.shape, mean.dtype), process.shape)
-                residual = Residual(gain, zeros)
+            if has_residual:
+                omega = c.noise_transition.mean_omega
+                gain = jnp.zeros(omega.shape, omega.dtype)
+                residual = Residual(BlockLinearOperator(gain, process.shape), zeros)
         return History.empty(self._slots, t0, y0, last, residual)
 
     def step(
@@ -153,7 +152,8 @@ class AbstractExponentialMultistep(
         c = self._integrate(process, s, t, lam)
         value = self.splitting.evaluate(flow, s, y0, args, c.root)
         count, forcing, residual = history.length(t0, made_jump), [], None
-        if isinstance(terms, ReverseSDE) and lam is not None:
+        if lam is not None:
+            assert isinstance(terms, ReverseSDE)
             normal = terms.normal(t0, t1, y0)
             value, forcing, residual = _forcing(process, history, count, c, value, normal)
         nodes = history.nodes(value, s, c.start, count)
@@ -163,13 +163,13 @@ class AbstractExponentialMultistep(
             start = _corrected(process, history.last, corrector, nodes, y0)
         base = combine(process.shape, [(c.linear, start), *forcing])
 
+        # Order 1 stores a value only for its error estimate.
         used = 1 if self.predictor.num_nodes == 1 else len(nodes.values)
-        values, polynomials = nodes.values[:used], predictor[:used, : self._number]
+        values, polynomials = nodes.values[:used], predictor[:used]
         y1 = add(base, integral(process.shape, polynomials, c.moments, values))
-        if isinstance(self.correction, Reevaluate):
+        if self.correction.reevaluates:
             again = self.splitting.evaluate(flow, t, y1, args)
-            polynomials = self.correction(nodes, c)[:, : self._number]
-            values = [again, *nodes.values]
+            values, polynomials = [again, *nodes.values], self._reevaluated(nodes, c)
             predicted = y1
             y1 = add(base, integral(process.shape, polynomials, c.moments, values))
             y_error = subtract(y1, predicted)
@@ -188,25 +188,43 @@ class AbstractExponentialMultistep(
 
     def _integrate(self, process, s, t, lam) -> StepCoefficients:
         return self.splitting.integrate(
-            process, s, t, self._number, self.coordinate, self._number_in_time, lam
+            process,
+            s,
+            t,
+            self._num_moments,
+            self.coordinate,
+            self._num_moments_in_time,
+            lam,
         )
 
     def _polynomials(self, nodes: Nodes, last: LastStep | None, c: StepCoefficients):
         """For each node, the polynomials of the previous step's corrector, of the
         predictor, and of the error estimate."""
-        q, number = self.predictor.num_nodes, self._number_in_time
+        number = self._num_moments_in_time
         x = scaled(nodes.coordinate, c.start, c.end)
-        # In a coordinate that slows down, large steps would seem accurate.
+        # The error is estimated in time: in a coordinate that slows down, large steps would
+        # seem accurate.
         times = scaled(nodes.times, nodes.times[0], c.t)
-        narrower = nodes.valid(number) & (nodes.age < jnp.minimum(nodes.count, number - 1))
-        cases = [(x, nodes.valid(q)), (times, nodes.valid(number)), (times, narrower)]
+        narrower = nodes.age < jnp.minimum(nodes.count, number - 1)
+        cases = [(x, nodes.valid(self.predictor.num_nodes))]
+        cases += [(times, nodes.valid(number)), (times, narrower)]
         if last is not None:
             x = scaled(nodes.coordinate, last.start, nodes.coordinate[0])
             cases.append((x, nodes.valid(self.correction.num_older + 1)))
         # Batched, so that they are compiled once.
         every = lagrange(*(jnp.stack(x) for x in zip(*cases)))
-        predictor, wide, narrow, corrector = every[0], every[1], every[2], every[-1]
-        return corrector, self.predictor(predictor, nodes), (wide - narrow)[:, :number]
+        corrector = None if last is None else self.correction(every[3], nodes)
+        predictor = self.predictor(every[0], nodes)[:, : self._num_moments]
+        return corrector, predictor, (every[1] - every[2])[:, :number]
+
+    def _reevaluated(self, nodes: Nodes, c: StepCoefficients):
+        """For the evaluation at the end of the step and each node, the polynomial of the
+        corrector."""
+        nodes = nodes.with_end(c.t, c.end)
+        # The end is at 1 even if the step has size zero.
+        x = scaled(nodes.coordinate, c.start, c.end).at[0].set(1)
+        polynomials = lagrange(x, nodes.valid(self.correction.num_older + 1))
+        return self.correction(polynomials, nodes)[:, : self._num_moments]
 
     def func(
         self, terms: dfx.AbstractTerm, t0: RealScalarLike, y0: State, args: Args
@@ -224,14 +242,17 @@ def _unwrap(
 
 
 def _forcing(process, history: History, count, c: StepCoefficients, value, normal):
-    """For a step of a reverse diffusion: the value to interpolate, what is added to the
-    linear part as pairs of blocks and states, and the next residual, if any."""
-    forcing, residual = [(c.noise, normal)], None
-    if history.residual is not None:
-        noise, value = value, history.residual(value, count)
-        forcing.append((c.moments[0], subtract(noise, value)))
-        residual = next_residual(process.shape, c.noise_transition, noise, value, normal)
-    return value, forcing, residual
+    """For a step of a reverse diffusion: the value to interpolate; the terms added to the
+    linear part, as pairs of blocks and states; and the next residual, if any."""
+    forcing = [(c.noise, normal)]
+    if history.residual is None:
+        return value, forcing, None
+    residual = history.residual(value, count)
+    # The zeroth moment multiplies the prediction; only the residual's change is
+    # interpolated.
+    forcing.append((c.moments[0], subtract(value, residual)))
+    later = next_residual(process.shape, c.noise_transition, value, residual, normal)
+    return residual, forcing, later
 
 
 def _corrected(process, last: LastStep, polynomials, nodes: Nodes, y0: State) -> State:

@@ -19,8 +19,8 @@ from gddim_eqx._term import real_times, ReverseSDE, unwrap_reverse
 class SSCS(dfx.AbstractItoSolver[None]):
     r"""The symmetric splitting sampler for critically-damped Langevin diffusion.
 
-    The reverse diffusion is split into an Ornstein-Uhlenbeck process, which is the whole
-    of it if the prior is the distribution at all times, and the rest of the score,
+    The reverse diffusion is split into an Ornstein-Uhlenbeck process, which would be all of
+    it if the distribution at all times were the prior, and the rest of the score,
 
     $$\mathrm{d}u = -G_t G_t^\top \left[\nabla \log p_t(u) + \Sigma_\infty^{-1} u\right]
     \mathrm{d}t.$$
@@ -31,7 +31,7 @@ class SSCS(dfx.AbstractItoSolver[None]):
     `gddim_eqx.reverse_sde(..., lam=1.0)`.
 
     It is first order because the Euler step is: the rest of the score depends on the
-    velocity that it drives. The splitting error itself is second order, so at few steps
+    velocity that it drives. The splitting error itself is second order, so with few steps
     the error initially falls faster.
 
     ??? cite "Reference"
@@ -61,12 +61,12 @@ class SSCS(dfx.AbstractItoSolver[None]):
         if not isinstance(process, CLD):
             raise ValueError(
                 "`SSCS` is for the phase-space process `CLD`, whose reversal it splits; "
-                f"got {type(process).__name__}. `GDDIM` is for every process."
+                f"got {type(process).__name__}. Use `GDDIM`, which is for every process."
             )
         if not (isinstance(lam, float) and lam == 1):
             raise ValueError(
                 f"`SSCS` is for `reverse_sde(..., lam=1.0)`; got lam={lam}. Use `GDDIM`, "
-                "which is for every level of noise."
+                "which is for any stochasticity."
             )
         check_state(y0, process.num_components, process.shape, "The state `y0`")
 

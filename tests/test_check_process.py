@@ -81,7 +81,7 @@ wrong = {
     ),
     "factor is scaled": (
         dict(factor=_scaled("factor", 1.001)),
-        r"`factor\(t\) @ factor\(t\).T` must equal `covariance\(t\)`.* by 0.00",
+        r"`factor\(t\) @ factor\(t\).T` must equal `covariance\(t\)`.* error is 0.00",
     ),
     "cholesky is scaled": (
         dict(cholesky=_scaled("cholesky", 2.0)),

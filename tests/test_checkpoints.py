@@ -128,7 +128,7 @@ def test_broken_files_are_refused(tmp_path, oracle):
     whole = path.read_bytes()
     for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="checkpoint is not a whole checkpoint"):
+        with pytest.raises(ValueError, match="checkpoint is not a complete checkpoint"):
             gd.checkpoints.load_authors(path, config)
     for text in (b"not a checkpoint", b"\x93\x01\x02\x03", whole + b"more"):
         path.write_bytes(text)
@@ -396,7 +396,7 @@ def test_cut_files_are_refused(tmp_path):
     whole = path.read_bytes()
     for length in (0, 10, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="not a whole file of"):
+        with pytest.raises(ValueError, match="not a complete file from"):
             gd.checkpoints.load(path)
 
 

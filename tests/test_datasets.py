@@ -103,7 +103,7 @@ def test_damaged_fashion_mnist_is_refused(idx):
     cut = gzip.compress(content[:1000])
     for damaged in (packed[:100], b"", cut, gzip.compress(b""), content, flipped):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=f"{path} is not a whole file"):
+        with pytest.raises(ValueError, match=f"{path} is not a complete .* file"):
             gd.datasets.fashion_mnist(directory, verify=False)
     path.write_bytes(gzip.compress(struct.pack(">i", 2049) + content[4:]))
     with pytest.raises(ValueError, match=r"begins with b'.*x01'"):
@@ -154,7 +154,7 @@ def test_damaged_cifar10_is_refused(cifar10, packed):
     others = [np.zeros(5, np.uint8), np.zeros((2, 3072))]
     for damaged in (whole[:2000], b"", *(pickle.dumps({b"data": x}) for x in others)):
         batch.write_bytes(damaged)
-        with pytest.raises(ValueError, match="data_batch_3.* is not a whole file"):
+        with pytest.raises(ValueError, match="data_batch_3.* is not a complete file"):
             read()
     batch.unlink()
     with pytest.raises(ValueError, match="no .*data_batch_3 in .*Fetch"):
@@ -168,7 +168,7 @@ def test_a_damaged_archive_is_refused(cifar10):
     flipped[len(whole) // 2] ^= 255
     for damaged in (whole[:100], whole[: len(whole) // 2], b"", bytes(flipped)):
         archive.write_bytes(damaged)
-        with pytest.raises(ValueError, match="is not a whole"):
+        with pytest.raises(ValueError, match="is not a complete"):
             gd.datasets.cifar10(archive, verify=False)
 
 
@@ -205,17 +205,17 @@ def test_a_folder_of_images(tmp_path):
 def test_folders_that_do_not_do_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no images. Images end in .png"):
         gd.datasets.folder(tmp_path)
-    with pytest.raises(ValueError, match="nowhere is no directory"):
+    with pytest.raises(ValueError, match="nowhere is not a directory"):
         gd.datasets.folder(tmp_path / "nowhere")
     _write(tmp_path, "a.png")
     _write(tmp_path, "b.png", 9, 7)
-    with pytest.raises(ValueError, match="b.png is of 7x9 pixels, but .*a.png is of 8x6"):
+    with pytest.raises(ValueError, match="b.png has 7x9 pixels, but .*a.png has 8x6"):
         gd.datasets.folder(tmp_path)
-    with pytest.raises(ValueError, match="a.png is of 8x6 .* `crop` cannot keep 7x7"):
+    with pytest.raises(ValueError, match="a.png has 8x6 .* `crop` cannot keep 7x7"):
         gd.datasets.folder(tmp_path, size=4, crop=7)
     for option in ("size", "crop"):
         with pytest.raises(ValueError, match=f"`{option}` must be a positive .* got 0"):
             gd.datasets.folder(tmp_path, **{option: 0})
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
-    with pytest.raises(ValueError, match="b.png is not a whole image"):
+    with pytest.raises(ValueError, match="b.png is not a complete image"):
         gd.datasets.folder(tmp_path)

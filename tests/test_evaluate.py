@@ -19,7 +19,7 @@ import gddim_eqx as gd
 # Networks that were hardly trained draw wild samples.
 pytestmark = [
     pytest.mark.float32,
-    pytest.mark.filterwarnings("ignore:The samples are of size"),
+    pytest.mark.filterwarnings("ignore:The samples have a root"),
 ]
 
 _examples = pathlib.Path(__file__).parents[1] / "examples"
@@ -94,7 +94,7 @@ def test_writes_what_it_says(run, tmp_path, capsys):
         assert 0 <= outcomes[cell]["precision"] <= 1
     out = capsys.readouterr().out
     assert "| evaluations | 3 | 7 |" in out and "| Euler | " in out and "SSCS" in out
-    assert "Not possible: tsit5 in 3.\n" in out
+    assert "Not possible: tsit5 with 3.\n" in out
     assert (tmp_path / "output" / "grid.png").stat().st_size > 1000
     assert not (tmp_path / "output" / "parts").exists()
 
@@ -181,7 +181,7 @@ def test_goes_on_where_it_was_stopped(run, evaluate, monkeypatch, tmp_path, caps
         count = lambda self, *arguments: drawn.append(0) or draw(self, *arguments)
         patch.setattr(evaluate.Bench, "draw", count)
         assert run(*options) == whole
-        assert "00001.npz is damaged, and is drawn again" in capsys.readouterr().err
+        assert "00001.npz is damaged, and will be redrawn" in capsys.readouterr().err
         assert len(drawn) == 4 * 3 - 5 + 1
         # More of it draws no more than that.
         more = run("--evaluations", [3, 4, 5], "--seeds", [0, 1])
@@ -221,7 +221,7 @@ def test_results_of_something_else_are_not_mixed_in(run, evaluate, monkeypatch, 
     assert json.loads(results.read_text()) == before
     for damaged in (results.read_text()[:100], '{"protocol": null, "results": []}'):
         results.write_text(damaged)
-        with pytest.raises(SystemExit, match="is damaged .*Delete it to begin anew"):
+        with pytest.raises(SystemExit, match="is damaged .*Delete it to start over"):
             run()
 
 
@@ -264,9 +264,9 @@ def test_adaptive_steps_do_not_depend_on_other_budgets(run, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (("--samplers", ["dpm"]), "no sampler 'dpm', but gddim, gddim-paper"),
+        (("--samplers", ["dpm"]), "No sampler 'dpm'. Choose from gddim, gddim-paper"),
         (("--number", 3), "`number` must be at least 4, .*; got 3"),
-        (("--seeds", [0, 0]), r"`seeds` must be some, all different; got \(0, 0\)"),
+        (("--seeds", [0, 0]), r"`seeds` must not .* duplicates; got \(0, 0\)"),
         (("--denoise", "drift", "--samplers", ["dopri5"]), "not for dopri5"),
         (("--weights", "/nowhere"), "`weights` are for `--features inception`"),
         (("--process", "bdm"), "`process` is for `--authors`"),
@@ -287,7 +287,7 @@ def test_adaptive_steps_do_not_depend_on_other_budgets(run, tmp_path):
         (("--like", "json:other"), "path.py:name or module:name .*'other'"),
         (("--like", "json:__name__"), "must name a function; json:__name__ is 'json'"),
         (("--like", "json:dumps", "--authors", "x"), "`like` is not for `--authors`"),
-        (("--against", "test"), "digits has no part for tests"),
+        (("--against", "test"), "digits has no test set"),
         (("--data.name", "rings"), "rings has no images"),
         (("--data.name", "cifar10"), "give `--data.directory`"),
         (("--data.name", "cifar10", "--data.directory", "/nowhere"), "Fetch cifar-10"),
@@ -320,7 +320,7 @@ def _folder_of_colours(directory):
 def test_what_to_compare_by_is_chosen_by_the_data(run, evaluate, tmp_path, capsys):
     found = run("--features", None)
     assert found["protocol"]["frechet_distance"] == "Frechet distance of pixels"
-    assert "Comparing by pixels." in capsys.readouterr().err
+    assert "Features: pixels." in capsys.readouterr().err
     fashion = evaluate.Config(tmp_path, evaluate.Source("fashion_mnist"))
     assert evaluate.features_of(fashion, (28, 28, 1)) == "classifier"
     colours = _save(tmp_path / "colours.npz", gd.VP((8, 8, 3)))

@@ -556,7 +556,7 @@ except OSError as error:
     print(error)
 """)
     assert f"Could not save to {tmp_path / 'c'}" in out and "Is the disk full?" in out
-    assert "checkpoints of steps [4] are whole" in out
+    assert "checkpoints of steps [4] are intact" in out
     with Checkpoints(tmp_path / "c", {"seed": 0}) as checkpoints:
         assert int(checkpoints.restore(_trainer()[1]).step) == 4
 
@@ -578,7 +578,7 @@ except OSError as error:
             "got int32, whose range is not known",
         ),
         (lambda: Batches(_points, 0), "`batch_size` must be a positive integer"),
-        (lambda: Checkpoints("runs", {"data": object()}), "`config` must be what JSON"),
+        (lambda: Checkpoints("runs", {"data": object()}), "`config` must be serial"),
         (lambda: fit(*_trainer(), Batches(_points, 8), 1, log_every=0), "`log_every` must"),
     ],
 )

@@ -260,7 +260,7 @@ def test_a_solve_to_time_zero_returns_the_predicted_data():
         (dict(order=2, corrector=3), "`corrector` must be an integer from 0.*is 2; got 3"),
         (dict(corrector=True), "`corrector` must be an integer"),
         (dict(variable="snr"), "`variable` must be one of 'time', 'sqrt'.*got 'snr'"),
-        (dict(factor="cholesky"), r"take `GDDIM\(space='noise', factor='cholesky'\)`"),
+        (dict(factor="cholesky"), r"use `GDDIM\(space='noise', factor='cholesky'\)`"),
         (dict(order=1, reevaluate=True), "`reevaluate` is for the corrector"),
     ],
 )

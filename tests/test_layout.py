@@ -36,23 +36,46 @@ _rooms = {
 }
 
 
-def _imported_rooms(path):
-    """The rooms that a file imports."""
-    package = ["gddim_eqx", *path.relative_to(_root / "gddim_eqx").parts[:-1]]
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            base = package[: len(package) + 1 - node.level] if node.level else []
-            parts = [*base, *(node.module or "").split(".")]
+def _imported(text, room):
+    """The modules in rooms that the text of a file in a room imports, split into parts."""
+    for node in ast.walk(ast.parse(text)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = ["gddim_eqx", room][: 3 - node.level] if node.level else []
+            module = [*package, *filter(None, (node.module or "").split("."))]
+            names = [module]
+            if module == ["gddim_eqx"]:
+                names = [[*module, alias.name] for alias in node.names]
+        for parts in names:
             if parts[0] == "gddim_eqx" and len(parts) > 1 and parts[1] in _rooms:
-                yield parts[1]
+                yield parts[1:]
 
 
 @pytest.mark.parametrize("room", _rooms)
 def test_rooms_import_only_those_below(room):
     allowed = _rooms[room]
     assert allowed <= set(itertools.takewhile(lambda x: x != room, _rooms))
-    for path in (_root / "gddim_eqx" / room).rglob("*.py"):
-        assert set(_imported_rooms(path)) - {room} <= allowed, path
+    for path in (_root / "gddim_eqx" / room).glob("*.py"):
+        others = [x for x in _imported(path.read_text(), room) if x[0] != room]
+        assert {x[0] for x in others} <= allowed, path
+        # Only what is exported.
+        assert all(len(x) == 1 for x in others), (path, others)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from .. import solvers",
+        "from ..solvers import GDDIM",
+        "from gddim_eqx import solvers",
+        "import gddim_eqx.solvers",
+        "from gddim_eqx.solvers import GDDIM",
+    ],
+)
+def test_every_kind_of_import_is_seen(text):
+    assert list(_imported(text, "_term")) == [["solvers"]]
 
 
 def test_every_folder_is_a_room():

@@ -265,17 +265,17 @@ _x = np.zeros((3, 2), np.float32)
             "for latent codes alone, `gddim_eqx.invert`",
         ),
         (lambda: gd.log_likelihood(_flow, _x, divergence="trace"), "must be 'exact'"),
-        (lambda: gd.log_likelihood(_flow, _x, divergence="gaussian"), "Give a `key`"),
+        (lambda: gd.log_likelihood(_flow, _x, divergence="gaussian"), "Pass a `key`"),
         (lambda: gd.log_likelihood(_flow, _x, t0=0.5, t1=0.4), "Need 0 <= `t0` < `t1`"),
         (
             lambda: gd.log_likelihood(_flow, _x, t1=1.5),
             "`t1` must be in .* time axis of VP",
         ),
         (lambda: gd.log_likelihood(_flow, _x[:, :1]), "must be an array of shape"),
-        (lambda: gd.log_likelihood(_cld_flow, _x), "Take `log_likelihood_bound`"),
+        (lambda: gd.log_likelihood(_cld_flow, _x), "Use `log_likelihood_bound`"),
         (
             lambda: gd.log_likelihood_bound(_flow, _x, jax.random.key(0)),
-            "Take `log_likelihood`",
+            "Use `log_likelihood`",
         ),
         (
             lambda: gd.log_likelihood_bound(_cld_flow, _x, jax.random.key(0), num_draws=0),

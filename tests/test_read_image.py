@@ -120,7 +120,7 @@ def test_inks(tmp_path):
     start = whole.index(b"\xff\xee")
     (length,) = struct.unpack(">H", whole[start + 2 : start + 4])
     (tmp_path / "a.jpg").write_bytes(whole[:start] + whole[start + 2 + length :])
-    with pytest.raises(ValueError, match="a.jpg is of CMYK.*Convert it to RGB"):
+    with pytest.raises(ValueError, match="a.jpg is in CMYK.*Convert it to RGB"):
         _read(tmp_path)
 
 
@@ -199,10 +199,10 @@ _deep = "a.png has colours or transparency of 16 bits.*Convert it to 8 bits"
         (lambda path: _png(path, "RGBA", 16, 6, [_sixteen.tobytes()]), _deep),
         (lambda path: _png(path, "grey, alpha", 16, 12, [_sixteen.tobytes()]), _deep),
         (_frames, "a.png has 2 frames"),
-        (lambda path: _save(path, _colour, format="TIFF"), "a.png is a file of TIFF"),
+        (lambda path: _save(path, _colour, format="TIFF"), "a.png is a TIFF file"),
         (
             lambda path: _save(path, _grey.astype(np.float32), format="TIFF"),
-            "a.png is a file of TIFF",
+            "a.png is a TIFF file",
         ),
         (
             lambda path: _png(
@@ -212,7 +212,7 @@ _deep = "a.png has colours or transparency of 16 bits.*Convert it to 8 bits"
         ),
         (
             lambda path: _save(path, _colour, icc_profile=b"no profile" * 20),
-            "a.png has an ICC profile that does not do",
+            "a.png has an ICC profile that cannot be applied",
         ),
     ],
 )
@@ -229,7 +229,7 @@ def test_cut_images_are_refused(tmp_path, ending):
     whole = path.read_bytes()
     for length in (0, 3, 20, 60, len(whole) // 2):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=f"a.{ending} is not a whole image"):
+        with pytest.raises(ValueError, match=f"a.{ending} is not a complete image"):
             _read(tmp_path)
 
 

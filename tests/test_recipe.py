@@ -20,7 +20,7 @@ from .helpers import slow
 # Two steps of training: wild samples, and an average of initial parameters.
 pytestmark = [
     pytest.mark.float32,
-    pytest.mark.filterwarnings("ignore:The samples are of size", "ignore:After . steps"),
+    pytest.mark.filterwarnings("ignore:The samples have a root", "ignore:After . steps"),
 ]
 
 _root = pathlib.Path(__file__).parents[1]

@@ -83,7 +83,7 @@ def test_a_run_writes_what_it_says_and_goes_on(tmp_path):
     flow = gd.checkpoints.load(output / "model.npz")
     assert isinstance(flow, gd.ProbabilityFlow) and flow.process == gd.CLD((2,))
     out = _run(*_few, "--steps", 15, "--output", output)
-    assert "Going on from step 10" in out
+    assert "Resuming from step 10" in out
     assert _measured(output, "step") == [5, 10, 15]
     out = _run(*_few, "--steps", 20, "--seed", 1, "--output", output, code=1)
     assert "another config" in out and "seed: 0 there, 1 here" in out
@@ -94,8 +94,8 @@ def test_a_run_writes_what_it_says_and_goes_on(tmp_path):
     [
         (("cifar10-cld",), "cifar10 is read from files: give `--data.directory`"),
         (("cifar10-cld", "--data.directory", "/nowhere"), "no /nowhere. "),
-        (("celeba-cld", "--data.directory", "/nowhere"), "/nowhere is no directory"),
-        (("toy", "--data.no-verify"), "rings is not verified: no `--data.no-verify`"),
+        (("celeba-cld", "--data.directory", "/nowhere"), "/nowhere is not a directory"),
+        (("toy", "--data.no-verify"), "rings is not verified: leave out"),
         (("toy", "--network.bfloat16"), "points has no `bfloat16`"),
         (("digits", "--predicts", "data"), "`precondition` and .* for `predicts=noise`"),
         (("digits", "--network.name", "celeba_cld"), r"of shape \(64, 64, 6\), but digits"),
@@ -145,7 +145,7 @@ def test_a_signal_saves_and_the_run_comes_to_the_same(tmp_path, number):
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "Traceback" not in out, out
-    assert "Stopped at step" in out and "Run the same again to go on." in out
+    assert "Stopped at step" in out and "Run the same command again to resume." in out
     step = int(out.split("Stopped at step ")[1].split(".")[0])
     assert (output / "checkpoints" / str(step)).is_dir()
     for directory in (output, whole):
@@ -182,7 +182,7 @@ def test_killed_ten_times_it_comes_to_the_same(tmp_path):
         assert process.poll() is None, "The run ended before it was killed often enough."
         process.kill()
         out, _ = process.communicate()
-        since += re.findall("Going on from step ([0-9]+)", out)
+        since += re.findall("Resuming from step ([0-9]+)", out)
     print("Went on from", since)
     assert len(set(since)) >= 4
     _run(*options, "--output", output)
@@ -215,7 +215,7 @@ def test_two_processes_train_and_go_on(tmp_path):
         processes = _start_two(*options, "--steps", steps, "--output", two)
         outs = [process.communicate(timeout=300)[0] for process in processes]
         assert [process.returncode for process in processes] == [0, 0], outs
-    assert "Going on from step 10" in outs[0] and outs[1].count("The model") == 0
+    assert "Resuming from step 10" in outs[0] and outs[1].count("The model") == 0
     # Sums over the batch are in another order.
     first, second = _arrays(one), _arrays(two)
     for name in first:
@@ -240,7 +240,7 @@ def test_a_signal_to_one_of_two_processes_saves(tmp_path, number):
     (step,) = re.findall("Stopped at step ([0-9]+)", outs[0])
     # One process reads what two have saved in parts.
     out = _run(*options, "--steps", int(step) + 5)
-    assert f"Going on from step {step}" in out and "The model" in out
+    assert f"Resuming from step {step}" in out and "The model" in out
 
 
 @pytest.mark.slow
@@ -264,4 +264,4 @@ def test_one_process_that_dies_ends_the_other(tmp_path):
     processes = _start_two(*options, "--steps", done + 10)
     outs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outs
-    assert f"Going on from step {done}" in outs[0]
+    assert f"Resuming from step {done}" in outs[0]

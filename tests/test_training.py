@@ -527,7 +527,7 @@ def test_sums_over_devices_and_no_gathered_batch():
         (lambda: Trainer(DenoisingLoss(gd.VP((2,))), accumulate=0), "`accumulate` must be"),
         (lambda: DenoisingLoss(gd.VP((2,)), weighting="snr"), "`weighting` must be one"),
         (lambda: DenoisingLoss(gd.CLD((2,)), "velocity"), "predicts='velocity'"),
-        (lambda: DenoisingLoss(gd.VP((2,)), times=0.5), "`times` must be times"),
+        (lambda: DenoisingLoss(gd.VP((2,)), times=0.5), "`times` must be a"),
         (lambda: DenoisingLoss(gd.VP((2,)), times=UniformTimes(0.5, 2.0)), "in .0, 1.0"),
         (lambda: adam(warmup=10, num_steps=10), "`num_steps` must be more .* got 10"),
         (

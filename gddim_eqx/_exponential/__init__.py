@@ -1,5 +1,6 @@
 from .coordinate import (
     AbstractCoordinate as AbstractCoordinate,
+    CoordinateName as CoordinateName,
     COORDINATES as COORDINATES,
     scaled as scaled,
 )

@@ -1,5 +1,5 @@
 import abc
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ class AbstractCoordinate(eqx.Module):
         log_snr: Any,
         forward: Bool[Array, ""],
     ) -> Inexact[Array, " *times"]:
-        """The coordinate at some times.
+        """The coordinate at the given times.
 
         **Arguments:**
 
@@ -57,17 +57,17 @@ class Logarithm(AbstractCoordinate):
 
 
 class Clock(AbstractCoordinate):
-    """The exponential of the sampling [clock][gddim_eqx._process.progress.clock], which
-    slows down from step to step.
+    """The exponential of the sampling [clock][gddim_eqx._process.progress.clock], with the
+    sign of the exponent such that it slows down.
 
-    Over equal steps it slows down by equal factors, which approach one as the number of
-    steps grows. Predictions are thus extrapolated over a shorter distance than the previous
-    step covered. This keeps large steps stable without changing the convergence order.
+    Steps of equal size in the clock shrink geometrically in this coordinate, by a ratio
+    that approaches one as the number of steps grows. Each step thus extrapolates over a
+    shorter distance than the previous step covered. This keeps large steps stable without
+    changing the convergence order.
     """
 
     rate: float = eqx.field(static=True, default=10.0)
-    """The logarithm of the ratio of its speeds at the two ends of sampling.
-    """
+    """The logarithm of the ratio of its speeds at the start and end of sampling."""
 
     uses_log_snr: ClassVar[bool] = True
 
@@ -76,7 +76,9 @@ class Clock(AbstractCoordinate):
         return jnp.exp(rate * clock(process, t, log_snr))
 
 
-COORDINATES: dict[str, AbstractCoordinate] = {
+CoordinateName = Literal["time", "sqrt", "log", "clock"]
+
+COORDINATES: dict[CoordinateName, AbstractCoordinate] = {
     "time": Time(),
     "sqrt": SquareRoot(),
     "log": Logarithm(),

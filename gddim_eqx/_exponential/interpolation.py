@@ -15,12 +15,12 @@ from .splitting import AbstractSplitting
 
 
 class Exponential(NamedTuple):
-    """The dense output of a step."""
+    """What the dense output of a step is computed from."""
 
-    # The start of the step, corrected.
+    # The state at the start of the step, after correction.
     start: State
-    # The interpolation polynomial in the coordinate, 0 at the start and 1 at the end:
-    # values, and for each the coefficients of the polynomial that multiplies it.
+    # The interpolation polynomial in the coordinate, scaled to 0 at the start and 1 at the
+    # end: values, and for each the coefficients of the polynomial that multiplies it.
     values: list[State]
     polynomials: Inexact[Array, "nodes number"]
     # The coordinate at the end of the step.
@@ -32,7 +32,7 @@ class Exponential(NamedTuple):
 
 
 class ExponentialInterpolation(dfx.AbstractLocalInterpolation):
-    """The exponential integrator's own solution within a step, of the solver's order."""
+    """The exponential integrator's solution within a step, to the solver's order."""
 
     t0: RealScalarLike
     t1: RealScalarLike
@@ -57,7 +57,8 @@ class ExponentialInterpolation(dfx.AbstractLocalInterpolation):
             combine(shape, [(c.linear, e.start)]),
             integral(shape, polynomials, c.moments, e.values),
         )
-        # Start from the end of the previous step before it was corrected.
+        # The previous step's dense output ends at the uncorrected state: fade the
+        # difference out, so that dense output is continuous.
         rest = (end - t) / jnp.where(s == end, 1, end - s)
 
         def finish(y, y0, start, y1):

@@ -30,9 +30,10 @@ from .coordinate import AbstractCoordinate, Time
 from .quadrature import StepNodes
 
 
-class Position(NamedTuple):
+class StepCoordinate(NamedTuple):
     """The coordinate over a step: its values at the ends; its values at all times, scaled
-    to 0 at the start and 1 at the end; and quadrature weights over it and over time."""
+    to 0 at the start and 1 at the end; and quadrature weights for integrals over it and
+    over time."""
 
     start: Inexact[Array, ""]
     end: Inexact[Array, ""]
@@ -41,37 +42,40 @@ class Position(NamedTuple):
     weights_in_time: Inexact[Array, " times"]
 
 
-def position(nodes: StepNodes, coordinate: AbstractCoordinate) -> Position:
-    """The quadrature nodes of a step in a coordinate."""
+def step_coordinate(nodes: StepNodes, coordinate: AbstractCoordinate) -> StepCoordinate:
+    """A coordinate over a step."""
     times, process = nodes.times, nodes.process
     s, t = times[0], times[-1]
     in_time = (t - s) * nodes.weights
     if isinstance(coordinate, Time):
-        return Position(s, t, nodes.fractions, nodes.weights, in_time)
+        # Exact, without a difference of times.
+        return StepCoordinate(s, t, nodes.fractions, nodes.weights, in_time)
     log_snr = slopes = None
     if coordinate.uses_log_snr:
         log_snr, slopes = nodes.log_snr()
         slopes = (t - s) * slopes
     forward = t > s
-    # The derivative is with respect to the fraction of time.
+    # Derivatives are with respect to the fraction of the step.
     values, slopes = jax.jvp(
-        lambda t, log_snr: coordinate(process, t, log_snr, forward),
+        lambda tau, ratio: coordinate(process, tau, ratio, forward),
         (times, log_snr),
         (jnp.full_like(times, t - s), slopes),
     )
     start, end = values[0], values[-1]
-    # It stays at 0 over a step too small for the coordinate to resolve.
+    # Zero over a step too small for the coordinate to resolve.
     rate = jnp.where(start == end, 0, 1 / jnp.where(start == end, 1, end - start))
     inside = nodes.weights > 0
     slopes = jnp.where(inside, rate * slopes, 0)
-    return Position(start, end, rate * (values - start), nodes.weights * slopes, in_time)
+    return StepCoordinate(
+        start, end, rate * (values - start), nodes.weights * slopes, in_time
+    )
 
 
 def moments_of_bracket(
-    bracket: Inexact[Array, "times n n *spectrum"], position: Position, number: int
+    bracket: Inexact[Array, "times n n *spectrum"], at: StepCoordinate, number: int
 ) -> Inexact[Array, "number n n *spectrum"]:
-    """The first moments of a bracket."""
-    x, weights = position.scaled, position.weights
+    """The first `number` moments of a bracket."""
+    x, weights = at.scaled, at.weights
     rules = [(np.arange(len(x)) == 0).astype(x.dtype)]
     rules += [weights * i * x ** (i - 1) for i in range(1, number)]
     # For every power the weights sum to one.
@@ -79,10 +83,10 @@ def moments_of_bracket(
 
 
 def moments_of_density(
-    density: Inexact[Array, "times n n *spectrum"], position: Position, number: int
+    density: Inexact[Array, "times n n *spectrum"], at: StepCoordinate, number: int
 ) -> Inexact[Array, "number n n *spectrum"]:
-    """The first moments of a bracket, given its derivative."""
-    x, weights = position.scaled, position.weights_in_time
+    """The first `number` moments of a bracket, given its derivative."""
+    x, weights = at.scaled, at.weights_in_time
     return _contract([weights * x**i for i in range(number)], density)
 
 

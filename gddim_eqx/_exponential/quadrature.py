@@ -4,7 +4,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Inexact, Real
+from jaxtyping import Array, Bool, Inexact, Real
 
 from .._linear import append_axes, BlockLinearOperator
 from .._process import AbstractProcess, log_norm
@@ -30,8 +30,8 @@ class StepNodes(NamedTuple):
     inverses: Inexact[Array, "times n n *spectrum"]
     # R_tau^-1 G_tau; meaningless at the ends.
     whitened: Inexact[Array, "times n n *spectrum"]
-    # Whether there is no noise at the end of the step.
-    noiseless: Inexact[Array, ""]
+    # Whether there is no noise in the data at the end of the step.
+    noiseless: Bool[Array, ""]
 
     def log_snr(self) -> tuple[Inexact[Array, " times"], Inexact[Array, " times"]]:
         """`process.log_snr`, and its derivative at the nodes."""
@@ -101,9 +101,9 @@ def _nodes_at(process, s, t, nodes, weights):
 
 
 def _fractions(process, s, t, nodes, weights):
-    """Gauss-Legendre nodes and weights on x in [0, 1].
+    """Nodes and weights on [0, 1], from the Gauss-Legendre rule in a variable z.
 
-    The rule is in z, where t / (1 - t / t_zero_signal) = t_min * (exp(z) - 1)^2. Noise
+    It is defined by t / (1 - t / t_zero_signal) = t_min * (exp(z) - 1)^2. The noise level
     first grows like the square root of time, and later changes with the logarithm of time;
     both are linear in z. So is the logarithm of the signal where the signal vanishes.
     """
@@ -129,6 +129,6 @@ def _fractions(process, s, t, nodes, weights):
         closeness = process.t_min / process.t_zero_signal
         at_s, at_x, at_t = (1 + closeness * r**2 for r in (root_s, root_x, root_t))
         x, dx = x * at_t / at_x, dx * at_t * at_s / at_x**2
-    # Rounding must not move a node past the end: the process may not exist before time 0.
+    # Rounding must not move a node past the end, as the process is undefined before time 0.
     x = jnp.clip(x, 0, 1)
     return jnp.where(still, nodes, x), jnp.where(still, weights, weights * dx)

@@ -24,7 +24,7 @@ class Residual(eqx.Module):
     r"""The term added to $W \epsilon_t$."""
 
     def __call__(self, noise: State, count: Int[Array, ""]) -> State:
-        """The residual at a new noise prediction, which has `count` predecessors."""
+        """The residual at a new noise prediction, for a history of length `count`."""
         grown = apply(self.gain, noise)
         return jtu.tree_map(
             lambda x, g, o: jnp.where(count > 0, g + o, x), noise, grown, self.offset
@@ -32,21 +32,26 @@ class Residual(eqx.Module):
 
 
 def next_residual(
-    shape: tuple[int, ...], step: NoiseTransition, noise: State, value: State, normal: State
+    shape: tuple[int, ...],
+    transition: NoiseTransition,
+    noise: State,
+    value: State,
+    normal: State,
 ) -> Residual:
     """The map from the next noise prediction to its residual.
 
     **Arguments:**
 
     - `shape`: the shape of one data sample.
-    - `step`: the noise transition over the step.
-    - `noise`, `value`: the noise prediction at the start of the step, and the residual.
+    - `transition`: the transition of the noise prediction over the step.
+    - `noise`, `value`: the noise prediction and the residual at the start of the step.
     - `normal`: the standard normals of the step.
     """
-    omega, noise_root, mean = (
-        BlockLinearOperator(x, shape) for x in (step.omega, step.noise_root, step.mean)
+    omega, noise_root, mean_omega = (
+        BlockLinearOperator(x, shape)
+        for x in (transition.omega, transition.noise_root, transition.mean_omega)
     )
-    gain = mean.inverse()
+    gain = mean_omega.inverse()
     explained = apply(gain @ omega, noise), apply(gain @ noise_root, normal)
     offset = jtu.tree_map(lambda v, a, b: v - a - b, value, *explained)
     return Residual(gain, offset)

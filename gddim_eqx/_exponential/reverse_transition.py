@@ -8,12 +8,12 @@ $$\mathrm{d}\epsilon = \tfrac{\lambda^2}{2} K_t\,\epsilon\,\mathrm{d}t
 
 Its solution operator $\Omega$ contracts backward in time, and gives both the transition
 $\hat\Psi(t, s) = R_t\,\Omega(t, s)\,R_s^{-1}$ of the paper's proposition 6 and its
-covariance (equation 23), which is $R_t (I - \Omega \Omega^\top) R_t^\top$. In
+covariance (equation 23), which is $R_t (I - \Omega \Omega^\top) R_t^\top$. The integral
 
 $$I - \Omega \Omega^\top = \lambda^2 \int_t^s \Omega(t, \tau)\,K_\tau\,
 \Omega(t, \tau)^\top\,\mathrm{d}\tau$$
 
-nothing cancels, however small the step.
+is free of cancellation, however small the step.
 """
 
 import functools as ft
@@ -46,22 +46,21 @@ class NoiseTransition(NamedTuple):
 
     # Omega(t, s).
     omega: Inexact[Array, "n n *spectrum"]
-    # A square root of I - Omega Omega^T. Applied to normalised Brownian increments it gives
-    # the noise that these add to the noise prediction, or the nearest to that among those
-    # with the right covariance.
+    # A square root of I - Omega Omega^T, chosen so that its product with the normalised
+    # Brownian increments is close to the noise that these add to the noise prediction.
     noise_root: Inexact[Array, "n n *spectrum"]
     # The mean of Omega(t, tau) over the step; the identity where it is zero.
-    mean: Inexact[Array, "n n *spectrum"]
+    mean_omega: Inexact[Array, "n n *spectrum"]
     # Omega(t, tau) at the start, the quadrature nodes and the end.
     omegas: Inexact[Array, "times n n *spectrum"]
 
 
 def noise_transition(nodes: StepNodes, lam: Level) -> NoiseTransition:
-    """The contraction over a step backward in time.
+    """The transition of the noise prediction over a step backward in time.
 
     **Arguments:**
 
-    - `nodes`: of a step from `s` to `t <= s`.
+    - `nodes`: the quadrature nodes of a step from `s` to `t <= s`.
     - `lam`: the stochasticity, or a function of time.
     """
     whitened = nodes.whitened[1:-1]
@@ -69,8 +68,8 @@ def noise_transition(nodes: StepNodes, lam: Level) -> NoiseTransition:
     step_weights = append_axes(step_weights, whitened.ndim)
     level, levels = _levels(lam, nodes.times[1:])
     levels = append_axes(levels, whitened.ndim)
-    # Square roots are taken only of regular quantities, and then multiplied by the level,
-    # so that derivatives with respect to it exist even where it is zero.
+    # Square roots are taken before multiplying by the stochasticity, so that derivatives
+    # with respect to it exist even where it is zero.
     if nodes.process.num_components == 1:
         exponents = _exponents(nodes, whitened, step_weights, levels)
         omegas, omega = (jnp.exp(level**2 * x) for x in exponents)
@@ -81,19 +80,19 @@ def noise_transition(nodes: StepNodes, lam: Level) -> NoiseTransition:
         omegas, omega = _collocate(whitened, step_weights, level)
         increments = _root(step_weights) * jax.vmap(matmul)(omegas, whitened)
         root = square_root_of_sum(increments)
-    # The integral of the noise against the increments of Brownian motion.
+    # Proportional to the covariance of the noise with the Brownian increment.
     target = (_root(step_weights) * increments).sum(0)
     noise_root = level * align(root, target)
-    mean = (append_axes(nodes.weights[1:-1], omegas.ndim) * omegas).sum(0)
-    eye = append_axes(jnp.eye(len(mean), dtype=mean.dtype), mean.ndim)
-    eye = jnp.broadcast_to(eye, mean.shape)
-    mean = jnp.where((mean == 0).all(), eye, mean)
+    mean_omega = (append_axes(nodes.weights[1:-1], omegas.ndim) * omegas).sum(0)
+    eye = append_axes(jnp.eye(len(omega), dtype=omega.dtype), omega.ndim)
+    eye = jnp.broadcast_to(eye, omega.shape)
+    mean_omega = jnp.where((mean_omega == 0).all(), eye, mean_omega)
     omegas = jnp.concatenate([omega[None], omegas, eye[None]])
-    return NoiseTransition(omega, noise_root, mean, omegas)
+    return NoiseTransition(omega, noise_root, mean_omega, omegas)
 
 
 def _levels(lam: Level, times):
-    """The mean stochasticity, and its values at the nodes and at the end of the step
+    """The mean stochasticity over the nodes and the end of a step, and its values there
     relative to the mean."""
     if not callable(lam):
         return level_at(lam, times[-1]), jnp.ones_like(times)
@@ -115,9 +114,10 @@ def _expm1_over(x):
 
 
 def _exponents(nodes, whitened, step_weights, levels):
-    """The logarithms of Omega(t, tau) and Omega(t, s) in the scalar case, for a mean level
-    of one. At a constant level Omega is R_t / (Psi R_s) to the power lam^2. The deviation
-    of the level from its value at the end is regular there, and integrated."""
+    """The logarithms of Omega(t, tau) and Omega(t, s) in the scalar case, for a mean
+    stochasticity of one. For constant stochasticity, Omega is R_t / (Psi R_s) to the power
+    lam^2. If it varies, its deviation from the value at the end is integrated by
+    quadrature; that integrand is regular at the end."""
     root, signal, end = nodes.roots[-1], nodes.signals[-1], nodes.times[-1]
 
     def log_ratio(tau, before, signal_before):
@@ -126,24 +126,24 @@ def _exponents(nodes, whitened, step_weights, levels):
         after = after * append_axes(signal_before / signal, ndim)
         regular = (before > 0) & (after > 0)
         ratio = jnp.where(regular, after / jnp.where(before > 0, before, 1), 1)
-        # Without noise at time 0 the ratio is zero. Not minus infinity, as lam may be 0.
+        # Without noise at time 0 the ratio is zero. Its logarithm must be finite, as it is
+        # multiplied by lam^2, which may be 0.
         logarithm = jnp.where(regular, jnp.log(ratio), -1e9)
         return pin((tau == end) | (logarithm > 0), 0, logarithm)
 
     at_nodes = jax.vmap(log_ratio)(nodes.times[:-1], nodes.roots[:-1], nodes.signals[:-1])
     # The logarithm of a ratio near 1 suffers from cancellation; the integral does not.
     rate = 0.5 * step_weights * whitened**2
-    whole = at_nodes[0]
-    whole = jnp.where(whole < -0.1, whole, -rate.sum(0))
+    over_step = jnp.where(at_nodes[0] < -0.1, at_nodes[0], -rate.sum(0))
     at_end, excess = levels[-1] ** 2, rate * (levels[:-1] ** 2 - levels[-1:] ** 2)
     within = excess / append_axes(jnp.asarray(WEIGHTS, excess.dtype), excess.ndim)
     within = jnp.einsum("ij,j...->i...", jnp.asarray(_BACKWARD, excess.dtype), within)
-    whole = at_end * whole - excess.sum(0)
-    whole = jnp.where(whole < 0, whole, 0)
-    return at_end[None] * at_nodes[1:] + within, whole
+    over_step = at_end * over_step - excess.sum(0)
+    over_step = jnp.where(over_step < 0, over_step, 0)
+    return at_end[None] * at_nodes[1:] + within, over_step
 
 
-def _collocate(whitened, step_weights, lam):
+def _collocate(whitened, step_weights, level):
     """Omega(t, tau) at the nodes and Omega(t, s), by Gauss collocation from t to s.
 
     It preserves quadratic invariants, so I - Omega Omega^T equals its quadrature at the
@@ -152,7 +152,7 @@ def _collocate(whitened, step_weights, lam):
     number, n = whitened.shape[:2]
     squares = jax.vmap(lambda x: matmul(x, transposed(x)))(whitened)
     # The generator times the quadrature weights, then in the quadrature's own variable.
-    change = 0.5 * lam**2 * step_weights * squares
+    change = 0.5 * level**2 * step_weights * squares
     generator = change / append_axes(jnp.asarray(WEIGHTS, change.dtype), change.ndim)
     last = jnp.moveaxis(generator, (1, 2), (-2, -1))
     system = jnp.einsum("ij,j...ab->...iajb", jnp.asarray(_BACKWARD, last.dtype), last)
@@ -163,8 +163,8 @@ def _collocate(whitened, step_weights, lam):
     solution = solution.reshape(*solution.shape[:-2], number, n, n)
     omegas = jnp.moveaxis(solution, (-3, -1, -2), (0, 1, 2))
     # The generator is symmetric.
-    whole = jax.vmap(matmul)(omegas, change).sum(0)
-    return omegas, append_axes(eye, whole.ndim) - whole
+    decrease = jax.vmap(matmul)(omegas, change).sum(0)
+    return omegas, append_axes(eye, decrease.ndim) - decrease
 
 
 def _integrals_from_the_end():
@@ -199,7 +199,7 @@ def reverse_transition(
 
     **Returns:** the transition $\hat\Psi(t, s)$, and its covariance $P$.
 
-    **Raises:** `ValueError` for a negative `lam`; at run time if `t > s`.
+    **Raises:** `ValueError` for a negative `lam`, and at run time an error if `t > s`.
     """
     require_process(process)
     lam = as_level(lam)
@@ -210,10 +210,10 @@ def reverse_transition(
         "The reverse diffusion runs backward in time: `t` must not exceed `s`.",
     )
     nodes = step_nodes(process, before, after)
-    step = noise_transition(nodes, lam)
+    noise = noise_transition(nodes, lam)
     factor, inverse, omega, noise_root = (
         BlockLinearOperator(x, process.shape)
-        for x in (nodes.roots[-1], nodes.inverses[0], step.omega, step.noise_root)
+        for x in (nodes.roots[-1], nodes.inverses[0], noise.omega, noise.noise_root)
     )
     root = factor @ noise_root
     covariance = BlockLinearOperator(

@@ -1,7 +1,7 @@
 import abc
 import functools as ft
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -15,12 +15,17 @@ from .._misc import pin
 from .._process import AbstractDiagonalProcess, AbstractProcess
 from .._term import ProbabilityFlow
 from .coordinate import AbstractCoordinate, Time
-from .moments import moments_of_bracket, moments_of_density, Position, position
+from .moments import (
+    moments_of_bracket,
+    moments_of_density,
+    step_coordinate,
+    StepCoordinate,
+)
 from .quadrature import step_ends, step_nodes, StepNodes
 from .reverse_transition import noise_transition, NoiseTransition
 
 
-Moments = Callable[[Position, int], Inexact[Array, "number n n *spectrum"]]
+Moments = Callable[[StepCoordinate, int], Inexact[Array, "number n n *spectrum"]]
 
 
 class StepCoefficients(NamedTuple):
@@ -49,6 +54,10 @@ class AbstractSplitting(eqx.Module):
     """The linear part of the equation that a step solves exactly, and the quantity that
     it interpolates. Splittings are static pytrees."""
 
+    has_residual: ClassVar[bool]
+    """Whether reverse diffusions interpolate a [`Residual`][] in place of the prediction.
+    """
+
     @abc.abstractmethod
     def evaluate(
         self,
@@ -63,14 +72,14 @@ class AbstractSplitting(eqx.Module):
 
     @abc.abstractmethod
     def prepare(
-        self, nodes: StepNodes, step: NoiseTransition | None
+        self, nodes: StepNodes, transition: NoiseTransition | None
     ) -> tuple[Inexact[Array, "n n *factors"], Moments]:
         """The multiplier of the state, and the moments of the bracket as a function of the
-        position in a coordinate and the number of moments."""
+        coordinate over the step and the number of moments."""
 
     @abc.abstractmethod
     def needs_nodes(self, process: AbstractProcess) -> bool:
-        """Whether the zeroth moment needs more than the ends of a step."""
+        """Whether the zeroth moment needs the quadrature nodes within a step."""
 
     # Jitted so that it is traced once, not every time Diffrax traces a step.
     @eqx.filter_jit
@@ -95,52 +104,53 @@ class AbstractSplitting(eqx.Module):
         - `number_in_time`: the number of moments in time, for the error estimate.
         - `lam`: the stochasticity of a reverse diffusion; `None` for the probability flow.
         """
-        # At time 0 there may be no noise, and no inverse of its square root.
+        # At time 0 there may be no noise, and then R has no inverse.
         at_zero = (s == t) & (s <= 0)
         start, end = (jnp.where(at_zero, process.t_min, x) for x in (s, t))
         nodes = step_nodes(process, start, end)
-        step = None if lam is None else noise_transition(nodes, lam)
-        linear, moments = self.prepare(nodes, step)
-        in_time = moments(position(nodes, Time()), number_in_time)
-        if number == 1 and step is None and not self.needs_nodes(process):
-            # Only the error estimate needs the nodes, and it may go unused.
+        transition = None if lam is None else noise_transition(nodes, lam)
+        linear, moments = self.prepare(nodes, transition)
+        in_time = moments(step_coordinate(nodes, Time()), number_in_time)
+        if number == 1 and lam is None and not self.needs_nodes(process):
+            # Then XLA drops the nodes if the error estimate goes unused.
             nodes = step_ends(process, start, end)
             linear, moments = self.prepare(nodes, None)
-        at = position(nodes, coordinate)
+        at = step_coordinate(nodes, coordinate)
         in_coordinate = moments(at, number)
         noise = None
-        if step is not None:
-            noise = _product(process, nodes.roots[-1], step.noise_root)
+        if transition is not None:
+            noise = _product(process, nodes.roots[-1], transition.noise_root)
         root = nodes.roots[0]
-        in_coordinate, in_time = (_none_if_still(s, t, x) for x in (in_coordinate, in_time))
+        in_coordinate, in_time = (_zero_if_still(s, t, x) for x in (in_coordinate, in_time))
         return StepCoefficients(
-            linear, in_coordinate, in_time, root, t, at.start, at.end, noise, step
+            linear, in_coordinate, in_time, root, t, at.start, at.end, noise, transition
         )
 
 
 class DataSplitting(AbstractSplitting):
     r"""Interpolates the prediction of the initial state, $U$. The bracket is $R_t
-    \Omega(t, \tau) R_\tau^{-1} \Psi(\tau, 0)$, where $\Omega$ is the identity on the
-    probability flow."""
+    \Omega(t, \tau) R_\tau^{-1} \Psi(\tau, 0)$; for the probability flow, $\Omega$ is the
+    identity."""
+
+    has_residual: ClassVar[bool] = False
 
     def evaluate(self, flow, t, y, args, root=None):
         return flow.denoised(t, y, args, root=_root(flow.process, root))
 
-    def prepare(self, nodes, step):
+    def prepare(self, nodes, transition):
         process, root = nodes.process, nodes.roots[-1]
-
-        def back(inverse, omega=None):
-            return _product(process, root, *([] if omega is None else [omega]), inverse)
-
-        factors = [nodes.inverses] if step is None else [nodes.inverses, step.omegas]
-        backs = jax.vmap(back)(*factors)
+        product = jax.vmap(ft.partial(_product, process))
+        whitened = nodes.inverses
+        if transition is not None:
+            whitened = product(transition.omegas, whitened)
+        backs = jax.vmap(ft.partial(_product, process, root))(whitened)
         linear = eqx.error_if(
             backs[0],
             ~jnp.isfinite(backs[0]).all(),
             "`GDDIM` cannot start where there is no noise, at time 0. To encode data, "
             "start from `process.t_min`, or use `GDDIM(space='noise')`.",
         )
-        bracket = jax.vmap(ft.partial(_product, process))(backs, nodes.signals)
+        bracket = product(backs, nodes.signals)
         # Known at the end, even where R has no inverse.
         last = append_axes(nodes.signals[-1:], bracket.ndim)
         bracket = jnp.where(_index(bracket) == len(bracket) - 1, last, bracket)
@@ -161,26 +171,33 @@ class NoiseSplitting(AbstractSplitting):
     """
 
     frame: FrameName = eqx.field(static=True, default="R")
-    r"""The frame of the noise, `"R"`, or `"cholesky"` for $L_t$ on the probability flow.
+    r"""The frame of the noise: `"R"`; or `"cholesky"` for $L_t$, on probability flows only.
     For `"cholesky"` only the derivative of the bracket is known, $\frac{1}{2} \Psi(t, \tau)
     G G^\top L_\tau^{-\top}$."""
+
+    has_residual: ClassVar[bool] = True
 
     def evaluate(self, flow, t, y, args, root=None):
         return flow.noise(t, y, args, self.frame, root=_root(flow.process, root))
 
-    def prepare(self, nodes, step):
+    def prepare(self, nodes, transition):
         process, end = nodes.process, nodes.times[-1]
-        transition = lambda tau: process.transition(end, tau).blocks
-        transitions = jax.vmap(transition)(nodes.times)
+        to_end = lambda tau: process.transition(end, tau).blocks
+        to_end = jax.vmap(to_end)(nodes.times)
         if self.needs_nodes(process):
+            if transition is not None:
+                raise ValueError(
+                    "The frame 'cholesky' is for the probability flow only; got a reverse "
+                    "diffusion. Use the frame 'R'."
+                )
             density = jax.vmap(ft.partial(_density, process))
-            density = density(nodes.times, transitions)
-            return transitions[0], ft.partial(moments_of_density, density)
-        bracket = jax.vmap(ft.partial(_product, process))(transitions, nodes.roots)
-        if step is not None:
-            root = lambda omega: _product(process, nodes.roots[-1], omega)
-            bracket = bracket - jax.vmap(root)(step.omegas)
-        return transitions[0], ft.partial(moments_of_bracket, bracket)
+            density = density(nodes.times, to_end)
+            return to_end[0], ft.partial(moments_of_density, density)
+        bracket = jax.vmap(ft.partial(_product, process))(to_end, nodes.roots)
+        if transition is not None:
+            root = ft.partial(_product, process, nodes.roots[-1])
+            bracket = bracket - jax.vmap(root)(transition.omegas)
+        return to_end[0], ft.partial(moments_of_bracket, bracket)
 
     def needs_nodes(self, process):
         return self.frame == "cholesky" and not isinstance(process, AbstractDiagonalProcess)
@@ -201,9 +218,9 @@ def _product(process, *blocks):
     return ft.reduce(lambda a, b: a @ b, factors).blocks
 
 
-def _none_if_still(s, t, values):
-    """The moments of a step, zero for a step of size zero. To first order in the step size
-    only the zeroth moment grows."""
+def _zero_if_still(s, t, values):
+    """The moments of a step, set to zero for a step of size zero. To first order in the
+    step size, only the zeroth moment contributes to the solution."""
     still = s == t
     return pin(still, 0, jnp.where(still & (_index(values) > 0), 0, values))
 

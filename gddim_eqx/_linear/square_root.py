@@ -28,9 +28,9 @@ def align(
 ) -> Inexact[Array, "n n *spectrum"]:
     """Another square root of the same covariance, close to a target.
 
-    A step that draws noise with its exact covariance from the increments of a Brownian
-    path converges to the solution along that path only if its square root of the
-    covariance is close to the one that multiplies the increments in the equation.
+    A step that builds noise of the exact covariance from the increments of a Brownian path
+    converges pathwise only if its square root of the covariance is close to the one that
+    multiplies the increments in the equation.
 
     **Arguments:**
 
@@ -38,7 +38,7 @@ def align(
     - `target`: blocks of the target, up to scale. Its last column has priority; columns of
         zeros are ignored.
 
-    **Returns:** blocks: `root` times an orthogonal matrix.
+    **Returns:** the blocks of `root` times an orthogonal matrix.
     """
     return matmul(root, _orthogonal_like(matmul(transposed(root), target)))
 

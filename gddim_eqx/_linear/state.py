@@ -60,7 +60,7 @@ def batch_axes(state: State, shape: tuple[int, ...]) -> tuple[int, ...]:
 def check_state(
     state: Any, num_components: int, shape: tuple[int, ...], name: str
 ) -> State:
-    """A state as JAX arrays, checked.
+    """Convert a state to JAX arrays, and check it.
 
     **Raises:** `ValueError` unless it is a state for `num_components` components of
     `shape`, with equal leading batch axes, of real floating-point numbers.
@@ -99,6 +99,6 @@ def check_real(dtype: Any, name: str) -> None:
         )
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
-            f"{name} must be floating-point numbers; got {dtype}. Bring images to [-1, 1], "
-            "as `Augmentation()` of `gddim_eqx.training` does."
+            f"{name} must be floating-point numbers; got {dtype}. Scale images to [-1, 1], "
+            "for example with `Augmentation()` from `gddim_eqx.training`."
         )

@@ -85,30 +85,30 @@ def as_number(name: str, value: Any) -> float:
             raise TypeError
         number = float(value)
     except (TypeError, ValueError):
-        raise ValueError(f"`{name}` must be one number; got {value!r}.") from None
+        raise ValueError(f"`{name}` must be a number; got {value!r}.") from None
     if not math.isfinite(number):
         raise ValueError(f"`{name}` must be finite; got {number}.")
     return number
 
 
 def as_constant(name: str, value: Any) -> float:
-    """A number that is a constant of the compiled program.
+    """A finite number that is a compile-time constant.
 
     **Raises:** `ValueError` for a JAX tracer, or for anything but a single number.
     """
     if isinstance(value, Tracer):
         raise ValueError(
-            f"`{name}` is traced by `jax.jit`, `jax.grad` or `jax.vmap`, but it is a "
-            "constant of the compiled program: what follows from it is computed on the "
-            "host, in double precision. Pass a Python number. To try several values, make "
-            "an object of each; for a derivative, take a difference quotient."
+            f"`{name}` is traced by `jax.jit`, `jax.grad` or `jax.vmap`, but it must be a "
+            "compile-time constant: what depends on it is computed on the host, in double "
+            "precision. Pass a Python number. For several values, construct one object "
+            "each; for derivatives, use finite differences."
         )
     return as_number(name, value)
 
 
 def constant_field(name: str, default: float | None) -> Any:
-    """A static field for a number that is a constant of the compiled program, or for
-    `None` if that is the default."""
+    """A static field for a number, which is a compile-time constant, or for `None` if that
+    is the default."""
 
     def convert(value: Any) -> float | None:
         return None if value is None is default else as_constant(name, value)
@@ -129,10 +129,10 @@ def as_floats(name: str, value: Any) -> Inexact[Array, " *shape"]:
         whole = jnp.issubdtype(array.dtype, jnp.integer)
         if not (whole or jnp.issubdtype(array.dtype, jnp.floating)):
             raise TypeError
-        # With a dtype, so that JAX gives numbers and arrays the same type.
+        # With an explicit dtype, as Python numbers would become weakly typed arrays.
         return jnp.asarray(array, float if whole else array.dtype)
     except (TypeError, ValueError):
-        message = f"`{name}` must be made of real numbers; got {value!r}."
+        message = f"`{name}` must consist of real numbers; got {value!r}."
         raise ValueError(message) from None
 
 

@@ -9,14 +9,14 @@ from .._custom_types import Level
 
 
 def as_level(lam: Level) -> Level:
-    """The stochasticity, checked: a Python float, an array (possibly traced), or a function
-    of time."""
+    """Check a stochasticity, and return it as a Python float, an array (possibly traced),
+    or a function of time."""
     if callable(lam):
         return lam
     if isinstance(lam, (Array, np.ndarray)) and _is_real_scalar(lam):
         return _check_level(jnp.asarray(lam))
     if isinstance(lam, bool) or not isinstance(lam, (int, float, np.number)):
-        raise ValueError(f"`lam` must be one number, or a function of time; got {lam!r}.")
+        raise ValueError(f"`lam` must be a number or a function of time; got {lam!r}.")
     level = float(lam)
     if not 0 <= level < math.inf:
         raise ValueError(
@@ -33,7 +33,7 @@ def level_at(lam: Level, t: Inexact[Array, ""]) -> Inexact[Array, ""]:
     level = jnp.asarray(lam(t))
     if not _is_real_scalar(level):
         raise ValueError(
-            "`lam(t)` must be one real number; it returned an array of "
+            "`lam(t)` must be one real number; it returned an array of dtype "
             f"{level.dtype} and shape {level.shape}."
         )
     return _check_level(level.astype(t.dtype))

@@ -5,9 +5,9 @@ from jaxtyping import Array, ArrayLike
 
 @jax.custom_jvp
 def pin(known: ArrayLike, value: ArrayLike, smooth: Array) -> Array:
-    """`value` where it is `known` exactly, as there `smooth` equals it only up to rounding;
-    elsewhere `smooth`. The derivative is that of `smooth` everywhere: with a `where` it
-    would be zero at the known points."""
+    """`value` where `known`, and `smooth` elsewhere: for a function whose exact value is
+    known at some points, where `smooth` equals it only up to rounding. The derivative is
+    that of `smooth` everywhere; `jnp.where` would make it zero at the known points."""
     return jnp.where(known, value, smooth)
 
 

@@ -13,8 +13,8 @@ from .._process import AbstractProcess
 from .._term import init_takes_flow, ProbabilityFlow
 
 
-# Everything here is a model: it is called as `model(t, u, args)`, and replaces the model
-# that it wraps. Wrappers can therefore be nested.
+# The guidance classes wrap a model and are models themselves, called as
+# `model(t, u, args)`, so they can be nested.
 
 Scale = ArrayLike | Callable[[RealScalarLike], ArrayLike]
 
@@ -37,11 +37,12 @@ class ClassifierFreeGuidance(eqx.Module):
         """**Arguments:**
 
         - `conditional`, `unconditional`: models with the same kind of prediction, of any
-            kind. Both receive the state and `args`. For one network that takes its label
-            from `args`: `net` and `lambda t, u, args: net(t, u, no_label)`.
-        - `scale`: 0 is unconditional, 1 conditional, and more extrapolates. One number, or
-            one per sample, `(*batch,)`; or a function of time, for example to guide only in
-            an interval. Changing the number does not recompile.
+            kind. Both receive the state and `args`. For a single network that takes its
+            label from `args`, pass `net` and `lambda t, u, args: net(t, u, no_label)`.
+        - `scale`: the guidance scale: 0 is unconditional, 1 conditional, and larger values
+            extrapolate. A number, or one per sample, `(*batch,)`; or a function of time,
+            for example to guide only in an interval. Changing the number does not
+            recompile.
         """
         _check_callable(conditional=conditional, unconditional=unconditional)
         self.conditional = conditional
@@ -95,14 +96,14 @@ class ClassifierGuidance(_Wrapper):
     ):
         """**Arguments:**
 
-        - `process`, `model`: the forward process, and the model. Or, in their place and in
-            that of `predicts` and `factor`, a [`gddim_eqx.ProbabilityFlow`][].
-        - `log_likelihood`: called as `log_likelihood(t, u, args)`, in the data's
-            coordinates like the model; returns one number per sample, `(*batch,)`.
-        - `scale`: multiplies its gradient; in the same forms as in
+        - `process`, `model`: the forward process, and the model. Alternatively, pass a
+            [`gddim_eqx.ProbabilityFlow`][] in place of these, `predicts` and `factor`.
+        - `log_likelihood`: called as `log_likelihood(t, u, args)` with the state in the
+            data's coordinates, like the model; returns one number per sample, `(*batch,)`.
+        - `scale`: the factor that multiplies its gradient, in any of the forms accepted by
             [`gddim_eqx.ClassifierFreeGuidance`][].
         - `predicts`, `factor`: what the model predicts, as in
-            [`gddim_eqx.ProbabilityFlow`][]; this predicts the same.
+            [`gddim_eqx.ProbabilityFlow`][]; the guided model predicts the same.
         """
         _check_callable(log_likelihood=log_likelihood)
         self.flow = ProbabilityFlow(process, model, predicts, factor)
@@ -146,14 +147,14 @@ class DataGuidance(_Wrapper):
     ):
         """**Arguments:**
 
-        - `process`, `model`: the forward process, and the model. Or, in their place and in
-            that of `predicts` and `factor`, a [`gddim_eqx.ProbabilityFlow`][].
+        - `process`, `model`: the forward process, and the model. Alternatively, pass a
+            [`gddim_eqx.ProbabilityFlow`][] in place of these, `predicts` and `factor`.
         - `function`: called as `function(t, x, args)` with the data prediction,
             `(*batch, *shape)`; returns its replacement. For example
             [`gddim_eqx.Clip`][] or [`gddim_eqx.DynamicThreshold`][]. The prediction of
             an initial velocity, if any, is unchanged.
         - `predicts`, `factor`: what the model predicts, as in
-            [`gddim_eqx.ProbabilityFlow`][]; this predicts the same.
+            [`gddim_eqx.ProbabilityFlow`][]; the guided model predicts the same.
         """
         _check_callable(function=function)
         self.flow = ProbabilityFlow(process, model, predicts, factor)
@@ -242,7 +243,7 @@ def _check_callable(**functions: Callable) -> None:
 
 
 def _as_scale(scale: Scale) -> Scale:
-    """As an array, so that another number does not recompile."""
+    """Convert to an array, so that changing the number does not recompile."""
     return scale if callable(scale) else as_floats("scale", scale)
 
 
@@ -250,8 +251,8 @@ def _per_sample(scale: ArrayLike, x: Array) -> Array:
     scale = as_floats("scale", scale).astype(x.dtype)
     if scale.shape != x.shape[: scale.ndim]:
         raise ValueError(
-            "`scale` must be one number, or one for each sample, of the shape of the "
-            f"state's leading axes; got shape {scale.shape} for a state of {x.shape}."
+            "`scale` must be one number, or one per sample, with the shape of the state's "
+            f"batch axes; got shape {scale.shape} for a state of shape {x.shape}."
         )
     return append_axes(scale, x.ndim)
 

@@ -67,7 +67,7 @@ class GaussianMixture(eqx.Module):
         self.weights = jnp.asarray(raw / raw.sum(), means.dtype)
 
     def sample(self, key: Key, n: int) -> Inexact[Array, "n *shape"]:
-        """Draw data.
+        """Draw samples.
 
         **Arguments:**
 
@@ -98,8 +98,8 @@ class GaussianMixture(eqx.Module):
         require_process(process)
         if process.shape != self.means.shape[1:]:
             raise ValueError(
-                f"This mixture is of data of shape {self.means.shape[1:]}, the process "
-                f"is for {process.shape}."
+                f"This mixture has data of shape {self.means.shape[1:]}, but the process "
+                f"is for data of shape {process.shape}."
             )
         return _MixtureModel(self, process)
 
@@ -119,8 +119,8 @@ class _MixtureModel(eqx.Module):
         means = process.basis.forward(self.mixture.means.astype(dtype))
         means = means.reshape(means.shape[0], -1)
 
-        # A component has mean `direction * its mean`. Its covariance `covariance` is the
-        # same for all.
+        # The mean of each mixture component is multiplied by `direction`. The covariance is
+        # the same for all components.
         factor = process.factor(t)
         direction = (
             process.transition(t, jnp.zeros_like(t)).blocks[:, 0] * process.data_scale

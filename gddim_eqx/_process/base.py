@@ -60,9 +60,11 @@ class AbstractProcess(eqx.Module):
 
         [`gddim_eqx.check_process`][] checks these, and names the one that fails.
 
-        Compute in the dtype of the time argument. Make every number a static field, so
-        that a process is a static pytree: a constant of the compiled program, which no
-        optimiser can mistake for parameters.
+        Compute in the dtype of the time argument. Tag the covariance with
+        `lineax.positive_semidefinite_tag`, and `cholesky` with
+        `lineax.lower_triangular_tag`. Make every number a static field, so that a process
+        is a static pytree: a compile-time constant, which no optimiser can mistake for
+        parameters.
 
         If only the coefficients of the equation are known, use
         [`gddim_eqx.LinearSDE`][], which solves for the rest. For a process of one
@@ -103,24 +105,24 @@ class AbstractProcess(eqx.Module):
     shape: AbstractVar[tuple[int, ...]]
     """The shape of one data sample."""
     num_components: AbstractVar[int]
-    """The number of components of a state: 1, 2 with a velocity, or more."""
+    """The number of components of a state: 1; 2 with a velocity; or more."""
     basis: AbstractVar[AbstractBasis]
     """The basis in which states are stored."""
     data_scale: AbstractVar[float]
     """The mean of the state at time 0 is `data_scale` times the data."""
     t_min: AbstractVar[float]
-    """Where sampling ends."""
+    """The time at which sampling ends."""
     t_max: AbstractVar[float]
-    """Where sampling starts."""
+    """The time at which sampling starts."""
     t_end: AbstractVar[float]
     """The end $T$ of the process' time axis; at least `t_max`."""
     t_zero_signal: AbstractVar[float]
-    """Where the signal would vanish if the time axis were extended; infinity if nowhere.
-    Only used to place quadrature nodes."""
+    """The time at which the signal would vanish if the time axis were extended; infinity if
+    it never would. Only used to place quadrature nodes."""
 
     def __check_init__(self):
         if any(size < 1 for size in self.shape):
-            raise ValueError(f"`shape` must be made of positive sizes; got {self.shape}.")
+            raise ValueError(f"`shape` must consist of positive sizes; got {self.shape}.")
         if not 0 < self.t_min < self.t_max <= self.t_end:
             raise ValueError(
                 "Need 0 < `t_min` < `t_max` <= `t_end`; got "
@@ -169,8 +171,8 @@ class AbstractProcess(eqx.Module):
     def log_snr(self, t: RealScalarLike) -> Inexact[Array, ""]:
         r"""Half the logarithm of the signal-to-noise ratio, $\frac{1}{2} \log a_t^\top
         \Sigma_t^{-1} a_t$, where $a_t$ is the coefficient of the data in the mean of the
-        state: for VP, the logarithm of signal over noise. Averaged over frequencies if
-        they differ.
+        state: for VP, the logarithm of the ratio of signal to noise. Averaged over
+        frequencies if they differ.
 
         **Arguments:**
 
@@ -260,8 +262,8 @@ class AbstractProcess(eqx.Module):
         `to_data` of the second.
 
         Near `t_max` a small error in the noise implies a large error in the data.
-        [`gddim_eqx.nn.NetworkModel`][] preconditions a network by `data_std`, so that it
-        need not be that accurate; without it, training takes much longer, above all for
+        Preconditioning a network, by the `data_std` of [`gddim_eqx.nn.NetworkModel`][],
+        removes this difficulty; without it, training takes much longer, above all for
         [`gddim_eqx.CLD`][].
         """
         mean = self.encode(x)
@@ -278,7 +280,7 @@ def log_norm(
     vectors: Inexact[Array, "n *spectrum"],
 ) -> tuple[Inexact[Array, "*spectrum"], Inexact[Array, "n *spectrum"]]:
     """The logarithm of the Euclidean norm over the first axis, and the vectors divided by
-    the norm. The squared norm may underflow."""
+    the norm. Accurate even where the squared norm would underflow."""
     size = lax.stop_gradient(jnp.abs(vectors).max(0))
     known = size > 0
     scaled = vectors / jnp.where(known, size, 1)[None]

@@ -90,7 +90,7 @@ class BDM(AbstractDiagonalProcess):
 
     def _cosine(self, t):
         """The square root of alpha, as a sine of the distance to the end: exact there."""
-        # Add the offset last, or XLA would add it to the 1.
+        # Add the offset last, or XLA would fold it into the 1.
         unit = 0.5 * np.pi / (1 + 2 * self.offset)
         return jnp.sin(unit * (1 - t) + unit * self.offset)
 
@@ -145,7 +145,7 @@ BDM.__init__.__doc__ = """**Arguments:**
 - `shape`: (height, width, channels) of one image.
 - `sigma_blur_max`: the strongest blur, in pixels.
 - `min_scale`: the fraction of the highest frequencies that remains.
-- `offset`: of the noise schedule.
+- `offset`: the offset of the noise schedule.
 - `t_min`, `t_end`: the end of sampling and of the time axis. Sampling starts at `t_max`,
     where the noise is 80 times the signal, or at `t_end` if that is earlier.
 """

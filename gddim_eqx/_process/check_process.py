@@ -29,8 +29,8 @@ def check_process(process: AbstractProcess) -> None:
 
     - `process`: a forward process, usually of a custom class.
 
-    **Raises:** `ValueError` that names the law, the time, the relative difference, and
-    what to do about it.
+    **Raises:** a `ValueError` that names the law, the time, the relative error, and what to
+    do about it.
     """
     require_process(process)
     name = type(process).__name__
@@ -46,8 +46,8 @@ def check_process(process: AbstractProcess) -> None:
             worst = int(np.argmax(errors))
             if errors[worst] > _TOLERANCE:
                 raise ValueError(
-                    f"`{name}` breaks a law at t = {times[worst]:.6g}: {law}. They differ "
-                    f"by {errors[worst]:.2g} of their size. {cure}"
+                    f"`{name}` breaks a law at t = {times[worst]:.6g}: {law}. The relative "
+                    f"error is {errors[worst]:.2g}. {cure}"
                 )
 
 
@@ -94,7 +94,7 @@ def _check_operators(process: AbstractProcess, name: str) -> None:
                 raise ValueError(
                     f"`{name}.{method}` must compute in the dtype of the time that is "
                     f"passed, {jnp.dtype(dtype)}; it returned {output.blocks.dtype}. "
-                    "Build arrays by `jnp.zeros_like(t)` or `jnp.asarray(x, t.dtype)`."
+                    "Build arrays with `jnp.zeros_like(t)` or `jnp.asarray(x, t.dtype)`."
                 )
 
 
@@ -162,7 +162,7 @@ def _laws_of_transition(process, times, drift) -> Iterator[_Law]:
     still, from_zero, forward, after, before, back = transitions
     undefined = np.isnan(from_zero).reshape(len(times), -1).any(1)
     yield (
-        "`transition(t, 0)` must be defined, and zero or huge where it cannot be held",
+        "`transition(t, 0)` must not be nan, but zero or huge where it under- or overflows",
         np.where(undefined, np.inf, 0.0),
         times,
         "",
@@ -173,13 +173,13 @@ def _laws_of_transition(process, times, drift) -> Iterator[_Law]:
         "`transition(t, r) @ transition(r, s)` must equal `transition(t, s)`",
         _error(after @ before, forward, abs(after) @ abs(before)),
         t,
-        "A transition takes the mean of the state at one time to that at another.",
+        "A transition maps the mean of the state at one time to that at another.",
     )
     yield (
         "`transition(t, s) @ transition(s, t)` must be the identity",
         _error(forward @ back, eye, abs(forward) @ abs(back)),
         t,
-        "`transition` must run backward in time too.",
+        "`transition` must be defined backward in time too.",
     )
     drift = np.concatenate([drift[1:], drift[1:]])
     size = abs(drift) @ abs(forward) + _slow(forward, t)
@@ -202,7 +202,7 @@ def _laws_of_roots(times, values) -> Iterator[_Law]:
         "`cholesky(t)` must be lower triangular, with a positive diagonal",
         np.where((above > 0) | negative.any(1), np.inf, 0.0),
         times,
-        "`covariance(t).cholesky()` is.",
+        "`covariance(t).cholesky()` is such a factor.",
     )
     errors = {
         name: _error(root @ _T(root), covariance, abs(root) @ abs(_T(root)))
@@ -213,11 +213,11 @@ def _laws_of_roots(times, values) -> Iterator[_Law]:
         "cholesky(t).T`",
         np.minimum(*errors.values()),
         times,
-        "Both roots say that `covariance` is wrong.",
+        "As neither square root agrees with it, `covariance` is wrong.",
     )
     for name, error in errors.items():
         law = f"`{name}(t) @ {name}(t).T` must equal `covariance(t)`"
-        yield law, error, times, f"`{name}` is wrong, as the other root is right."
+        yield law, error, times, f"`{name}` is wrong, as the other square root is right."
 
 
 def _laws_of_rates(times, values, rates) -> Iterator[_Law]:
@@ -235,8 +235,8 @@ def _laws_of_rates(times, values, rates) -> Iterator[_Law]:
             size + _slow(covariance, times),
         ),
         times,
-        "`drift` agrees with `transition`, so `diffusion` is wrong, or `covariance` with "
-        "its roots.",
+        "`drift` agrees with `transition`, so either `diffusion` is wrong, or `covariance` "
+        "and its square roots are.",
     )
     turned = np.linalg.inv(_T(factor))
     size = abs(drift) @ abs(factor) + abs(noise) @ abs(turned)
@@ -249,7 +249,7 @@ def _laws_of_rates(times, values, rates) -> Iterator[_Law]:
             size + _slow(factor, times),
         ),
         times,
-        "With several components no other square root will do, such as the Cholesky "
+        "With several components no other square root will do, not even the Cholesky "
         "factor. `LinearSDE` solves this equation for any `drift` and `diffusion`.",
     )
 
@@ -269,11 +269,11 @@ def _laws_of_states(process, values) -> Iterator[_Law]:
     at_end = np.array([process.t_max])
     yield (
         "`prior_factor()` must be about a square root of the covariance of states at "
-        "`t_max`, which is at least `covariance(t_max)`, and not much more for data with "
-        "a standard deviation of 1",
+        "`t_max`, which is at least `covariance(t_max)`, and not much more for data of "
+        "unit variance",
         np.array([np.inf if wrong else 0.0]),
         at_end,
-        "`cholesky(t_max)` is one.",
+        "`cholesky(t_max)` is suitable.",
     )
     x = jr.normal(jr.key(0), process.shape, jnp.float64)
     encoded = jax.jit(process.encode)(x)
@@ -295,8 +295,8 @@ def _laws_of_states(process, values) -> Iterator[_Law]:
     mean, spread = moved.mv(encoded), jax.jit(process.factor)(end).mv(noise)
     errors = jtu.tree_map(lambda u, a, b: abs(u - a - b).max(), u, mean, spread)
     yield (
-        "`perturb` must return `transition(t, 0)` of `encode(x)` plus `factor(t)` of the "
-        "noise, and that noise",
+        "`perturb` must return `transition(t, 0).mv(encode(x)) + factor(t).mv(noise)` and "
+        "`noise`",
         np.array([max(map(float, jtu.tree_leaves(errors)))]),
         at_end,
         "",
@@ -313,7 +313,7 @@ def _error(actual, expected, size) -> np.ndarray:
 
 
 def _slow(value, times):
-    """A slow rate of change: the floor of the scale for relative errors of derivatives."""
+    """A slow rate of change: the smallest scale for relative errors of derivatives."""
     times = times.reshape(-1, *(1,) * (value.ndim - 1))
     return 0.01 * np.abs(value) / times
 

@@ -24,14 +24,14 @@ class CLD(AbstractProcess):
 
     $\beta_t = \beta_0 + \beta_1 t$. The initial velocity is normal with variance
     $\gamma M$, and is included in the covariance given data: $\Sigma_0 = \mathrm{diag}
-    (\varepsilon, \gamma M + \varepsilon)$, as in the authors' code. Sample a network with
-    the $\varepsilon$ it was trained with, as the frame $R_t$ in which noise is predicted
-    rotates with it.
+    (\varepsilon, \gamma M + \varepsilon)$, as in the authors' code. Sample with the
+    $\varepsilon$ that the network was trained with, as the frame $R_t$ in which noise is
+    predicted depends on it.
 
-    Train networks with the preconditioning of [`gddim_eqx.nn.NetworkModel`][],
-    `data_std`. At the end of the process, the noise in the velocity carries almost no
-    information about the data, and a small error in it becomes a very large one in the
-    samples.
+    Train networks with preconditioning, by the `data_std` of
+    [`gddim_eqx.nn.NetworkModel`][]. At the end of the process, the noise in the velocity
+    carries almost no information about the data, and a small error in it becomes a very
+    large one in the samples.
 
     This is equation 10 of the paper with two misprints corrected (the sign of the force,
     and the noise, which lacks the mass).
@@ -151,7 +151,7 @@ class CLD(AbstractProcess):
     def stationary_reversal(
         self, t: RealScalarLike, s: RealScalarLike
     ) -> tuple[BlockLinearOperator, BlockLinearOperator]:
-        """The reverse diffusion if the prior is the distribution at all times: an
+        """The reverse diffusion if the distribution at all times were the prior: an
         Ornstein-Uhlenbeck process, which the symmetric splitting of Dockhorn et al. solves
         exactly.
 
@@ -184,8 +184,8 @@ CLD.__init__.__doc__ = """**Arguments:**
 - `shape`: the shape of one data sample.
 - `beta`, `beta_slope`: the rate is `beta + beta_slope * t`.
 - `mass_inverse`: 1 / M. The friction follows from critical damping.
-- `gamma`: the variance of the initial velocity over the mass.
-- `epsilon`: added to both initial variances; keeps the covariance regular at time 0.
+- `gamma`: the variance of the initial velocity, divided by the mass.
+- `epsilon`: added to both initial variances; keeps the covariance non-singular at time 0.
 - `t_min`, `t_end`: the sampling interval.
 """
 

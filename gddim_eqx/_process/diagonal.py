@@ -1,5 +1,4 @@
 import abc
-from typing import TYPE_CHECKING
 
 import lineax as lx
 from jaxtyping import Array
@@ -9,12 +8,6 @@ from .._linear import (
     BlockLinearOperator,
     IdentityBasis,
 )
-
-
-if TYPE_CHECKING:
-    pass
-else:
-    pass
 from .base import AbstractProcess
 from .times import as_time, as_times
 
@@ -81,10 +74,10 @@ class AbstractDiagonalProcess(AbstractProcess):
 
 
 class AbstractScalarProcess(AbstractDiagonalProcess):
-    """A diagonal process with the same number for all coordinates of the data, whose
-    `_drift`, `_diffusion`, `_transition` and `_std` are scalars. States are in the data's
-    own coordinates, and sampling starts at `t_end`. See [`gddim_eqx.AbstractProcess`][]
-    for an example."""
+    """A diagonal process that acts on all coordinates of the data alike: `_drift`,
+    `_diffusion`, `_transition` and `_std` return scalars. States are in the data's own
+    coordinates, and sampling starts at `t_end`. See [`gddim_eqx.AbstractProcess`][] for an
+    example."""
 
     @property
     def basis(self) -> AbstractBasis:

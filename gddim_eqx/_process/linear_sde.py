@@ -26,9 +26,9 @@ class LinearSDE(AbstractProcess):
     states decay or rotate noticeably, at most 4096; each takes about 2 ms to solve.
 
     The square root $R_t$ is determined up to a constant rotation. It equals the Cholesky
-    factor at time 0, or at `t_min / 1000` if the initial covariance is singular, when no
-    such start exists. Before that time the square roots are then interpolated in the
-    square root of time.
+    factor at time 0. If the initial covariance is singular, the ODE cannot start there:
+    $R_t$ then equals the Cholesky factor at `t_min / 1000`, and before that time the square
+    roots are interpolated in the square root of time.
 
     !!! example
 
@@ -86,7 +86,7 @@ class LinearSDE(AbstractProcess):
         t_max = t_end if t_max is None else t_max
         if not t_min < t_max <= t_end < float("inf"):
             raise ValueError(
-                "Need t_min < t_max <= t_end, and them finite; got "
+                "Need t_min < t_max <= t_end, all finite; got "
                 f"{t_min}, {t_max} and {t_end}."
             )
         self.shape = as_shape(shape)
@@ -144,15 +144,15 @@ def _check_covariance(covariance: np.ndarray) -> None:
     unit = np.sqrt(np.where(variances > 0, variances, 1))
     correlation = covariance / (unit * np.swapaxes(unit, -1, -2))
     if not np.abs(correlation - np.swapaxes(correlation, -1, -2)).max() < 1e-6:
-        raise ValueError("`initial_covariance` must be symmetric, and finite.")
+        raise ValueError("`initial_covariance` must be symmetric and finite.")
     semidefinite = np.linalg.eigvalsh(correlation) >= -1e-12
     if not ((variances >= 0).all() and semidefinite.all()):
         raise ValueError("`initial_covariance` must be positive semi-definite.")
 
 
 def _not_after(t: Array, end: float) -> Array:
-    """A time, clipped at the end, which rounding may exceed and where the user's functions
-    may be singular."""
+    """Clip a time at the end of the time axis, which it may exceed by rounding, and beyond
+    which the user's functions may be singular."""
     largest = np.asarray(end).astype(t.dtype)
     if float(largest) > end:
         largest = np.nextafter(largest, largest.dtype.type(0))

@@ -26,8 +26,8 @@ def _known_blocks(name: str, value: Any) -> np.ndarray:
         raise ValueError(
             f"`{name}` depends on a number that is traced by `jax.jit`, `jax.grad` or "
             "`jax.vmap`, but a `LinearSDE` is solved on the host, in double precision. Use "
-            "Python numbers. To try several, make a `LinearSDE` of each; for a derivative, "
-            "take a difference quotient."
+            "Python numbers. For several values, construct one `LinearSDE` each; for "
+            "derivatives, use finite differences."
         )
     return np.asarray(as_blocks(as_floats(name, value), np.float64))
 
@@ -104,8 +104,9 @@ class Coefficients:
         return values | dict(diffusion=diffusion @ np.swapaxes(diffusion, -1, -2))
 
     def rounding_errors(self, left: float, right: float) -> dict[str, np.ndarray]:
-        """The size of the rounding errors of both on an interval, row by row: their sixth
-        differences over distances at which these would otherwise be negligible."""
+        """Estimates of the rounding errors of both on an interval, row by row: their sixth
+        differences over so small a distance that those of smooth functions are
+        negligible."""
         number, width = 16, right - left
         centres = left + width * (np.arange(number) + 0.5) / number
         weights = np.array([1, -6, 15, -20, 15, -6, 1]) / np.sqrt(924)
@@ -113,6 +114,6 @@ class Coefficients:
         errors = {}
         for name in shifted[0]:
             differences = sum(w * values[name] for w, values in zip(weights, shifted))
-            # The median, as a jump affects very few of these.
+            # The median, as a jump affects very few of these differences.
             errors[name] = np.median(np.abs(differences), axis=0).max(-1)
         return errors

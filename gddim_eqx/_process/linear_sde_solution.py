@@ -20,7 +20,7 @@ _TOLERANCE = 1e-13
 # Before `t_min`, where no accuracy is promised, and only a velocity has had time to
 # accumulate noise.
 _TOLERANCE_EARLY = 1e-9
-# Relative to time. Narrower panels are indistinguishable from rounding errors.
+# Relative to time. The width of a narrower panel would be comparable to rounding errors.
 _NARROWEST = 2.0**-36
 # The largest relative rounding errors of the coefficients that are tolerated.
 _MOST_ROUNDING, _MOST_ROUNDING_EARLY = 1e-6, 1e-2
@@ -117,9 +117,9 @@ def _solve(
             if len(panels) + len(todo) > _MOST_PANELS:
                 raise ValueError(
                     f"The process changes too often on [0, {t_end:g}] to be tabulated: "
-                    f"{len(panels)} pieces reach t = {left:.6g} only. Let the time axis "
-                    "end before, or after fewer times in which states decay or turn. "
-                    f"Where it stopped: {fault}"
+                    f"{len(panels)} panels only reach t = {left:.6g}. End the time axis "
+                    "earlier, or let states decay or rotate fewer times along it. At this "
+                    f"time: {fault}"
                 ) from None
             middle = 0.5 * (left + right)
             todo += [(middle, right), (left, middle)]
@@ -154,8 +154,8 @@ def _solve_panel(coefficients, left, right, covariance, rotation, *, early) -> _
 
     if not np.isfinite(covariances).all():
         raise _Unresolved(
-            f"The covariance overflows near t = {near}, as `drift` lets it grow so long. "
-            "Let the time axis end before."
+            f"The covariance overflows near t = {near}, as `drift` lets it grow for too "
+            "long. End the time axis earlier."
         )
     cholesky = _cholesky(covariances)
     if not (_diagonal(cholesky) > 0).all():
@@ -226,15 +226,15 @@ def _check_coefficients(coefficients, left, right, values, negligible, tolerance
             continue
         scale, rounding = np.maximum(scale, floor), np.zeros(1)
         if (tail <= most * scale).all():
-            # Ten times the median, as they grow towards singularities.
+            # Ten times the median, as rounding errors grow towards singularities.
             rounding = 10 * coefficients.rounding_errors(left, right)[name]
         relative = float((rounding / scale).max())
         if not (tail <= np.maximum(allowed, rounding)).all() or relative > most:
             raise _Unresolved(
                 f"`{name}` could not be resolved near t = {left:.6g}. It must be smooth on "
-                "[0, t_end] to all digits: it must compute in the dtype of its argument, "
-                "nothing in it may cancel (as in `1 - jnp.exp(-t)` without `jnp.expm1`), "
-                "and the time axis must end before a singularity."
+                "[0, t_end] to full precision: it must compute in its argument's dtype, "
+                "nothing in it may cancel (write `1 - jnp.exp(-t)` as `-jnp.expm1(-t)`), "
+                "and the time axis must end before any singularity."
             )
         solution_tolerance += relative
     return solution_tolerance

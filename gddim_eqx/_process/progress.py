@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Inexact
 from .base import AbstractProcess
 
 
-# The clock clips the logarithm of the signal-to-noise ratio from below at this.
+# The clock clips the logarithm of the signal-to-noise ratio to at least this.
 _LEAST = -40.0
 
 
@@ -19,12 +19,13 @@ def clock(
     t: Inexact[Array, " *times"],
     log_snr: Inexact[Array, " *times"],
 ) -> Inexact[Array, " *times"]:
-    """The progress of sampling at a time with this `process.log_snr`: 0 at `t_max`, 1 at
-    `t_min`.
+    """The progress of sampling, given a time and `process.log_snr` there: 0 at `t_max`, 1
+    at `t_min`.
 
     The mean of two clocks with this range: one linear in the logarithm of the signal-to-
     noise ratio, which is independent of the scale of the data, and one linear in the square
-    root of time, which gives more weight to the noisy half, where samples are decided.
+    root of time, which gives more weight to high noise levels, where the overall content of
+    samples is determined.
     """
     return _mean_of_clocks(process, jnp.sqrt(t), log_snr)
 
@@ -33,8 +34,8 @@ def clock_table(
     process: AbstractProcess,
 ) -> tuple[Float[np.ndarray, " times"], Float[np.ndarray, " times"]]:
     """Times from 0 to `t_end`, and the clock at each, in double precision. Below `t_min`,
-    where the signal-to-noise ratio may be unbounded, only the clock by time keeps running.
-    """
+    where the signal-to-noise ratio may be unbounded, only the part that is linear in the
+    square root of time keeps running."""
     times, log_snr = _log_snr_table(process)
     return times, _mean_of_clocks(process, np.sqrt(times), log_snr)
 
@@ -47,7 +48,7 @@ def log_snr_at_start(process: AbstractProcess) -> float:
 
 def _mean_of_clocks(process, root, log_snr) -> Any:
     first, last = log_snr_at_start(process), float(_log_snr_table(process)[1][0])
-    # A signal that has nearly vanished cannot distinguish times.
+    # A signal that has nearly vanished cannot tell times apart.
     xp = np if isinstance(log_snr, np.ndarray) else jnp
     log_snr, first = xp.where(log_snr > _LEAST, log_snr, _LEAST), max(first, _LEAST)
     by_signal = (log_snr - first) / (last - first)
@@ -64,15 +65,15 @@ def _log_snr_table(process):
         hash(process)
     except TypeError:
         raise ValueError(
-            f"The {type(process).__name__} holds arrays. The numbers of a process are "
-            "constants of the compiled program: keep them as Python numbers, in fields "
-            "with `equinox.field(static=True)`."
+            f"The {type(process).__name__} holds arrays. The numbers of a process must be "
+            "compile-time constants: keep them as Python numbers, in fields with "
+            "`equinox.field(static=True)`."
         ) from None
     if process not in _tables:
         quarter = lambda a, b, number: np.linspace(a**0.25, b**0.25, number) ** 4
         early = quarter(0.0, process.t_min, 401)[:-1]
         times = quarter(process.t_min, process.t_max, 4001)
-        # Set exactly, as powers round.
+        # Set exactly, as the powers are rounded.
         times[0], times[-1] = process.t_min, process.t_max
         late = np.linspace(process.t_max, process.t_end, 401)[1:]
         late = late[late > process.t_max]

@@ -50,8 +50,8 @@ class LinearSchedule(AbstractSchedule):
         _check_times(self.t_min, self.t_end)
         if not (0 <= self.beta_min and 0 < self.beta_min + self.beta_max):
             raise ValueError(
-                "`beta_min` must not be negative, and not both may be zero; got "
-                f"{self.beta_min} and {self.beta_max}."
+                "`beta_min` must not be negative, nor both `beta_min` and `beta_max` zero; "
+                f"got {self.beta_min} and {self.beta_max}."
             )
         if self.beta_max < 0:
             raise ValueError(f"`beta_max` must not be negative; got {self.beta_max}.")
@@ -115,7 +115,7 @@ class CosineSchedule(AbstractSchedule):
 
 
 def as_schedule(schedule: "str | AbstractSchedule") -> AbstractSchedule:
-    """A schedule, from its name if given one."""
+    """A schedule, given itself or its name."""
     named = {"linear": LinearSchedule, "cosine": CosineSchedule}
     if isinstance(schedule, AbstractSchedule):
         return schedule

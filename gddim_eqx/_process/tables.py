@@ -1,6 +1,6 @@
 import functools as ft
 from collections.abc import Callable
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,17 +9,11 @@ from jaxtyping import Array, Inexact, Int
 from numpy.polynomial import chebyshev
 
 
-if TYPE_CHECKING:
-    pass
-else:
-    pass
-
-
 class PiecewisePolynomial:
     """A tabulated function of one real variable: a polynomial on each panel.
 
     Built once on the host in float64, and evaluated in the dtype of its argument. It is a
-    constant of the program rather than a pytree with leaves for an optimiser to update, and
+    compile-time constant rather than a pytree with leaves for an optimiser to update, and
     compares and hashes by identity.
     """
 
@@ -45,14 +39,15 @@ class PiecewisePolynomial:
         return (x - jnp.asarray(rounded)) - jnp.asarray(rest)
 
     def panel(self, x: Inexact[Array, ""]) -> Int[Array, ""]:
-        """The index of the panel that contains the argument; the first or last outside."""
+        """The index of the panel that contains the argument; outside all panels, that of
+        the nearest."""
         return (self._beyond_edges(x)[1:-1] >= 0).sum()
 
     def __call__(self, x: Inexact[Array, ""]) -> Inexact[Array, "*value"]:
         beyond, panel = self._beyond_edges(x), self.panel(x)
         width = jnp.asarray(np.diff(self.edges), x.dtype)[panel]
         u = (beyond[panel] + beyond[panel + 1]) / width
-        # Half of all end times round up, perhaps by more than the width of the last panel.
+        # The end time may round up, perhaps by more than the width of the last panel.
         u = u - lax.stop_gradient(u - jnp.clip(u, -1, 1))
         # Overflow gives a huge number rather than `nan`.
         largest = float(jnp.finfo(x.dtype).max) / 256

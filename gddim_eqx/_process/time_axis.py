@@ -13,13 +13,13 @@ from .base import AbstractProcess
 def on_time_axis(
     process: AbstractProcess, name: str, t: Any, dtype: Any = np.float32
 ) -> float:
-    """A time as a Python number. Half of all end times round up in single precision, so
-    times that exceed the end by no more than rounding are moved to the end.
+    """A time as a Python number. The end of the time axis may round up in single precision,
+    so times that exceed it by no more than rounding are moved to it.
 
     **Arguments:**
 
     - `process`: the process.
-    - `name`: the name of the time.
+    - `name`: the name of the time in error messages.
     - `t`: the time.
     - `dtype`: the narrowest dtype it may have been rounded to, besides its own.
 

@@ -1,16 +1,8 @@
-from typing import TYPE_CHECKING
-
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from .._custom_types import RealScalarLike, State
 from .._linear import coefficient_dtype
-
-
-if TYPE_CHECKING:
-    pass
-else:
-    pass
 
 
 def as_time(t: RealScalarLike) -> Array:
@@ -25,8 +17,8 @@ def as_time(t: RealScalarLike) -> Array:
         raise ValueError(f"A time must be real; got {t}.")
     if t.ndim:
         raise ValueError(
-            f"A time must be a scalar; got an array of shape {t.shape}. For one each in a "
-            "batch, use `jax.vmap`."
+            f"A time must be a scalar; got an array of shape {t.shape}. For one time per "
+            "sample, use `jax.vmap`."
         )
     if not jnp.issubdtype(t.dtype, jnp.floating):
         t = t.astype(jnp.result_type(float))
@@ -34,7 +26,7 @@ def as_time(t: RealScalarLike) -> Array:
 
 
 def time_for(state: State, t: RealScalarLike) -> Array:
-    """A time in the dtype for operators that act on a state."""
+    """A time in the dtype of the operators that act on a state."""
     return as_time(t).astype(coefficient_dtype(state))
 
 

@@ -24,8 +24,8 @@ class AdaptedGrid(NamedTuple):
     ts: Real[Array, " times"]
     """The times."""
     error: Inexact[Array, ""]
-    """The error of the solver on this grid: the geometric mean over samples of the distance
-    to the endpoint of the exact flow, root mean square over coordinates of the data."""
+    """The error of the solver on this grid: the root mean square distance, over coordinates
+    of the data, from the endpoint of the exact flow; its geometric mean over samples."""
     error_before: Inexact[Array, ""]
     """The same for the initial grid."""
 
@@ -43,10 +43,10 @@ def adapted_grid(
 ) -> AdaptedGrid:
     """Optimise a time grid for a model, its data and a solver, on a few samples.
 
-    Where steps should be short depends on the data, and a small local error may or may not
-    matter to the final sample. So the times are optimised by gradient descent on the error
-    of these samples, through the solver; the exact flow is approximated with 8 times as
-    many steps (at least 200). The grid can then be used for any number of other samples.
+    Where steps should be short depends on the data, and on how much local errors affect the
+    final sample. The times are therefore optimised by gradient descent, through the solver,
+    on the final error of these samples; the exact flow is approximated with 8 times as many
+    steps (at least 200). The grid can then be used for any number of other samples.
 
     Takes about three times `num_iterations * num_steps` evaluations of the model on `u`.
 
@@ -58,14 +58,14 @@ def adapted_grid(
     - `solver`: any Diffrax solver for ordinary differential equations.
     - `ts`: the initial grid, in place of [`gddim_eqx.time_grid`][] with `num_steps`.
     - `num_iterations`: the number of Adam steps.
-    - `learning_rate`: the initial value of a cosine schedule, for the logarithms of the
-        step sizes.
+    - `learning_rate`: the initial learning rate for the logarithms of the step sizes, which
+        decays along a cosine.
     - `args`: passed to the model.
 
     **Returns:** [`gddim_eqx.AdaptedGrid`][]: the best times found, with the endpoints of
     the initial grid, and their error.
 
-    **Raises:** `ValueError` for arguments that do not fit.
+    **Raises:** `ValueError` for invalid arguments.
     """
     check_flow(flow)
     check_solver(solver)
@@ -73,7 +73,7 @@ def adapted_grid(
     u = check_state(u, process.num_components, process.shape, "The states `u`")
     check_count("num_iterations", num_iterations)
     if 0 in batch_axes(u, process.shape):
-        raise ValueError("`u` holds no states to learn from; give some tens.")
+        raise ValueError("`u` holds no states to optimise on; pass a few dozen.")
     if ts is None:
         ts = time_grid(process, num_steps, dtype=coefficient_dtype(u))
     ts = as_grid(process, ts)
@@ -91,8 +91,8 @@ def _adapt(flow, u, ts, fine, solver, args, num_iterations, learning_rate):
     optimiser = optax.chain(optax.zero_nans(), optax.adam(schedule))
     exact = generate(flow, u, solver=GDDIM(), ts=fine, args=args)
     axes = tuple(range(exact.ndim - len(flow.process.shape), exact.ndim))
-    # A coordinate in which the default grid is uniform; and time, on a scale to
-    # interpolate.
+    # A coordinate in which the default grid is uniform, and the power of time that is
+    # interpolated.
     place, root = jnp.linspace(0, 1, len(fine), dtype=ts.dtype), fine**0.25
     order = jnp.argsort(fine)
     lengths = jnp.diff(jnp.interp(ts, fine[order], place[order]))

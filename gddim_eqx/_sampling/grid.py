@@ -20,7 +20,7 @@ def time_grid(
     t1: float | None = None,
     dtype=None,
 ) -> Real[Array, " times"]:
-    r"""The time grid for sampling.
+    r"""A time grid for sampling.
 
     Pass it as `diffrax.StepTo(ts)` together with `t0=ts[0], t1=ts[-1]`.
 
@@ -34,8 +34,8 @@ def time_grid(
         2. `"log"` is uniform in the logarithm of time.
     - `t0`, `t1`: the first and last time; by default `process.t_max` and `process.t_min`.
         `t0 < t1` gives an increasing grid, for encoding.
-    - `dtype`: of the times; by default JAX's default floating dtype. Use that of the
-        states.
+    - `dtype`: the dtype of the times; by default JAX's default floating dtype. Use that of
+        the states.
 
     **Returns:** `num_steps + 1` strictly monotone times. The first and last are exactly
     `t0` and `t1` in that dtype.
@@ -64,17 +64,17 @@ def time_grid(
         times = (first + fraction * (last - first)) ** power
     if not np.isfinite(times).all():
         raise ValueError(
-            f"The signal-to-noise ratio of this {type(process).__name__} is not a number "
-            f"everywhere between {start} and {end}, so that a 'clock' grid cannot be made. "
-            "`gddim_eqx.check_process` may tell why; or take another `grid`."
+            f"The signal-to-noise ratio of this {type(process).__name__} is nan somewhere "
+            f"between {start} and {end}, so a 'clock' grid cannot be made. "
+            "`gddim_eqx.check_process` may tell why; otherwise use another `grid`."
         )
     times[0], times[-1] = start, end
     times = times.astype(dtype)
     steps = np.diff(times.astype(np.float64)) * np.sign(end - start)
     if not (steps > 0).all():
         raise ValueError(
-            f"{num_steps} steps between {start} and {end} are too many to be told apart "
-            f"in {dtype}; take fewer, or a wider dtype."
+            f"{num_steps} steps between {start} and {end} are too many to be resolved in "
+            f"{dtype}; use fewer steps, or a wider dtype."
         )
     return jnp.asarray(times)
 

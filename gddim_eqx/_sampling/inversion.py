@@ -19,8 +19,9 @@ class Inversion(NamedTuple):
     latent: State
     """Latent codes: states at the last time, `(*batch, *shape)`."""
     error: Inexact[Array, "*batch"] | None
-    """The relative error of the round trip: the root mean square difference of data and
-    decoded codes, over that of the data. `None` if `check` is false."""
+    """The relative error of the round trip: the root mean square of the difference between
+    the data and the decoded codes, divided by that of the data. `None` if `check` is
+    false."""
 
 
 def invert(
@@ -44,8 +45,8 @@ def invert(
     - `x`: data, `(*batch, *shape)`.
     - `num_steps`: the number of steps.
     - `solver`: any Diffrax solver for ordinary differential equations. `GDDIM()`, of order
-        4, is more accurate for most data, but with few steps more of them decode to other
-        data.
+        4, is more accurate for most samples, but with few steps more of them decode to
+        something else.
     - `ts`: an increasing time grid in place of [`gddim_eqx.time_grid`][], from the time of
         `x`, which must not be 0, to that of the codes.
     - `check`: whether to decode the codes again, on the same grid, and report the error.
@@ -53,7 +54,7 @@ def invert(
 
     **Returns:** [`gddim_eqx.Inversion`][]: the codes and the round-trip error.
 
-    **Raises:** `ValueError` for arguments that do not fit.
+    **Raises:** `ValueError` for invalid arguments.
     """
     check_flow(flow)
     process, x = flow.process, jnp.asarray(x)
@@ -98,7 +99,7 @@ def generate(
 
     **Returns:** data, `(*batch, *shape)`.
 
-    **Raises:** `ValueError` for arguments that do not fit.
+    **Raises:** `ValueError` for invalid arguments.
     """
     check_flow(flow)
     latent = check_state(

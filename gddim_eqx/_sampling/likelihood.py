@@ -37,7 +37,7 @@ class Likelihood(NamedTuple):
     latent: State
     """The latent code: the state at the end of the probability flow."""
     stats: dict
-    """Diffrax's statistics of the solve, among them `num_steps`."""
+    """Diffrax's statistics of the solve, such as `num_steps`."""
 
 
 def log_density(
@@ -76,23 +76,23 @@ def log_density(
         - `"exact"`: one JVP of the model per coordinate of the state.
         - `"rademacher"`, `"gaussian"`: Hutchinson's unbiased estimator, with Rademacher or
             Gaussian probes, and one JVP for each of `num_probes`. Rademacher probes are
-            exact for the diagonal part, which dominates for images: at equal cost they are
-            ahead of Hutch++ too. The same probes are used at all times.
+            exact for the diagonal part, which dominates for images: at equal cost they even
+            outperform Hutch++. The same probes are used at all times.
     - `num_probes`: the number of random probes to average over.
     - `solver`: any Diffrax solver for ordinary differential equations.
     - `stepsize_controller`: by default adaptive step sizes with tolerances of 1e-5, in a
         norm that weights the log density per coordinate as much as the whole state.
-    - `t0`, `t1`: the times of the states and of the latents; by default `process.t_min` and
-        `process.t_max`. `t0=0` needs a model that predicts the score, as without noise the
-        score does not follow from a noise prediction.
+    - `t0`, `t1`: the times of the states and of the latent codes; by default
+        `process.t_min` and `process.t_max`. `t0=0` needs a model that predicts the score,
+        as without noise the score does not follow from a noise prediction.
     - `dt0`, `max_steps`, `adjoint`: as in `diffrax.diffeqsolve`.
-    - `prior_log_density`: the log density of states at `t1`, a function of states, where it
-        is not that of `process.prior`.
+    - `prior_log_density`: a function that maps states at `t1` to their log density; by
+        default that of `process.prior`.
     - `args`: passed to the model.
 
     **Returns:** [`gddim_eqx.Likelihood`][], with values of shape `(*batch,)`.
 
-    **Raises:** `ValueError` for arguments that do not fit.
+    **Raises:** `ValueError` for invalid arguments.
 
     ??? cite "Reference"
 
@@ -106,8 +106,8 @@ def log_density(
     u = check_state(u, process.num_components, process.shape, "The state `u`")
     if isinstance(solver, GDDIM):
         raise ValueError(
-            "`GDDIM` solves for states only, and a log density needs the divergence along "
-            "the way as well. Take a solver such as `diffrax.Tsit5()`; for latent codes "
+            "`GDDIM` solves for states only, but a log density also needs the divergence "
+            "along the flow. Use a solver such as `diffrax.Tsit5()`; or, for latent codes "
             "alone, `gddim_eqx.invert`."
         )
     t0 = on_time_axis(process, "t0", process.t_min if t0 is None else t0)
@@ -120,7 +120,7 @@ def log_density(
     if stepsize_controller is None:
         stepsize_controller = dfx.PIDController(rtol=1e-5, atol=1e-5, norm=_norm)
     batch, dtype = batch_axes(u, process.shape), coefficient_dtype(u)
-    # Half precision would lose the sums.
+    # In half precision the sums would be inaccurate.
     u = jtu.tree_map(lambda x: x.astype(dtype), u)
     probes = _probes(divergence, num_probes, key, u)
     sol = dfx.diffeqsolve(
@@ -164,7 +164,7 @@ def log_likelihood(
 
     **Returns:** [`gddim_eqx.Likelihood`][], with values of shape `(*batch,)`.
 
-    **Raises:** `ValueError` for arguments that do not fit, or a process with more than one
+    **Raises:** `ValueError` for invalid arguments, or a process with more than one
     component.
     """
     check_flow(flow)
@@ -172,7 +172,7 @@ def log_likelihood(
     if process.num_components > 1:
         raise ValueError(
             f"The states of {type(process).__name__} have {process.num_components} "
-            "components, so the density of data alone is not known. Take "
+            "components, so the density of the data alone is not known. Use "
             "`log_likelihood_bound`, or `log_density` for all components jointly."
         )
     joint = log_density(flow, process.encode(x), key, **kwargs)
@@ -207,8 +207,8 @@ def log_likelihood_bound(
     **Returns:** [`gddim_eqx.Likelihood`][]: unbiased estimates of the bound, `(*batch,)`,
     and latent codes, `(num_draws, *batch, *shape)`.
 
-    **Raises:** `ValueError` for arguments that do not fit, for a process without a
-    velocity, or one whose initial velocity is deterministic.
+    **Raises:** `ValueError` for invalid arguments, or a process without a velocity, or with
+    a deterministic initial velocity.
 
     ??? cite "Reference"
 
@@ -220,8 +220,8 @@ def log_likelihood_bound(
     process = flow.process
     if process.num_components == 1:
         raise ValueError(
-            f"The states of {type(process).__name__} are data alone, whose density is "
-            "known. Take `log_likelihood`."
+            f"The states of {type(process).__name__} are the data alone, whose density is "
+            "known. Use `log_likelihood`."
         )
     check_count("num_draws", num_draws)
     x = jnp.asarray(x)
@@ -232,7 +232,7 @@ def log_likelihood_bound(
     logarithms = eqx.error_if(
         logarithms,
         ~jnp.isfinite(logarithms).all(),
-        "The bound needs a random initial velocity, but that of this process is certain.",
+        "The bound needs a random initial velocity; that of this process is deterministic.",
     )
     velocity_key, probe_key = jr.split(key)
     position, *means = jtu.tree_leaves(mean)
@@ -279,7 +279,7 @@ class _Augmented(eqx.Module):
 
 
 def _over_coordinates(quadratic, u, shape):
-    """The sum of a quadratic form over all unit vectors."""
+    """The sum of a quadratic form over the standard basis."""
     leaves, treedef = jtu.tree_flatten(u)
     number = len(leaves) * math.prod(shape)
 
@@ -304,7 +304,7 @@ def _probes(divergence, num_probes, key, u):
             f"`divergence` must be 'exact', 'rademacher' or 'gaussian'; got {divergence!r}."
         )
     if key is None:
-        raise ValueError(f"Give a `key`: `divergence={divergence!r}` draws probes.")
+        raise ValueError(f"Pass a `key`: `divergence={divergence!r}` draws probes.")
     check_key(key)
     check_count("num_probes", num_probes)
     draw = jr.rademacher if divergence == "rademacher" else jr.normal

@@ -105,10 +105,9 @@ def sample(
     **Arguments:**
 
     - `process`, `model`: the forward process, and a model called as `model(t, u, args)` on
-        the whole batch. Or, in place of both and of `predicts` and `factor`, a
-        [`gddim_eqx.ProbabilityFlow`][]: `sample(flow, key, number)`. Passing the same
-        object again does not recompile; a new `lambda`, or another Python number in a
-        model, does.
+        the whole batch. Alternatively, pass a [`gddim_eqx.ProbabilityFlow`][] in place of
+        both, `predicts` and `factor`: `sample(flow, key, number)`. Passing the same object
+        again does not recompile; a new `lambda`, or another Python number in a model, does.
     - `key`: a random key.
     - `number`: the number of samples.
     - `num_steps`: the number of steps of the default grid; 50 if neither this nor `ts`
@@ -127,7 +126,7 @@ def sample(
         - `"exact"`: a step of the exponential integrator to time 0, without the noise that
             the process has there: the data prediction.
     - `ts`: a time grid in place of `num_steps`, for example from [`gddim_eqx.time_grid`][].
-        The samples have its dtype. It must start at `process.t_max`, where the prior is.
+        The samples have its dtype. It must start at `process.t_max`, the time of the prior.
     - `predicts`, `factor`: as in [`gddim_eqx.ProbabilityFlow`][].
     - `args`: passed to the model.
     - `placement`: how to shard the samples over devices, which does not change them; by
@@ -137,9 +136,10 @@ def sample(
     **Returns:** [`gddim_eqx.Samples`][]: the data, `(number, *shape)`, and the number of
     evaluations of the model.
 
-    **Raises:** `ValueError` for arguments that do not fit, or if called while JAX is
-    tracing. `FloatingPointError` if a sample is not finite. Warns if samples are
-    implausibly large for the process and model.
+    **Raises:** `ValueError` for invalid arguments, or if called while JAX is tracing.
+    `FloatingPointError` if a sample is not finite.
+
+    **Warns:** if samples are implausibly large for the process and model.
     """
     if isinstance(key, Tracer):
         raise ValueError(
@@ -153,14 +153,14 @@ def sample(
     solver = GDDIM() if solver is None else solver
     check_solver(solver)
     check_instance("placement", placement, Placement | None, "a `Placement()`")
-    wanted = "one of Diffrax, such as `TextProgressMeter()`"
+    wanted = "a Diffrax progress meter, such as `TextProgressMeter()`"
     check_instance("progress_meter", progress_meter, dfx.AbstractProgressMeter, wanted)
     if denoise not in (None, "drift", "exact"):
         raise ValueError(f"`denoise` must be None, 'drift' or 'exact'; got {denoise!r}.")
     if ts is None:
         ts = time_grid(process, 50 if num_steps is None else num_steps)
     elif num_steps is not None:
-        raise ValueError("Give `num_steps` or `ts`, not both.")
+        raise ValueError("Pass `num_steps` or `ts`, not both.")
     ts = _checked_times(process, ts)
     if placement is not None:
         placement.check_batch(int(number))
@@ -191,25 +191,26 @@ def sample(
     if int(finite) < number:
         raise FloatingPointError(
             f"{number - int(finite)} of {number} samples are not finite after "
-            f"{evaluations} evaluations. Either the model returned values that are not, "
-            "or the solver diverged: take more steps, or `GDDIM` instead of a solver that "
-            "is only stable for short ones."
+            f"{evaluations} evaluations. Either the model returned non-finite values, or "
+            "the solver diverged: take more steps, or use `GDDIM` instead of a solver that "
+            "is only stable for short steps."
         )
     if size > (most := _most_expected(process, model)):
         warnings.warn(
-            f"The samples are of size {float(size):.1e} (root mean square), where at most "
-            f"about {most:.1e} is plausible for this process and model. A small error of a "
-            "network in pure noise becomes a large one in the data. Precondition it, by "
-            "`gddim_eqx.nn.NetworkModel(process, network, data_std=...)`, train it for "
-            "longer, and scale data to about unit variance.",
+            f"The samples have a root mean square of {float(size):.1e}, but at most about "
+            f"{most:.1e} is plausible for this process and model. At high noise levels, a "
+            "small error of the network becomes a large one in the data. Precondition it, "
+            "with `gddim_eqx.nn.NetworkModel(process, network, data_std=...)`, train it "
+            "for longer, and scale the data to about unit variance.",
             stacklevel=3,
         )
     return Samples(x, evaluations)
 
 
 def _most_expected(process: AbstractProcess, model: Callable) -> float:
-    """An implausibly large root mean square of data: a hundred times what the model was
-    made for; or where the noise of the prior would not drown the data."""
+    """The root mean square above which samples are implausibly large: a hundred times the
+    `data_std` of the model; or, if it has none, that of data whose signal-to-noise ratio at
+    `t_max` would be 1."""
     data_std = getattr(model, "data_std", None)
     if isinstance(data_std, (float, int)):
         return 100.0 * data_std
@@ -221,7 +222,7 @@ def _checked_times(process, ts):
     rounding = float(jnp.finfo(grid.dtype).eps)
     if abs(float(grid[0]) - process.t_max) > rounding * process.t_max:
         raise ValueError(
-            f"`ts` must start at {process.t_max}, which is `process.t_max`, where the "
-            f"prior is; got times from {grid[0]} to {grid[-1]}."
+            f"`ts` must start at {process.t_max}, which is `process.t_max`, the time of "
+            f"the prior; got times from {grid[0]} to {grid[-1]}."
         )
     return grid

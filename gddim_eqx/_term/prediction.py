@@ -164,7 +164,7 @@ def _to_score(at, noise):
 
 
 def _change_frame(at, noise, frame, other):
-    # The square root of a scalar is unique.
+    # The positive square root of a scalar is unique.
     if frame == other or isinstance(at.process, AbstractDiagonalProcess):
         return noise
     return apply(at.root(other).inverse() @ at.root(frame), noise)

@@ -64,14 +64,14 @@ class ProbabilityFlow(AbstractReverseTerm):
         - `factor`: the square root $K_t$ of the covariance that defines the noise: `"R"`
             for the paper's $R_t$ (equation 17), `"cholesky"` for $L_t$.
 
-        **Raises:** `ValueError` for an unknown `predicts` or `factor`, or velocity where
-        it is not defined. When evaluated: if the state does not fit the process or the
-        model returns a different structure or shape.
+        **Raises:** `ValueError` for an unknown `predicts` or `factor`, or for `"velocity"`
+        where it is not defined. When evaluated: `ValueError` if the state does not match
+        the process, or the model returns a different structure or shape.
         """
         require_process(process)
         if isinstance(model, ProbabilityFlow):
             raise ValueError(
-                "`model` is a `ProbabilityFlow`. Where a process and a model are wanted, "
+                "`model` is a `ProbabilityFlow`. Where a process and a model are expected, "
                 "pass the flow alone, in place of both."
             )
         if not callable(model):
@@ -165,7 +165,7 @@ class ProbabilityFlow(AbstractReverseTerm):
         - `u`: a state, `(*batch, *shape)`.
         - `noise`: $-R_t^\top \nabla \log p_t$, in the basis of states.
 
-        **Returns:** what `model` returns, as per `predicts`, in the data's coordinates.
+        **Returns:** what `model` would return, given `predicts`, in the data's coordinates.
         """
         process = self.process
         u, noise = (
@@ -200,7 +200,7 @@ class ProbabilityFlow(AbstractReverseTerm):
     def reverse_drift(self, t: RealScalarLike, u: State, args: Args, lam: Level) -> State:
         r"""$F_t\,u - \frac{1 + \lambda^2}{2} G_t G_t^\top \nabla \log p_t(u)$: paper,
         equation 6. Arguments as for [`gddim_eqx.ProbabilityFlow.noise`][], and the
-        stochasticity."""
+        stochasticity `lam`."""
         lam = as_level(lam)
         score = self.score(t, u, args)
         t = time_for(score, t)
@@ -233,5 +233,5 @@ def _how_models_are_called(u: State, process: AbstractProcess) -> str:
     return (
         f"The model was called as `model(t, u, args)` with a scalar time and a state of "
         f"shape {shapes}, which is `(*batch, *shape)` with `shape={process.shape}`. For a "
-        "network of single samples take `gddim_eqx.nn.NetworkModel`, or `jax.vmap`."
+        "network of single samples use `gddim_eqx.nn.NetworkModel`, or `jax.vmap`."
     )

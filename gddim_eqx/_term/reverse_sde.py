@@ -54,7 +54,7 @@ class _ReverseDiffusion(dfx.AbstractTerm):
         return self.process.diffusion(t) * level_at(self.lam, t)
 
     def contr(self, t0: RealScalarLike, t1: RealScalarLike, **kwargs):
-        # Diffrax has no Brownian motion for times in bfloat16.
+        # Diffrax's Brownian paths do not support times in bfloat16.
         t0, t1 = (jnp.asarray(t, at_least_single(jnp.result_type(t))) for t in (t0, t1))
         if kwargs.get("use_levy") and self.path.levy_area is not dfx.BrownianIncrement:
             raise ValueError(
@@ -69,7 +69,7 @@ class _ReverseDiffusion(dfx.AbstractTerm):
                 t0,
                 (length > 0) & (length < resolution),
                 "A step is shorter than the tolerance of the Brownian path, so its noise "
-                "would have the wrong size. Pass a smaller `tol` to `reverse_sde`.",
+                "would have the wrong variance. Pass a smaller `tol` to `reverse_sde`.",
             )
         return self.path.evaluate(t0, t1, **kwargs)
 
@@ -87,9 +87,9 @@ class _ReverseDiffusion(dfx.AbstractTerm):
         if not same or shapes[0] != shapes[1]:
             raise ValueError(
                 "The Brownian path must have increments of the states' structure and "
-                f"shape. States are {jtu.tree_structure(y)} of shapes {shapes[1]}, its "
-                f"increments {jtu.tree_structure(increments)} of shapes {shapes[0]}. For "
-                "states of shape (64, *shape), pass `batch=(64,)` to `reverse_sde`."
+                f"shape. The states are {jtu.tree_structure(y)} of shapes {shapes[1]}; the "
+                f"increments are {jtu.tree_structure(increments)} of shapes {shapes[0]}. "
+                "For states of shape (64, *shape), pass `batch=(64,)` to `reverse_sde`."
             )
 
 
@@ -107,7 +107,7 @@ class ReverseSDE(dfx.MultiTerm, AbstractReverseTerm):
         diffusion.check(y)
 
         def normalise(y, increment):
-            # In the path's precision, which the increments are made for; but in half
+            # In the precision of the path's increments, but at least single: in half
             # precision the difference of times would be lost.
             wide = at_least_single(increment.dtype)
             start, end = (jnp.asarray(t, wide) for t in (t0, t1))
@@ -148,10 +148,10 @@ def reverse_sde(
     - `process`, `model`, `predicts`, `factor`: as in [`gddim_eqx.ProbabilityFlow`][]; or
         pass a flow in their place: `reverse_sde(flow, lam, key, batch)`.
     - `lam`: the stochasticity $\lambda$, at least 0 (for VP, DDIM's $\eta$). A Python
-        number is a constant of the compiled program; to vary it without recompiling, pass
-        an array. Or a function of time, for example to add noise only in an interval
+        number is a compile-time constant; to vary it without recompiling, pass an array. It
+        may also be a function of time, for example to add noise only in an interval
         ("churn"): `lambda t: jnp.where((0.1 < t) & (t < 0.6), 1.0, 0.0)`. `GDDIM` is
-        exact for this too; put grid times at its jumps, as it is assumed to be smooth
+        exact for this too; place grid times at its jumps, as it is assumed to be smooth
         within a step.
     - `key`: a random key; or a Brownian path, such as `diffrax.VirtualBrownianTree`, whose
         increments have the states' structure and shape.
@@ -195,8 +195,8 @@ def reverse_sde(
     if isinstance(key, dfx.AbstractBrownianPath):
         if batch != () or tol is not None:
             raise ValueError(
-                "`batch` and `tol` are for the path that is made from a key; here a path "
-                f"was given. Leave them out; got batch={batch} and tol={tol}."
+                "`batch` and `tol` are for the path that is made from a key, but a path "
+                f"was passed. Leave them out; got batch={batch} and tol={tol}."
             )
         path = key
     else:

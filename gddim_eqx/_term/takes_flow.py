@@ -77,7 +77,7 @@ def unpack_flow(
     for name in ("process", "model", "predicts", "factor"):
         if name in kwargs:
             raise ValueError(
-                f"`{name}` is a part of the flow that was given; leave it out."
+                f"`{name}` is a part of the flow that was passed; leave it out."
             )
     parts = dict(predicts=flow.predicts, factor=flow.factor)
     return (flow.process, flow.model, *rest), kwargs | parts

@@ -24,7 +24,7 @@ def real_times(
         (s, t),
         ~inside,
         f"The solver was asked to step to a time outside [0, {process.t_end}], the time "
-        f"axis of {type(process).__name__}. Take times from `gddim_eqx.time_grid`.",
+        f"axis of {type(process).__name__}. Use times from `gddim_eqx.time_grid`.",
     )
 
 

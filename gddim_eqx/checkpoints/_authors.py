@@ -12,7 +12,6 @@ import jax.tree_util as jtu
 import numpy as np
 
 from ..nn import NCSNpp
-from ..nn._embedding import Fourier
 
 
 def load_authors(
@@ -21,19 +20,19 @@ def load_authors(
     *,
     size: int | tuple[int, int] | None = None,
 ) -> NCSNpp:
-    """Read a checkpoint of the authors' code.
+    """Load a checkpoint written by the authors' code.
 
     Needs the package `msgpack` (`pip install "gddim_eqx[checkpoints]"`), but not Flax.
 
     **Arguments:**
 
-    - `path`: of the file, as `checkpoint_15`.
+    - `path`: the path of the file, such as `checkpoint_15`.
     - `config`: the architecture: one of [`gddim_eqx.nn.presets`][]; or the authors'
         configuration as a mapping (their `config.to_dict()`), complete or only its entry
         `model`; or a network, whose parameters are not used.
-    - `size`: of images, one number or height and width, for a configuration without
-        `image_size`. By default it is inferred from where the checkpoint has attention; if
-        that is ambiguous, 32x32 is preferred.
+    - `size`: the size of images, one number or height and width, for a configuration
+        without `image_size`. By default it is inferred from where the checkpoint has
+        attention; if that is ambiguous, 32x32 is preferred.
 
     **Returns:** the network with the EMA of its parameters, in single precision. It
     predicts noise with respect to `factor="R"`; if the configuration has `mixed_score`,
@@ -41,8 +40,8 @@ def load_authors(
     the optimiser's, is not read.
 
     **Raises:** `ValueError` for a file that is not such a checkpoint, or is of another
-    network than `config`, naming the first array that does not fit; or for a configuration
-    with unknown or unsupported entries.
+    network than `config`, naming the first array that does not match; or for a
+    configuration with unknown or unsupported entries.
     """
     path = Path(path)
     arrays = _read(path)
@@ -56,7 +55,7 @@ def load_authors(
         network = None
     if not isinstance(network, NCSNpp):
         raise ValueError(
-            "`config` must be a mapping (of a `ConfigDict`, its `to_dict()`), an `NCSNpp`, "
+            "`config` must be a mapping (`to_dict()` of a `ConfigDict`), an `NCSNpp`, "
             "or a function that makes one, such as `gddim_eqx.nn.presets.cifar10_cld`; got "
             f"{type(config).__name__}."
         )
@@ -68,8 +67,8 @@ def load_authors(
         shape = _theirs(leaves[index].shape, axes)
         if name not in arrays:
             raise ValueError(
-                f"{path}: there is no array {name!r} of shape {shape}, which this network "
-                f"has. {_other}"
+                f"{path} lacks the array {name!r} of shape {shape}, which this network "
+                f"needs. {_other}"
             )
         value = arrays.pop(name)
         if value.shape != shape or value.dtype != np.float32:
@@ -82,8 +81,8 @@ def load_authors(
     if arrays:
         name, value = next(iter(arrays.items()))
         raise ValueError(
-            f"{path}: there is an array {name!r} of shape {value.shape}, which this "
-            f"network does not have. {_other}"
+            f"{path} has an array {name!r} of shape {value.shape}, which this network does "
+            f"not have. {_other}"
         )
     return treedef.unflatten(leaves)
 
@@ -102,7 +101,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         ) from error
 
     def array(code, data):
-        # An array, and a scalar; 2 would be a complex number.
+        # The codes of arrays and of scalars; 2 would be a complex number.
         if code not in (1, 3):
             raise ValueError(f"unknown extension type {code}")
         shape, dtype, buffer = msgpack.unpackb(data)
@@ -112,15 +111,15 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         state = msgpack.unpackb(path.read_bytes(), ext_hook=array, strict_map_key=False)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise ValueError(
-            f"{path} is not a whole checkpoint as Flax writes it: {error}. Fetch or copy "
-            "it again."
+            f"{path} is not a complete checkpoint written by Flax: {error}. Download or "
+            "copy it again."
         ) from error
     average = state.get("params_ema") if isinstance(state, dict) else None
     if not isinstance(average, dict):
         keys = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
         raise ValueError(
-            f"{path} has no averaged parameters, `params_ema`, as the authors' checkpoints "
-            f"have. It holds {keys}."
+            f"{path} has no averaged parameters, `params_ema`, unlike the authors' "
+            f"checkpoints. It holds {keys}."
         )
     arrays = {}
 
@@ -153,8 +152,9 @@ def _arrays(network: NCSNpp) -> Iterator[_Array]:
     """Every array of a network. Flax numbers layers of one kind within a module in the
     order of their use."""
     if network.time_layers is not None:
-        if isinstance(network.time_features, Fourier):
-            yield _FREQUENCIES, network.time_features.frequencies, (0,)
+        frequencies = getattr(network.time_features, "frequencies", None)
+        if frequencies is not None:
+            yield _FREQUENCIES, frequencies, (0,)
         for i, layer in enumerate(network.time_layers):
             yield from _dense(f"Dense_{i}", layer)
     yield from _convolution("Conv_0", network.first)
@@ -212,7 +212,7 @@ def _pointwise(name: str, layer: eqx.nn.Conv2d) -> Iterator[_Array]:
     yield f"{name}/b", layer.bias, (0,)
 
 
-# The names here of entries of the authors' `config.model`.
+# Our names for entries of the authors' `config.model`.
 _options = {
     "nf": "features",
     "ch_mult": "multipliers",
@@ -235,7 +235,7 @@ _fixed = {
     "conv_size": 3,
     "attention_type": "ddpm",
 }
-# Entries that change nothing about the network, or are read by `_from_config`.
+# Entries that do not affect the network, or are read by `_from_config`.
 _other_entries = {
     *("name", "ema_rate", "num_scales", "sigma_min", "sigma_max", "beta_min", "beta_max"),
     *("progressive_combine", "conditional", "fir", "fir_kernel", "attn_resolutions"),

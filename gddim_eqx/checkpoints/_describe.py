@@ -16,7 +16,8 @@ from .._term import ProbabilityFlow
 from ..nn import ImageClassifier, NCSNpp, NetworkModel, TimeMLP
 
 
-# What a file describes. Each stores the arguments of its `__init__` under their names.
+# What a file can describe. Each class stores the arguments of its `__init__` under their
+# names.
 _classes: dict[str, type[eqx.Module]] = {
     cls.__name__: cls
     for cls in (
@@ -65,8 +66,8 @@ def build(description: Any, like: Any, path: Path) -> Any:
     whole = name is not None and type(like).__name__ == name
     if like is None and kinds:
         raise ValueError(
-            f"{path} holds a {' and a '.join(kinds)}, which the library cannot make. Make "
-            "one of the same structure, such as you had before training, and pass it: "
+            f"{path} holds a {' and a '.join(kinds)}, which the library cannot construct. "
+            "Make one of the same structure, as you did for training, and pass it: "
             "`load(path, like=...)`."
         )
     if like is not None and not (kinds or whole):
@@ -75,7 +76,7 @@ def build(description: Any, like: Any, path: Path) -> Any:
         )
     if len(kinds) > 1 and not whole:
         raise ValueError(
-            f"{path} holds a {' and a '.join(kinds)}: `like` must be a whole {name} with "
+            f"{path} holds a {' and a '.join(kinds)}: `like` must be a {name} with all of "
             f"them; got a {type(like).__name__}."
         )
     return _Builder(path, whole)(description, like, "model")

@@ -1,4 +1,4 @@
-"""Self-describing files of models."""
+"""Self-describing model files."""
 
 import json
 import zipfile
@@ -23,7 +23,7 @@ def save(path: str | Path, model: Any) -> None:
     """Save a model with its architecture and its process, for
     [`gddim_eqx.checkpoints.load`][].
 
-    The file is NumPy's `.npz`, of the parameters and a `header` that describes them as
+    The file is a NumPy `.npz` of the parameters and a `header` that describes the model as
     JSON. It is written under another name first, so that `path` is never incomplete.
 
     Networks and processes of your own, and a `LinearSDE`, cannot be described: only their
@@ -31,7 +31,7 @@ def save(path: str | Path, model: Any) -> None:
 
     **Arguments:**
 
-    - `path`: of the file, with any suffix.
+    - `path`: the path of the file, with any suffix.
     - `model`: a [`gddim_eqx.nn.NetworkModel`][]; or a [`gddim_eqx.ProbabilityFlow`][] of
         one, or of a model of your own, to save what it predicts too; or a network alone.
 
@@ -55,21 +55,22 @@ def save(path: str | Path, model: Any) -> None:
 
 
 def load(path: str | Path, like: Any = None) -> Any:
-    """Load what [`gddim_eqx.checkpoints.save`][] saved.
+    """Load a model that [`gddim_eqx.checkpoints.save`][] saved.
 
     **Arguments:**
 
-    - `path`: of the file.
+    - `path`: the path of the file.
     - `like`: for a file with the arrays of a network or process of your own: one of the
-        same structure, or a whole model with it. Its arrays are replaced, and may be mere
-        shapes, from `eqx.filter_eval_shape`. Other leaves, such as activation functions or
-        the functions of a `LinearSDE`, are kept, and not compared with what was saved.
+        same structure, or a model that contains it. Its arrays are replaced, and may be
+        just shapes, from `eqx.filter_eval_shape`. Other leaves, such as activation
+        functions or the functions of a `LinearSDE`, are kept, and not compared with what
+        was saved.
 
     **Returns:** the model.
 
-    **Raises:** `ValueError` for a file that is not such a file, is incomplete, was written
-    by a later version of the library, needs a `like`, or whose arrays are not those of its
-    architecture. It names the first that does not fit.
+    **Raises:** `ValueError` for a file that `save` did not write, that is incomplete, was
+    written by a later version of the library, or needs a `like`, or whose arrays are not
+    those of its architecture. It names the first that does not match.
     """
     path = Path(path)
     header, arrays = _read(path)
@@ -94,7 +95,9 @@ def load(path: str | Path, like: Any = None) -> Any:
             )
         values.append(jnp.asarray(array))
     if arrays:
-        raise ValueError(f"{path} has an array {next(iter(arrays))}, which has no place.")
+        raise ValueError(
+            f"{path} has an array {next(iter(arrays))}, which has no place in its network."
+        )
     dynamic, static = eqx.partition(model, _is_array)
     dynamic = jtu.tree_unflatten(jtu.tree_structure(dynamic), values)
     return eqx.combine(dynamic, static)
@@ -108,7 +111,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         header = json.loads(arrays.pop("header").tobytes())
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError) as error:
         raise ValueError(
-            f"{path} is not a whole file of `gddim_eqx.checkpoints.save`: {error}."
+            f"{path} is not a complete file from `gddim_eqx.checkpoints.save`: {error}."
         ) from error
     if not isinstance(header, dict) or header.get("format") != "gddim_eqx":
         raise ValueError(f"{path} was not written by `gddim_eqx.checkpoints.save`.")

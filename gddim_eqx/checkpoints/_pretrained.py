@@ -16,7 +16,7 @@ def pretrained(
         28x28, under [`gddim_eqx.BDM`][], [`gddim_eqx.CLD`][] or [`gddim_eqx.VP`][]. A small
         network, with 180,000 parameters.
 
-    **Returns:** the flow, whose `process` and `model` are for [`gddim_eqx.sample`][].
+    **Returns:** the probability flow, to pass to [`gddim_eqx.sample`][].
 
     **Raises:** `ValueError` for an unknown name.
     """
@@ -25,6 +25,6 @@ def pretrained(
     found = {path.name for path in files.iterdir() if path.name.endswith(ending)}
     if f"{name}{ending}" not in found:
         names = ", ".join(sorted(x.removesuffix(ending) for x in found))
-        raise ValueError(f"There is no model {name!r}, but {names}.")
+        raise ValueError(f"There is no model {name!r}, but there are {names}.")
     with importlib.resources.as_file(files / f"{name}{ending}") as path:
         return load(path)

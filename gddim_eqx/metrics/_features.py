@@ -25,7 +25,7 @@ class AbstractFeatures(eqx.Module):
     name: eqx.AbstractVar[str]
     """The name of the Frechet distance of these features."""
     key: eqx.AbstractVar[str]
-    """Distinguishes these features from all that give other vectors."""
+    """Identifies the features: those that give other vectors have another key."""
 
     @abc.abstractmethod
     def __call__(self, images: Images) -> Float[np.ndarray, "number size"]:
@@ -37,17 +37,19 @@ class AbstractFeatures(eqx.Module):
 
 def to_uint8(x: Float[Array | np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     """Quantise images for storage: from [-1, 1] to the nearest of the levels 0 to 255,
-    clipping what is beyond.
+    clipping values outside.
 
     **Raises:** `ValueError` for integers, or numbers that are not finite.
     """
     x = np.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"Images in [-1, 1] are floating-point numbers; got {x.dtype}.")
+        raise ValueError(
+            f"Images in [-1, 1] must be floating-point numbers; got {x.dtype}."
+        )
     if not np.isfinite(x).all():
         raise ValueError("The images are not finite.")
     if x.dtype.itemsize < 4:
-        # The sum would be rounded to more than one level.
+        # In half precision the sum would be rounded by more than a level.
         x = x.astype(np.float32)
     return np.clip(np.rint((x + 1) * 127.5), 0, 255).astype(np.uint8)
 
@@ -67,8 +69,8 @@ class Pixels(AbstractFeatures):
 class Classifier(AbstractFeatures):
     """The input of the last layer of a classifier.
 
-    The included classifier was trained on Fashion-MNIST, by `examples/classifier.py`. Its
-    distances are not comparable with FIDs by Inception.
+    The included classifier was trained on Fashion-MNIST, with `examples/classifier.py`. Its
+    distances are not comparable with FIDs from Inception.
     """
 
     name: str
@@ -115,13 +117,13 @@ def _embed(classifier, images):
 
 
 class Inception(AbstractFeatures):
-    """The 2048 features of InceptionV3 that define the FID of the literature, computed by
+    """The 2048 features of InceptionV3 that define the FID in the literature, computed by
     torch-fidelity from a file of weights. Needs `pip install "gddim_eqx[fid]"`.
 
     With weights other than the published ones, the distance is not called FID.
 
     Images are resized to 299x299 as in TensorFlow 1, which is part of the definition; pass
-    them as they are.
+    them at their original size.
     """
 
     name: str
@@ -154,7 +156,7 @@ class Inception(AbstractFeatures):
                 'Inception features need `pip install "gddim_eqx[fid]"`.'
             ) from error
         try:
-            # torch-fidelity would execute code in a file of another kind.
+            # Refuses files with code, which torch-fidelity would execute.
             torch.load(weights, map_location="cpu", weights_only=True)
             network = FeatureExtractorInceptionV3("inception", ["2048"], str(weights))
         except Exception as error:

@@ -23,7 +23,8 @@ def frechet_distance(
     **Returns:** a non-negative number. It grows as the number of vectors falls, so only
     compare distances for equal numbers of vectors.
 
-    **Raises:** `ValueError` for too few vectors, of different sizes or not finite.
+    **Raises:** `ValueError` for too few vectors, or vectors of different sizes or not
+    finite.
 
     ??? cite "Reference"
 

@@ -12,7 +12,7 @@ class KernelDistance(NamedTuple):
 
     mean: float
     std: float
-    """Over the subsets."""
+    """The standard deviation over the subsets."""
 
 
 def kernel_distance(
@@ -22,8 +22,8 @@ def kernel_distance(
     subset_size: int = 1000,
     seed: int = 0,
 ) -> KernelDistance:
-    """The unbiased squared maximum mean discrepancy with the kernel (x y / size + 1)^3, on
-    random subsets of two sets of vectors.
+    """The unbiased estimator of the squared maximum mean discrepancy with the kernel (x y /
+    size + 1)^3, averaged over random subsets of two sets of vectors.
 
     With Inception features it is the KID.
 
@@ -32,13 +32,13 @@ def kernel_distance(
     - `a`, `b`: vectors.
     - `num_subsets`, `subset_size`: the number of subsets, and of vectors in each, at least
         2.
-    - `seed`: for the choice of subsets.
+    - `seed`: the seed for the choice of subsets.
 
     **Returns:** [`gddim_eqx.metrics.KernelDistance`][]. The mean may be negative, as the
     estimator is unbiased.
 
-    **Raises:** `ValueError` for fewer vectors than `subset_size`, of different sizes or
-    not finite.
+    **Raises:** `ValueError` for fewer vectors than `subset_size`, or vectors of different
+    sizes or not finite.
 
     ??? cite "Reference"
 

@@ -7,8 +7,8 @@ from jaxtyping import Float, Real
 class Moments(eqx.Module):
     """The number, mean and covariance of vectors, in double precision.
 
-    Moments of parts add up: `Moments.of(first) + Moments.of(second)`. Only the sums are
-    kept.
+    The moments of parts can be added: `Moments.of(first) + Moments.of(second)`. The vectors
+    themselves are not kept.
     """
 
     count: int
@@ -60,7 +60,7 @@ def as_vectors(name: str, vectors: Real[np.ndarray, "..."]) -> np.ndarray:
         vectors = vectors.astype(np.float32)
     if vectors.ndim != 2 or vectors.shape[1] == 0:
         raise ValueError(
-            f"`{name}` must be of shape (number, size); got {vectors.shape}. Reshape "
+            f"`{name}` must have shape (number, size); got {vectors.shape}. Reshape "
             "images to `(len(images), -1)`."
         )
     if not np.isfinite(vectors).all():

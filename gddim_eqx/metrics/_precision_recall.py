@@ -23,17 +23,17 @@ def precision_recall(
 ) -> PrecisionRecall:
     """The fraction of samples that resemble data, and of data that samples cover.
 
-    A vector lies among others if it is as near to one of them as that one's third nearest
-    neighbour among them is.
+    A vector lies among others if its distance from one of them is at most that one's
+    distance from its k-th nearest neighbour among them.
 
     **Arguments:**
 
-    - `samples`, `data`: vectors. Time is proportional to the product of their numbers;
-        10,000 are usual.
-    - `neighbours`: the number of the neighbour that sets the distance.
+    - `samples`, `data`: vectors. The cost is proportional to the product of their numbers;
+        10,000 of each are usual.
+    - `neighbours`: k.
 
-    **Raises:** `ValueError` for no more vectors than `neighbours`, of different sizes or
-    not finite.
+    **Raises:** `ValueError` unless there are more vectors than `neighbours`, or for vectors
+    of different sizes or not finite.
 
     ??? cite "Reference"
 
@@ -48,7 +48,7 @@ def precision_recall(
             f"There must be more vectors than `neighbours={neighbours}`; got "
             f"{len(samples)} samples and {len(data)} data."
         )
-    # Differences of large squares would lose digits.
+    # Centred, as differences of large squares would lose digits.
     centre = data.mean(axis=0)
     dtype = np.result_type(samples, data, np.float32)
     samples, data = ((x - centre).astype(dtype) for x in (samples, data))

@@ -21,9 +21,10 @@ class Reference(NamedTuple):
     """What samples are compared with; see [`gddim_eqx.metrics.reference`][]."""
 
     moments: Moments
-    """Of the features of all images."""
+    """The moments of the features of all images."""
     vectors: Float[np.ndarray, "some size"]
-    """The features of some in random order, for metrics that need individual vectors."""
+    """The features of some images, in random order, for metrics that need individual
+    vectors."""
 
 
 def reference(
@@ -39,12 +40,12 @@ def reference(
     - `images`: the data, or a part of it; at least one.
     - `features`: for example [`gddim_eqx.metrics.Inception`][].
     - `directory`: where to cache the result. The file name depends on the images, the
-        features and `number`, so that it is never read for others.
+        features and `number`, so that no other result is read by mistake.
     - `number`: the maximum number of individual vectors to keep.
 
     **Returns:** [`gddim_eqx.metrics.Reference`][].
 
-    **Raises:** `ValueError` for no images.
+    **Raises:** `ValueError` if there are no images.
     """
     check_count("number", number)
     wanted = "features of images, such as `Pixels()`"
@@ -52,7 +53,7 @@ def reference(
     images = np.asarray(images)
     if images.ndim != 4 or images.dtype != np.uint8:
         raise ValueError(
-            "`images` must be of dtype uint8 and shape (number, height, width, channels); "
+            "`images` must have dtype uint8 and shape (number, height, width, channels); "
             f"got {images.dtype} of shape {images.shape}. See `to_uint8`."
         )
     if not len(images):
@@ -64,7 +65,7 @@ def reference(
         "features": features.key,
         "shape": images.shape,
         "dtype": str(images.dtype),
-        # In which networks compute.
+        # The precision in which networks compute.
         "precision": str(jnp.result_type(float)),
         "images": hashlib.sha256(np.ascontiguousarray(images).data).hexdigest(),
         "number": number,

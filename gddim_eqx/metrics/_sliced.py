@@ -12,13 +12,14 @@ def sliced_wasserstein(
     seed: int = 0,
 ) -> float:
     """The sliced Wasserstein-2 distance between two sets of vectors: the root mean square
-    over random directions. Exact along each, for sets of different sizes too.
+    over random directions of the distance along each, which is exact, for sets of different
+    sizes too.
 
     **Arguments:**
 
     - `a`, `b`: vectors, at least one each.
     - `num_directions`: the number of random directions.
-    - `seed`: for the directions.
+    - `seed`: the seed for the directions.
 
     **Raises:** `ValueError` for no vectors, or vectors of different sizes or not finite.
 
@@ -38,7 +39,7 @@ def sliced_wasserstein(
     levels = np.union1d(np.arange(len(a) + 1) * len(b), np.arange(len(b) + 1) * len(a))
     share = np.diff(levels) / (len(a) * len(b))
     total = 0.0
-    # In parts, as all projections of many vectors do not fit memory.
+    # In parts, as all projections of many vectors may not fit in memory.
     for part in np.array_split(directions, -(-num_directions // 64), axis=1):
         quantiles_a, quantiles_b = (
             _projected(x, part)[levels[:-1] // other]

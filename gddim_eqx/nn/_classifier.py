@@ -14,8 +14,9 @@ from .._misc import as_shape, check_count
 class ImageClassifier(eqx.Module):
     """A small convolutional classifier, called as `classifier(x)` on one image.
 
-    Each stage halves the image by a convolution and convolves once more. The last layer
-    takes the means over the image, which are good features for comparing sets of images.
+    Each stage halves the resolution by a strided convolution, and convolves once more. The
+    last layer acts on the means over the image, which are good features for comparing sets
+    of images.
     """
 
     convolutions: tuple[eqx.nn.Conv2d, ...]
@@ -35,12 +36,12 @@ class ImageClassifier(eqx.Module):
     ):
         """**Arguments:**
 
-        - `shape`: of one image: `(height, width, channels)`.
+        - `shape`: the shape of one image, `(height, width, channels)`.
         - `num_classes`: the number of classes.
         - `features`: the number of channels after each halving, multiples of 8.
         - `key`: a random key, for the initial parameters.
 
-        **Raises:** `ValueError` for numbers that do not fit.
+        **Raises:** `ValueError` for invalid numbers.
         """
         self.shape, self.num_classes = as_shape(tuple(shape)), num_classes
         self.features = tuple(features)

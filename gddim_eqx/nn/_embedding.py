@@ -1,4 +1,4 @@
-"""Features of time, for networks."""
+"""Time embeddings for networks."""
 
 import math
 
@@ -20,7 +20,7 @@ class Fourier(eqx.Module):
 
     **Arguments:**
 
-    - `size`: how many frequencies; there are twice as many features.
+    - `size`: the number of frequencies; there are twice as many features.
     - `scale`: the standard deviation of the frequencies.
     """
 
@@ -42,7 +42,7 @@ class Positional(eqx.Module):
 
     **Arguments:**
 
-    - `size`: how many features.
+    - `size`: the number of features.
     """
 
     size: int = eqx.field(static=True)

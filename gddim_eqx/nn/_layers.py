@@ -24,10 +24,10 @@ BOX = (1.0, 1.0)
 
 
 def _initialised(kind, *args, key: Key, scale: float, **options):
-    """A layer initialised as in Ho et al. 2020: uniform, with variance `scale` over the
-    mean of fan-in and fan-out. A scale of 0 means almost 0, so that gradients pass. The
-    bias is 0."""
-    # Equinox's own initial weights are not sampled, only their shapes found.
+    """A layer initialised as in Ho et al. 2020: uniform, with variance `scale` divided by
+    the mean of fan-in and fan-out. A scale of 0 means almost 0, so that gradients do not
+    vanish. The bias is 0."""
+    # Equinox's own initial weights are not sampled: only their shapes are needed.
     layer = eqx.filter_eval_shape(kind, *args, **options, key=key)
     shape, dtype = layer.weight.shape, layer.weight.dtype
     out_size, size, *window = shape
@@ -39,8 +39,8 @@ def _initialised(kind, *args, key: Key, scale: float, **options):
 
 
 def _uniform(key: Key, size: int, dtype) -> Array:
-    """Uniform samples in [-1, 1). Compilation dominates small ones, so a few sizes serve
-    all."""
+    """Uniform samples in [-1, 1). Compilation dominates for small arrays, so sizes are
+    rounded up to powers of two, and share compiled code."""
     larger = 1 << (size - 1).bit_length()
     return jr.uniform(key, (larger,), dtype, -1)[:size]
 
@@ -60,8 +60,8 @@ def convolution(
 
 
 def convolve(layer: eqx.nn.Conv2d, x: Image) -> Image:
-    """Apply a layer to an image, with channels last: on CPUs only such convolutions are
-    fast, and XLA does not rearrange others within loops, which solvers use."""
+    """Apply a layer to an image, with channels last: on CPUs only this layout is fast, and
+    XLA does not change layouts within loops, such as those of solvers."""
     y = _convolve(x, layer.weight, layer.stride, layer.padding)
     return y if layer.bias is None else y + layer.bias
 
@@ -86,9 +86,9 @@ def normalisation(channels: int) -> eqx.nn.GroupNorm:
     groups = min(channels // 4, 32)
     if groups == 0 or channels % groups:
         raise ValueError(
-            f"A layer would have {channels} channels, which are to be normalised in "
-            f"{groups} equal groups. Let `features` be a multiple of 4, and of 32 if "
-            "there are layers of more than 128 channels."
+            f"A layer would have {channels} channels, which cannot be normalised in "
+            f"{groups} equal groups. Make `features` a multiple of 4, and of 32 if there "
+            "are layers of more than 128 channels."
         )
     return eqx.nn.GroupNorm(groups, channels, eps=1e-6)
 
@@ -161,7 +161,7 @@ class Upsample(eqx.Module):
     taps: Taps | None = eqx.field(static=True)
 
     def __init__(self, channels: int, taps: Taps | None, convolve: bool, *, key: Key):
-        # With a filter, it comes after a transposed convolution.
+        # A filter, if any, is applied after a transposed convolution.
         self.convolution = convolution(channels, channels, key=key) if convolve else None
         self.taps = taps
 
@@ -181,7 +181,7 @@ def add(x: Image, y: Image, rescale: bool) -> Image:
 
 
 class ResidualBlock(eqx.Module):
-    """Two convolutions with the time embedding between them, beside a shortcut. A BigGAN
+    """Two convolutions with the time embedding added in between, and a shortcut. A BigGAN
     block may also double or halve height and width."""
 
     first_normalisation: eqx.nn.GroupNorm

@@ -14,12 +14,12 @@ from ._embedding import Fourier
 
 class TimeMLP(eqx.Module):
     """The authors' network for points in the plane: a multilayer perceptron of the time and
-    the point, each with an input layer of its own. It takes small images too.
+    the point, each with an input layer of its own. It also accepts small images.
 
     Called as `network(t, x)` on one sample; [`gddim_eqx.nn.NetworkModel`][] turns it into
     the model of a process.
 
-    The authors use Fourier features of $999 t$ with scale 30, so that times apart by 0.001
+    The authors use Fourier features of $999 t$ with scale 30, so that times 0.001 apart
     look unrelated. Here they are of $t$ itself, by default with scale 1.
     """
 
@@ -46,12 +46,12 @@ class TimeMLP(eqx.Module):
     ):
         """**Arguments:**
 
-        - `shape`: of one sample: for points in the plane 2, or 4 for a process with a
-            velocity.
-        - `out_shape`: of the output, by default the same.
-        - `width`: of the layers, an even number.
+        - `shape`: the shape of one sample: for points in the plane 2, or 4 for a process
+            with a velocity.
+        - `out_shape`: the shape of the output; by default the same.
+        - `width`: the width of the layers, an even number.
         - `depth`: the number of layers after the first.
-        - `fourier_scale`: the standard deviation of the frequencies of time.
+        - `fourier_scale`: the standard deviation of the frequencies of the time embedding.
         - `key`: a random key, for the initial parameters.
 
         **Raises:** `ValueError` for numbers that are not positive integers.

@@ -38,38 +38,38 @@ class NCSNpp(eqx.Module):
 
     **Arguments:**
 
-    - `shape`: of one input: `(height, width, channels)`. For a process with a velocity
-        the channels of the data come first, then those of the velocity.
+    - `shape`: the shape of one input, `(height, width, channels)`. For a process with a
+        velocity, the channels of the data come first, then those of the velocity.
     - `out_channels`: by default as many as the input has.
     - `features`: the number of channels at full resolution.
-    - `multipliers`: of the number of channels, for each resolution. Each has half the
-        height and width of the previous one.
+    - `multipliers`: for each resolution, its number of channels in multiples of `features`.
+        Each resolution has half the height and width of the previous one.
     - `num_blocks`: the number of residual blocks per resolution on the way down; on the way
         up there is one more.
     - `attention`: the image heights with attention layers. The middle always has one.
     - `block`: `"biggan"` blocks also halve and double the resolution; `"ddpm"` blocks have
         separate layers for that between them.
-    - `filter_taps`: of the FIR filter for up- and downsampling, `(1, 3, 3, 1)` in the
-        paper; `None` for means of four pixels on the way down and repeated pixels on the
-        way up.
+    - `filter_taps`: the taps of the FIR filter for up- and downsampling, `(1, 3, 3, 1)` in
+        the paper; `None` for means of four pixels on the way down and repeated pixels on
+        the way up.
     - `resample_with_convolution`: whether layers that halve or double the resolution
         between `"ddpm"` blocks also convolve.
     - `progressive_input`: with `"residual"` the downsampled input is added at every
         resolution.
-    - `embedding`: of time: `"fourier"`, `"positional"`, or `None` for a network that does
-        not depend on time.
+    - `embedding`: the time embedding: `"fourier"`, `"positional"`, or `None` for a network
+        that does not depend on time.
     - `fourier_scale`: the standard deviation of the frequencies of `"fourier"`.
     - `dropout`: the dropout rate.
     - `skip_rescale`: whether sums of two branches are divided by $\sqrt{2}$.
-    - `init_scale`: of the last layer of every block and of the network. At 0, initial
-        weights there are almost 0.
+    - `init_scale`: the scale of the initial weights of the last layer of every block and of
+        the network. At 0, they are almost 0.
     - `dtype`: the dtype of computation, for example `jnp.bfloat16`; by default the
         parameters'. Normalisation, time features and parameters stay in single precision.
     - `checkpoint`: whether to use gradient checkpointing, which recomputes values within
         blocks: less memory for a third more time.
-    - `patch`: the side of the square patches that become channels of one pixel before the
-        first layer, and pixels again after the last. At 2 everything in between has a
-        quarter of the pixels, and takes a quarter of the time. The full resolution of the
+    - `patch`: the side of the square patches that are folded into the channels of one pixel
+        before the first layer, and unfolded after the last. At 2 everything in between has
+        a quarter of the pixels, and takes a quarter of the time. The full resolution of the
         other arguments is then that of the patches.
     - `key`: a random key, for the initial parameters.
 
@@ -246,7 +246,7 @@ class NCSNpp(eqx.Module):
         check_count("out_channels", self.out_channels)
         check_count("patch", self.patch)
         if not self.multipliers:
-            raise ValueError("`multipliers` must hold a number for each resolution.")
+            raise ValueError("`multipliers` must hold a number per resolution; got none.")
         for multiplier in self.multipliers:
             check_count("multipliers", multiplier)
         times = self.patch * 2 ** (len(self.multipliers) - 1)
@@ -254,8 +254,8 @@ class NCSNpp(eqx.Module):
             raise ValueError(
                 f"Height and width must be multiples of {times} to be halved "
                 f"{len(self.multipliers) - 1} times, as {len(self.multipliers)} "
-                f"`multipliers` and `patch={self.patch}` ask for; got {self.shape}. Pad "
-                "the images, or give fewer."
+                f"`multipliers` and `patch={self.patch}` require; got {self.shape}. Pad "
+                "the images, or use fewer `multipliers`."
             )
         for name, known in _known.items():
             if getattr(self, name) not in known:
@@ -273,7 +273,7 @@ class NCSNpp(eqx.Module):
         taps = self.filter_taps
         if taps is not None and (len(taps) < 2 or sum(taps) == 0):
             raise ValueError(
-                f"`filter_taps` must be two or more numbers with a sum; got {taps}."
+                f"`filter_taps` must be two or more numbers with non-zero sum; got {taps}."
             )
 
     def __call__(

@@ -51,16 +51,17 @@ class NetworkModel(eqx.Module):
             shape `(*shape[:-1], num_components * shape[-1])`. It returns an array of the
             same shape, or with `data_std` of the data's `shape`.
         - `mixed_score`: for processes with a velocity, such as [`gddim_eqx.CLD`][], whether
-            to add $R_t^{-1} (0, v)$ to the output, so that the network has less to learn:
-            the noise if the velocity were nothing but noise. It then predicts noise in the
-            frame of $R_t$. (As in the authors' code; Dockhorn et al. 2022 do similarly for
-            one component.)
-        - `data_std`: the standard deviation of the data, to precondition the network. Its
-            output is then the data minus their posterior mean given the state, in units of
-            their posterior standard deviation, if they were normal with mean 0: of order 1
-            at all times. The noise prediction for all components follows from it, in the
-            frame of $R_t$. (Karras et al. 2022 for VE; here for every process.) This speeds
-            up learning, as an error in pure noise does not become a large one in the data.
+            to add $R_t^{-1} (0, v)$ to the output: the noise if the velocity were nothing
+            but noise, so that the network has less to learn. The model then predicts noise
+            in the frame $R_t$. (As in the authors' code; Dockhorn et al. 2022 do
+            similarly for one component.)
+        - `data_std`: the standard deviation of the data, to precondition the network. The
+            network's output is then the data minus their posterior mean given the state,
+            divided by their posterior standard deviation, both as if the data were normal
+            with mean 0: of order 1 at all times. The noise prediction for all components
+            follows from it, in the frame $R_t$. (Karras et al. 2022 for VE; here for every
+            process.) This speeds up learning, as a small error at high noise levels does
+            not become a large one in the data.
 
         **Raises:** `ValueError` for `mixed_score` with a process without velocity, or with
         `data_std`.
@@ -71,7 +72,7 @@ class NetworkModel(eqx.Module):
         if not process.shape:
             raise ValueError(
                 "Data of a `NetworkModel` need an axis along which components are joined; "
-                "the process has shape (). Give it (1,)."
+                "the process has shape (). Use a process of shape (1,)."
             )
         if mixed_score and process.num_components == 1:
             raise ValueError(
@@ -82,7 +83,7 @@ class NetworkModel(eqx.Module):
             check_positive(data_std=data_std)
             data_std = float(data_std)
             if mixed_score:
-                raise ValueError("Give `mixed_score` or `data_std`, not both.")
+                raise ValueError("Pass `mixed_score` or `data_std`, not both.")
         self.process, self.network, self.mixed_score = process, network, mixed_score
         self.data_std = data_std
 

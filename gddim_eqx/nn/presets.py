@@ -66,8 +66,8 @@ def small(
 
     **Arguments:**
 
-    - `shape`: of the input: `(height, width, channels)`, height and width multiples of
-        twice `patch`.
+    - `shape`: the shape of the input, `(height, width, channels)`, with height and width
+        multiples of twice `patch`.
     - `out_channels`: by default as many as the input has.
     - `key`: a random key, for the initial parameters.
     - `features`: the number of channels at full resolution.
@@ -98,14 +98,14 @@ def mlp(
     key: Key,
     width: int = 512,
 ) -> TimeMLP:
-    """A network for images of 8x8, which trains on a CPU faster than `small`.
+    """A network for images of 8x8, which trains faster than `small` on a CPU.
 
     **Arguments:**
 
-    - `shape`: of the input: `(height, width, channels)`.
+    - `shape`: the shape of the input, `(height, width, channels)`.
     - `out_channels`: by default as many as the input has.
     - `key`: a random key, for the initial parameters.
-    - `width`: of the layers.
+    - `width`: the width of the layers.
     """
     channels = shape[-1] if out_channels is None else out_channels
     return TimeMLP(shape, (*shape[:-1], channels), key=key, width=width, depth=3)

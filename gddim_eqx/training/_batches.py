@@ -18,11 +18,11 @@ from .._sharding import Placement
 class Batches:
     """Batches of data in memory, shuffled anew in each epoch.
 
-    Batch n is a function of the seed and of n, so that no position needs to be saved: to
-    resume after n steps is to ask for batch n. It does not depend on the number of devices,
-    which each get a shard, or of processes, which each read what their devices need. Every
-    sample occurs once per epoch; a batch may hold the end of one and the beginning of the
-    next.
+    Batch n is a function of the seed and of n, so no position needs to be saved: to resume
+    after n steps, ask for batch n. It does not depend on the number of devices, each of
+    which gets a shard, or of processes, each of which reads what its devices need. Every
+    sample occurs once per epoch; a batch may span the end of one epoch and the beginning of
+    the next.
 
     This is why no data loading library is used: one that streams from disk has a position
     to save, and an order that depends on the number of processes.
@@ -38,9 +38,9 @@ class Batches:
         """**Arguments:**
 
         - `data`: an array of shape `(number, *shape)`, or a `numpy.memmap`.
-        - `batch_size`: over all devices and processes.
-        - `seed`: for the order.
-        - `placement`: over which devices to shard; by default JAX's first only.
+        - `batch_size`: the batch size, over all devices and processes.
+        - `seed`: the seed for shuffling.
+        - `placement`: the sharding over devices; by default batches are on JAX's first.
 
         **Raises:** `ValueError` for no data, or a batch that cannot be sharded evenly.
         """
@@ -157,8 +157,8 @@ def _highest_level(dtype) -> int:
     known = {"bool": 1, "uint8": 255, "uint16": 65535}
     if str(dtype) not in known:
         raise ValueError(
-            f"Images are of dtype uint8 or uint16, whose levels become numbers in [-1, 1], "
-            f"or of floating-point numbers; got {dtype}, whose range is not known. Convert "
+            "Images must have dtype uint8 or uint16, whose levels are scaled to [-1, 1], "
+            f"or a floating-point dtype; got {dtype}, whose range is not known. Convert "
             "them to one of these."
         )
     return known[str(dtype)]

@@ -17,7 +17,7 @@ from ._trainer import copy, TrainState
 
 
 class Checkpoints:
-    """Checkpoints of a training run in a directory, by Orbax: saved asynchronously and
+    """Checkpoints of a training run in a directory, saved with Orbax: asynchronously and
     atomically, by all processes together.
 
     Needs Orbax (`pip install "gddim_eqx[train]"`).
@@ -33,13 +33,14 @@ class Checkpoints:
         """**Arguments:**
 
         - `directory`: created if missing.
-        - `config`: what defines the run, in types that JSON can hold. `restore` refuses
+        - `config`: what defines the run, serialisable as JSON. `restore` refuses
             checkpoints with another config.
         - `keep`: the number of latest checkpoints to keep.
-        - `keep_every`: also keep the checkpoints of multiples of this step, permanently.
+        - `keep_every`: also keep, permanently, the checkpoints of steps that are multiples
+            of this.
 
-        **Raises:** `ValueError` for a directory that is a file, or a config that JSON
-        cannot hold.
+        **Raises:** `ValueError` for a directory that is a file, or a config that cannot be
+        serialised as JSON.
         """
         ocp = _orbax()
         self.directory = Path(directory).absolute()
@@ -48,7 +49,7 @@ class Checkpoints:
         try:
             self.config = json.loads(json.dumps(dict(config)))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"`config` must be what JSON can hold: {error}.") from error
+            raise ValueError(f"`config` must be serialisable as JSON: {error}.") from error
         policies = ocp.checkpoint_managers.preservation_policy
         check_count("keep", keep)
         policy = policies.LatestN(keep)
@@ -76,7 +77,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState) -> None:
-        """Save a state in the background, unless its step has a checkpoint.
+        """Save a state in the background, unless its step already has a checkpoint.
 
         **Arguments:**
 
@@ -105,12 +106,12 @@ class Checkpoints:
         **Arguments:**
 
         - `state`: a state of the same trainer, for instance from `init`. The result has its
-            sharding, on however many devices it was saved.
+            sharding, however many devices it was saved from.
         - `step`: by default the latest.
 
         **Raises:** `ValueError` if there is no checkpoint, if it is damaged, or if it is of
         another config, network, optimiser or precision. It names the first array that does
-        not fit, and then reads none.
+        not match, and none is read.
         """
         ocp, steps = _orbax(), self.steps
         step = max(steps, default=None) if step is None else step
@@ -159,7 +160,7 @@ class Checkpoints:
         )
 
     def _check_config(self, config: Any, folder: Path) -> None:
-        # As text, as NaN is not equal to itself.
+        # Compared as text, as NaN is not equal to itself.
         text = ft.partial(json.dumps, sort_keys=True)
         if text(config) != text(self.config):
             names = sorted({*config, *self.config}, key=str)
@@ -194,7 +195,7 @@ class Checkpoints:
         except Exception as error:
             raise OSError(
                 f"Could not save to {self.directory}: {_brief(error)}. Is the disk full? "
-                f"The checkpoints of steps {self.steps} are whole; start again to go on "
+                f"The checkpoints of steps {self.steps} are intact; start again to resume "
                 "from the last."
             ) from error
 
@@ -211,13 +212,13 @@ def _orbax():
 
 def _damaged(folder: Path, error: Exception) -> ValueError:
     return ValueError(
-        f"{folder} cannot be read: {_brief(error)}. If it is damaged, delete it to go on "
-        "from the checkpoint before."
+        f"{folder} cannot be read: {_brief(error)}. If it is damaged, delete it to resume "
+        "from the previous checkpoint."
     )
 
 
 def _brief(error: Exception) -> str:
-    # TensorStore adds all its settings.
+    # TensorStore appends all its settings.
     return str(error).split(" [tensorstore_spec=")[0].split("\n")[0]
 
 
@@ -235,7 +236,7 @@ def _kinds(arrays: dict[str, jax.Array]) -> dict[str, list]:
 
 
 def _check_kinds(saved: dict, wanted: dict, folder: Path) -> None:
-    cure = "Restore with what it was saved with, or use another directory."
+    cure = "Restore with those it was saved with, or use another directory."
     for name, (shape, dtype) in wanted.items():
         found_shape, found = saved.get(name, (None, dtype))
         if found_shape != shape:
@@ -286,5 +287,5 @@ def _sum(x: jax.Array) -> jax.Array:
     for axis, size in enumerate(words.shape):
         place = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
         index = index * jnp.uint32(size) + place
-    # Odd factors: no change of one word goes undetected.
+    # Odd factors: no change of a single word goes undetected.
     return jnp.sum(words * (jnp.uint32(2654435761) * index | 1), dtype=jnp.uint32)

@@ -27,14 +27,14 @@ Log = Callable[[int, dict[str, float]], Any]
 class JSONLines:
     """Writes metrics to a file, one JSON object per line.
 
-    A run that resumes from a step first drops what was written after it, and an unfinished
+    A run that resumes from a step first drops the lines of later steps, and any unfinished
     line.
     """
 
     def __init__(self, path: str | Path, since: int = 0):
         """**Arguments:**
 
-        - `path`: of the file.
+        - `path`: the path of the file.
         - `since`: the number of completed steps.
         """
         path = Path(path)
@@ -95,12 +95,13 @@ class _Stop:
         self._asked = True
 
     def _interrupt(self, *_):
-        # So that the next goes there. (There is none left just before all are restored.)
+        # Restore the previous handler for the next interrupt. (None is left while
+        # `__exit__` does so.)
         before = self._before.pop(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGINT, before)
         self._asked = True
         if self._several:
-            # This tells the other processes too.
+            # JAX then tells the other processes too.
             os.kill(os.getpid(), signal.SIGTERM)
         if self._notice:
             # `print` must not be used here: it may be running already.
@@ -128,7 +129,7 @@ def fit(
     callbacks: Sequence[tuple[int, Callable[[TrainState], Any]]] = (),
     progress: bool = True,
 ) -> TrainState:
-    """Train up to a number of steps.
+    """Train up to a total number of steps.
 
     If `checkpoints` has any, training resumes from the latest, and reaches the same
     parameters as if it had never stopped.
@@ -137,26 +138,26 @@ def fit(
     saves if there are `checkpoints`, and returns the newest state; a second SIGINT raises
     `KeyboardInterrupt` at once. Signals are handled in the main thread only.
 
-    Afterwards sample with `state.averaged`; see [`gddim_eqx.training.Trainer`][] for how to
-    choose the EMA, and [`gddim_eqx.training.adam`][] for the learning rate.
+    Afterwards, sample with `state.averaged`; see [`gddim_eqx.training.Trainer`][] for how
+    to choose the EMA decay, and [`gddim_eqx.training.adam`][] for the learning rate.
 
     **Arguments:**
 
     - `trainer`: how to train.
-    - `state`: from its `init`, or of a run to resume. It is not donated, and can be used
-        again in any case. Its memory is freed after the first step only if you do not keep
-        it: `fit(trainer, trainer.init(model, key), ...)`.
+    - `state`: a state from its `init`, or of a run to resume. It is not donated, so it can
+        be used again. Its memory is freed after the first step only if you keep no
+        reference to it: `fit(trainer, trainer.init(model, key), ...)`.
     - `batches`: the training data.
     - `num_steps`: the total number of steps, including those of `state`.
     - `checkpoints`: where to save.
     - `save_every`: the number of steps between checkpoints. The last step is saved too.
-    - `logs`: called as `log(step, metrics)` with means since the last call, on the first
-        process only: `loss`, `gradient_norm` and `images_per_second`. For example
-        [`gddim_eqx.training.JSONLines`][].
+    - `logs`: functions called as `log(step, metrics)`, on the first process only, with
+        means since the last call: `loss`, `gradient_norm` and `images_per_second`. For
+        example [`gddim_eqx.training.JSONLines`][].
     - `log_every`: the number of steps between calls.
-    - `callbacks`: pairs of a number of steps and a function to call with the state that
-        often, for example to draw samples. They run on all processes. The next step donates
-        the buffers of this state: copy what you keep of it.
+    - `callbacks`: pairs of a number of steps and a function to call with the state every so
+        many steps, for example to draw samples. They run on all processes. The next step
+        donates the buffers of this state: copy what you keep of it.
     - `progress`: whether to show a progress bar. Needs tqdm.
 
     **Returns:** the state. If its `step` is less than `num_steps`, a signal stopped
@@ -165,8 +166,7 @@ def fit(
     **Raises:** `FloatingPointError` when the loss or its gradient is not finite. Such a
     step is not saved. `OSError` if a checkpoint could not be saved.
 
-    **Warns:** if the initial parameters still have more than a twentieth of the EMA's
-    weight.
+    **Warns:** if the initial parameters still make up more than a twentieth of the EMA.
     """
     check_instance("trainer", trainer, Trainer, "a `Trainer(loss)`")
     check_instance("state", state, TrainState, "a state from `Trainer.init`")
@@ -184,8 +184,8 @@ def fit(
     for pair in callbacks:
         if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and callable(pair[1])):
             raise ValueError(
-                "`callbacks` must be pairs of a number of steps and what to call with the "
-                f"state; got {pair!r}."
+                "`callbacks` must be pairs of a number of steps and a function to call "
+                f"with the state; got {pair!r}."
             )
         check_count("callbacks", pair[0])
     if checkpoints is not None and checkpoints.steps:
@@ -200,7 +200,7 @@ def fit(
     since, timed = time.perf_counter(), 0
 
     def read(keep: int) -> None:
-        """Wait for all but the last few steps, and check that they are finite."""
+        """Wait for all but the last `keep` steps, and check that they are finite."""
         while len(measured) > keep:
             step, metrics = measured.pop(0)
             loss, norm = float(metrics.loss), float(metrics.gradient_norm)
@@ -278,7 +278,7 @@ def _kept(checkpoints: Checkpoints | None) -> str:
     steps = checkpoints.steps
     if not steps:
         return f"Nothing was saved in {checkpoints.directory} before."
-    return f"The checkpoint of step {max(steps)} in {checkpoints.directory} is from before."
+    return f"The last checkpoint is that of step {max(steps)} in {checkpoints.directory}."
 
 
 def _bar(total: int, initial: int):
@@ -286,6 +286,6 @@ def _bar(total: int, initial: int):
         from tqdm import tqdm
     except ImportError as error:
         raise ImportError(
-            "To show progress, install `gddim_eqx[train]`, or leave out `progress`."
+            "To show progress, install `gddim_eqx[train]`; or pass `progress=False`."
         ) from error
     return tqdm(total=total, initial=initial, unit=" steps", mininterval=1)

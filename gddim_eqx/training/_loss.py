@@ -19,7 +19,7 @@ from ._times import AbstractTimeSampler, UniformTimes
 
 
 class NoisedBatch(NamedTuple):
-    """A batch and all randomness of its loss. Every leaf has a leading batch axis."""
+    """A batch, with all random draws for its loss. Every leaf has a leading batch axis."""
 
     x: Inexact[Array, "batch *shape"]
     t: Float[Array, " batch"]
@@ -30,7 +30,7 @@ class NoisedBatch(NamedTuple):
 
 
 class DenoisingLoss(eqx.Module):
-    r"""The denoising loss: the mean squared error of what a model predicts for
+    r"""The denoising loss: the mean squared error of a model's prediction at
     $u_t = \Psi(t, 0) u_0 + R_t \epsilon$.
 
     One loss for all processes. The default is the paper's: noise prediction with respect to
@@ -75,8 +75,8 @@ class DenoisingLoss(eqx.Module):
         - `dropout`: whether to call the model with `key=`, as needed by a
             [`gddim_eqx.nn.NetworkModel`][] of a network with dropout.
 
-        **Raises:** `ValueError` for arguments that do not fit, as in `ProbabilityFlow`, and
-        for times beyond the process' time axis.
+        **Raises:** `ValueError` for invalid arguments, as in `ProbabilityFlow`, and for
+        times beyond the process' time axis.
         """
         require_process(process)
         check_prediction(process, predicts, factor)
@@ -88,7 +88,7 @@ class DenoisingLoss(eqx.Module):
             )
         if not isinstance(times, AbstractTimeSampler):
             raise ValueError(
-                f"`times` must be times such as `UniformTimes()`; got {times!r}."
+                f"`times` must be a time sampler such as `UniformTimes()`; got {times!r}."
             )
         end = process.t_end if times.end is None else times.end
         if not times.start < end <= latest(process, np.float32):
@@ -116,7 +116,7 @@ class DenoisingLoss(eqx.Module):
         x = check_state(x, 1, process.shape, "The batch")
         if x.ndim != 1 + len(process.shape):
             raise ValueError(
-                f"The batch must have one axis before {process.shape}; got {x.shape}."
+                f"The batch must have one batch axis before {process.shape}; got {x.shape}."
             )
         if x.shape[0] == 0:
             raise ValueError("The batch is empty; it must hold at least one sample.")
@@ -162,7 +162,7 @@ class DenoisingLoss(eqx.Module):
                 whitening = self.process.factor(t).inverse() @ self.process.diffusion(t)
                 error = apply(whitening.transpose(), error)
         else:
-            # Not from `u`, which late in the process holds almost nothing of the data.
+            # Not from `u`, which late in the process hardly depends on the data.
             scale = self.process.data_scale
             data = jtu.tree_map(lambda x: x / scale, self.process.encode(sample.x))
             prediction = make_prediction(self.predicts, self.factor)

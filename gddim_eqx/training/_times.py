@@ -40,7 +40,7 @@ class AbstractTimeSampler(eqx.Module):
 
         - `key`: a random key.
         - `number`: how many to sample.
-        - `dtype`: of the result.
+        - `dtype`: the dtype of the result.
 
         **Returns:** positions in [0, 1], and importance weights: the weighted mean of a
         function of the positions is, in expectation, its mean over [0, 1].

@@ -19,7 +19,7 @@ from ._loss import DenoisingLoss
 
 
 class TrainState(eqx.Module):
-    """Everything that training updates, and the key of all its randomness."""
+    """Everything that training updates, and the random key for all of training."""
 
     model: PyTree
     """The model, with its current parameters."""
@@ -33,8 +33,9 @@ class TrainState(eqx.Module):
     key: Key
     """The randomness of step n is a function of this and n."""
     precise: PyTree = None
-    """Master copies, in single precision, of parameters in half precision, which cannot
-    hold a small update: what the optimiser works on. `None` elsewhere."""
+    """Master weights: single-precision copies of the parameters that are in half precision,
+    which the optimiser updates, as half precision would lose small updates. `None`
+    elsewhere."""
     lost: PyTree = None
     """The rounding error in the EMA, where the decay is so close to 1 that it would matter.
     `None` elsewhere."""
@@ -99,24 +100,25 @@ class Trainer(eqx.Module):
         - `optimiser`: by default [`gddim_eqx.training.adam`][].
         - `ema_decay`: the decay of the EMA of the parameters. It averages over about
             the last `1 / (1 - ema_decay)` steps, which should be at most a tenth of
-            all: 0.995 suits from 2,000 steps on, 0.999 from 10,000, and 0.9999, as in the
-            paper, from 100,000. With a longer EMA, `state.averaged` may be worse than
+            all: 0.995 suits runs of at least 2,000 steps, 0.999 of 10,000, and 0.9999, as
+            in the paper, of 100,000. With a longer EMA, `state.averaged` may be worse than
             `state.model`.
         - `debias`: whether to remove the initial parameters from the EMA, by Adam's bias
-            correction. Without, as in the authors' code, the EMA starts at them, and they
+            correction. Otherwise, as in the authors' code, the EMA starts at them, and they
             still have weight `ema_decay**n` after n steps.
-        - `accumulate`: the number of parts for gradient accumulation, to save memory. The
-            result is the same up to rounding.
+        - `accumulate`: the number of microbatches for gradient accumulation, to save
+            memory. The result is the same up to rounding.
         - `prepare`: called as `prepare(key, batch)` on the whole batch. By default
             [`gddim_eqx.training.Augmentation`][], which scales integer images to [-1, 1],
-            leaves floating-point data as they are, and can do more. `None` for nothing.
+            leaves floating-point data as they are, and can also flip and dequantise images.
+            `None` to leave all data as they are.
         - `placement`: the sharding over devices; by default everything is on one device.
 
         **Raises:** `ValueError` for numbers out of range.
         """
         check_instance("loss", loss, DenoisingLoss, "a `DenoisingLoss(process)`")
         optimiser = adam() if optimiser is None else optimiser
-        wanted = "an optimiser of Optax, such as `adam()`"
+        wanted = "an Optax optimiser, such as `adam()`"
         check_instance("optimiser", optimiser, optax.GradientTransformation, wanted)
         check_instance("placement", placement, Placement | None, "a `Placement()`")
         if prepare is not None and not callable(prepare):
@@ -145,7 +147,7 @@ class Trainer(eqx.Module):
         check_key(key)
         if not jtu.tree_leaves(_parameters(model)):
             raise ValueError(
-                "`model` has no parameters, that is, no floating-point arrays of JAX; got "
+                "`model` has no parameters, that is, no floating-point JAX arrays; got "
                 f"{type(model).__name__}."
             )
         # Copied, as a step donates the buffers of its input.
@@ -305,7 +307,7 @@ def _where_changed(tree: PyTree, other: PyTree) -> Any:
 
 class _Fixed:
     """The static part of a step: the trainer, and all of a state but its arrays.
-    `equinox.filter_jit` would find this out too, but takes longer than some networks do."""
+    `equinox.filter_jit` would do the same, but takes longer than some networks do."""
 
     def __init__(self, trainer: Trainer, treedef: Any, others: tuple):
         self.trainer, self.treedef, self.others = trainer, treedef, others
@@ -356,7 +358,7 @@ def adam(
     **Arguments:**
 
     - `learning_rate`: after the warm-up. Up to 2e-3 for small networks with `num_steps`.
-    - `warmup`: the number of warm-up steps; 0 for none. At most a tenth of all.
+    - `warmup`: the number of warm-up steps; 0 for none. Use at most a tenth of all steps.
     - `clip`: the maximum global norm of the gradient.
     - `num_steps`: if given, the learning rate decays to 0 until then, along a cosine. The
         paper does not do this; use it for short training with a high learning rate.

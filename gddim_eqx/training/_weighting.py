@@ -12,8 +12,8 @@ class DataWeighting(eqx.Module):
     equally at all times: in units of the posterior standard deviation of the data given the
     state, if they were normal.
 
-    Unweighted, errors late in the process, where a state says little about its data, hardly
-    count, and with them the global appearance of images. The output of a
+    Without it, errors late in the process, where a state says little about its data, hardly
+    count, although they decide the global appearance of images. The output of a
     [`gddim_eqx.nn.NetworkModel`][] with the same `data_std` has weight 1 at all times.
 
     For [`gddim_eqx.BDM`][] it is the weight of the lowest frequency.
