@@ -3,6 +3,7 @@ from typing import NamedTuple
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax import lax
 from jaxtyping import Array, Bool, Inexact, Int, PyTree, Real
 
 from gddim_eqx._custom_types import BoolScalarLike, RealScalarLike, State
@@ -87,8 +88,10 @@ class History(eqx.Module):
     def nodes(self, value: State, s: Array, start: Array, count: Int[Array, ""]) -> Nodes:
         """The nodes of a step from `s`, at which the coordinate is `start`."""
         slots = self.times.shape[0]
-        age = (self.slot - 1 - jnp.arange(slots, dtype=jnp.int32)) % slots + 1
-        stored = [jtu.tree_map(lambda x, k=k: x[k], self.values) for k in range(slots)]
+        age = self.slot - jnp.arange(slots, dtype=jnp.int32)
+        age = jnp.where(age > 0, age, age + slots)
+        pick = lambda k: lambda x: lax.index_in_dim(x, k, keepdims=False)
+        stored = [jtu.tree_map(pick(k), self.values) for k in range(slots)]
 
         def all_times(new, old):
             return jnp.concatenate([new[None], jnp.where(age <= count, old, new)])
@@ -113,14 +116,16 @@ class History(eqx.Module):
         """The history after a step. A step of size zero does not keep its evaluation: the
         next step overwrites the same slot."""
         slots, slot, kept = self.times.shape[0], self.slot, (~still).astype(jnp.int32)
+        replace = lambda x, y: lax.dynamic_update_index_in_dim(x, y, slot, 0)
+        following = slot + kept
         last = None if self.last is None else LastStep(base, c.moments, c.start)
         return History(
-            self.times.at[slot].set(nodes.times[0]),
-            self.coordinate.at[slot].set(c.start),
-            jtu.tree_map(lambda x, y: x.at[slot].set(y), self.values, nodes.values[0]),
+            replace(self.times, nodes.times[0]),
+            replace(self.coordinate, c.start),
+            jtu.tree_map(replace, self.values, nodes.values[0]),
             # A full history loses its oldest value, unless the slot stays free.
             jnp.minimum(nodes.count + kept, slots - 1 + kept),
-            (slot + kept) % slots,
+            jnp.where(following == slots, 0, following),
             jnp.asarray(t1),
             last,
             residual,

@@ -36,12 +36,13 @@ from gddim_eqx._linear import (
     combine,
     subtract,
 )
+from gddim_eqx._misc import error_if_any
 from gddim_eqx._term import (
     AbstractReverseTerm,
-    backward,
     ProbabilityFlow,
-    real_times,
+    real_time,
     ReverseSDE,
+    step_faults,
     unwrap_reverse,
 )
 
@@ -146,10 +147,12 @@ class AbstractExponentialMultistep(
     ) -> tuple[State, State, dict, History, dfx.RESULTS]:
         flow, lam, direction = _unwrap(terms)
         process, history = flow.process, solver_state
-        s, t = real_times(process, t0, t1, direction, coefficient_dtype(y0))
-        if lam is not None:
-            s, t = backward(s, t)
+        dtype = coefficient_dtype(y0)
+        s, t = (real_time(process, x, direction, dtype) for x in (t0, t1))
         c = self._integrate(process, s, t, lam)
+        singular = ~jnp.isfinite(c.linear).all(), _no_noise
+        faults = [singular, *step_faults(process, s, t, lam is not None)]
+        linear = error_if_any(c.linear, faults)
         value = self.splitting.evaluate(flow, s, y0, args, c.root)
         count, forcing, residual = history.length(t0, made_jump), [], None
         if lam is not None:
@@ -161,7 +164,7 @@ class AbstractExponentialMultistep(
         start = y0
         if history.last is not None:
             start = _corrected(process, history.last, corrector, nodes, y0)
-        base = combine(process.shape, [(c.linear, start), *forcing])
+        base = combine(process.shape, [(linear, start), *forcing])
 
         # Order 1 stores a value only for its error estimate.
         used = 1 if self.predictor.num_nodes == 1 else len(nodes.values)
@@ -230,6 +233,12 @@ class AbstractExponentialMultistep(
         self, terms: dfx.AbstractTerm, t0: RealScalarLike, y0: State, args: Args
     ) -> PyTree:
         return terms.vf(t0, y0, args)
+
+
+_no_noise = (
+    "`GDDIM` cannot start where there is no noise, at time 0. To encode data, start from "
+    "`process.t_min`, or use `GDDIM(space='noise')`."
+)
 
 
 def _unwrap(

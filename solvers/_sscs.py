@@ -12,8 +12,9 @@ from gddim_eqx._linear import (
     check_state,
     coefficient_dtype,
 )
+from gddim_eqx._misc import error_if_any
 from gddim_eqx._process import CLD
-from gddim_eqx._term import real_times, ReverseSDE, unwrap_reverse
+from gddim_eqx._term import real_time, ReverseSDE, step_faults, unwrap_reverse
 
 
 class SSCS(dfx.AbstractItoSolver[None]):
@@ -86,8 +87,8 @@ class SSCS(dfx.AbstractItoSolver[None]):
         assert isinstance(process, CLD)
         half = t0 + 0.5 * (t1 - t0)
         dtype = coefficient_dtype(y0)
-        s, middle = real_times(process, t0, half, direction, dtype)
-        _, t = real_times(process, half, t1, direction, dtype)
+        s, middle, t = (real_time(process, x, direction, dtype) for x in (t0, half, t1))
+        s = error_if_any(s, step_faults(process, s, t, True))
         diffusion = process.diffusion(middle)
 
         def relax(start, end, y, normal):

@@ -1,3 +1,4 @@
+import gc
 import itertools
 import os
 import subprocess
@@ -21,7 +22,11 @@ def is_known(flag: str) -> bool:
 # Most of the suite's time is compilation, so compile with less optimisation, unless
 # XLA_FLAGS is set: `XLA_FLAGS= make test` compiles as users do. Workers inherit it.
 if "XLA_FLAGS" not in os.environ:
-    _fast = ("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false")
+    _fast = (
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+    )
     os.environ["XLA_FLAGS"] = " ".join(filter(is_known, _fast))
 
 import equinox.internal as eqxi
@@ -34,6 +39,9 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
+# Tracing makes many objects that live long, and lowering writes down where each was made.
+gc.set_threshold(100_000, 50, 100)
+jax.config.update("jax_traceback_in_locations_limit", 0)
 
 hypothesis.settings.register_profile(
     "default", deadline=None, derandomize=True, max_examples=25, print_blob=False

@@ -9,6 +9,7 @@ from .._custom_types import RealScalarLike, State
 from .._linear import add, coefficient_dtype, combine, subtract
 from .._misc import pin
 from .._process import AbstractProcess
+from .._term import real_time
 from .coordinate import AbstractCoordinate, scaled
 from .polynomial import integral
 from .splitting import AbstractSplitting
@@ -48,7 +49,8 @@ class ExponentialInterpolation(dfx.AbstractLocalInterpolation):
             return subtract(self.evaluate(t1), self.evaluate(t0))
         e, dtype = self.exponential, coefficient_dtype(self.y0)
         number = e.polynomials.shape[1]
-        s, end, t = (jnp.asarray(x * e.direction, dtype) for x in (self.t0, self.t1, t0))
+        times = self.t0, self.t1, t0
+        s, end, t = (real_time(e.process, x, e.direction, dtype) for x in times)
         c = e.splitting.integrate(e.process, s, t, number, e.coordinate)
         fraction = scaled(c.end, c.start, e.end)
         scales = jnp.stack([fraction**i for i in range(number)])

@@ -144,17 +144,11 @@ class DataSplitting(AbstractSplitting):
         if transition is not None:
             whitened = product(transition.omegas, whitened)
         backs = jax.vmap(ft.partial(_product, process, root))(whitened)
-        linear = eqx.error_if(
-            backs[0],
-            ~jnp.isfinite(backs[0]).all(),
-            "`GDDIM` cannot start where there is no noise, at time 0. To encode data, "
-            "start from `process.t_min`, or use `GDDIM(space='noise')`.",
-        )
         bracket = product(backs, nodes.signals)
         # Known at the end, even where R has no inverse.
         last = append_axes(nodes.signals[-1:], bracket.ndim)
         bracket = jnp.where(_index(bracket) == len(bracket) - 1, last, bracket)
-        return linear, ft.partial(moments_of_bracket, bracket)
+        return backs[0], ft.partial(moments_of_bracket, bracket)
 
     def needs_nodes(self, process):
         return False

@@ -10,6 +10,7 @@ from .check import (
     check_key as check_key,
     check_positive as check_positive,
     constant_field as constant_field,
+    error_if_any as error_if_any,
 )
 from .level import as_level as as_level, level_at as level_at
 from .pin import pin as pin

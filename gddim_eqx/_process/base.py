@@ -281,6 +281,9 @@ def log_norm(
 ) -> tuple[Inexact[Array, "*spectrum"], Inexact[Array, "n *spectrum"]]:
     """The logarithm of the Euclidean norm over the first axis, and the vectors divided by
     the norm. Accurate even where the squared norm would underflow."""
+    if len(vectors) == 1:
+        size = jnp.abs(vectors[0])
+        return jnp.log(size), jnp.sign(vectors)
     size = lax.stop_gradient(jnp.abs(vectors).max(0))
     known = size > 0
     scaled = vectors / jnp.where(known, size, 1)[None]

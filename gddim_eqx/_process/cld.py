@@ -42,7 +42,7 @@ class CLD(AbstractProcess):
         Critically-Damped Langevin Diffusion*, ICLR 2022.
     """
 
-    # In the coordinates (x, w) with v = sqrt(M) w, and in the clock y with
+    # In the coordinates (x, w) with v = sqrt(M) w, and in rescaled time y with
     # dy = beta dt / sqrt(M), nothing depends on the mass:
     #   dx = w dy,  dw = -(x + 2 w) dy + 2 dW(y),  stationary covariance the identity.
 
@@ -88,11 +88,11 @@ class CLD(AbstractProcess):
         return math.inf
 
     def _elapsed(self, t, s):
-        """The clock's advance from `s` to `t`."""
+        """The increase of rescaled time from `s` to `t`."""
         rate = self.beta + 0.5 * self.beta_slope * (t + s)
         return math.sqrt(self.mass_inverse) * (t - s) * rate
 
-    def _clock(self, t: Array) -> Array:
+    def _rescaled_time(self, t: Array) -> Array:
         return self._elapsed(t, jnp.zeros_like(t))
 
     def _initial_variances(self) -> tuple[float, float]:
@@ -126,21 +126,22 @@ class CLD(AbstractProcess):
         return self._operator(rows, 1, -1)
 
     def covariance(self, t):
-        xx, xw, ww = _covariance(self._clock(as_time(t)), *self._initial_variances())
+        y = self._rescaled_time(as_time(t))
+        xx, xw, ww = _covariance(y, *self._initial_variances())
         rows = [[xx, xw], [xw, ww]]
         return self._operator(rows, 1, 1, lx.positive_semidefinite_tag)
 
     def cholesky(self, t):
-        y = self._clock(as_time(t))
+        y = self._rescaled_time(as_time(t))
         p, q, r = _cholesky(y, *self._initial_variances())
         rows = [[p, jnp.zeros_like(p)], [q, r]]
         return self._operator(rows, 1, 0, lx.lower_triangular_tag)
 
     def factor(self, t):
-        y = self._clock(as_time(t))
+        y = self._rescaled_time(as_time(t))
         p, q, r = _cholesky(y, *self._initial_variances())
-        clock_end = self._elapsed(np.float64(self.t_end), np.float64(0))
-        table = _rotation(float(clock_end), *self._initial_variances())
+        end = self._elapsed(np.float64(self.t_end), np.float64(0))
+        table = _rotation(float(end), *self._initial_variances())
         cosine, sine = table(y)
         rows = [
             [p * cosine, -p * sine],
@@ -205,7 +206,8 @@ def _exponential_tail(x, xp):
 
 
 def _covariance(y, a, b, xp=jnp):
-    """The covariance of (x, w) at clock y from diag(a, b) at 0, without cancellation."""
+    """The covariance of (x, w) at rescaled time y, from diag(a, b) at 0, without
+    cancellation."""
     decay, tail = xp.exp(-2 * y), _exponential_tail(2 * y, xp)
     xx = decay * (a * (1 + y) ** 2 + b * y * y) + tail
     xw = decay * y * ((b - a) + (2 - a - b) * y)
@@ -221,18 +223,18 @@ def _cholesky(y, a, b, xp=jnp):
 
 
 @ft.lru_cache(maxsize=64)
-def _rotation(clock_end: float, a: float, b: float) -> PiecewisePolynomial:
-    """The cosine and sine of the angle from L_t to R_t, as a function of the clock.
+def _rotation(end: float, a: float, b: float) -> PiecewisePolynomial:
+    """The cosine and sine of the angle from L_t to R_t, as a function of rescaled time.
 
     Equation 17 of the paper with R = L Rot(angle) becomes d(angle)/dy = -L_22 / L_11:
     one quadrature.
     """
     degree = 9
     # The rotation is fast at first, while noise overtakes `a`, and then linear in the
-    # logarithm of the clock: geometric panels.
+    # logarithm of time: geometric panels.
     onset = min(math.sqrt(a / b), a ** (1 / 3))
-    panels = 40 + 14 * math.ceil(math.log2(1 + clock_end / onset))
-    grid = np.linspace(0, np.arcsinh(clock_end / onset), panels + 1)
+    panels = 40 + 14 * math.ceil(math.log2(1 + end / onset))
+    grid = np.linspace(0, np.arcsinh(end / onset), panels + 1)
     edges = onset * np.sinh(grid)
     # Eventually it rotates at unit speed: no panel may be wider than half a radian.
     pieces = np.ceil(2 * np.diff(edges))

@@ -31,33 +31,43 @@ class PiecewisePolynomial:
         degree = node_values.shape[1] - 1
         self.coefficients = np.einsum("dn,pn...->pd...", to_chebyshev(degree), node_values)
 
-    def _beyond_edges(self, x: Inexact[Array, ""]) -> Inexact[Array, " edges"]:
-        """The signed distance from each edge to the argument, to the full precision of its
-        dtype, as panels may be that narrow."""
-        rounded = self.edges.astype(x.dtype)
-        rest = (self.edges - rounded.astype(np.float64)).astype(x.dtype)
-        return (x - jnp.asarray(rounded)) - jnp.asarray(rest)
-
     def panel(self, x: Inexact[Array, ""]) -> Int[Array, ""]:
         """The index of the panel that contains the argument; outside all panels, that of
         the nearest."""
-        return (self._beyond_edges(x)[1:-1] >= 0).sum()
+        coarse, rest = _two_parts(self.edges[1:-1], x.dtype)
+        return (_distance(x, jnp.asarray(coarse), jnp.asarray(rest)) >= 0).sum()
 
     def __call__(self, x: Inexact[Array, ""]) -> Inexact[Array, "*value"]:
-        beyond, panel = self._beyond_edges(x), self.panel(x)
-        width = jnp.asarray(np.diff(self.edges), x.dtype)[panel]
-        u = (beyond[panel] + beyond[panel + 1]) / width
-        # The end time may round up, perhaps by more than the width of the last panel.
-        u = u - lax.stop_gradient(u - jnp.clip(u, -1, 1))
         # Overflow gives a huge number rather than `nan`.
         largest = float(jnp.finfo(x.dtype).max) / 256
         coefficients = np.clip(self.coefficients, -largest, largest)
-        coefficients = jnp.asarray(coefficients, x.dtype)[panel]
+        # In one table, so that there is one lookup.
+        edges = np.stack(_two_parts(self.edges, x.dtype), axis=-1)
+        width = np.diff(self.edges)[:, None]
+        columns = edges[:-1], edges[1:], width, coefficients.reshape(len(width), -1)
+        table = jnp.asarray(np.concatenate(columns, axis=1), x.dtype)
+        row = lax.dynamic_index_in_dim(table, self.panel(x), keepdims=False)
+        u = (_distance(x, row[0], row[1]) + _distance(x, row[2], row[3])) / row[4]
+        # The end time may round up, perhaps by more than the width of the last panel.
+        u = u - lax.stop_gradient(u - jnp.clip(u, -1, 1))
+        coefficients = row[5:].reshape(coefficients.shape[1:])
         # Clenshaw's recurrence.
         one, two = jnp.zeros_like(coefficients[0]), jnp.zeros_like(coefficients[0])
         for coefficient in coefficients[:0:-1]:
             one, two = 2 * u * one - two + coefficient, one
         return u * one - two + coefficients[0]
+
+
+def _two_parts(edges: np.ndarray, dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers rounded to a dtype, and the rounding errors."""
+    rounded = edges.astype(dtype)
+    return rounded, (edges - rounded.astype(np.float64)).astype(dtype)
+
+
+def _distance(x, rounded, rest):
+    """The signed distance from an edge to the argument, to the full precision of its
+    dtype, as panels may be that narrow."""
+    return (x - rounded) - rest
 
 
 def panel_nodes(degree: int) -> np.ndarray:

@@ -16,4 +16,4 @@ from .reverse_sde import (
     unwrap_reverse as unwrap_reverse,
 )
 from .takes_flow import init_takes_flow as init_takes_flow, takes_flow as takes_flow
-from .times import backward as backward, real_times as real_times
+from .times import real_time as real_time, step_faults as step_faults

@@ -1,38 +1,32 @@
-import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from .._custom_types import RealScalarLike
 from .._misc import pin
 from .._process import AbstractProcess, latest
 
 
-def real_times(
-    process: AbstractProcess,
-    t0: RealScalarLike,
-    t1: RealScalarLike,
-    direction: RealScalarLike,
-    dtype,
-) -> tuple[Array, Array]:
-    """The start and end of a step in the user's time, with checks."""
-    end = latest(process, jnp.asarray(t1).dtype, dtype)
-    s, t = (jnp.asarray(x * direction, dtype) for x in (t0, t1))
-    inside = (jnp.minimum(s, t) >= 0) & (jnp.maximum(s, t) <= end)
-    # Rounding may have moved a time past the end.
-    s, t = (pin(x > process.t_end, process.t_end, x) for x in (s, t))
-    return eqx.error_if(
-        (s, t),
-        ~inside,
+def real_time(
+    process: AbstractProcess, t: RealScalarLike, direction: RealScalarLike, dtype
+) -> Array:
+    """A time of the solver in the user's time. If rounding moved it past the end of the
+    time axis, it is moved back."""
+    end = latest(process, jnp.asarray(t).dtype, dtype)
+    t = jnp.asarray(t * direction, dtype)
+    return pin((t > process.t_end) & (t <= end), process.t_end, t)
+
+
+def step_faults(
+    process: AbstractProcess, s: Array, t: Array, stochastic: bool
+) -> list[tuple[Bool[Array, ""], str]]:
+    """What can be wrong with the times of a step from `s` to `t`, for `error_if_any`."""
+    inside = (jnp.minimum(s, t) >= 0) & (jnp.maximum(s, t) <= process.t_end)
+    message = (
         f"The solver was asked to step to a time outside [0, {process.t_end}], the time "
-        f"axis of {type(process).__name__}. Use times from `gddim_eqx.time_grid`.",
+        f"axis of {type(process).__name__}. Use times from `gddim_eqx.time_grid`."
     )
-
-
-def backward(s: Array, t: Array) -> tuple[Array, Array]:
-    """Check that a step of a reverse diffusion runs backward in time."""
-    return eqx.error_if(
-        (s, t),
-        t > s,
+    forward = (
         "`reverse_sde` must be solved backward in time, from `process.t_max` down. To "
-        "encode data, solve `ProbabilityFlow` forward.",
+        "encode data, solve `ProbabilityFlow` forward."
     )
+    return [(~inside, message), *([(t > s, forward)] if stochastic else [])]
