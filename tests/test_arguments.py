@@ -31,7 +31,7 @@ def _sample(**kwargs):
 
 
 _refused = {
-    "`ts` must be an array|`ts` must be made": [
+    "`ts` must be an array|`ts` must be real": [
         lambda: _sample(ts="abc"),
         lambda: _sample(ts=[1.0, None]),
         lambda: _sample(ts=[1.0 + 0j, 0.1]),

@@ -101,7 +101,7 @@ def _changed(parameters, **changes):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"Dense_1/bias": None}, r"no array 'Dense_1/bias' of shape \(32,\)"),
+        ({"Dense_1/bias": None}, r"lacks the array 'Dense_1/bias' of shape \(32,\)"),
         ({"Dense_2/bias": np.zeros(3, "f4")}, r"an array 'Dense_2/bias' of shape \(3,\)"),
         (
             {"Conv_1/kernel": np.zeros((3, 3, 8, 3), "f4")},
@@ -109,7 +109,7 @@ def _changed(parameters, **changes):
         ),
         ({"Conv_1/bias": np.zeros(2, "i4")}, "'Conv_1/bias' is int32"),
         ({"Conv_0/kernel": None}, "no convolution 'Conv_0/kernel'"),
-        ({"AttnBlockpp_0/NIN_2/W": None}, "no array 'AttnBlockpp_0/NIN_2/W'"),
+        ({"AttnBlockpp_0/NIN_2/W": None}, "lacks the array 'AttnBlockpp_0/NIN_2/W'"),
     ],
 )
 def test_arrays_that_do_not_fit_are_named(tmp_path, oracle, change, message):
@@ -281,7 +281,7 @@ def test_processes_of_ones_own(tmp_path):
     like = _as_user_model(process, _Own(8, key=jax.random.key(1)))
     assert eqx.tree_equal(gd.checkpoints.load(tmp_path / "model", like=like), own)
     for part in (process, own.model.network):
-        match = "a LinearSDE and a _Own: `like` must be a whole ProbabilityFlow with them"
+        match = "a LinearSDE and a _Own: `like` must be a ProbabilityFlow with all of them"
         with pytest.raises(ValueError, match=match):
             gd.checkpoints.load(tmp_path / "model", like=part)
 

@@ -17,7 +17,7 @@ from gddim_eqx._linear import align, join_components
 from .helpers import last, max_difference, processes, slow
 
 
-_transition = jax.jit(
+_noise_transition = jax.jit(
     lambda process, s, t, lam: noise_transition(step_nodes(process, s, t), lam),
     static_argnums=0,
 )
@@ -140,7 +140,7 @@ def test_covariance_is_semidefinite_at_the_shortest_steps(name):
             for lam in jnp.array([0.01, 1.0, 3.0], f32):
                 s32 = jnp.asarray(s, f32)
                 t32 = jnp.maximum(s32 - jnp.asarray(length, f32), 0)
-                step = _transition(process, s32, t32, lam)
+                step = _noise_transition(process, s32, t32, lam)
                 _, added = _transition(process, t32, s32, lam)
                 blocks = np.asarray(added.blocks, np.float64)
                 eigenvalues = np.linalg.eigvalsh(np.moveaxis(blocks, (0, 1), (-2, -1)))
@@ -161,7 +161,7 @@ def test_single_precision(name):
             times32 = [jnp.asarray(x, jnp.float32) for x in (s, t)]
             times64 = [x.astype(jnp.float64) for x in times32]
             low, high = (
-                _transition(process, *x, jnp.asarray(lam, x[0].dtype))
+                _noise_transition(process, *x, jnp.asarray(lam, x[0].dtype))
                 for x in (times32, times64)
             )
             # Omega is of the order of the identity, or negligible.
@@ -176,7 +176,7 @@ def test_single_precision(name):
 def test_noise_of_a_short_step_is_that_of_the_equation(name):
     process, lam, s, length = processes[name](), 0.8, 0.4, 1e-7
     times = jnp.array([s, s - length])
-    noise_root = _transition(process, *times, jnp.asarray(lam)).noise_root
+    noise_root = _noise_transition(process, *times, jnp.asarray(lam)).noise_root
     loading = process.factor(s).inverse() @ process.diffusion(s)
     expected = lam * np.sqrt(length) * loading.blocks
     difference = np.abs(noise_root - expected).max() / np.abs(expected).max()
@@ -205,7 +205,7 @@ def test_a_step_of_no_length(name):
     process = processes[name]()
     for t in (0.0, process.t_min, 0.5):
         time = jnp.asarray(t)
-        step = _transition(process, time, time, jnp.ones(()))
+        step = _noise_transition(process, time, time, jnp.ones(()))
         eye = np.eye(process.num_components)
         eye = eye.reshape(eye.shape + (1,) * (step.omega.ndim - 2))
         np.testing.assert_allclose(step.omega, eye + 0 * step.omega, atol=1e-6)

@@ -136,7 +136,7 @@ def as_floats(name: str, value: Any) -> Inexact[Array, " *shape"]:
         # With an explicit dtype, as Python numbers would become weakly typed arrays.
         return jnp.asarray(array, float if whole else array.dtype)
     except (TypeError, ValueError):
-        message = f"`{name}` must consist of real numbers; got {value!r}."
+        message = f"`{name}` must be real numbers; got {value!r}."
         raise ValueError(message) from None
 
 
