@@ -54,6 +54,7 @@ def mixture_for(process, *, scale=0.3, components=3, seed=0):
     return gd.GaussianMixture(means, scale, weights)
 
 
+@eqx.filter_jit
 def prior_state(process, batch=(), seed=1):
     return process.prior(jax.random.key(seed), batch)
 

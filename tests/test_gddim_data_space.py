@@ -47,6 +47,11 @@ def _log_snr(process, times):
 
 
 @eqx.filter_jit
+def _linear(process, t, s, lam):
+    return gd.reverse_transition(process, t, s, lam)[0].blocks
+
+
+@eqx.filter_jit
 def _integrand(process, lam, t, taus):
     """What multiplies the prediction of the initial state under the integral."""
 
@@ -71,7 +76,7 @@ def _by_hand(process, variable, lam, times, predictions, u, s, t):
 
     lam, t = jnp.asarray(lam), jnp.asarray(t)
     values = np.asarray(_integrand(process, lam, t, jnp.asarray(tau)))
-    linear = gd.reverse_transition(process, t, s, lam)[0].blocks
+    linear = _linear(process, t, jnp.asarray(s), lam)
     out = np.einsum("ij...,j...->i...", linear, u)
     at_nodes = _readings(variable, process, times)
     at_tau = _readings(variable, process, tau)
@@ -105,9 +110,10 @@ def test_steps_by_hand(name, variable, order, corrector, lam):
     state = solver.init(term, ts[0], ts[1], y, None)
     step = eqx.filter_jit(solver.step)
     times, predictions, before = [], [], None
+    denoised = eqx.filter_jit(lambda s, y: flow.denoised(s, y, None))
     for s, t in zip(ts[:-1], ts[1:]):
         times = [s, *times]
-        predictions = [_components(flow.denoised(s, y, None)), *predictions]
+        predictions = [_components(denoised(jnp.asarray(s), y)), *predictions]
         start = _components(y)
         if corrector and before is not None:
             used = slice(corrector + 1)
