@@ -133,7 +133,7 @@ class Config:
     batch_size: int = 128
     """The batch size over all devices together."""
     optimiser: Optimiser = Optimiser()
-    predicts: Literal["noise", "data", "score", "velocity"] = "noise"
+    predicts: Literal["noise", "data", "score", "v", "flow"] = "noise"
     times: Literal["uniform", "stratified"] = "uniform"
     """How to sample times: independently, or one in each of equal intervals."""
     weighting: Literal["prediction", "noise", "likelihood", "data"] = "prediction"

@@ -34,9 +34,13 @@ from ._process import (
     check_process as check_process,
     CLD as CLD,
     CosineSchedule as CosineSchedule,
+    EDM as EDM,
+    GaussianPath as GaussianPath,
     LinearSchedule as LinearSchedule,
     LinearSDE as LinearSDE,
+    RectifiedFlow as RectifiedFlow,
     SubVP as SubVP,
+    TrigonometricFlow as TrigonometricFlow,
     VE as VE,
     VP as VP,
 )

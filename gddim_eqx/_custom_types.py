@@ -26,6 +26,6 @@ Times = Real[ArrayLike, " times"] | Sequence[RealScalarLike]
 # The stochasticity of a reverse diffusion, constant or as a function of time.
 Level = RealScalarLike | Callable[[Array], RealScalarLike]
 # What models predict.
-PredictionName = Literal["noise", "data", "score", "velocity"]
+PredictionName = Literal["noise", "data", "score", "v", "flow"]
 # The frame in which noise is predicted: the square root of the covariance, R or L.
 FrameName = Literal["R", "cholesky"]

@@ -184,7 +184,7 @@ def _bdm(key):
 def _flow(key):
     process = gd.VP((2,), gd.CosineSchedule(offset=0.01))
     model = gd.nn.NetworkModel(process, _points(key))
-    return gd.ProbabilityFlow(process, model, "velocity")
+    return gd.ProbabilityFlow(process, model, "v")
 
 
 @pytest.mark.x64

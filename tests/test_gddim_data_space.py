@@ -173,14 +173,16 @@ def test_all_predictions_of_one_model_give_the_same_initial_state(name):
     predictions = {"data": data, "score": score}
     if process.num_components == 1:
 
-        def velocity(t, u, args):
+        def v(t, u, args):
             mean = process.transition(t, jnp.zeros_like(t)) * process.data_scale
             clean = jtu.tree_map(lambda x: x / process.data_scale, initial)
             noise = flow.noise(t, u_in_states, None)
-            v = mean.mv(noise) - process.factor(t).mv(clean)
-            return process.to_data(v)
+            return process.to_data(mean.mv(noise) - process.factor(t).mv(clean))
 
-        predictions["velocity"] = velocity
+        predictions["v"] = v
+        predictions["flow"] = lambda t, u, args: process.to_data(
+            flow.vf(t, u_in_states, None)
+        )
     tolerance = 1e-9 if jax.config.jax_enable_x64 else 2e-2
     for predicts, model in predictions.items():
         other = gd.ProbabilityFlow(process, model, predicts).denoised(t, u, None)

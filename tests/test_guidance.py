@@ -13,12 +13,12 @@ from .helpers import max_difference, mixture_for, prior_state, processes, solve
 
 
 _kinds = [
-    ("vp", "velocity"),
+    ("vp", "v"),
     ("ve", "data"),
     ("cld", "noise"),
     ("cld", "data"),
     ("cld", "score"),
-    ("bdm", "velocity"),
+    ("bdm", "v"),
 ]
 
 

@@ -107,7 +107,7 @@ def test_predictions_amount_to_the_data_and_the_noise_that_they_were_made_of(nam
     u, noise = process.perturb(keys[1], x, t)
     kinds = [("noise", "R"), ("noise", "cholesky"), ("data", "R"), ("score", "R")]
     if process.num_components == 1:
-        kinds.append(("velocity", "R"))
+        kinds += [("v", "R"), ("flow", "R")]
     for predicts, factor in kinds:
         flow = gd.ProbabilityFlow(process, lambda t, u, args: args, predicts, factor)
         value = flow.prediction(t, u, noise)

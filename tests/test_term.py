@@ -51,8 +51,11 @@ def predictions_by_hand(process, noise, t, u) -> dict[tuple[Any, Any], Any]:
     }
     if process.num_components == 1:
         mean = process.transition(t, jnp.zeros_like(t)) * process.data_scale
-        kinds["velocity", "R"] = add(mean.mv(noise), R.mv(start), -1.0)
-        kinds["velocity", "cholesky"] = kinds["velocity", "R"]
+        kinds["v", "R"] = add(mean.mv(noise), R.mv(start), -1.0)
+        kinds["v", "cholesky"] = kinds["v", "R"]
+        F, G = process.drift(t), process.diffusion(t)
+        flow = add(F.mv(u), (G @ G.T).mv(score), -0.5)
+        kinds |= {("flow", "R"): flow, ("flow", "cholesky"): flow}
     return kinds
 
 
@@ -89,7 +92,7 @@ def test_every_kind_of_prediction_gives_the_same_probability_flow(name):
         t = process.t_min + fraction * (process.t_max - process.t_min)
         u, _ = perturb(jr.key(0), x, jnp.asarray(t))
         expected, results, _ = _evaluated(name)(jnp.asarray(t), u)
-        assert len(results) == (8 if process.num_components == 1 else 6)
+        assert len(results) == (10 if process.num_components == 1 else 6)
         for kind, result in results.items():
             for got, want in zip(result, expected):
                 error = max_difference(got, want) / size_of(want)
@@ -325,7 +328,8 @@ def flow_of(process, model=lambda t, u, args: u, **kwargs):
         (dict(process=gd.VP((3,)), model=3), "`model` must be callable.*3"),
         (dict(process=gd.VP((3,)), predicts="eps"), "`predicts`.*'eps'"),
         (dict(process=gd.VP((3,)), factor="L"), "`factor`.*'L'"),
-        (dict(process=gd.CLD((3,)), predicts="velocity"), "velocity.*not for CLD"),
+        (dict(process=gd.CLD((3,)), predicts="v"), "'v'.*not for CLD"),
+        (dict(process=gd.CLD((3,)), predicts="flow"), "'flow'.*not for CLD"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -371,14 +375,15 @@ def test_model_that_returns_something_else_raises(name, model, message):
         term.vf(0.5, process.prior(jr.key(0), (2,)), None)
 
 
-def test_velocity_is_for_every_process_of_one_number_per_coordinate():
+def test_v_and_flow_are_for_every_process_of_one_component():
     process = gd.VP((3,))
     solved = gd.LinearSDE((3,), process.drift, process.diffusion)
     model = lambda t, u, args: 0.3 * u + t
     u, t = process.prior(jax.random.key(0), (4,)), jnp.asarray(0.4)
-    terms = [gd.ProbabilityFlow(p, model, "velocity") for p in (solved, process)]
-    for method in ("noise", "score", "denoised"):
-        got, expected = (getattr(term, method)(t, u, None) for term in terms)
-        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
-    back = terms[0].prediction(t, u, terms[0].noise(t, u, None))
-    np.testing.assert_allclose(back, model(t, u, None), rtol=1e-4, atol=1e-4)
+    for predicts in ("v", "flow"):
+        terms = [gd.ProbabilityFlow(p, model, predicts) for p in (solved, process)]
+        for method in ("noise", "score", "denoised"):
+            got, expected = (getattr(term, method)(t, u, None) for term in terms)
+            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+        back = terms[0].prediction(t, u, terms[0].noise(t, u, None))
+        np.testing.assert_allclose(back, model(t, u, None), rtol=1e-4, atol=1e-4)

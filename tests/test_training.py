@@ -42,12 +42,15 @@ def _quantities(process, x, t, u):
     mean = dense(process.transition(t, t0)) @ join(process.encode(x))
     root = dense(process.factor(t))
     noise = np.linalg.solve(root, join(u) - mean)
+    drift, diffusion = dense(process.drift(t)), dense(process.diffusion(t))
     return dict(
         noise=noise,
         data=join(process.encode(x)) / process.data_scale,
         score=-np.linalg.solve(root @ root.T, join(u) - mean),
-        velocity=np.diag(dense(process.transition(t, t0))) * process.data_scale * noise
+        v=np.diag(dense(process.transition(t, t0))) * process.data_scale * noise
         - np.diag(root) * join(process.encode(x)) / process.data_scale,
+        flow=drift @ join(u)
+        + 0.5 * diffusion @ diffusion.T @ np.linalg.solve(root.T, noise),
         whitened=dense(process.diffusion(t)).T @ np.linalg.inv(root).T,
     )
 
@@ -69,7 +72,7 @@ def test_loss_is_of_the_difference_to_what_should_be_predicted(name):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, *process.shape)))
     targets = ["noise", "data", "score"]
     if process.num_components == 1:
-        targets.append("velocity")
+        targets += ["v", "flow"]
     for predicts in targets:
         loss = DenoisingLoss(process, predicts, times=UniformTimes(0.2))
         batch = loss.noised(jr.key(1), x)
@@ -526,7 +529,7 @@ def test_sums_over_devices_and_no_gathered_batch():
         (lambda: Trainer(DenoisingLoss(gd.VP((2,))), ema_decay=1.0), "got 1.0"),
         (lambda: Trainer(DenoisingLoss(gd.VP((2,))), accumulate=0), "`accumulate` must be"),
         (lambda: DenoisingLoss(gd.VP((2,)), weighting="snr"), "`weighting` must be one"),
-        (lambda: DenoisingLoss(gd.CLD((2,)), "velocity"), "predicts='velocity'"),
+        (lambda: DenoisingLoss(gd.CLD((2,)), "v"), "predicts='v'"),
         (lambda: DenoisingLoss(gd.VP((2,)), times=0.5), "`times` must be a"),
         (lambda: DenoisingLoss(gd.VP((2,)), times=UniformTimes(0.5, 2.0)), "in .0, 1.0"),
         (lambda: adam(warmup=10, num_steps=10), "`num_steps` must be more .* got 10"),

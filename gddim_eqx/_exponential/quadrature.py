@@ -109,10 +109,12 @@ def _fractions(process, s, t, nodes, weights):
     """
     nodes, weights = jnp.asarray(nodes, s.dtype), jnp.asarray(weights, s.dtype)
     vanishes = math.isfinite(process.t_zero_signal)
+    # Finite where the signal is zero.
+    t_zero = max(process.t_zero_signal, 1.001 * process.t_end)
 
     def root(t):
         """exp(z) - 1"""
-        odds = t / (1 - t / process.t_zero_signal) if vanishes else t
+        odds = t / (1 - t / t_zero) if vanishes else t
         return jnp.sqrt(odds / process.t_min)
 
     root_s, root_t = root(s), root(t)
@@ -126,7 +128,7 @@ def _fractions(process, s, t, nodes, weights):
     dx = 2 * width * (1 + growth) * root_x / length
     if vanishes:
         # From fractions of t / (1 - t / t_zero_signal) to fractions of t.
-        closeness = process.t_min / process.t_zero_signal
+        closeness = process.t_min / t_zero
         at_s, at_x, at_t = (1 + closeness * r**2 for r in (root_s, root_x, root_t))
         x, dx = x * at_t / at_x, dx * at_t * at_s / at_x**2
     # Rounding must not move a node past the end, as the process is undefined before time 0.

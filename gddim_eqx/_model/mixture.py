@@ -9,18 +9,19 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, ArrayLike, Inexact
 
-from .._custom_types import Key
-from .._linear import batch_axes, check_state
+from .._custom_types import Key, PredictionName
+from .._linear import batch_axes, check_state, join_components
 from .._misc import as_constant, as_floats, check_count, check_key
 from .._process import AbstractProcess, require_process, time_for
+from .._term import check_prediction, make_prediction, Marginal
 
 
 class GaussianMixture(eqx.Module):
     r"""A mixture of isotropic Gaussians of equal width as the data distribution,
     $\sum_k w_k\,\mathcal{N}(\mu_k, s^2 I)$.
 
-    It remains a Gaussian mixture under any linear process, so the exact noise prediction
-    is known in closed form: a model without a network, for testing and comparing samplers.
+    It remains a Gaussian mixture under any linear process, so exact predictions are known
+    in closed form: a model without a network, for testing and comparing samplers.
     """
 
     means: Inexact[Array, "components *shape"]
@@ -83,30 +84,37 @@ class GaussianMixture(eqx.Module):
         means = self.means[k]
         return means + self.scale * jr.normal(around, means.shape, means.dtype)
 
-    def model(self, process: AbstractProcess) -> Callable:
-        r"""The exact noise prediction $-R_t^\top \nabla \log p_t(u)$ under a process.
+    def model(
+        self, process: AbstractProcess, predicts: PredictionName = "noise"
+    ) -> Callable:
+        r"""The exact model of these data under a process.
 
         **Arguments:**
 
         - `process`: a forward process for data of this shape.
+        - `predicts`: what the model returns, as in [`gddim_eqx.ProbabilityFlow`][]. Noise
+            is with respect to $R_t$.
 
         **Returns:** a model for [`gddim_eqx.ProbabilityFlow`][], called as
         `model(t, u, args)`.
 
-        **Raises:** `ValueError` if the process is for data of another shape.
+        **Raises:** `ValueError` if the process is for data of another shape, or the
+        prediction is not defined for it.
         """
         require_process(process)
+        check_prediction(process, predicts, "R")
         if process.shape != self.means.shape[1:]:
             raise ValueError(
                 f"This mixture has data of shape {self.means.shape[1:]}, but the process "
                 f"is for data of shape {process.shape}."
             )
-        return _MixtureModel(self, process)
+        return _MixtureModel(self, process, predicts)
 
 
 class _MixtureModel(eqx.Module):
     mixture: GaussianMixture
     process: AbstractProcess
+    predicts: PredictionName = eqx.field(static=True)
 
     def __call__(self, t, u, args):
         del args
@@ -160,8 +168,16 @@ class _MixtureModel(eqx.Module):
             for ai, x in zip(a, jtu.tree_leaves(process.from_data(u)), strict=True)
         ]
         residual = jtu.tree_unflatten(jtu.tree_structure(u), residual)
-        noise = process.to_data((factor.T @ precision).mv(residual))
-        return jtu.tree_map(lambda x: x.astype(given), noise)
+        noise = (factor.T @ precision).mv(residual)
+        # The posterior mean of the data. Not from the noise, which says nothing about them
+        # where the signal is zero.
+        pulled = jtu.tree_leaves(precision.mv(residual))
+        shift = sum(_pad(ai, x) * x for ai, x in zip(a, pulled))
+        data = mean + self.mixture.scale**2 * shift
+        data = join_components([data, *[jnp.zeros_like(data)] * (n - 1)])
+        prediction = make_prediction(self.predicts, "R")
+        value = prediction.target(Marginal(process, t), data, noise)
+        return jtu.tree_map(lambda x: x.astype(given), process.to_data(value))
 
 
 def _pad(x, like):

@@ -11,11 +11,18 @@ from .diagonal import (
     AbstractDiagonalProcess as AbstractDiagonalProcess,
     AbstractScalarProcess as AbstractScalarProcess,
 )
+from .edm import EDM as EDM
+from .flow_matching import (
+    RectifiedFlow as RectifiedFlow,
+    TrigonometricFlow as TrigonometricFlow,
+)
+from .gaussian_path import GaussianPath as GaussianPath
 from .linear_sde import LinearSDE as LinearSDE
 from .progress import (
     clock as clock,
     clock_table as clock_table,
     log_snr_at_start as log_snr_at_start,
+    log_snr_table as log_snr_table,
 )
 from .schedule import (
     AbstractSchedule as AbstractSchedule,

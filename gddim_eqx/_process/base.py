@@ -160,6 +160,18 @@ class AbstractProcess(eqx.Module):
     def prior_factor(self) -> BlockLinearOperator:
         """A square root of the covariance of the prior, from which sampling starts."""
 
+    def signal_rate(self, t: RealScalarLike) -> BlockLinearOperator:
+        r"""The derivative of $\Psi(t, 0)$ in `t`."""
+        t = as_time(t)
+        return self.drift(t) @ self.transition(t, jnp.zeros_like(t))
+
+    def factor_rate(self, t: RealScalarLike) -> BlockLinearOperator:
+        r"""The derivative of $R_t$ (gDDIM, equation 17)."""
+        t = as_time(t)
+        factor, diffusion = self.factor(t), self.diffusion(t)
+        growth = diffusion @ diffusion.T @ factor.inverse().T * 0.5
+        return self.drift(t) @ factor + growth
+
     def to_data(self, state: State) -> State:
         """Convert from the basis of states to the data's coordinates."""
         return jtu.tree_map(self.basis.inverse, state)

@@ -36,18 +36,18 @@ def clock_table(
     """Times from 0 to `t_end`, and the clock at each, in double precision. Below `t_min`,
     where the signal-to-noise ratio may be unbounded, only the part that is linear in the
     square root of time keeps running."""
-    times, log_snr = _log_snr_table(process)
+    times, log_snr = log_snr_table(process)
     return times, _mean_of_clocks(process, np.sqrt(times), log_snr)
 
 
 def log_snr_at_start(process: AbstractProcess) -> float:
     """`process.log_snr` at `t_max`, where sampling starts."""
-    times, table = _log_snr_table(process)
+    times, table = log_snr_table(process)
     return float(table[times == process.t_max][0])
 
 
 def _mean_of_clocks(process, root, log_snr) -> Any:
-    first, last = log_snr_at_start(process), float(_log_snr_table(process)[1][0])
+    first, last = log_snr_at_start(process), float(log_snr_table(process)[1][0])
     # A signal that has nearly vanished cannot tell times apart.
     xp = np if isinstance(log_snr, np.ndarray) else jnp
     log_snr, first = xp.where(log_snr > _LEAST, log_snr, _LEAST), max(first, _LEAST)
@@ -60,7 +60,10 @@ def _mean_of_clocks(process, root, log_snr) -> Any:
 _tables = weakref.WeakKeyDictionary()
 
 
-def _log_snr_table(process):
+def log_snr_table(
+    process: AbstractProcess,
+) -> tuple[Float[np.ndarray, " times"], Float[np.ndarray, " times"]]:
+    """Times from 0 to `t_end`, and `process.log_snr` at each, in double precision."""
     try:
         hash(process)
     except TypeError:

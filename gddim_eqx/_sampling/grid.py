@@ -1,20 +1,28 @@
-from typing import Literal
+from typing import get_args, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Real
 
 from .._misc import as_dtype, check_count
-from .._process import AbstractProcess, clock_table, on_time_axis, require_process
+from .._process import (
+    AbstractProcess,
+    clock_table,
+    log_snr_table,
+    on_time_axis,
+    require_process,
+)
 
 
-_POWERS = {"uniform": 1.0, "quadratic": 2.0}
+GridName = Literal["clock", "uniform", "quadratic", "karras", "log", "log_snr"]
+
+_POWERS = {"uniform": 1.0, "quadratic": 2.0, "karras": 7.0}
 
 
 def time_grid(
     process: AbstractProcess,
     num_steps: int,
-    grid: float | Literal["clock", "uniform", "quadratic", "log"] = "clock",
+    grid: float | GridName = "clock",
     *,
     t0: float | None = None,
     t1: float | None = None,
@@ -30,8 +38,9 @@ def time_grid(
     - `num_steps`: the number of steps, at least 1.
     - `grid`: by default `"clock"`, uniform in the mean of two clocks that run from `t_max`
         to `t_min`: the log-SNR and the square root of time. Or a power $p$, for times
-        uniform in $t^{1/p}$: `"uniform"` is 1, and `"quadratic"`, the authors' choice, is
-        2. `"log"` is uniform in the logarithm of time.
+        uniform in $t^{1/p}$: `"uniform"` is 1; `"quadratic"`, the authors' choice, is 2;
+        and `"karras"`, for [`gddim_eqx.EDM`][], is 7. `"log"` is uniform in the logarithm
+        of time, and `"log_snr"` in that of the signal-to-noise ratio.
     - `t0`, `t1`: the first and last time; by default `process.t_max` and `process.t_min`.
         `t0 < t1` gives an increasing grid, for encoding.
     - `dtype`: the dtype of the times; by default JAX's default floating dtype. Use that of
@@ -53,7 +62,9 @@ def time_grid(
         raise ValueError(f"`t0` and `t1` must differ; both are {start}.")
     fraction = np.linspace(0, 1, int(num_steps) + 1)
     if grid == "clock":
-        times = _by_clock(process, start, end, fraction)
+        times = _by_table(clock_table(process), start, end, fraction)
+    elif grid == "log_snr":
+        times = _by_table(log_snr_table(process), start, end, fraction)
     elif grid == "log":
         if min(start, end) == 0:
             raise ValueError("A 'log' grid cannot reach time 0; use a power.")
@@ -86,14 +97,14 @@ def _power(grid):
             raise ValueError
     except (KeyError, TypeError, ValueError):
         raise ValueError(
-            "`grid` must be a positive power or one of 'clock', 'uniform', 'quadratic', "
-            f"'log'; got {grid!r}."
+            "`grid` must be a positive power or one of "
+            f"{', '.join(map(repr, get_args(GridName)))}; got {grid!r}."
         ) from None
     return power
 
 
-def _by_clock(process, start, end, fraction):
-    times, readings = clock_table(process)
-    first, last = np.interp([start, end], times, readings)
-    # The clock runs backward in time.
-    return np.interp(first + fraction * (last - first), readings[::-1], times[::-1])
+def _by_table(table, start, end, fraction):
+    """Times uniform in a function that decreases with time, from its table."""
+    times, values = table
+    first, last = np.interp([start, end], times, values)
+    return np.interp(first + fraction * (last - first), values[::-1], times[::-1])

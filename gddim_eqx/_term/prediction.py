@@ -7,7 +7,7 @@ with the state it determines both.
 """
 
 import abc
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -38,9 +38,16 @@ class Marginal(NamedTuple):
         signal = self.process.transition(self.t, jnp.zeros_like(self.t))
         return signal * self.process.data_scale
 
+    def mean_rate(self) -> BlockLinearOperator:
+        """The derivative of `mean` in time."""
+        return self.process.signal_rate(self.t) * self.process.data_scale
+
 
 class AbstractPrediction(eqx.Module):
     """A model's prediction, given the state. All states are in the basis of states."""
+
+    one_component: ClassVar[bool] = False
+    """Whether it is only defined for processes of one component."""
 
     @abc.abstractmethod
     def target(self, at: Marginal, data: State, noise: State) -> State:
@@ -57,6 +64,12 @@ class AbstractPrediction(eqx.Module):
     def score(self, at: Marginal, u: State, value: State) -> State:
         """Convert a prediction to the score."""
         return _to_score(at, self.noise(at, u, value, "R"))
+
+    def flow(self, at: Marginal, u: State, value: State) -> State:
+        """Convert a prediction to the vector field of the probability flow."""
+        diffusion = at.process.diffusion(at.t)
+        pull = apply(diffusion @ diffusion.T * -0.5, self.score(at, u, value))
+        return add(apply(at.process.drift(at.t), u), pull)
 
 
 class Noise(AbstractPrediction):
@@ -87,6 +100,12 @@ class Data(AbstractPrediction):
     def denoised(self, at, u, value):
         return jtu.tree_map(lambda x: at.process.data_scale * x, value)
 
+    def flow(self, at, u, value):
+        if at.process.num_components > 1:
+            return super().flow(at, u, value)
+        # Also where there is no signal, and the drift is infinite.
+        return Flow().target(at, value, self.noise(at, u, value, "R"))
+
 
 class Score(AbstractPrediction):
     r"""$\nabla \log p_t$."""
@@ -104,8 +123,10 @@ class Score(AbstractPrediction):
         return value
 
 
-class Velocity(AbstractPrediction):
-    r"""$m_t \epsilon - \sigma_t x_0$, for processes with one number per coordinate."""
+class V(AbstractPrediction):
+    r"""$m_t \epsilon - \sigma_t x_0$ (Salimans & Ho 2022)."""
+
+    one_component: ClassVar[bool] = True
 
     def target(self, at, data, noise):
         return subtract(apply(at.mean(), noise), apply(at.root(), data))
@@ -119,16 +140,50 @@ class Velocity(AbstractPrediction):
         total = total * at.process.data_scale
         return subtract(apply(mean @ total, u), apply(std @ total, value))
 
+    def flow(self, at, u, value):
+        data = jtu.tree_map(
+            lambda x: x / at.process.data_scale, self.denoised(at, u, value)
+        )
+        return Flow().target(at, data, self.noise(at, u, value, "R"))
+
     def _rotation(self, at):
         mean, std = at.mean(), at.root()
         return mean, std, (mean @ mean + std @ std).inverse()
+
+
+class Flow(AbstractPrediction):
+    r"""$\dot m_t x_0 + \dot \sigma_t \epsilon$, the derivative of the path between data and
+    noise, as in flow matching (Lipman et al. 2023). For rectified flow,
+    $\epsilon - x_0$."""
+
+    one_component: ClassVar[bool] = True
+
+    def target(self, at, data, noise):
+        rate = at.process.factor_rate(at.t)
+        return add(apply(at.mean_rate(), data), apply(rate, noise))
+
+    def noise(self, at, u, value, frame):
+        over = self._determinant(at).inverse()
+        return subtract(apply(at.mean() @ over, value), apply(at.mean_rate() @ over, u))
+
+    def denoised(self, at, u, value):
+        over = self._determinant(at).inverse() * at.process.data_scale
+        rate = at.process.factor_rate(at.t)
+        return subtract(apply(rate @ over, u), apply(at.root() @ over, value))
+
+    def flow(self, at, u, value):
+        return value
+
+    def _determinant(self, at):
+        return at.mean() @ at.process.factor_rate(at.t) - at.root() @ at.mean_rate()
 
 
 _predictions = {
     "noise": lambda frame: Noise(frame),
     "data": lambda frame: Data(),
     "score": lambda frame: Score(),
-    "velocity": lambda frame: Velocity(),
+    "v": lambda frame: V(),
+    "flow": lambda frame: Flow(),
 }
 
 
@@ -145,11 +200,10 @@ def check_prediction(process: AbstractProcess, predicts: str, factor: str) -> No
             f"{predicts!r}."
         )
     check_frame(factor)
-    if predicts == "velocity" and process.num_components != 1:
+    if _predictions[predicts]("R").one_component and process.num_components != 1:
         raise ValueError(
-            "`predicts='velocity'` is only defined for processes with one number "
-            f"per coordinate, not for {type(process).__name__}. Use 'noise', 'data' "
-            "or 'score'."
+            f"`predicts={predicts!r}` is only defined for processes of one component, not "
+            f"for {type(process).__name__}. Use 'noise', 'data' or 'score'."
         )
 
 
@@ -171,5 +225,13 @@ def _change_frame(at, noise, frame, other):
 
 
 def _without_noise(at, u, root, noise):
-    mean = subtract(u, apply(root, noise))
-    return apply(at.process.transition(jnp.zeros_like(at.t), at.t), mean)
+    mean, process, t = subtract(u, apply(root, noise)), at.process, at.t
+    if process.t_zero_signal <= process.t_end:
+        t = eqx.error_if(
+            t,
+            t >= process.t_zero_signal,
+            f"At t = {process.t_zero_signal} there is no signal, so a prediction of the "
+            "noise or the score says nothing about the data. Use a model that predicts "
+            "'data', 'v' or 'flow', or a process with a smaller `t_end`.",
+        )
+    return apply(process.transition(jnp.zeros_like(t), t), mean)

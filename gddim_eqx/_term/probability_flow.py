@@ -58,15 +58,17 @@ class ProbabilityFlow(AbstractReverseTerm):
             - `"data"`: the mean of the data given `u`. For a process with a velocity,
                 that of the initial state, whose velocity is zero.
             - `"score"`: $\nabla \log p_t$.
-            - `"velocity"`: $m\,\epsilon - \sigma\,x_0$, where $m$ and $\sigma$ are the
-                mean coefficient and standard deviation. Not for processes with a
-                velocity component.
+            - `"v"`: $m\,\epsilon - \sigma\,x_0$, where $m$ and $\sigma$ are the
+                mean coefficient and standard deviation.
+            - `"flow"`: $\dot m\,x_0 + \dot \sigma\,\epsilon$, their derivatives in time
+                times data and noise: the vector field of the probability flow, as in flow
+                matching. Like `"v"`, not for processes with a velocity.
         - `factor`: the square root $K_t$ of the covariance that defines the noise: `"R"`
             for the paper's $R_t$ (equation 17), `"cholesky"` for $L_t$.
 
-        **Raises:** `ValueError` for an unknown `predicts` or `factor`, or for `"velocity"`
-        where it is not defined. When evaluated: `ValueError` if the state does not match
-        the process, or the model returns a different structure or shape.
+        **Raises:** `ValueError` for an unknown `predicts` or `factor`, or for `"v"` or
+        `"flow"` where they are not defined. When evaluated: `ValueError` if the state does
+        not match the process, or the model returns a different structure or shape.
         """
         require_process(process)
         if isinstance(model, ProbabilityFlow):
@@ -202,12 +204,14 @@ class ProbabilityFlow(AbstractReverseTerm):
         equation 6. Arguments as for [`gddim_eqx.ProbabilityFlow.noise`][], and the
         stochasticity `lam`."""
         lam = as_level(lam)
-        score = self.score(t, u, args)
-        t = time_for(score, t)
-        drift, diffusion = self.process.drift(t), self.process.diffusion(t)
-        strength = -0.5 * (1 + level_at(lam, t) ** 2)
-        forcing = apply(diffusion @ diffusion.T * strength, score)
-        return add(apply(drift, u), forcing)
+        at, u, value = self._evaluate(t, u, args)
+        flow = self._prediction.flow(at, u, value)
+        if isinstance(lam, float) and lam == 0:
+            return flow
+        diffusion = self.process.diffusion(at.t)
+        strength = -0.5 * level_at(lam, at.t) ** 2
+        score = self._prediction.score(at, u, value)
+        return add(flow, apply(diffusion @ diffusion.T * strength, score))
 
     def vf(self, t: RealScalarLike, y: State, args: Args) -> State:
         return self.reverse_drift(t, y, args, 0.0)

@@ -11,7 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._process import BDM, CLD, CosineSchedule, LinearSchedule, SubVP, VE, VP
+from .._process import (
+    BDM,
+    CLD,
+    CosineSchedule,
+    EDM,
+    LinearSchedule,
+    RectifiedFlow,
+    SubVP,
+    TrigonometricFlow,
+    VE,
+    VP,
+)
 from .._term import ProbabilityFlow
 from ..nn import ImageClassifier, NCSNpp, NetworkModel, TimeMLP
 
@@ -21,7 +32,8 @@ from ..nn import ImageClassifier, NCSNpp, NetworkModel, TimeMLP
 _classes: dict[str, type[eqx.Module]] = {
     cls.__name__: cls
     for cls in (
-        *(BDM, CLD, SubVP, VE, VP, LinearSchedule, CosineSchedule),
+        *(BDM, CLD, EDM, RectifiedFlow, SubVP, TrigonometricFlow, VE, VP),
+        *(LinearSchedule, CosineSchedule),
         *(ImageClassifier, NCSNpp, TimeMLP, NetworkModel, ProbabilityFlow),
     )
 }

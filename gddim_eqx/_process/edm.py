@@ -1,0 +1,63 @@
+import math
+
+import equinox as eqx
+import jax.numpy as jnp
+
+from .._misc import as_shape, check_positive, constant_field
+from .gaussian_path import AbstractGaussianPath
+
+
+class EDM(AbstractGaussianPath):
+    r"""The path of EDM, $x_t = x_0 + t\,\epsilon$: time is the noise level $\sigma$.
+
+    `gd.time_grid(process, n, "karras")` is the grid of the paper.
+
+    ??? cite "Reference"
+
+        T. Karras, M. Aittala, T. Aila, S. Laine, *Elucidating the Design Space of
+        Diffusion-Based Generative Models*, NeurIPS 2022.
+    """
+
+    shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
+    sigma_min: float = constant_field("sigma_min", 0.002)
+    sigma_max: float = constant_field("sigma_max", 80.0)
+
+    def __check_init__(self):
+        check_positive(sigma_min=self.sigma_min)
+        if not self.sigma_max > self.sigma_min:
+            raise ValueError(
+                "`sigma_max` must be greater than `sigma_min`; got "
+                f"{self.sigma_max} and {self.sigma_min}."
+            )
+
+    @property
+    def t_min(self) -> float:
+        return self.sigma_min
+
+    @property
+    def t_end(self) -> float:
+        return self.sigma_max
+
+    @property
+    def t_zero_signal(self) -> float:
+        return math.inf
+
+    @property
+    def data_scale(self) -> float:
+        return 1.0
+
+    def _signal(self, t):
+        return jnp.ones_like(t)
+
+    def _noise(self, t):
+        return t
+
+    def prior_factor(self):
+        return self._operator(jnp.asarray(self.sigma_max))
+
+
+EDM.__init__.__doc__ = """**Arguments:**
+
+- `shape`: the shape of one data sample.
+- `sigma_min`, `sigma_max`: the noise levels at the end and the start of sampling.
+"""

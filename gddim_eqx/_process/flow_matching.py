@@ -1,0 +1,116 @@
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+
+from .._misc import as_shape, check_positive, constant_field
+from .gaussian_path import AbstractGaussianPath
+
+
+class RectifiedFlow(AbstractGaussianPath):
+    r"""The straight path of rectified flow and flow matching,
+    $x_t = (1 - \sigma_t)\,x_0 + \sigma_t\,\epsilon$, with $\sigma_t = t$ by default. Noise
+    is at t = 1, and data are at t = 0.
+
+    With `shift` $k$, as image models have it, $\sigma_t = k t / (1 + (k - 1) t)$. Such
+    networks are called with $\sigma_t$, which `process.sigma(t)` returns.
+
+    At t = 1 there is no signal, so models must predict the `"flow"`, $\epsilon - x_0$ for
+    `shift=1`; the data; or `"v"`.
+
+    ??? cite "Reference"
+
+        X. Liu, C. Gong, Q. Liu, *Flow Straight and Fast: Learning to Generate and Transfer
+        Data with Rectified Flow*, ICLR 2023. Shift: P. Esser et al., *Scaling Rectified
+        Flow Transformers for High-Resolution Image Synthesis*, ICML 2024.
+    """
+
+    shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
+    shift: float = constant_field("shift", 1.0)
+    t_min: float = constant_field("t_min", 1e-3)
+    t_end: float = constant_field("t_end", 1.0)
+
+    def __check_init__(self):
+        check_positive(shift=self.shift)
+        _check_end(self.t_end)
+
+    @property
+    def t_zero_signal(self) -> float:
+        return 1.0
+
+    @property
+    def data_scale(self) -> float:
+        return 1.0
+
+    def sigma(self, t):
+        r"""The noise level $\sigma_t$."""
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+    def _signal(self, t):
+        return (1 - t) / (1 + (self.shift - 1) * t)
+
+    def _noise(self, t):
+        return self.sigma(t)
+
+    def prior_factor(self):
+        return self.factor(self.t_max)
+
+
+RectifiedFlow.__init__.__doc__ = """**Arguments:**
+
+- `shape`: the shape of one data sample.
+- `shift`: shifts times towards noise if greater than 1.
+- `t_min`, `t_end`: the sampling interval.
+"""
+
+
+class TrigonometricFlow(AbstractGaussianPath):
+    r"""The variance-preserving path
+    $x_t = \cos(\tfrac{\pi}{2} t)\,x_0 + \sin(\tfrac{\pi}{2} t)\,\epsilon$.
+
+    At t = 1 there is no signal, so models must predict `"v"`, which is the `"flow"` up to
+    a factor of $\tfrac{\pi}{2}$; the flow; or the data.
+
+    ??? cite "Reference"
+
+        M. S. Albergo, E. Vanden-Eijnden, *Building Normalizing Flows with Stochastic
+        Interpolants*, ICLR 2023.
+    """
+
+    shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
+    t_min: float = constant_field("t_min", 1e-3)
+    t_end: float = constant_field("t_end", 1.0)
+
+    def __check_init__(self):
+        _check_end(self.t_end)
+
+    @property
+    def t_zero_signal(self) -> float:
+        return 1.0
+
+    @property
+    def data_scale(self) -> float:
+        return 1.0
+
+    def _signal(self, t):
+        # As the sine of the distance to the end: exact there.
+        return jnp.sin(0.5 * np.pi * (1 - t))
+
+    def _noise(self, t):
+        return jnp.sin(0.5 * np.pi * t)
+
+    def prior_factor(self):
+        return self.factor(self.t_max)
+
+
+TrigonometricFlow.__init__.__doc__ = """**Arguments:**
+
+- `shape`: the shape of one data sample.
+- `t_min`, `t_end`: the sampling interval.
+"""
+
+
+def _check_end(t_end: float) -> None:
+    if not t_end <= 1:
+        raise ValueError(
+            f"`t_end` must be at most 1, where there is no signal; got {t_end}."
+        )

@@ -1,0 +1,186 @@
+import abc
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from .._misc import as_constant, as_shape
+from .diagonal import AbstractScalarProcess
+from .times import as_time
+
+
+class AbstractGaussianPath(AbstractScalarProcess):
+    r"""A path from data to noise, $x_t = a_t\,x_0 + s_t\,\epsilon$, given the two functions
+    of time. As a process, its drift is $\frac{\dot a_t}{a_t} x$, and its squared diffusion
+    $2 s_t (\dot s_t - \frac{\dot a_t}{a_t} s_t)$.
+
+    The signal $a_t$ may be zero at the end of the time axis, where sampling starts. There a
+    prediction of the noise or the score says nothing about the data, so models must predict
+    the data, $v$ or the flow.
+    """
+
+    @abc.abstractmethod
+    def _signal(self, t: Array) -> Array:
+        """$a_t$."""
+
+    @abc.abstractmethod
+    def _noise(self, t: Array) -> Array:
+        """$s_t$."""
+
+    def _drift(self, t):
+        signal, rate = _with_rate(self._signal, t)
+        return rate / signal
+
+    def _diffusion(self, t):
+        noise, rate = _with_rate(self._noise, t)
+        return jnp.sqrt(2 * noise * (rate - self._drift(t) * noise))
+
+    def _transition(self, t, s):
+        return self._signal(t) / self._signal(s)
+
+    def _std(self, t):
+        return self._noise(t)
+
+    def signal_rate(self, t):
+        return self._operator(_with_rate(self._signal, as_time(t))[1] / self.data_scale)
+
+    def factor_rate(self, t):
+        return self._operator(_with_rate(self._noise, as_time(t))[1])
+
+
+class GaussianPath(AbstractGaussianPath):
+    r"""Any path from data to noise, $x_t = a_t\,x_0 + s_t\,\epsilon$.
+
+    Derivatives are taken by JAX. For the path of a known model, see [`gddim_eqx.VP`][],
+    [`gddim_eqx.EDM`][], [`gddim_eqx.RectifiedFlow`][] and
+    [`gddim_eqx.TrigonometricFlow`][].
+
+    The signal may be zero at `t_end`, where sampling starts: then models must predict the
+    data, `"v"` or the `"flow"`.
+
+    !!! example
+
+        ```python
+        import gddim_eqx as gd
+        import jax.numpy as jnp
+
+        process = gd.GaussianPath((2,), lambda t: 1 - t**2, lambda t: t)
+        ```
+    """
+
+    shape: tuple[int, ...] = eqx.field(static=True)
+    signal: Callable[[Array], Any] = eqx.field(static=True)
+    noise: Callable[[Array], Any] = eqx.field(static=True)
+    t_min: float = eqx.field(static=True)
+    t_end: float = eqx.field(static=True)
+    prior_std: float = eqx.field(static=True)
+    _data_scale: float = eqx.field(static=True)
+    _t_zero_signal: float = eqx.field(static=True)
+
+    def __init__(
+        self,
+        shape: tuple[int, ...] | int,
+        signal: Callable[[Array], Any],
+        noise: Callable[[Array], Any],
+        *,
+        t_min: float = 1e-3,
+        t_end: float = 1.0,
+        prior_std: float | None = None,
+    ):
+        r"""**Arguments:**
+
+        - `shape`: the shape of one data sample.
+        - `signal`, `noise`: $a_t$ and $s_t$, as functions of a scalar time in [0, t_end],
+            made of `jax.numpy`. Their ratio must decrease. Compute in the dtype of the
+            argument, and without cancellation at either end: in single precision,
+            `-jnp.expm1(-t)` rather than `1 - jnp.exp(-t)`.
+        - `t_min`, `t_end`: the sampling interval.
+        - `prior_std`: the standard deviation of the prior; by default $s$ at `t_end`.
+
+        **Raises:** `ValueError` for functions that are not such a path.
+        """
+        self.shape = as_shape(shape)
+        self.signal, self.noise = signal, noise
+        self.t_min, self.t_end = as_constant("t_min", t_min), as_constant("t_end", t_end)
+        if not 0 < self.t_min < self.t_end:
+            raise ValueError(
+                f"Need 0 < `t_min` < `t_end`; got t_min={t_min} and t_end={t_end}."
+            )
+        times = self.t_end * np.linspace(0, 1, 1001) ** 2
+        signals, rates = _on_host("signal", self._signal, times)
+        noises, _ = _on_host("noise", self._noise, times)
+        _check_path(times, signals, noises)
+        prior_std = noises[-1] if prior_std is None else prior_std
+        self.prior_std = as_constant("prior_std", prior_std)
+        self._data_scale = signals[0]
+        # Extrapolated from the end.
+        end = times[-1] - signals[-1] / rates[-1] if rates[-1] < 0 else math.inf
+        self._t_zero_signal = float(end)
+
+    @property
+    def data_scale(self) -> float:
+        return self._data_scale
+
+    @property
+    def t_zero_signal(self) -> float:
+        return self._t_zero_signal
+
+    def _signal(self, t):
+        return jnp.asarray(self.signal(t), t.dtype)
+
+    def _noise(self, t):
+        return jnp.asarray(self.noise(t), t.dtype)
+
+    def prior_factor(self):
+        return self._operator(jnp.asarray(self.prior_std))
+
+
+def _with_rate(fn, t):
+    """A function of time, and its derivative."""
+    return jax.jvp(fn, (t,), (jnp.ones_like(t),))
+
+
+def _on_host(name, fn, times) -> tuple[list[float], list[float]]:
+    """The values and derivatives of a function of time, in double precision."""
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+        # A new function each time, as JAX's cache would keep its process alive.
+        both = jax.jit(jax.vmap(lambda t: _with_rate(fn, t)))
+        values, rates = (np.asarray(x) for x in both(jnp.asarray(times, np.float64)))
+    if values.shape != times.shape:
+        raise ValueError(
+            f"`{name}` must return one number for one time; it returned an array of shape "
+            f"{values.shape[1:]}."
+        )
+    return values.tolist(), rates.tolist()
+
+
+def _check_path(times, signal, noise) -> None:
+    """Raise a `ValueError` unless the signal-to-noise ratio decreases."""
+    signal, noise = np.asarray(signal), np.asarray(noise)
+    for name, values, least in (("signal", signal[:-1], 0), ("noise", noise[1:], 0)):
+        if not (good := values > least).all():
+            worst = int(np.argmin(good))
+            time = times[worst + (name == "noise")]
+            raise ValueError(
+                f"`{name}` must be positive {'before' if name == 'signal' else 'after'} "
+                f"the {'end' if name == 'signal' else 'start'} of the time axis; it is "
+                f"{values[worst]} at t = {time:.6g}."
+            )
+    if not (signal[-1] >= 0 and noise[0] >= 0):
+        raise ValueError(
+            f"`signal` and `noise` must not be negative; got a signal of {signal[-1]} at t "
+            f"= {times[-1]}, and a noise of {noise[0]} at t = 0."
+        )
+    growing = np.diff(noise / np.where(signal > 0, signal, np.finfo(float).tiny)) > 0
+    if not growing.all():
+        worst = int(np.argmin(growing))
+        raise ValueError(
+            "The signal-to-noise ratio must decrease with time, but `signal(t) / noise(t)` "
+            f"does not near t = {times[worst]:.6g}. Time runs from data to noise; if yours "
+            "runs from noise to data, substitute `t_end - t`."
+        )
