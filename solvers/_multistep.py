@@ -150,7 +150,7 @@ class AbstractExponentialMultistep(
         dtype = coefficient_dtype(y0)
         s, t = (real_time(process, x, direction, dtype) for x in (t0, t1))
         c = self._integrate(process, s, t, lam)
-        singular = ~jnp.isfinite(c.linear).all(), _no_noise
+        singular = ~jnp.isfinite(c.linear).all(), self.splitting.singular
         faults = [singular, *step_faults(process, s, t, lam is not None)]
         linear = error_if_any(c.linear, faults)
         value = self.splitting.evaluate(flow, s, y0, args, c.root)
@@ -233,12 +233,6 @@ class AbstractExponentialMultistep(
         self, terms: dfx.AbstractTerm, t0: RealScalarLike, y0: State, args: Args
     ) -> PyTree:
         return terms.vf(t0, y0, args)
-
-
-_no_noise = (
-    "`GDDIM` cannot start where there is no noise, at time 0. To encode data, start from "
-    "`process.t_min`, or use `GDDIM(space='noise')`."
-)
 
 
 def _unwrap(

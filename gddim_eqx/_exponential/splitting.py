@@ -54,6 +54,8 @@ class AbstractSplitting(eqx.Module):
     """The linear part of the equation that a step solves exactly, and the quantity that
     it interpolates. Splittings are static pytrees."""
 
+    singular: ClassVar[str]
+    """What to say where the multiplier of the state is infinite."""
     has_residual: ClassVar[bool]
     """Whether reverse diffusions interpolate a [`Residual`][] in place of the prediction.
     """
@@ -132,6 +134,10 @@ class DataSplitting(AbstractSplitting):
     \Omega(t, \tau) R_\tau^{-1} \Psi(\tau, 0)$; for the probability flow, $\Omega$ is the
     identity."""
 
+    singular: ClassVar[str] = (
+        "`GDDIM` cannot start where there is no noise, at time 0. To encode data, start "
+        "from `process.t_min`, or use `GDDIM(space='noise')`."
+    )
     has_residual: ClassVar[bool] = False
 
     def evaluate(self, flow, t, y, args, root=None):
@@ -169,6 +175,10 @@ class NoiseSplitting(AbstractSplitting):
     For `"cholesky"` only the derivative of the bracket is known, $\frac{1}{2} \Psi(t, \tau)
     G G^\top L_\tau^{-\top}$."""
 
+    singular: ClassVar[str] = (
+        "In noise space `GDDIM` cannot start where there is no signal, at "
+        "`process.t_zero_signal`. Use `GDDIM()`, which can."
+    )
     has_residual: ClassVar[bool] = True
 
     def evaluate(self, flow, t, y, args, root=None):
