@@ -46,6 +46,7 @@ def align(
 def _orthogonal_like(target):
     """The orthogonal matrix whose last column is parallel to the target's, whose last two
     columns span the same plane as the target's, and so on."""
+    # Not `jnp.linalg.qr`, whose derivative does not exist where columns are zero.
     n = target.shape[0]
     eye = jnp.eye(n, dtype=target.dtype).reshape(n, n, *[1] * (target.ndim - 2))
     basis = jnp.broadcast_to(eye, target.shape)

@@ -307,7 +307,7 @@ def _where_changed(tree: PyTree, other: PyTree) -> Any:
 
 class _Fixed:
     """The static part of a step: the trainer, and all of a state but its arrays.
-    `equinox.filter_jit` would do the same, but takes longer than some networks do."""
+    `equinox.filter_jit` would do the same, but adds a millisecond to every step."""
 
     def __init__(self, trainer: Trainer, treedef: Any, others: tuple):
         self.trainer, self.treedef, self.others = trainer, treedef, others
