@@ -63,9 +63,9 @@ def _check_attributes(process: AbstractProcess, name: str) -> None:
             raise ValueError(
                 f"`{name}.{attribute}` must be a positive number; got {value!r}."
             )
-    if not process.t_zero_signal > process.t_max:
+    if not process.t_zero_signal >= process.t_max:
         raise ValueError(
-            f"`{name}.t_zero_signal` must be after `t_max`, or infinite; got "
+            f"`{name}.t_zero_signal` must not be before `t_max`; got "
             f"{process.t_zero_signal} and {process.t_max}."
         )
 

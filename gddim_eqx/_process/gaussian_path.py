@@ -159,28 +159,32 @@ def _on_host(name, fn, times) -> tuple[list[float], list[float]]:
     return values.tolist(), rates.tolist()
 
 
+_direction = "Time runs from data to noise; if yours runs from noise to data, substitute `t_end - t`."
+
+
 def _check_path(times, signal, noise) -> None:
     """Raise a `ValueError` unless the signal-to-noise ratio decreases."""
     signal, noise = np.asarray(signal), np.asarray(noise)
-    for name, values, least in (("signal", signal[:-1], 0), ("noise", noise[1:], 0)):
-        if not (good := values > least).all():
+    # Either may be zero at one end.
+    for name, values, at in (
+        ("signal", signal[:-1], times[:-1]),
+        ("noise", noise[1:], times[1:]),
+    ):
+        if not (good := values > 0).all():
             worst = int(np.argmin(good))
-            time = times[worst + (name == "noise")]
             raise ValueError(
-                f"`{name}` must be positive {'before' if name == 'signal' else 'after'} "
-                f"the {'end' if name == 'signal' else 'start'} of the time axis; it is "
-                f"{values[worst]} at t = {time:.6g}."
+                f"`{name}` must be positive between the ends of the time axis; it is "
+                f"{values[worst]} at t = {at[worst]:.6g}. {_direction}"
             )
     if not (signal[-1] >= 0 and noise[0] >= 0):
         raise ValueError(
-            f"`signal` and `noise` must not be negative; got a signal of {signal[-1]} at t "
-            f"= {times[-1]}, and a noise of {noise[0]} at t = 0."
+            "`signal` and `noise` must not be negative; got a signal of "
+            f"{signal[-1]} at t = {times[-1]}, and a noise of {noise[0]} at t = 0."
         )
     growing = np.diff(noise / np.where(signal > 0, signal, np.finfo(float).tiny)) > 0
     if not growing.all():
         worst = int(np.argmin(growing))
         raise ValueError(
             "The signal-to-noise ratio must decrease with time, but `signal(t) / noise(t)` "
-            f"does not near t = {times[worst]:.6g}. Time runs from data to noise; if yours "
-            "runs from noise to data, substitute `t_end - t`."
+            f"does not near t = {times[worst]:.6g}. {_direction}"
         )
