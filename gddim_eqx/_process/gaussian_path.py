@@ -159,7 +159,9 @@ def _on_host(name, fn, times) -> tuple[list[float], list[float]]:
     return values.tolist(), rates.tolist()
 
 
-_direction = "Time runs from data to noise; if yours runs from noise to data, substitute `t_end - t`."
+_direction = (
+    "Time runs from data to noise; if yours runs the other way, substitute `t_end - t`."
+)
 
 
 def _check_path(times, signal, noise) -> None:
