@@ -34,6 +34,7 @@ from ._process import (
     check_process as check_process,
     CLD as CLD,
     CosineSchedule as CosineSchedule,
+    DiscreteVP as DiscreteVP,
     EDM as EDM,
     GaussianPath as GaussianPath,
     LinearSchedule as LinearSchedule,

@@ -1,5 +1,7 @@
 import jax.numpy as jnp
+from jaxtyping import ArrayLike
 
+from .discrete import DiscreteVP, from_betas
 from .scheduled import AbstractScheduledProcess, arguments
 
 
@@ -16,6 +18,29 @@ class VP(AbstractScheduledProcess):
         *Score-Based Generative Modeling through Stochastic Differential Equations*,
         ICLR 2021.
     """
+
+    @staticmethod
+    def from_betas(shape: tuple[int, ...] | int, betas: ArrayLike | list) -> DiscreteVP:
+        """The process of a discrete-time model, from its betas.
+
+        **Arguments:**
+
+        - `shape`: the shape of one data sample.
+        - `betas`: one per index, in (0, 1); the last may be 1, for zero-terminal SNR.
+
+        **Returns:** a [`gddim_eqx.DiscreteVP`][].
+
+        **Raises:** `ValueError` for numbers out of range.
+        """
+        return from_betas(shape, betas)
+
+    @staticmethod
+    def from_alphas_cumprod(
+        shape: tuple[int, ...] | int, alphas_cumprod: ArrayLike | list
+    ) -> DiscreteVP:
+        r"""The process of a discrete-time model, from the products $\bar\alpha_i$ of one
+        minus its betas. Arguments as for [`gddim_eqx.DiscreteVP`][]."""
+        return DiscreteVP(shape, alphas_cumprod)
 
     def _diffusion(self, t):
         return jnp.sqrt(self.schedule.rate(t))

@@ -15,6 +15,7 @@ from .._process import (
     BDM,
     CLD,
     CosineSchedule,
+    DiscreteVP,
     EDM,
     LinearSchedule,
     RectifiedFlow,
@@ -32,7 +33,7 @@ from ..nn import ImageClassifier, NCSNpp, NetworkModel, TimeMLP
 _classes: dict[str, type[eqx.Module]] = {
     cls.__name__: cls
     for cls in (
-        *(BDM, CLD, EDM, RectifiedFlow, SubVP, TrigonometricFlow, VE, VP),
+        *(BDM, CLD, DiscreteVP, EDM, RectifiedFlow, SubVP, TrigonometricFlow, VE, VP),
         *(LinearSchedule, CosineSchedule),
         *(ImageClassifier, NCSNpp, TimeMLP, NetworkModel, ProbabilityFlow),
     )

@@ -1,0 +1,158 @@
+import functools as ft
+import math
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float
+
+from .._custom_types import RealScalarLike
+from .._misc import as_shape
+from .gaussian_path import AbstractGaussianPath
+from .tables import nodes_of_panels, PiecewisePolynomial
+
+
+class DiscreteVP(AbstractGaussianPath):
+    r"""The variance-preserving process of a discrete-time model,
+    $x_i = \sqrt{\bar\alpha_i}\,x_0 + \sqrt{1 - \bar\alpha_i}\,\epsilon$ for
+    $i = 0, \dots, N - 1$, in continuous time.
+
+    Index $i$ is at time $(i + 1) / N$, and data are at time 0. In between,
+    $\arccos^2 \sqrt{\bar\alpha}$ is interpolated by monotone cubic polynomials, so the
+    process is exact at the $N$ indices and smooth elsewhere. With zero-terminal SNR,
+    $\bar\alpha_{N-1} = 0$, models must predict the data, `"v"` or the `"flow"`.
+    """
+
+    shape: tuple[int, ...] = eqx.field(static=True)
+    alphas_cumprod: tuple[float, ...] = eqx.field(static=True)
+
+    def __init__(self, shape: tuple[int, ...] | int, alphas_cumprod: ArrayLike | list):
+        r"""**Arguments:**
+
+        - `shape`: the shape of one data sample.
+        - `alphas_cumprod`: $\bar\alpha_i$, strictly decreasing, in (0, 1); the last may be
+            zero.
+
+        **Raises:** `ValueError` for anything else.
+        """
+        alphas = _as_list("alphas_cumprod", alphas_cumprod)
+        before = np.append(1.0, alphas[:-1])
+        if not (alphas < before).all():
+            worst = int(np.argmin(alphas < before))
+            raise ValueError(
+                "`alphas_cumprod` must decrease strictly, from below 1; at index "
+                f"{worst} it is {alphas[worst]}, after {before[worst]}."
+            )
+        if alphas[-1] < 0:
+            raise ValueError(
+                f"`alphas_cumprod` must not be negative; got {alphas[-1]} at the end."
+            )
+        self.shape = as_shape(shape)
+        self.alphas_cumprod = tuple(alphas.tolist())
+
+    @property
+    def t_min(self) -> float:
+        return 1 / len(self.alphas_cumprod)
+
+    @property
+    def t_end(self) -> float:
+        return 1.0
+
+    @property
+    def t_zero_signal(self) -> float:
+        return 1.0 if self.alphas_cumprod[-1] == 0 else math.inf
+
+    @property
+    def data_scale(self) -> float:
+        return 1.0
+
+    def time(self, index: RealScalarLike) -> Array:
+        """The time of an index, which may be fractional."""
+        return (jnp.asarray(index) + 1.0) / len(self.alphas_cumprod)
+
+    def index(self, t: RealScalarLike) -> Array:
+        """The index at a time: what networks of discrete-time models are called with."""
+        return jnp.asarray(t) * len(self.alphas_cumprod) - 1.0
+
+    def _squares(self, t):
+        """The square of the angle, and how much it lacks to that of pure noise."""
+        return _squared_angle(self.alphas_cumprod)(t)
+
+    def _signal(self, t):
+        angle, rest = self._squares(t)
+        early = angle < 0.1
+        # As the sine of the distance to the end: exact there.
+        late = jnp.sin(rest / (0.5 * math.pi + jnp.sqrt(jnp.where(early, 1, angle))))
+        # Without the root, which has no derivative at the start.
+        series = 1.0
+        for k in range(5, 0, -1):
+            series = 1 - angle / (2 * k * (2 * k - 1)) * series
+        return jnp.where(early, series, late)
+
+    def _noise(self, t):
+        return jnp.sin(jnp.sqrt(self._squares(t)[0]))
+
+    def prior_factor(self):
+        return self._operator(jnp.ones(()))
+
+
+@ft.lru_cache(maxsize=64)
+def _squared_angle(alphas_cumprod: tuple[float, ...]) -> PiecewisePolynomial:
+    alphas = np.concatenate([[1.0], alphas_cumprod])
+    # The arctangent, as neither arccosine nor arcsine is accurate at both ends.
+    angles = np.arctan2(np.sqrt(1 - alphas), np.sqrt(alphas))
+    rests = np.arctan2(np.sqrt(alphas), np.sqrt(1 - alphas))
+    values = np.stack([angles**2, rests * (0.5 * np.pi + angles)], axis=-1)
+    edges = np.linspace(0, 1, len(alphas))
+    slopes = _monotone_slopes(edges, values[:, 0])
+    return PiecewisePolynomial(
+        edges, _hermite(edges, values, np.stack([slopes, -slopes], -1))
+    )
+
+
+def _monotone_slopes(x, y) -> Float[np.ndarray, " points"]:
+    """Slopes for monotone cubic Hermite interpolation (Fritsch & Butland 1984)."""
+    steps, secants = np.diff(x), np.diff(y) / np.diff(x)
+    if len(secants) == 1:
+        return np.repeat(secants, 2)
+    before, after = secants[:-1], secants[1:]
+    first, second = 2 * steps[1:] + steps[:-1], steps[1:] + 2 * steps[:-1]
+    inner = (first + second) / (first / before + second / after)
+    ends = []
+    for one, two in (secants[:2], secants[:-3:-1]):
+        slope = 1.5 * one - 0.5 * two
+        ends.append(np.clip(slope, 0, 3 * one))
+    return np.concatenate([ends[:1], inner, ends[1:]])
+
+
+def _hermite(edges, values, slopes):
+    """Cubic Hermite interpolation at the nodes of each panel."""
+    width = np.diff(edges)[:, None]
+    u = ((nodes_of_panels(edges, 3) - edges[:-1, None]) / width)[..., None]
+    width = width[..., None]
+    (a, b), (c, d) = ((x[:-1, None], x[1:, None]) for x in (values, slopes))
+    rise = u**2 * (3 - 2 * u)
+    bend = u * (1 - u) * width * ((1 - u) * c - u * d)
+    return a + (b - a) * rise + bend
+
+
+def _as_list(name: str, values) -> Float[np.ndarray, " N"]:
+    """A list of numbers on the host, in double precision."""
+    try:
+        array = np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        array = np.zeros(())
+    if array.ndim != 1 or array.size < 1 or not np.isfinite(array).all():
+        raise ValueError(f"`{name}` must be a list of finite numbers; got {values!r}.")
+    return array
+
+
+def from_betas(shape: tuple[int, ...] | int, betas: ArrayLike | list) -> DiscreteVP:
+    betas = _as_list("betas", betas)
+    if not ((betas > 0) & (betas <= 1)).all() or (betas[:-1] == 1).any():
+        worst = betas[np.argmin((betas > 0) & (betas < 1))]
+        raise ValueError(
+            "`betas` must be between 0 and 1; only the last may be 1, for zero-terminal "
+            f"SNR; got {worst}."
+        )
+    return DiscreteVP(shape, np.cumprod(1 - betas))
