@@ -1,4 +1,5 @@
 import functools as ft
+import signal
 
 import diffrax as dfx
 import equinox as eqx
@@ -33,6 +34,12 @@ processes = {
     "third_order": third_order,
 }
 solvers = {f"gddim{q}": ft.partial(gd.GDDIM, q) for q in (1, 2, 3, 4)}
+
+
+# Processes inherit that it is ignored, as in the background of a shell.
+if_interrupted = pytest.mark.skipif(
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN, reason="SIGINT is ignored here"
+)
 
 
 def slow(*cases):

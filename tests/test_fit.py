@@ -32,6 +32,8 @@ from gddim_eqx.training import (
     Trainer,
 )
 
+from .helpers import if_interrupted
+
 
 pytestmark = pytest.mark.float32
 
@@ -216,7 +218,9 @@ def test_some_checkpoints_are_kept_for_ever(tmp_path):
         assert checkpoints.steps == [4, 8, 10]
 
 
-@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+@pytest.mark.parametrize(
+    "number", (signal.SIGTERM, pytest.param(signal.SIGINT, marks=if_interrupted))
+)
 def test_a_signal_to_end_saves(tmp_path, finished, number):
     before = signal.getsignal(number)
     ask = lambda state: os.kill(os.getpid(), number)
@@ -227,6 +231,7 @@ def test_a_signal_to_end_saves(tmp_path, finished, number):
     _assert_equal(_fit(tmp_path, 10), finished[0])
 
 
+@if_interrupted
 def test_a_second_interrupt_ends_at_once(capfd):
     trainer, state = _trainer()
     interrupts = []
@@ -254,6 +259,7 @@ def _steps(number):
     return state
 
 
+@if_interrupted
 def test_an_interrupt_returns_the_newest_state():
     trainer, state = _trainer()
     interrupt = lambda _: os.kill(os.getpid(), signal.SIGINT)

@@ -16,18 +16,14 @@ import pytest
 
 import gddim_eqx as gd
 
+from .helpers import if_interrupted
+
 
 # It sets its own precision, so these need not run in both.
 pytestmark = pytest.mark.x64
 
 _script = pathlib.Path(__file__).parents[1] / "examples" / "train.py"
 _environment = os.environ | {"JAX_ENABLE_X64": "0", "PYTHONWARNINGS": "default"}
-
-
-# Processes inherit it, as in the background of a shell.
-if_interrupted = pytest.mark.skipif(
-    signal.getsignal(signal.SIGINT) == signal.SIG_IGN, reason="SIGINT is ignored here"
-)
 
 
 def _start(*arguments, **environment):
