@@ -109,7 +109,7 @@ _refused = {
     "`t0` is traced": [lambda: jax.jit(lambda t: gd.time_grid(_process, 3, t0=t))(1.0)],
     "`grid` must be": [
         lambda: gd.time_grid(_process, 3, None),
-        lambda: gd.time_grid(_process, 3, "karras"),
+        lambda: gd.time_grid(_process, 3, "heun"),
     ],
     "`dtype` must be": [
         lambda: gd.time_grid(_process, 3, dtype=int),

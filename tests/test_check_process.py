@@ -138,8 +138,8 @@ wrong = {
         r"`diffusion\(t\)` must be finite",
     ),
     "time of vanishing signal": (
-        dict(t_zero_signal=property(lambda self: 1.0)),
-        r"`Changed.t_zero_signal` must be after `t_max`",
+        dict(t_zero_signal=property(lambda self: 0.9)),
+        r"`Changed.t_zero_signal` must not be before `t_max`",
     ),
     "encode": (
         dict(encode=lambda self, x: gd.Phase(2 * x, 0 * x)),

@@ -24,7 +24,6 @@ _schedules = {
     "zero_terminal": lambda: _zero_terminal(_betas),
     "cosine": lambda: np.cos((np.arange(1, 101) / 101 + 0.008) / 1.008 * np.pi / 2) ** 2,
     "few": lambda: np.array([0.9, 0.5, 0.1]),
-    "one": lambda: np.array([0.3]),
 }
 
 
@@ -106,8 +105,9 @@ def test_models_of_zero_terminal_snr_are_sampled_from_it():
         (lambda: gd.VP.from_alphas_cumprod((2,), [1.0, 0.5]), "must decrease.*index 0"),
         (lambda: gd.VP.from_alphas_cumprod((2,), [0.5, -0.5]), "must not be negative"),
         (lambda: gd.VP.from_alphas_cumprod((2,), []), "must be a list"),
+        (lambda: gd.VP.from_alphas_cumprod((2,), [0.3]), "at least two"),
     ],
 )
-def test_what_is_no_schedule_is_refused(call, message):
+def test_what_is_no_schedule_is_refused(call, message, without_type_checks):
     with pytest.raises(ValueError, match=message):
         call()

@@ -69,6 +69,12 @@ _flows = {
 }
 
 
+@pytest.mark.x64
+@pytest.mark.parametrize("name", _flows)
+def test_it_obeys_the_laws(name):
+    gd.check_process(_flows[name])
+
+
 @pytest.mark.precision
 @pytest.mark.parametrize("predicts", ["data", "v", "flow"])
 @pytest.mark.parametrize("name", [*_flows, "edm"])

@@ -101,7 +101,9 @@ def _check_operators(process: AbstractProcess, name: str) -> None:
 def _times(process: AbstractProcess) -> np.ndarray:
     first, last = process.t_min, process.t_max
     geometric = first * (last / first) ** np.array([0, 0.2, 0.4, 0.6, 0.8, 0.95])
-    linear = first + (last - first) * np.array([0.3, 0.6, 0.85, 1])
+    # Without signal the drift is infinite.
+    end = 1 if process.t_zero_signal > process.t_max else 0.99
+    linear = first + (last - first) * np.array([0.3, 0.6, 0.85, end])
     return np.unique(np.clip(np.concatenate([geometric, linear]), first, last))
 
 

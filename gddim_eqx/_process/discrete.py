@@ -4,10 +4,9 @@ import math
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, Inexact, Real
 
-from .._custom_types import RealScalarLike
-from .._misc import as_shape
+from .._misc import as_floats, as_shape
 from .gaussian_path import AbstractGaussianPath
 from .tables import nodes_of_panels, PiecewisePolynomial
 
@@ -43,6 +42,8 @@ class DiscreteVP(AbstractGaussianPath):
                 "`alphas_cumprod` must decrease strictly, from below 1; at index "
                 f"{worst} it is {alphas[worst]}, after {before[worst]}."
             )
+        if len(alphas) < 2:
+            raise ValueError("`alphas_cumprod` must hold at least two numbers; got one.")
         if alphas[-1] < 0:
             raise ValueError(
                 f"`alphas_cumprod` must not be negative; got {alphas[-1]} at the end."
@@ -66,13 +67,13 @@ class DiscreteVP(AbstractGaussianPath):
     def data_scale(self) -> float:
         return 1.0
 
-    def time(self, index: RealScalarLike) -> Array:
+    def time(self, index: Real[ArrayLike, "*some"]) -> Inexact[Array, "*some"]:
         """The time of an index, which may be fractional."""
-        return (jnp.asarray(index) + 1.0) / len(self.alphas_cumprod)
+        return (as_floats("index", index) + 1.0) / len(self.alphas_cumprod)
 
-    def index(self, t: RealScalarLike) -> Array:
+    def index(self, t: Real[ArrayLike, "*some"]) -> Inexact[Array, "*some"]:
         """The index at a time: what networks of discrete-time models are called with."""
-        return jnp.asarray(t) * len(self.alphas_cumprod) - 1.0
+        return as_floats("t", t) * len(self.alphas_cumprod) - 1.0
 
     def _squares(self, t):
         """The square of the angle, and how much it lacks to that of pure noise."""
