@@ -77,7 +77,9 @@ class DiscreteVP(AbstractGaussianPath):
 
     def _squares(self, t):
         """The square of the angle, and how much it lacks to that of pure noise."""
-        return _squared_angle(self.alphas_cumprod)(t)
+        angle, rest = _squared_angle(self.alphas_cumprod)(t)
+        # Zero at the start, not a rounding error of either sign.
+        return jnp.where(t > 0, jnp.where(angle > 0, angle, 0), 0), rest
 
     def _signal(self, t):
         angle, rest = self._squares(t)
