@@ -117,8 +117,9 @@ class AbstractProcess(eqx.Module):
     t_end: AbstractVar[float]
     """The end $T$ of the process' time axis; at least `t_max`."""
     t_zero_signal: AbstractVar[float]
-    """The time at which the signal would vanish if the time axis were extended; infinity if
-    it never would. Only used to place quadrature nodes."""
+    """The time at which the signal vanishes, or would if the time axis were extended;
+    infinity if never. It places quadrature nodes; and if it lies on the time axis,
+    predictions of the noise are refused there."""
 
     def __check_init__(self):
         if any(size < 1 for size in self.shape):

@@ -63,10 +63,6 @@ class DiscreteVP(AbstractGaussianPath):
     def t_zero_signal(self) -> float:
         return 1.0 if self.alphas_cumprod[-1] == 0 else math.inf
 
-    @property
-    def data_scale(self) -> float:
-        return 1.0
-
     def time(self, index: Real[ArrayLike, "*some"]) -> Inexact[Array, "*some"]:
         """The time of an index, which may be fractional."""
         return (as_floats("index", index) + 1.0) / len(self.alphas_cumprod)
@@ -116,8 +112,6 @@ def _squared_angle(alphas_cumprod: tuple[float, ...]) -> PiecewisePolynomial:
 def _monotone_slopes(x, y) -> Float[np.ndarray, " points"]:
     """Slopes for monotone cubic Hermite interpolation (Fritsch & Butland 1984)."""
     steps, secants = np.diff(x), np.diff(y) / np.diff(x)
-    if len(secants) == 1:
-        return np.repeat(secants, 2)
     before, after = secants[:-1], secants[1:]
     first, second = 2 * steps[1:] + steps[:-1], steps[1:] + 2 * steps[:-1]
     inner = (first + second) / (first / before + second / after)

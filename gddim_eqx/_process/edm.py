@@ -3,8 +3,9 @@ import math
 import equinox as eqx
 import jax.numpy as jnp
 
-from .._misc import as_shape, check_positive, constant_field
+from .._misc import as_shape, constant_field
 from .gaussian_path import AbstractGaussianPath
+from .ve import check_sigmas
 
 
 class EDM(AbstractGaussianPath):
@@ -23,12 +24,7 @@ class EDM(AbstractGaussianPath):
     sigma_max: float = constant_field("sigma_max", 80.0)
 
     def __check_init__(self):
-        check_positive(sigma_min=self.sigma_min)
-        if not self.sigma_max > self.sigma_min:
-            raise ValueError(
-                "`sigma_max` must be greater than `sigma_min`; got "
-                f"{self.sigma_max} and {self.sigma_min}."
-            )
+        check_sigmas(self.sigma_min, self.sigma_max)
 
     @property
     def t_min(self) -> float:
@@ -42,18 +38,11 @@ class EDM(AbstractGaussianPath):
     def t_zero_signal(self) -> float:
         return math.inf
 
-    @property
-    def data_scale(self) -> float:
-        return 1.0
-
     def _signal(self, t):
         return jnp.ones_like(t)
 
     def _noise(self, t):
         return t
-
-    def prior_factor(self):
-        return self._operator(jnp.asarray(self.sigma_max))
 
 
 EDM.__init__.__doc__ = """**Arguments:**

@@ -37,10 +37,6 @@ class RectifiedFlow(AbstractGaussianPath):
     def t_zero_signal(self) -> float:
         return 1.0
 
-    @property
-    def data_scale(self) -> float:
-        return 1.0
-
     def sigma(self, t):
         r"""The noise level $\sigma_t$."""
         return self.shift * t / (1 + (self.shift - 1) * t)
@@ -50,9 +46,6 @@ class RectifiedFlow(AbstractGaussianPath):
 
     def _noise(self, t):
         return self.sigma(t)
-
-    def prior_factor(self):
-        return self.factor(self.t_max)
 
 
 RectifiedFlow.__init__.__doc__ = """**Arguments:**
@@ -87,19 +80,12 @@ class TrigonometricFlow(AbstractGaussianPath):
     def t_zero_signal(self) -> float:
         return 1.0
 
-    @property
-    def data_scale(self) -> float:
-        return 1.0
-
     def _signal(self, t):
         # As the sine of the distance to the end: exact there.
         return jnp.sin(0.5 * np.pi * (1 - t))
 
     def _noise(self, t):
         return jnp.sin(0.5 * np.pi * t)
-
-    def prior_factor(self):
-        return self.factor(self.t_max)
 
 
 TrigonometricFlow.__init__.__doc__ = """**Arguments:**

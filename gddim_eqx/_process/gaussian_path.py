@@ -46,6 +46,9 @@ class AbstractGaussianPath(AbstractScalarProcess):
     def _std(self, t):
         return self._noise(t)
 
+    def prior_factor(self):
+        return self.factor(self.t_max)
+
     def signal_rate(self, t):
         return self._operator(_with_rate(self._signal, as_time(t))[1] / self.data_scale)
 

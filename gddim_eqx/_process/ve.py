@@ -32,12 +32,7 @@ class VE(AbstractScalarProcess):
     t_end: float = constant_field("t_end", 1.0)
 
     def __check_init__(self):
-        check_positive(sigma_min=self.sigma_min)
-        if not self.sigma_max > self.sigma_min:
-            raise ValueError(
-                "`sigma_max` must be greater than `sigma_min`; got "
-                f"{self.sigma_max} and {self.sigma_min}."
-            )
+        check_sigmas(self.sigma_min, self.sigma_max)
 
     @property
     def t_zero_signal(self) -> float:
@@ -75,3 +70,13 @@ VE.__init__.__doc__ = """**Arguments:**
 - `sigma_min`, `sigma_max`: the standard deviation at times 0 and 1.
 - `t_min`, `t_end`: the sampling interval.
 """
+
+
+def check_sigmas(sigma_min: float, sigma_max: float) -> None:
+    """Raise a `ValueError` unless 0 < `sigma_min` < `sigma_max`."""
+    check_positive(sigma_min=sigma_min)
+    if not sigma_max > sigma_min:
+        raise ValueError(
+            "`sigma_max` must be greater than `sigma_min`; got "
+            f"{sigma_max} and {sigma_min}."
+        )
