@@ -13,6 +13,7 @@ from ._linear import (
     AbstractBasis as AbstractBasis,
     BlockLinearOperator as BlockLinearOperator,
     CosineBasis as CosineBasis,
+    FourierBasis as FourierBasis,
     IdentityBasis as IdentityBasis,
     Phase as Phase,
 )
@@ -23,6 +24,7 @@ from ._model import (
     DataGuidance as DataGuidance,
     DynamicThreshold as DynamicThreshold,
     GaussianMixture as GaussianMixture,
+    WithTime as WithTime,
 )
 from ._pixels import bits_per_dimension as bits_per_dimension, dequantise as dequantise
 from ._process import (
@@ -55,13 +57,23 @@ from ._sampling import (
     log_density as log_density,
     log_likelihood as log_likelihood,
     log_likelihood_bound as log_likelihood_bound,
+    ModelConventions as ModelConventions,
+    process_from_config as process_from_config,
     sample as sample,
     Samples as Samples,
     time_grid as time_grid,
 )
 from ._sharding import Placement as Placement
-from ._term import ProbabilityFlow as ProbabilityFlow, reverse_sde as reverse_sde
-from .solvers import GDDIM as GDDIM, SSCS as SSCS
+from ._term import (
+    ProbabilityFlow as ProbabilityFlow,
+    reverse_sde as reverse_sde,
+    Semilinear as Semilinear,
+)
+from .solvers import (
+    ExponentialAdams as ExponentialAdams,
+    GDDIM as GDDIM,
+    SSCS as SSCS,
+)
 
 
 __version__ = importlib.metadata.version("gddim_eqx")

@@ -1,3 +1,4 @@
+from ._exponential_adams import ExponentialAdams as ExponentialAdams
 from ._gddim import GDDIM as GDDIM
 from ._sscs import SSCS as SSCS
 

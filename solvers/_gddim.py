@@ -1,7 +1,7 @@
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
+import diffrax as dfx
 import equinox as eqx
-import numpy as np
 
 from gddim_eqx._custom_types import FrameName, Level
 from gddim_eqx._exponential import (
@@ -12,10 +12,25 @@ from gddim_eqx._exponential import (
     DataSplitting,
     NoiseSplitting,
 )
-from gddim_eqx._term import check_frame
+from gddim_eqx._process import AbstractProcess, require_process
+from gddim_eqx._term import (
+    AbstractReverseTerm,
+    check_frame,
+    check_prediction,
+    flow_of_ode,
+    ReverseSDE,
+    Semilinear,
+    unwrap,
+    unwrap_reverse,
+)
 
 from ._corrector import AbstractCorrector, FreeCorrector, NoCorrector, Reevaluate
-from ._multistep import AbstractExponentialMultistep
+from ._multistep import (
+    AbstractExponentialMultistep,
+    check_order,
+    is_integer,
+    Problem,
+)
 from ._predictor import AdamsBashforth
 
 
@@ -86,6 +101,9 @@ class GDDIM(AbstractExponentialMultistep):
     variable: CoordinateName | None = eqx.field(static=True)
     factor: FrameName = eqx.field(static=True)
     reevaluate: bool = eqx.field(static=True)
+    process: AbstractProcess | None
+
+    term_structure: ClassVar = dfx.AbstractTerm
 
     def __init__(
         self,
@@ -96,6 +114,7 @@ class GDDIM(AbstractExponentialMultistep):
         variable: CoordinateName | None = None,
         factor: FrameName = "R",
         reevaluate: bool = False,
+        process: AbstractProcess | None = None,
         num_nodes: int | None = None,
     ):
         r"""**Arguments:**
@@ -109,27 +128,29 @@ class GDDIM(AbstractExponentialMultistep):
             space and with `reevaluate`, and else to 0, as the free corrector is unstable
             in noise space for few steps.
         - `variable`: the interpolation coordinate: `"time"` (the paper's, and the default
-            in noise space), its `"sqrt"` or `"log"`, or `"clock"` (the default in data
-            space), which slows down during sampling.
+            in noise space), its `"sqrt"` or `"log"`; `"log_snr"`, as in DPM-Solver++; or
+            `"clock"` (the default in data space), which slows down during sampling.
         - `factor`: the frame in which noise predictions are extrapolated: `"R"` for the
             paper's $R_t$, or `"cholesky"` for $L_t$, the paper's baseline, which is far
             worse for CLD. Only for the probability flow in noise space. It need not be
             the frame in which the model predicts.
         - `reevaluate`: correct every step with an extra evaluation at its end, for two
             evaluations per step: the paper's predictor-corrector (PEC).
+        - `process`: to solve a `diffrax.ODETerm` whose vector field is the probability flow
+            of this process, such as a flow-matching model: the data or noise prediction is
+            recovered from the vector field. Nothing can check that it is one: for another
+            vector field the solution is still approximated, but without the benefits. Not
+            needed for `ProbabilityFlow` and `reverse_sde`, which know their process.
         - `num_nodes`: the field that stores `order`, as every Diffrax solver has a method
             called `order`. Only used if `order` is not given, as in `dataclasses.replace`.
 
         **Raises:** `ValueError` for invalid or mutually exclusive values.
         """
-        if order is None:
-            order = 4 if num_nodes is None else num_nodes
-        if not _is_integer(order, 1, 4):
-            raise ValueError(f"`order` must be 1, 2, 3 or 4; got {order!r}.")
+        order = check_order(order, num_nodes)
         if space not in ("data", "noise"):
             raise ValueError(f"`space` must be 'data' or 'noise'; got {space!r}.")
         default = _default_corrector(order, space, reevaluate)
-        if corrector is not None and not _is_integer(corrector, 0, order):
+        if corrector is not None and not is_integer(corrector, 0, order):
             raise ValueError(
                 "`corrector` must be an integer from 0 (for none) to `order`, which is "
                 f"{order}; got {corrector!r}."
@@ -150,18 +171,23 @@ class GDDIM(AbstractExponentialMultistep):
                 "`reevaluate` is for the corrector, but there is none. Pass `corrector`, "
                 "from 1 to `order`."
             )
-        self.num_nodes = int(order)
+        self.num_nodes = order
         self.space = space
         # Defaults are stored as `None`, so that equivalent solvers compare equal.
         self.corrector = None if corrector in (None, default) else int(corrector)
         self.variable = None if variable == _default_variables[space] else variable
         self.factor = factor
         self.reevaluate = bool(reevaluate)
+        if process is not None:
+            require_process(process)
+            check_prediction(process, "flow", "R")
+        self.process = process
 
     def __repr__(self) -> str:
         # As it is constructed: the argument `order` sets `num_nodes`.
         names = ("space", "corrector", "variable", "factor", "reevaluate")
         rest = [f"{name}={getattr(self, name)!r}" for name in names]
+        rest += [] if self.process is None else [f"process={self.process!r}"]
         return f"GDDIM({', '.join([f'order={self.num_nodes}', *rest])})"
 
     # The arguments name what the properties of `AbstractExponentialMultistep` are made of.
@@ -187,9 +213,25 @@ class GDDIM(AbstractExponentialMultistep):
             return NoCorrector()
         return Reevaluate(number) if self.reevaluate else FreeCorrector(number)
 
-    def check(self, lam: Level | None) -> None:
-        plain = GDDIM(self.num_nodes, "noise")
-        if self.space == "noise" and lam is not None and self != plain:
+    def unwrap(self, terms, y):
+        term = terms if isinstance(terms, ReverseSDE) else unwrap(terms)[0]
+        if isinstance(term, dfx.ODETerm) and self.process is not None:
+            flow = flow_of_ode(self.process, term)
+            return Problem(flow, self.process, None, unwrap(terms)[1])
+        if not isinstance(term, AbstractReverseTerm):
+            raise ValueError(_unsupported(term))
+        flow, lam, direction = unwrap_reverse(terms)
+        if self.process not in (None, flow.process):
+            raise ValueError(
+                f"The process of the solver, {self.process}, is not that of the terms, "
+                f"{flow.process}. Leave out `process`, which is for `diffrax.ODETerm`."
+            )
+        if self.space == "noise" and lam is not None:
+            self._check_stochastic(lam)
+        return Problem(flow, flow.process, lam, direction)
+
+    def _check_stochastic(self, lam: Level) -> None:
+        if self != GDDIM(self.num_nodes, "noise", process=self.process):
             raise ValueError(
                 "In noise space the options of `GDDIM` are for the probability flow only, "
                 f"but these terms have noise, lam={lam}. Use `GDDIM()`, or "
@@ -197,10 +239,18 @@ class GDDIM(AbstractExponentialMultistep):
             )
 
 
+def _unsupported(term: dfx.AbstractTerm) -> str:
+    cures = {
+        dfx.ODETerm: "For the probability flow of a process as an `ODETerm`, pass that "
+        "process: `GDDIM(process=...)`.",
+        Semilinear: "For a `Semilinear` equation, use `ExponentialAdams`.",
+    }
+    cure = cures.get(type(term), "Use another solver.")
+    return (
+        "`GDDIM` solves `gddim_eqx.ProbabilityFlow` and `gddim_eqx.reverse_sde`; got "
+        f"{type(term).__name__}. {cure}"
+    )
+
+
 def _default_corrector(order: int, space: str, reevaluate: bool) -> int:
     return order - 1 if space == "data" or reevaluate else 0
-
-
-def _is_integer(value: Any, least: int, most: int) -> bool:
-    integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    return integer and bool(least <= value <= most)

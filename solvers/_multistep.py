@@ -1,12 +1,13 @@
 import abc
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import PyTree
 
 from gddim_eqx._custom_types import (
@@ -37,24 +38,31 @@ from gddim_eqx._linear import (
     subtract,
 )
 from gddim_eqx._misc import error_if_any
-from gddim_eqx._term import (
-    AbstractReverseTerm,
-    ProbabilityFlow,
-    real_time,
-    ReverseSDE,
-    step_faults,
-    unwrap_reverse,
-)
+from gddim_eqx._term import real_time, ReverseSDE, unwrap_reverse
 
 from ._corrector import AbstractCorrector
 from ._history import History, LastStep, Nodes
 from ._predictor import AbstractPredictor
 
 
+class Problem(NamedTuple):
+    """What a solver solves."""
+
+    term: Any
+    """The term whose evaluations are interpolated."""
+    equation: Any
+    """The linear part: a process, or that of a semilinear equation."""
+    lam: Level | None
+    """The stochasticity; `None` for an ordinary differential equation."""
+    direction: RealScalarLike
+    """By which the solver's times are multiplied."""
+
+
 class AbstractExponentialMultistep(
     dfx.AbstractAdaptiveSolver[History], dfx.AbstractItoSolver[History]
 ):
-    """An exponential multistep method for probability flows and reverse diffusions.
+    """An exponential multistep method for semilinear equations, such as probability flows
+    and reverse diffusions.
 
     A step solves the linear part of the equation exactly, and replaces the rest by a
     polynomial through past evaluations of the model. Subclasses specify the linear part
@@ -69,11 +77,12 @@ class AbstractExponentialMultistep(
     correction: eqx.AbstractVar[AbstractCorrector]
 
     @abc.abstractmethod
-    def check(self, lam: Level | None) -> None:
-        """Raise a `ValueError` unless the solver supports reverse diffusions of this
-        stochasticity; `None` for the probability flow."""
+    def unwrap(self, terms: dfx.AbstractTerm, y: State) -> Problem:
+        """What is solved, given the terms and a state.
 
-    term_structure: ClassVar = AbstractReverseTerm
+        **Raises:** `ValueError` for terms that the solver does not support.
+        """
+
     interpolation_cls: ClassVar[Callable[..., dfx.AbstractLocalInterpolation]] = (
         staticmethod(interpolation)
     )
@@ -87,7 +96,7 @@ class AbstractExponentialMultistep(
         return 1
 
     def error_order(self, terms):
-        stochastic = _unwrap(terms)[1] is not None
+        stochastic = isinstance(terms, ReverseSDE) and unwrap_reverse(terms)[1] is not None
         return 1.5 if stochastic else max(self.predictor.num_nodes, 2)
 
     @property
@@ -115,24 +124,22 @@ class AbstractExponentialMultistep(
         args: Args,
     ) -> History:
         del t1, args
-        flow, lam, _ = _unwrap(terms)
-        process = flow.process
-        self.check(lam)
-        y0 = check_state(y0, process.num_components, process.shape, "The state `y0`")
+        _, equation, lam, _ = self.unwrap(terms, y0)
+        y0 = check_state(y0, equation.num_components, equation.shape, "The state `y0`")
         last = residual = None
         zeros = jtu.tree_map(jnp.zeros_like, y0)
         corrects = self.correction.num_older > 0 and not self.correction.reevaluates
         has_residual = lam is not None and self.splitting.has_residual
         if corrects or has_residual:
             time = jax.ShapeDtypeStruct((), coefficient_dtype(y0))
-            c = eqx.filter_eval_shape(self._integrate, process, time, time, lam)
+            c = eqx.filter_eval_shape(self._integrate, equation, time, time, lam)
             if corrects:
                 moments = jnp.zeros(c.moments.shape, c.moments.dtype)
                 last = LastStep(zeros, moments, jnp.zeros((), moments.dtype))
             if has_residual:
                 omega = c.noise_transition.mean_omega
                 gain = jnp.zeros(omega.shape, omega.dtype)
-                residual = Residual(BlockLinearOperator(gain, process.shape), zeros)
+                residual = Residual(BlockLinearOperator(gain, equation.shape), zeros)
         return History.empty(self._slots, t0, y0, last, residual)
 
     def step(
@@ -145,53 +152,52 @@ class AbstractExponentialMultistep(
         solver_state: History,
         made_jump: BoolScalarLike,
     ) -> tuple[State, State, dict, History, dfx.RESULTS]:
-        flow, lam, direction = _unwrap(terms)
-        process, history = flow.process, solver_state
+        term, equation, lam, direction = self.unwrap(terms, y0)
+        shape, history = equation.shape, solver_state
         dtype = coefficient_dtype(y0)
-        s, t = (real_time(process, x, direction, dtype) for x in (t0, t1))
-        c = self._integrate(process, s, t, lam)
-        singular = ~jnp.isfinite(c.linear).all(), self.splitting.singular
-        faults = [singular, *step_faults(process, s, t, lam is not None)]
+        s, t = (real_time(equation.t_end, x, direction, dtype) for x in (t0, t1))
+        c = self._integrate(equation, s, t, lam)
+        faults = self.splitting.faults(equation, c, s, lam is not None)
         linear = error_if_any(c.linear, faults)
-        value = self.splitting.evaluate(flow, s, y0, args, c.root)
+        value = self.splitting.evaluate(term, s, y0, args, c.root)
         count, forcing, residual = history.length(t0, made_jump), [], None
         if lam is not None:
             assert isinstance(terms, ReverseSDE)
             normal = terms.normal(t0, t1, y0)
-            value, forcing, residual = _forcing(process, history, count, c, value, normal)
+            value, forcing, residual = _forcing(shape, history, count, c, value, normal)
         nodes = history.nodes(value, s, c.start, count)
         corrector, predictor, estimate = self._polynomials(nodes, history.last, c)
         start = y0
         if history.last is not None:
-            start = _corrected(process, history.last, corrector, nodes, y0)
-        base = combine(process.shape, [(linear, start), *forcing])
+            start = _corrected(shape, history.last, corrector, nodes, y0)
+        base = combine(shape, [(linear, start), *forcing])
 
         # Order 1 stores a value only for its error estimate.
         used = 1 if self.predictor.num_nodes == 1 else len(nodes.values)
         values, polynomials = nodes.values[:used], predictor[:used]
-        y1 = add(base, integral(process.shape, polynomials, c.moments, values))
+        y1 = add(base, integral(shape, polynomials, c.moments, values))
         if self.correction.reevaluates:
-            again = self.splitting.evaluate(flow, t, y1, args)
+            again = self.splitting.evaluate(term, t, y1, args)
             values, polynomials = [again, *nodes.values], self._reevaluated(nodes, c)
             predicted = y1
-            y1 = add(base, integral(process.shape, polynomials, c.moments, values))
+            y1 = add(base, integral(shape, polynomials, c.moments, values))
             y_error = subtract(y1, predicted)
         else:
-            y_error = integral(process.shape, estimate, c.moments_in_time, nodes.values)
+            y_error = integral(shape, estimate, c.moments_in_time, nodes.values)
 
         dense_info = dict(y0=y0, y1=y1)
         if lam is None:
             direction = jnp.asarray(direction, s.dtype)
-            method = process, self.splitting, self.coordinate
+            method = equation, self.splitting, self.coordinate
             dense_info["exponential"] = Exponential(
                 start, values, polynomials, c.end, direction, *method
             )
         history = history.push(nodes, c, s == t, t1, base, residual)
         return y1, y_error, dense_info, history, dfx.RESULTS.successful
 
-    def _integrate(self, process, s, t, lam) -> StepCoefficients:
+    def _integrate(self, equation, s, t, lam) -> StepCoefficients:
         return self.splitting.integrate(
-            process,
+            equation,
             s,
             t,
             self._num_moments,
@@ -235,16 +241,7 @@ class AbstractExponentialMultistep(
         return terms.vf(t0, y0, args)
 
 
-def _unwrap(
-    terms: dfx.AbstractTerm,
-) -> tuple[ProbabilityFlow, Level | None, RealScalarLike]:
-    """The probability flow, the stochasticity (`None` if statically zero), and the
-    direction of time."""
-    flow, lam, direction = unwrap_reverse(terms)
-    return flow, None if isinstance(lam, float) and lam == 0 else lam, direction
-
-
-def _forcing(process, history: History, count, c: StepCoefficients, value, normal):
+def _forcing(shape, history: History, count, c: StepCoefficients, value, normal):
     """For a step of a reverse diffusion: the value to interpolate; the terms added to the
     linear part, as pairs of blocks and states; and the next residual, if any."""
     forcing = [(c.noise, normal)]
@@ -254,12 +251,29 @@ def _forcing(process, history: History, count, c: StepCoefficients, value, norma
     # The zeroth moment multiplies the prediction; only the residual's change is
     # interpolated.
     forcing.append((c.moments[0], subtract(value, residual)))
-    later = next_residual(process.shape, c.noise_transition, value, residual, normal)
+    later = next_residual(shape, c.noise_transition, value, residual, normal)
     return residual, forcing, later
 
 
-def _corrected(process, last: LastStep, polynomials, nodes: Nodes, y0: State) -> State:
+def _corrected(shape, last: LastStep, polynomials, nodes: Nodes, y0: State) -> State:
     """The end of the previous step, corrected with the new evaluation."""
-    change = integral(process.shape, polynomials, last.moments, nodes.values)
+    change = integral(shape, polynomials, last.moments, nodes.values)
     corrected = lambda y, a, b: jnp.where(nodes.count > 0, a + b, y)
     return jtu.tree_map(corrected, y0, last.base, change)
+
+
+def check_order(order: Any, num_nodes: Any) -> int:
+    """The order as an integer; from the field that stores it if not given.
+
+    **Raises:** `ValueError` unless it is an integer from 1 to 4.
+    """
+    if order is None:
+        order = 4 if num_nodes is None else num_nodes
+    if not is_integer(order, 1, 4):
+        raise ValueError(f"`order` must be 1, 2, 3 or 4; got {order!r}.")
+    return int(order)
+
+
+def is_integer(value: Any, least: int, most: int) -> bool:
+    integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    return integer and bool(least <= value <= most)

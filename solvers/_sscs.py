@@ -66,8 +66,8 @@ class SSCS(dfx.AbstractItoSolver[None]):
             )
         if not (isinstance(lam, float) and lam == 1):
             raise ValueError(
-                f"`SSCS` is for `reverse_sde(..., lam=1.0)`; got lam={lam}. Use `GDDIM`, "
-                "which is for any stochasticity."
+                f"`SSCS` is for `reverse_sde(..., lam=1.0)`; got lam={lam or 0.0}. Use "
+                "`GDDIM`, which is for any stochasticity."
             )
         check_state(y0, process.num_components, process.shape, "The state `y0`")
 
@@ -87,7 +87,9 @@ class SSCS(dfx.AbstractItoSolver[None]):
         assert isinstance(process, CLD)
         half = t0 + 0.5 * (t1 - t0)
         dtype = coefficient_dtype(y0)
-        s, middle, t = (real_time(process, x, direction, dtype) for x in (t0, half, t1))
+        s, middle, t = (
+            real_time(process.t_end, x, direction, dtype) for x in (t0, half, t1)
+        )
         s = error_if_any(s, step_faults(process, s, t, True))
         diffusion = process.diffusion(middle)
 

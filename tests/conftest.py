@@ -9,6 +9,8 @@ from pathlib import Path
 # The whole suite runs in double precision, and once more with JAX_ENABLE_X64=0.
 os.environ.setdefault("JAX_ENABLE_X64", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Each worker has one core: threads of two would wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def are_known(*flags: str) -> bool:

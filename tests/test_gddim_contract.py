@@ -430,10 +430,18 @@ def test_progress_meter_and_events():
 # Errors
 
 
-def test_another_term_is_refused_by_diffrax():
-    term = dfx.ODETerm(lambda t, y, args: -y)
-    with pytest.raises(ValueError, match="Terms are not compatible with solver"):
-        dfx.diffeqsolve(term, gd.GDDIM(), 1.0, 0.1, -0.1, jnp.ones(2))
+def test_other_terms_are_refused():
+    ode = dfx.ODETerm(lambda t, y, args: -y)
+    path = dfx.UnsafeBrownianPath((2,), jax.random.key(0))
+    sde = dfx.MultiTerm(ode, dfx.ControlTerm(lambda t, y, args: 1.0, path))
+    semilinear = gd.Semilinear(-1.0, lambda t, y, args: y)
+    for term, match in (
+        (ode, r"got ODETerm. .* pass that process: `GDDIM\(process="),
+        (semilinear, "got Semilinear. .* use `ExponentialAdams`"),
+        (sde, "got MultiTerm. Use another"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            gd.GDDIM().init(term, 1.0, 0.1, jnp.ones(2), None)
 
 
 def test_a_state_that_does_not_fit_is_refused():

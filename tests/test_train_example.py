@@ -162,25 +162,25 @@ def test_what_cannot_be_trained_is_said(refusals, case):
     assert not output.exists()
 
 
-def _wait_for_lines(process, output):
+def _lines(output):
     path = output / "metrics.jsonl"
-    while not path.exists() or path.read_text().count("\n") < 3:
-        assert process.poll() is None and time.sleep(0.1) is None
+    return path.read_text().count("\n") if path.exists() else 0
 
 
-@pytest.mark.parametrize(
-    "number", (signal.SIGTERM, pytest.param(signal.SIGINT, marks=if_interrupted))
-)
-def test_a_signal_saves_and_the_run_comes_to_the_same(tmp_path, number):
-    output, whole = tmp_path / "run", tmp_path / "whole"
-    process = _start(*_few, "--steps", 100_000, "--output", output)
-    _wait_for_lines(process, output)
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "Traceback" not in out, out
-    assert "Stopped at step" in out and "Run the same command again to resume." in out
-    step = int(out.split("Stopped at step ")[1].split(".")[0])
-    assert (output / "checkpoints" / str(step)).is_dir()
+def test_signals_save_and_the_run_comes_to_the_same(tmp_path):
+    output, whole, step = tmp_path / "run", tmp_path / "whole", 0
+    ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    for number in (signal.SIGTERM, *([] if ignored else [signal.SIGINT])):
+        before = _lines(output)
+        process = _start(*_few, "--steps", 100_000, "--output", output)
+        while _lines(output) < before + 3:
+            assert process.poll() is None and time.sleep(0.1) is None
+        process.send_signal(number)
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0 and "Traceback" not in out, out
+        assert "Stopped at step" in out and "Run the same command again to resume." in out
+        step, last = int(out.split("Stopped at step ")[1].split(".")[0]), step
+        assert step > last and (output / "checkpoints" / str(step)).is_dir()
     for directory in (output, whole):
         _run(*_few, "--steps", step + 10, "--output", directory)
     _assert_equal(_arrays(output), _arrays(whole))

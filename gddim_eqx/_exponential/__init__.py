@@ -13,6 +13,7 @@ from .reverse_transition import (
     NoiseTransition as NoiseTransition,
     reverse_transition as reverse_transition,
 )
+from .semilinear import SemilinearSplitting as SemilinearSplitting
 from .splitting import (
     AbstractSplitting as AbstractSplitting,
     DataSplitting as DataSplitting,

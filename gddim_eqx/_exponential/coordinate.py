@@ -5,7 +5,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Inexact
 
-from .._process import AbstractProcess, clock
+from .._process import AbstractProcess, bounded_log_snr, clock, log_snr_table
 
 
 class AbstractCoordinate(eqx.Module):
@@ -56,6 +56,17 @@ class Logarithm(AbstractCoordinate):
         return jnp.log(t)
 
 
+class LogSNR(AbstractCoordinate):
+    """The logarithm of the signal-to-noise ratio, constant after `t_min`."""
+
+    uses_log_snr: ClassVar[bool] = True
+
+    def __call__(self, process, t, log_snr, forward):
+        last = float(log_snr_table(process)[1][0])
+        log_snr = jnp.where(t < process.t_min, last, log_snr)
+        return bounded_log_snr(process, log_snr)
+
+
 class Clock(AbstractCoordinate):
     """The exponential of the sampling [clock][gddim_eqx._process.progress.clock], with the
     sign of the exponent such that it slows down.
@@ -76,12 +87,13 @@ class Clock(AbstractCoordinate):
         return jnp.exp(rate * clock(process, t, log_snr))
 
 
-CoordinateName = Literal["time", "sqrt", "log", "clock"]
+CoordinateName = Literal["time", "sqrt", "log", "log_snr", "clock"]
 
 COORDINATES: dict[CoordinateName, AbstractCoordinate] = {
     "time": Time(),
     "sqrt": SquareRoot(),
     "log": Logarithm(),
+    "log_snr": LogSNR(),
     "clock": Clock(),
 }
 

@@ -1,4 +1,4 @@
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffrax as dfx
 import jax.numpy as jnp
@@ -8,7 +8,6 @@ from jaxtyping import Array, Inexact, Real
 from .._custom_types import RealScalarLike, State
 from .._linear import add, coefficient_dtype, combine, subtract
 from .._misc import pin
-from .._process import AbstractProcess
 from .._term import real_time
 from .coordinate import AbstractCoordinate, scaled
 from .polynomial import integral
@@ -27,7 +26,8 @@ class Exponential(NamedTuple):
     # The coordinate at the end of the step.
     end: Real[Array, ""]
     direction: RealScalarLike
-    process: AbstractProcess
+    # A process, or the linear part of a semilinear equation.
+    equation: Any
     splitting: AbstractSplitting
     coordinate: AbstractCoordinate
 
@@ -50,11 +50,11 @@ class ExponentialInterpolation(dfx.AbstractLocalInterpolation):
         e, dtype = self.exponential, coefficient_dtype(self.y0)
         number = e.polynomials.shape[1]
         times = self.t0, self.t1, t0
-        s, end, t = (real_time(e.process, x, e.direction, dtype) for x in times)
-        c = e.splitting.integrate(e.process, s, t, number, e.coordinate)
+        s, end, t = (real_time(e.equation.t_end, x, e.direction, dtype) for x in times)
+        c = e.splitting.integrate(e.equation, s, t, number, e.coordinate)
         fraction = scaled(c.end, c.start, e.end)
         scales = jnp.stack([fraction**i for i in range(number)])
-        shape, polynomials = e.process.shape, e.polynomials * scales[None]
+        shape, polynomials = e.equation.shape, e.polynomials * scales[None]
         y = add(
             combine(shape, [(c.linear, e.start)]),
             integral(shape, polynomials, c.moments, e.values),

@@ -7,13 +7,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Inexact
+from jaxtyping import Array, Bool, Inexact
 
 from .._custom_types import Args, FrameName, Level, State
 from .._linear import append_axes, BlockLinearOperator
 from .._misc import pin
 from .._process import AbstractDiagonalProcess, AbstractProcess
-from .._term import ProbabilityFlow
+from .._term import step_faults
 from .coordinate import AbstractCoordinate, Time
 from .moments import (
     moments_of_bracket,
@@ -38,8 +38,8 @@ class StepCoefficients(NamedTuple):
     # one in the coordinate, and the one in time for the error estimate.
     moments: Inexact[Array, "number n n *spectrum"]
     moments_in_time: Inexact[Array, "number_in_time n n *spectrum"]
-    # The square root R of the covariance at the start.
-    root: Inexact[Array, "n n *spectrum"]
+    # The square root R of the covariance at the start; `None` without a process.
+    root: Any
     # The end of the step; and the coordinate at its start and end.
     t: Inexact[Array, ""]
     start: Inexact[Array, ""]
@@ -54,8 +54,6 @@ class AbstractSplitting(eqx.Module):
     """The linear part of the equation that a step solves exactly, and the quantity that
     it interpolates. Splittings are static pytrees."""
 
-    singular: ClassVar[str]
-    """What to say where the multiplier of the state is infinite."""
     has_residual: ClassVar[bool]
     """Whether reverse diffusions interpolate a [`Residual`][] in place of the prediction.
     """
@@ -63,7 +61,7 @@ class AbstractSplitting(eqx.Module):
     @abc.abstractmethod
     def evaluate(
         self,
-        flow: ProbabilityFlow,
+        term: Any,
         t: Array,
         y: State,
         args: Args,
@@ -71,6 +69,42 @@ class AbstractSplitting(eqx.Module):
     ) -> State:
         """The interpolated quantity, from one evaluation of the model. `root` holds the
         blocks of R_t, if already computed."""
+
+    @abc.abstractmethod
+    def integrate(
+        self,
+        equation: Any,
+        s: Array,
+        t: Array,
+        number: int,
+        coordinate: AbstractCoordinate = Time(),
+        number_in_time: int = 1,
+        lam: Level | None = None,
+    ) -> StepCoefficients:
+        """The coefficients of a step.
+
+        **Arguments:**
+
+        - `equation`: the forward process, or the linear part of a semilinear equation.
+        - `s`, `t`: the start and end of the step. They may be equal.
+        - `number`: the number of moments.
+        - `coordinate`: the coordinate of the interpolation polynomial.
+        - `number_in_time`: the number of moments in time, for the error estimate.
+        - `lam`: the stochasticity of a reverse diffusion; `None` for the probability flow.
+        """
+
+    @abc.abstractmethod
+    def faults(
+        self, equation: Any, c: StepCoefficients, s: Array, stochastic: bool
+    ) -> list[tuple[Bool[Array, ""], str]]:
+        """What can be wrong with a step from `s`, for `error_if_any`."""
+
+
+class AbstractProcessSplitting(AbstractSplitting):
+    """A splitting of the probability flow and the reverse diffusions of a process."""
+
+    singular: ClassVar[str]
+    """What to say where the multiplier of the state is infinite."""
 
     @abc.abstractmethod
     def prepare(
@@ -83,11 +117,15 @@ class AbstractSplitting(eqx.Module):
     def needs_nodes(self, process: AbstractProcess) -> bool:
         """Whether the zeroth moment needs the quadrature nodes within a step."""
 
+    def faults(self, equation, c, s, stochastic):
+        singular = ~jnp.isfinite(c.linear).all(), self.singular
+        return [singular, *step_faults(equation, s, c.t, stochastic)]
+
     # Jitted so that it is traced once, not every time Diffrax traces a step.
     @eqx.filter_jit
     def integrate(
         self,
-        process: AbstractProcess,
+        equation: AbstractProcess,
         s: Array,
         t: Array,
         number: int,
@@ -95,17 +133,7 @@ class AbstractSplitting(eqx.Module):
         number_in_time: int = 1,
         lam: Level | None = None,
     ) -> StepCoefficients:
-        """The coefficients of a step.
-
-        **Arguments:**
-
-        - `process`: the forward process.
-        - `s`, `t`: the start and end of the step. They may be equal.
-        - `number`: the number of moments.
-        - `coordinate`: the coordinate of the interpolation polynomial.
-        - `number_in_time`: the number of moments in time, for the error estimate.
-        - `lam`: the stochasticity of a reverse diffusion; `None` for the probability flow.
-        """
+        process = equation
         # At time 0 there may be no noise, and then R has no inverse.
         at_zero = (s == t) & (s <= 0)
         start, end = (jnp.where(at_zero, process.t_min, x) for x in (s, t))
@@ -123,13 +151,13 @@ class AbstractSplitting(eqx.Module):
         if transition is not None:
             noise = _product(process, nodes.roots[-1], transition.noise_root)
         root = nodes.roots[0]
-        in_coordinate, in_time = (_zero_if_still(s, t, x) for x in (in_coordinate, in_time))
+        in_coordinate, in_time = (zero_if_still(s, t, x) for x in (in_coordinate, in_time))
         return StepCoefficients(
             linear, in_coordinate, in_time, root, t, at.start, at.end, noise, transition
         )
 
 
-class DataSplitting(AbstractSplitting):
+class DataSplitting(AbstractProcessSplitting):
     r"""Interpolates the prediction of the initial state, $U$. The bracket is $R_t
     \Omega(t, \tau) R_\tau^{-1} \Psi(\tau, 0)$; for the probability flow, $\Omega$ is the
     identity."""
@@ -140,8 +168,8 @@ class DataSplitting(AbstractSplitting):
     )
     has_residual: ClassVar[bool] = False
 
-    def evaluate(self, flow, t, y, args, root=None):
-        return flow.denoised(t, y, args, root=_root(flow.process, root))
+    def evaluate(self, term, t, y, args, root=None):
+        return term.denoised(t, y, args, root=_root(term.process, root))
 
     def prepare(self, nodes, transition):
         process, root = nodes.process, nodes.roots[-1]
@@ -160,7 +188,7 @@ class DataSplitting(AbstractSplitting):
         return False
 
 
-class NoiseSplitting(AbstractSplitting):
+class NoiseSplitting(AbstractProcessSplitting):
     r"""Interpolates the noise prediction in the frame $R_t$, which is constant along the
     probability flow of a single data point. The bracket is $\Psi(t, \tau) R_\tau$.
 
@@ -181,8 +209,8 @@ class NoiseSplitting(AbstractSplitting):
     )
     has_residual: ClassVar[bool] = True
 
-    def evaluate(self, flow, t, y, args, root=None):
-        return flow.noise(t, y, args, self.frame, root=_root(flow.process, root))
+    def evaluate(self, term, t, y, args, root=None):
+        return term.noise(t, y, args, self.frame, root=_root(term.process, root))
 
     def prepare(self, nodes, transition):
         process, end = nodes.process, nodes.times[-1]
@@ -222,7 +250,7 @@ def _product(process, *blocks):
     return ft.reduce(lambda a, b: a @ b, factors).blocks
 
 
-def _zero_if_still(s, t, values):
+def zero_if_still(s, t, values):
     """The moments of a step, set to zero for a step of size zero. To first order in the
     step size, only the zeroth moment contributes to the solution."""
     still = s == t

@@ -1,6 +1,7 @@
 from .basis import (
     AbstractBasis as AbstractBasis,
     CosineBasis as CosineBasis,
+    FourierBasis as FourierBasis,
     IdentityBasis as IdentityBasis,
 )
 from .operator import (

@@ -47,6 +47,8 @@ def check_key(key: Any) -> Key:
 def error_if_any(x: Array, faults: Sequence[tuple[Bool[Array, ""], str]]) -> Array:
     """Raise a run-time error if any of the conditions holds, with the message of the last
     that does. One check for all takes less time to compile than one each."""
+    if not faults:
+        return x
     conditions, messages = zip(*faults)
     index = 0
     for i, condition in enumerate(conditions):

@@ -6,3 +6,4 @@ from .guidance import (
     DynamicThreshold as DynamicThreshold,
 )
 from .mixture import GaussianMixture as GaussianMixture
+from .with_time import WithTime as WithTime

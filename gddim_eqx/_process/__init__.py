@@ -11,7 +11,7 @@ from .diagonal import (
     AbstractDiagonalProcess as AbstractDiagonalProcess,
     AbstractScalarProcess as AbstractScalarProcess,
 )
-from .discrete import DiscreteVP as DiscreteVP
+from .discrete import DiscreteVP as DiscreteVP, from_betas as from_betas
 from .edm import EDM as EDM
 from .flow_matching import (
     RectifiedFlow as RectifiedFlow,
@@ -20,6 +20,7 @@ from .flow_matching import (
 from .gaussian_path import GaussianPath as GaussianPath
 from .linear_sde import LinearSDE as LinearSDE
 from .progress import (
+    bounded_log_snr as bounded_log_snr,
     clock as clock,
     clock_table as clock_table,
     log_snr_at_start as log_snr_at_start,

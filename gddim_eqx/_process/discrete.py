@@ -4,9 +4,10 @@ import math
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Inexact, Real
 
-from .._misc import as_floats, as_shape
+from .._misc import as_floats, as_shape, pin
 from .gaussian_path import AbstractGaussianPath
 from .tables import nodes_of_panels, PiecewisePolynomial
 
@@ -64,12 +65,22 @@ class DiscreteVP(AbstractGaussianPath):
         return 1.0 if self.alphas_cumprod[-1] == 0 else math.inf
 
     def time(self, index: Real[ArrayLike, "*some"]) -> Inexact[Array, "*some"]:
-        """The time of an index, which may be fractional."""
-        return (as_floats("index", index) + 1.0) / len(self.alphas_cumprod)
+        """The time of an index, which may be fractional.
+
+        **Raises:** `ValueError` for a known index before 0 or after the last.
+        """
+        index, last = as_floats("index", index), len(self.alphas_cumprod) - 1
+        if not isinstance(index, Tracer) and not ((index >= 0) & (index <= last)).all():
+            raise ValueError(f"`index` must be from 0 to {last}; got {index}.")
+        return (index + 1.0) / (last + 1)
 
     def index(self, t: Real[ArrayLike, "*some"]) -> Inexact[Array, "*some"]:
         """The index at a time: what networks of discrete-time models are called with."""
-        return as_floats("t", t) * len(self.alphas_cumprod) - 1.0
+        index = as_floats("t", t) * len(self.alphas_cumprod) - 1.0
+        whole = jnp.round(index)
+        # Exact where the time is that of an index, but for its rounding.
+        tolerance = 4 * len(self.alphas_cumprod) * jnp.finfo(index.dtype).eps
+        return pin(jnp.abs(index - whole) < tolerance, whole, index)
 
     def _squares(self, t):
         """The square of the angle, and how much it lacks to that of pure noise."""

@@ -10,8 +10,9 @@ from jaxtyping import Array, Float, Inexact
 from .base import AbstractProcess
 
 
-# The clock clips the logarithm of the signal-to-noise ratio to at least this.
-_LEAST = -40.0
+# Where the signal vanishes on the time axis, this signal-to-noise ratio is added, as less
+# signal cannot tell times apart. Given as its logarithm.
+_LEAST = -2.0
 
 
 def clock(
@@ -46,11 +47,18 @@ def log_snr_at_start(process: AbstractProcess) -> float:
     return float(table[times == process.t_max][0])
 
 
-def _mean_of_clocks(process, root, log_snr) -> Any:
-    first, last = log_snr_at_start(process), float(log_snr_table(process)[1][0])
-    # A signal that has nearly vanished cannot tell times apart.
+def bounded_log_snr(process: AbstractProcess, log_snr: Any) -> Any:
+    """The log-SNR, but finite where the signal vanishes on the time axis."""
+    if process.t_zero_signal > process.t_end:
+        return log_snr
     xp = np if isinstance(log_snr, np.ndarray) else jnp
-    log_snr, first = xp.where(log_snr > _LEAST, log_snr, _LEAST), max(first, _LEAST)
+    return xp.logaddexp(log_snr, xp.asarray(_LEAST, log_snr.dtype))
+
+
+def _mean_of_clocks(process, root, log_snr) -> Any:
+    ends = log_snr_at_start(process), log_snr_table(process)[1][0]
+    first, last = bounded_log_snr(process, np.asarray(ends)).tolist()
+    log_snr = bounded_log_snr(process, log_snr)
     by_signal = (log_snr - first) / (last - first)
     first, last = math.sqrt(process.t_max), math.sqrt(process.t_min)
     return 0.5 * (by_signal + (root - first) / (last - first))

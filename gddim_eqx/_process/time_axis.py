@@ -26,7 +26,7 @@ def on_time_axis(
     **Raises:** `ValueError` for anything but a single time in [0, t_end].
     """
     value = as_constant(name, t)
-    if not 0 <= value <= latest(process, dtype, getattr(t, "dtype", dtype)):
+    if not 0 <= value <= latest(process.t_end, dtype, getattr(t, "dtype", dtype)):
         raise ValueError(
             f"`{name}` must be in [0, {process.t_end}], the time axis of "
             f"{type(process).__name__}; got {value}."
@@ -34,10 +34,10 @@ def on_time_axis(
     return min(value, process.t_end)
 
 
-def latest(process: AbstractProcess, *dtypes: Any) -> float:
-    """The end of the time axis, plus its rounding in the narrowest of the dtypes."""
+def latest(t_end: float, *dtypes: Any) -> float:
+    """The end of a time axis, plus its rounding in the narrowest of the dtypes."""
     floating = [x for x in dtypes if jnp.issubdtype(x, jnp.floating)]
-    return process.t_end * (1 + max(float(jnp.finfo(x).eps) for x in floating))
+    return t_end * (1 + max(float(jnp.finfo(x).eps) for x in floating))
 
 
 def as_grid(

@@ -7,5 +7,9 @@ from .likelihood import (
     log_likelihood as log_likelihood,
     log_likelihood_bound as log_likelihood_bound,
 )
+from .process_from_config import (
+    ModelConventions as ModelConventions,
+    process_from_config as process_from_config,
+)
 from .sample import sample as sample, Samples as Samples
 from .solve import check_solver as check_solver

@@ -7,16 +7,21 @@ from jaxtyping import Array, Real
 from .._misc import as_dtype, check_count
 from .._process import (
     AbstractProcess,
+    bounded_log_snr,
     clock_table,
+    DiscreteVP,
     log_snr_table,
     on_time_axis,
     require_process,
 )
 
 
-GridName = Literal["clock", "uniform", "quadratic", "karras", "log", "log_snr"]
+IndexGridName = Literal["leading", "trailing", "linspace"]
+GridName = (
+    Literal["clock", "uniform", "quadratic", "log", "log_snr", "karras"] | IndexGridName
+)
 
-_POWERS = {"uniform": 1.0, "quadratic": 2.0, "karras": 7.0}
+_POWERS = {"uniform": 1.0, "quadratic": 2.0}
 
 
 def time_grid(
@@ -38,9 +43,12 @@ def time_grid(
     - `num_steps`: the number of steps, at least 1.
     - `grid`: by default `"clock"`, uniform in the mean of two clocks that run from `t_max`
         to `t_min`: the log-SNR and the square root of time. Or a power $p$, for times
-        uniform in $t^{1/p}$: `"uniform"` is 1; `"quadratic"`, the authors' choice, is 2;
-        and `"karras"`, for [`gddim_eqx.EDM`][], is 7. `"log"` is uniform in the logarithm
-        of time, and `"log_snr"` in that of the signal-to-noise ratio.
+        uniform in $t^{1/p}$: `"uniform"` is 1; and `"quadratic"`, the authors' choice, is
+        2. `"log"` is uniform in the logarithm of time, `"log_snr"` in that of the
+        signal-to-noise ratio, and `"karras"` in $\sigma^{1/7}$, where $\sigma$ is the
+        noise-to-signal ratio (Karras et al. 2022; [`gddim_eqx.EDM`][]). For a
+        [`gddim_eqx.DiscreteVP`][], `"leading"`, `"trailing"` and `"linspace"` are the times
+        of `num_steps` indices (Lin et al. 2024, table 2), and time 0.
     - `t0`, `t1`: the first and last time; by default `process.t_max` and `process.t_min`.
         `t0 < t1` gives an increasing grid, for encoding.
     - `dtype`: the dtype of the times; by default JAX's default floating dtype. Use that of
@@ -56,6 +64,12 @@ def time_grid(
     require_process(process)
     check_count("num_steps", num_steps)
     dtype = as_dtype(float if dtype is None else dtype)
+    if grid in get_args(IndexGridName):
+        if not (t0 is None and t1 is None):
+            raise ValueError(
+                f"The grid {grid!r} is made of indices; leave out `t0` and `t1`."
+            )
+        return index_grid(process, num_steps, grid, dtype=dtype)
     start = on_time_axis(process, "t0", process.t_max if t0 is None else t0, dtype)
     end = on_time_axis(process, "t1", process.t_min if t1 is None else t1, dtype)
     if start == end:
@@ -63,8 +77,16 @@ def time_grid(
     fraction = np.linspace(0, 1, int(num_steps) + 1)
     if grid == "clock":
         times = _by_table(clock_table(process), start, end, fraction)
-    elif grid == "log_snr":
-        times = _by_table(log_snr_table(process), start, end, fraction)
+    elif grid in ("log_snr", "karras"):
+        table, values = log_snr_table(process)
+        values = bounded_log_snr(process, values)
+        if grid == "karras":
+            # By powers of the times, too, which is exact where they are noise levels.
+            table, values = table ** (1 / 7), np.exp(-values / 7)
+            ends = start ** (1 / 7), end ** (1 / 7)
+            times = _by_table((table, values), *ends, fraction) ** 7
+        else:
+            times = _by_table((table, values), start, end, fraction)
     elif grid == "log":
         if min(start, end) == 0:
             raise ValueError("A 'log' grid cannot reach time 0; use a power.")
@@ -98,13 +120,65 @@ def _power(grid):
     except (KeyError, TypeError, ValueError):
         raise ValueError(
             "`grid` must be a positive power or one of "
-            f"{', '.join(map(repr, get_args(GridName)))}; got {grid!r}."
+            f"{', '.join(map(repr, _names()))}; got {grid!r}."
         ) from None
     return power
 
 
+def _names() -> list[str]:
+    return [name for names in get_args(GridName) for name in get_args(names)]
+
+
 def _by_table(table, start, end, fraction):
-    """Times uniform in a function that decreases with time, from its table."""
+    """Times uniform in a monotone function of time, from its table."""
     times, values = table
     first, last = np.interp([start, end], times, values)
-    return np.interp(first + fraction * (last - first), values[::-1], times[::-1])
+    at, sign = first + fraction * (last - first), np.sign(values[-1] - values[0])
+    return np.interp(sign * at, sign * values, times)
+
+
+def index_grid(
+    process: AbstractProcess,
+    num_steps: int,
+    grid: IndexGridName,
+    *,
+    offset: int = 0,
+    skip_last: bool = False,
+    end: float | None = 0.0,
+    dtype=None,
+) -> Real[Array, " times"]:
+    """The times of `num_steps` indices of a discrete-time model, and a last time.
+
+    **Arguments:**
+
+    - `process`, `num_steps`, `grid`, `dtype`: as in `time_grid`.
+    - `offset`: added to the indices of a `"leading"` grid.
+    - `skip_last`: whether to leave out the last of `num_steps + 1` indices, where the grid
+        is `"leading"` or `"linspace"`.
+    - `end`: the last time; `None` for the time of index 0, if the last index is not 0.
+    """
+    if not isinstance(process, DiscreteVP):
+        raise ValueError(
+            f"The grid {grid!r} is for discrete-time models; got {type(process).__name__}. "
+            "Use `VP.from_betas` or `VP.from_alphas_cumprod`, or another grid."
+        )
+    total, number = len(process.alphas_cumprod), int(num_steps)
+    if grid == "trailing":
+        indices = np.round(np.arange(number, 0, -1) * (total / number)) - 1
+    else:
+        number += skip_last
+        if grid == "leading":
+            indices = np.arange(number)[::-1] * (total // number) + offset
+        else:
+            indices = np.linspace(0, total - 1, number).round()[::-1]
+        indices = indices[: len(indices) - skip_last]
+    if not (np.diff(indices) < 0).all() or indices[0] > total - 1:
+        raise ValueError(
+            f"A model of {total} indices has no {grid!r} grid of {num_steps} steps"
+            f"{f' with offset {offset}' if offset else ''}; use fewer steps."
+        )
+    times = (indices + 1) / total
+    if end is None:
+        end = process.t_min if indices[-1] > 0 else None
+    times = times if end is None else np.append(times, end)
+    return jnp.asarray(times, as_dtype(float if dtype is None else dtype))

@@ -8,6 +8,7 @@ from .prediction import (
 from .probability_flow import (
     AbstractReverseTerm as AbstractReverseTerm,
     check_flow as check_flow,
+    flow_of_ode as flow_of_ode,
     ProbabilityFlow as ProbabilityFlow,
 )
 from .reverse_sde import (
@@ -15,5 +16,6 @@ from .reverse_sde import (
     ReverseSDE as ReverseSDE,
     unwrap_reverse as unwrap_reverse,
 )
+from .semilinear import LinearPart as LinearPart, Semilinear as Semilinear
 from .takes_flow import init_takes_flow as init_takes_flow, takes_flow as takes_flow
 from .times import real_time as real_time, step_faults as step_faults

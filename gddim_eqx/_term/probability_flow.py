@@ -223,13 +223,29 @@ class ProbabilityFlow(AbstractReverseTerm):
         return jtu.tree_map(lambda v: jnp.asarray(control, v.dtype) * v, vf)
 
 
-def check_flow(flow: object) -> None:
-    """Raise a `ValueError` unless given a probability flow."""
+class _FromVectorField(eqx.Module):
+    """The vector field of an ODE as a model that predicts the flow."""
+
+    term: dfx.ODETerm
+    process: AbstractProcess
+
+    def __call__(self, t: RealScalarLike, u: State, args: Args) -> State:
+        return self.process.to_data(self.term.vf(t, self.process.from_data(u), args))
+
+
+def flow_of_ode(process: AbstractProcess, term: dfx.ODETerm) -> ProbabilityFlow:
+    """The probability flow of a process, given as an ODE for its states."""
+    return ProbabilityFlow(process, _FromVectorField(term, process), "flow")
+
+
+def check_flow(flow: object) -> ProbabilityFlow:
+    """**Raises:** `ValueError` unless given a probability flow."""
     if not isinstance(flow, ProbabilityFlow):
         raise ValueError(
             "`flow` must be a `ProbabilityFlow(process, model)`; got "
             f"{type(flow).__name__}."
         )
+    return flow
 
 
 def _how_models_are_called(u: State, process: AbstractProcess) -> str:

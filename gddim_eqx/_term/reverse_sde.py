@@ -25,7 +25,7 @@ from .._linear import (
 from .._misc import as_batch, as_level, check_key, check_positive, level_at
 from .._process import AbstractProcess
 from .diffrax_compat import unwrap
-from .probability_flow import AbstractReverseTerm, ProbabilityFlow
+from .probability_flow import AbstractReverseTerm, check_flow, ProbabilityFlow
 from .takes_flow import takes_flow
 
 
@@ -214,13 +214,16 @@ def reverse_sde(
 
 def unwrap_reverse(
     terms: dfx.AbstractTerm,
-) -> tuple[ProbabilityFlow, Level, RealScalarLike]:
-    """The probability flow, the stochasticity, and the direction by which times are
-    multiplied, from the terms that a solver receives."""
+) -> tuple[ProbabilityFlow, Level | None, RealScalarLike]:
+    """The probability flow, the stochasticity (`None` if it is statically zero), and the
+    direction by which times are multiplied, from the terms that a solver receives.
+
+    **Raises:** `ValueError` for other terms.
+    """
     if isinstance(terms, ReverseSDE):
         drift, direction = unwrap(terms.terms[0])
         assert isinstance(drift, _ReverseDrift)
-        return drift.flow, drift.lam, direction
+        zero = isinstance(drift.lam, float) and drift.lam == 0
+        return drift.flow, None if zero else drift.lam, direction
     flow, direction = unwrap(terms)
-    assert isinstance(flow, ProbabilityFlow)
-    return flow, 0.0, direction
+    return check_flow(flow), None, direction

@@ -6,14 +6,12 @@ from .._misc import pin
 from .._process import AbstractProcess, latest
 
 
-def real_time(
-    process: AbstractProcess, t: RealScalarLike, direction: RealScalarLike, dtype
-) -> Array:
+def real_time(t_end: float, t: RealScalarLike, direction: RealScalarLike, dtype) -> Array:
     """A time of the solver in the user's time. If rounding moved it past the end of the
-    time axis, it is moved back."""
-    end = latest(process, jnp.asarray(t).dtype, dtype)
+    time axis, `t_end`, it is moved back."""
+    end = latest(t_end, jnp.asarray(t).dtype, dtype)
     t = jnp.asarray(t * direction, dtype)
-    return pin((t > process.t_end) & (t <= end), process.t_end, t)
+    return pin((t > t_end) & (t <= end), t_end, t)
 
 
 def step_faults(

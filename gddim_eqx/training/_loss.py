@@ -91,7 +91,7 @@ class DenoisingLoss(eqx.Module):
                 f"`times` must be a time sampler such as `UniformTimes()`; got {times!r}."
             )
         end = process.t_end if times.end is None else times.end
-        if not times.start < end <= latest(process, np.float32):
+        if not times.start < end <= latest(process.t_end, np.float32):
             raise ValueError(
                 f"`times` must lie in (0, {process.t_end}], the time axis of the process; "
                 f"got {times.start} to {end}."

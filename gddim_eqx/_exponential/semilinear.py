@@ -1,0 +1,147 @@
+r"""The coefficients of exponential integrators for $\dot u = A_t u + N(t, u)$.
+
+Over a step from $s$ to $t$ of length $h$ the exact solution is
+
+$$u_t = \Psi(t, s)\,u_s + \int_s^t \Psi(t, \tau)\,N(\tau)\,\mathrm{d}\tau.$$
+
+If $N$ is replaced by a polynomial in $x = (\tau - s) / h$, only its moments are needed,
+
+$$M_i = \int_s^t x^i\,\Psi(t, \tau)\,\mathrm{d}\tau = h\,i!\,\varphi_{i + 1}(h A)$$
+
+the latter for constant $A$ (Hochbruck & Ostermann 2010).
+"""
+
+import functools as ft
+import math
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.linalg import expm
+from jaxtyping import Array
+
+from .._linear import append_axes
+from .._term import LinearPart
+from .coordinate import AbstractCoordinate, Time
+from .splitting import AbstractSplitting, StepCoefficients, zero_if_still
+
+
+class SemilinearSplitting(AbstractSplitting):
+    """Interpolates the nonlinear part of a [`gddim_eqx.Semilinear`][] equation, in time."""
+
+    has_residual: ClassVar[bool] = False
+
+    def evaluate(self, term, t, y, args, root=None):
+        return term.force(t, y, args)
+
+    def faults(self, equation, c, s, stochastic):
+        return []
+
+    @eqx.filter_jit
+    def integrate(
+        self,
+        equation: LinearPart,
+        s: Array,
+        t: Array,
+        number: int,
+        coordinate: AbstractCoordinate = Time(),
+        number_in_time: int = 1,
+        lam=None,
+    ) -> StepCoefficients:
+        most = max(number, number_in_time)
+        if not equation.is_constant:
+            linear, moments = _by_collocation(equation, s, t, most)
+        elif equation.is_diagonal:
+            linear, moments = _of_diagonal(equation(s).blocks, t - s, most)
+        else:
+            linear, moments = _of_blocks(equation(s).blocks, t - s, most)
+        moments = zero_if_still(s, t, moments)
+        return StepCoefficients(
+            linear, moments[:number], moments[:number_in_time], None, t, s, t, None, None
+        )
+
+
+@ft.cache
+def _gauss(number):
+    nodes, weights = np.polynomial.legendre.leggauss(number)
+    return (nodes + 1) / 2, weights / 2
+
+
+def _of_diagonal(blocks, h, number):
+    """The transition and moments for an operator that is diagonal: by quadrature where
+    it is not stiff, and by integration by parts elsewhere."""
+    rows = np.eye(len(blocks), dtype=bool)
+    diagonal = append_axes(jnp.asarray(rows), blocks.ndim)
+    z = h * blocks[0, 0]
+    mild = jnp.abs(z) < 4
+    near, far = jnp.where(mild, z, 0), jnp.where(mild, 4, z)
+    # Exact to rounding on this interval.
+    nodes, weights = (jnp.asarray(x, z.dtype) for x in _gauss(16))
+    growth = jnp.exp(append_axes(1 - nodes, z.ndim + 1) * near[None])
+    by_parts, moments = jnp.expm1(far) / far, []
+    for i in range(number):
+        by_quadrature = jnp.tensordot(weights * nodes**i, growth, 1, precision="highest")
+        moments.append(h * jnp.where(mild, by_quadrature, by_parts))
+        by_parts = ((i + 1) * by_parts - 1) / far
+    spread = lambda x: jnp.where(diagonal, x[None, None], 0)
+    return spread(jnp.exp(z)), jnp.stack([spread(x) for x in moments])
+
+
+def _of_blocks(blocks, h, number):
+    """The transition and moments for constant blocks, from the exponential of a larger
+    matrix (Sidje 1998)."""
+    n = len(blocks)
+    a = jnp.moveaxis(blocks, (0, 1), (-2, -1)) * h
+    size = n * (1 + number)
+    above = jnp.asarray(np.eye(size, k=n), a.dtype)
+    matrix = jnp.broadcast_to(above, (*a.shape[:-2], size, size))
+    matrix = matrix.at[..., :n, :n].set(a)
+    top = expm(matrix, max_squarings=32)[..., :n, :]
+    top = jnp.moveaxis(top.reshape(*a.shape[:-1], 1 + number, n), -2, 0)
+    top = jnp.moveaxis(top, (-2, -1), (1, 2))
+    factorials = np.array([math.factorial(i) for i in range(number)])
+    scale = append_axes(jnp.asarray(factorials, a.dtype), top.ndim)
+    return top[0], h * scale * top[1:]
+
+
+@ft.cache
+def _radau(number):
+    """The nodes and weights of the left Radau rule on [0, 1], and the matrix that maps
+    values at the nodes to integrals from each of them to 1."""
+    legendre = np.polynomial.legendre
+    basis = np.eye(number + 1)
+    nodes = np.sort(legendre.legroots(basis[-1] + basis[-2]))
+    nodes[0] = -1
+    to_coefficients = np.linalg.inv(legendre.legvander(nodes, number - 1))
+    integrals = []
+    for c in basis[:-1, :-1]:
+        primitive = legendre.legint(c)
+        upper = legendre.legval(1, primitive)
+        integrals.append(upper - legendre.legval(nodes, primitive))
+    matrix = np.stack(integrals, axis=-1) @ to_coefficients / 2
+    return (nodes + 1) / 2, matrix[0], matrix
+
+
+def _by_collocation(equation, s, t, number):
+    r"""The transition and moments for $A_t$: $\Psi(t, \tau)$ by collocation, from $t$ back
+    to $s$. It is stable for any decay, and integrates the moments exactly if $A$ is
+    constant, but for the error of the transition."""
+    nodes, weights, integrals = (np.asarray(x) for x in _radau(16))
+    h, m = t - s, len(nodes)
+    a = jax.vmap(equation)(s + h * jnp.asarray(nodes, h.dtype)).blocks
+    # (*spectrum, m, n, n)
+    a = jnp.moveaxis(a, (0, 1, 2), (-3, -2, -1))
+    n = a.shape[-1]
+    # From the row at node k, component a, to the one at node j, component b.
+    system = jnp.einsum("jk,...kab->...jbka", h * jnp.asarray(integrals, h.dtype), a)
+    system = system.reshape(*a.shape[:-3], m * n, m * n)
+    right = jnp.tile(jnp.eye(n, dtype=h.dtype), (m, 1))
+    system = jnp.broadcast_to(jnp.eye(m * n, dtype=h.dtype), system.shape) - system
+    right = jnp.broadcast_to(right, (*a.shape[:-3], m * n, n))
+    rows = jnp.linalg.solve(system, right)
+    # (m, *spectrum, n, n), as operators.
+    psi = jnp.moveaxis(rows.reshape(*a.shape[:-3], m, n, n), (-3, -1, -2), (0, 1, 2))
+    rules = jnp.stack([jnp.asarray(weights * nodes**i, h.dtype) for i in range(number)])
+    return psi[0], h * jnp.tensordot(rules, psi, 1, precision="highest")

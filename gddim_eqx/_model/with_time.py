@@ -1,0 +1,106 @@
+from collections.abc import Callable
+from typing import get_args, Literal
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Inexact
+
+from .._custom_types import Args, RealScalarLike, State
+from .._linear import batch_axes
+from .._misc import check_instance
+from .._process import (
+    AbstractProcess,
+    as_time,
+    DiscreteVP,
+    require_process,
+)
+
+
+TimeName = Literal["index", "1000 t", "sigma", "log(sigma) / 4", "1 - t"]
+
+
+class WithTime(eqx.Module):
+    r"""A model that is called with what it was trained on in place of the process' time.
+
+    !!! example
+
+        ```python
+        import gddim_eqx as gd
+        import jax.numpy as jnp
+
+        process = gd.VP.from_betas((2,), jnp.linspace(1e-4, 0.02, 1000))
+        network = lambda index, x, args: jnp.zeros_like(x)
+        model = gd.WithTime(process, network, "index")
+        ```
+    """
+
+    process: AbstractProcess
+    model: Callable
+    time: TimeName | Callable = eqx.field(static=True)
+    per_sample: bool = eqx.field(static=True, default=False)
+
+    def __init__(
+        self,
+        process: AbstractProcess,
+        model: Callable,
+        time: TimeName | Callable,
+        per_sample: bool = False,
+    ):
+        r"""**Arguments:**
+
+        - `process`: the forward process.
+        - `model`: called as `model(converted, u, args)`.
+        - `time`: what the model is called with, as a function of time or by name.
+            - `"index"`: 0 to N - 1, for a [`gddim_eqx.DiscreteVP`][].
+            - `"1000 t"`: 1000 times the time.
+            - `"sigma"`: the noise-to-signal ratio; for [`gddim_eqx.EDM`][] the time.
+            - `"log(sigma) / 4"`: a quarter of its logarithm, EDM's $c_\text{noise}$.
+            - `"1 - t"`: for flows that run from noise at 0 to data at 1.
+        - `per_sample`: whether the model expects one number per sample, an array of the
+            state's batch axes, as most Flax and Keras networks do.
+
+        With `"1 - t"` the flow of such a model has the opposite sign, too.
+
+        **Raises:** `ValueError` for another name, or one that the process does not have.
+        """
+        require_process(process)
+        check_instance("model", model, Callable, "callable as `model(time, u, args)`")
+        if not (callable(time) or time in get_args(TimeName)):
+            raise ValueError(
+                "`time` must be a function of time or one of "
+                f"{', '.join(map(repr, get_args(TimeName)))}; got {time!r}."
+            )
+        if time == "index" and not isinstance(process, DiscreteVP):
+            raise ValueError(
+                f"Only discrete-time models have an 'index', not {type(process).__name__}. "
+                "Use `VP.from_betas` or `VP.from_alphas_cumprod`."
+            )
+        if time in ("sigma", "log(sigma) / 4") and process.num_components != 1:
+            raise ValueError(
+                f"{time!r} is for processes of one component, not for "
+                f"{type(process).__name__}."
+            )
+        self.process, self.model, self.time = process, model, time
+        self.per_sample = per_sample
+
+    def convert(self, t: RealScalarLike) -> Inexact[Array, "..."]:
+        """What the model is called with at a time."""
+        t = as_time(t)
+        if callable(self.time):
+            return jnp.asarray(self.time(t))
+        if self.time == "index":
+            assert isinstance(self.process, DiscreteVP)
+            return self.process.index(t)
+        if self.time == "1000 t":
+            return 1000 * t
+        if self.time == "1 - t":
+            return 1 - t
+        # Of the noise to the signal, with the scale of the data.
+        log_sigma = -self.process.log_snr(t) + jnp.log(self.process.data_scale)
+        return 0.25 * log_sigma if self.time == "log(sigma) / 4" else jnp.exp(log_sigma)
+
+    def __call__(self, t: RealScalarLike, u: State, args: Args) -> State:
+        time = self.convert(t)
+        if self.per_sample:
+            time = jnp.broadcast_to(time, batch_axes(u, self.process.shape))
+        return self.model(time, u, args)

@@ -1,0 +1,58 @@
+from collections.abc import Callable
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Inexact
+
+from .._custom_types import Args, RealScalarLike
+from .._misc import check_instance, check_positive
+from .._process import as_time
+
+
+class EDMPreconditioned(eqx.Module):
+    r"""A model that predicts data under [`gddim_eqx.EDM`][], from a network $F$ with the
+    preconditioning of that paper:
+
+    $$D(x; \sigma) = c_\text{skip}\,x + c_\text{out}\,F(c_\text{noise}, c_\text{in}\,x),$$
+
+    with $c_\text{skip} = \sigma_d^2 / (\sigma^2 + \sigma_d^2)$,
+    $c_\text{out} = \sigma \sigma_d / \sqrt{\sigma^2 + \sigma_d^2}$,
+    $c_\text{in} = 1 / \sqrt{\sigma^2 + \sigma_d^2}$ and
+    $c_\text{noise} = \frac{1}{4} \log \sigma$ (Karras et al. 2022, table 1).
+
+    !!! example
+
+        ```python
+        import gddim_eqx as gd
+        import jax.numpy as jnp
+
+        network = lambda noise, x, args: jnp.zeros_like(x)
+        model = gd.nn.EDMPreconditioned(network, sigma_data=0.5)
+        flow = gd.ProbabilityFlow(gd.EDM((2,)), model, "data")
+        ```
+    """
+
+    network: Callable
+    sigma_data: float = eqx.field(static=True)
+
+    def __init__(self, network: Callable, sigma_data: float = 0.5):
+        r"""**Arguments:**
+
+        - `network`: called as `network(c_noise, x, args)`; returns the shape of `x`.
+        - `sigma_data`: $\sigma_d$, the standard deviation of the data.
+        """
+        wanted = "callable as `network(c_noise, x, args)`"
+        check_instance("network", network, Callable, wanted)
+        check_positive(sigma_data=sigma_data)
+        self.network, self.sigma_data = network, float(sigma_data)
+
+    def __call__(
+        self, t: RealScalarLike, u: Inexact[Array, "..."], args: Args
+    ) -> Inexact[Array, "..."]:
+        sigma = as_time(t)
+        total = sigma**2 + self.sigma_data**2
+        skip = self.sigma_data**2 / total
+        out, scale = sigma * self.sigma_data / jnp.sqrt(total), 1 / jnp.sqrt(total)
+        skip, out, scale = (x.astype(u.dtype) for x in (skip, out, scale))
+        value = self.network(0.25 * jnp.log(sigma), scale * u, args)
+        return skip * u + out * value
