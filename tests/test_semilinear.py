@@ -1,4 +1,4 @@
-"""`ExponentialAdams` on semilinear equations, against closed forms and Diffrax's solvers."""
+"""`ExponentialAdams` against closed forms and the solvers of Diffrax."""
 
 import dataclasses
 

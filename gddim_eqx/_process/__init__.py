@@ -5,6 +5,7 @@ from .base import (
     require_process as require_process,
 )
 from .bdm import BDM as BDM
+from .blurring_cld import BlurringCLD as BlurringCLD
 from .check_process import check_process as check_process
 from .cld import CLD as CLD
 from .diagonal import (
@@ -18,6 +19,8 @@ from .flow_matching import (
     TrigonometricFlow as TrigonometricFlow,
 )
 from .gaussian_path import GaussianPath as GaussianPath
+from .hold import HOLD as HOLD
+from .langevin import AbstractLangevin as AbstractLangevin, Langevin as Langevin
 from .linear_sde import LinearSDE as LinearSDE
 from .progress import (
     bounded_log_snr as bounded_log_snr,
@@ -26,6 +29,7 @@ from .progress import (
     log_snr_at_start as log_snr_at_start,
     log_snr_table as log_snr_table,
 )
+from .psld import PSLD as PSLD
 from .schedule import (
     AbstractSchedule as AbstractSchedule,
     CosineSchedule as CosineSchedule,

@@ -1,4 +1,3 @@
-import functools as ft
 import math
 
 import equinox as eqx
@@ -7,8 +6,8 @@ import numpy as np
 
 from .._linear import AbstractBasis, CosineBasis
 from .._misc import as_shape, check_positive, constant_field
+from .blur import Blur
 from .diagonal import AbstractDiagonalProcess
-from .tables import coarse_and_rest, nodes_of_panels, PiecewisePolynomial
 
 
 class BDM(AbstractDiagonalProcess):
@@ -43,21 +42,8 @@ class BDM(AbstractDiagonalProcess):
     t_end: float = constant_field("t_end", 1.0)
 
     def __check_init__(self):
-        if len(self.shape) != 3:
-            raise ValueError(
-                "`shape` must be (height, width, channels), as blurring is over height "
-                f"and width; got {self.shape}."
-            )
-        check_positive(min_scale=self.min_scale, offset=self.offset)
-        if self.min_scale > 1 or self.t_end > 1:
-            raise ValueError(
-                "`min_scale` and `t_end` must be at most 1; got "
-                f"min_scale={self.min_scale} and t_end={self.t_end}."
-            )
-        if not self.sigma_blur_max >= 0:
-            raise ValueError(
-                f"`sigma_blur_max` must not be negative; got {self.sigma_blur_max}."
-            )
+        check_positive(offset=self.offset)
+        self._blurring()
 
     @property
     def basis(self) -> AbstractBasis:
@@ -79,10 +65,8 @@ class BDM(AbstractDiagonalProcess):
     def t_zero_signal(self) -> float:
         return 1 + self.offset
 
-    def _dissipation(self) -> np.ndarray:
-        height, width, _ = self.shape
-        rows, columns = np.arange(height) / height, np.arange(width) / width
-        return np.pi**2 * (rows[:, None, None] ** 2 + columns[None, :, None] ** 2)
+    def _blurring(self) -> Blur:
+        return Blur(self.shape, self.sigma_blur_max, self.min_scale, self.t_end)
 
     def _sine(self, t):
         """The standard deviation."""
@@ -94,33 +78,9 @@ class BDM(AbstractDiagonalProcess):
         unit = 0.5 * np.pi / (1 + 2 * self.offset)
         return jnp.sin(unit * (1 - t) + unit * self.offset)
 
-    def _blur(self, t):
-        """exp(-dissipation * tau), with the exponent in more than float32 precision: the
-        value at the panel's edge, in parts whose products are exact, plus the small
-        difference from it."""
-        table = _blur_time(self.sigma_blur_max, self.t_end)
-        edge_coarse, edge_rest, difference = table(t)
-        dissipation = self._dissipation()
-        coarse, rest = coarse_and_rest(dissipation)
-        rest = jnp.asarray(rest, t.dtype)
-        dissipation = jnp.asarray(dissipation, t.dtype)
-        coarse = jnp.asarray(coarse, t.dtype)
-        small = rest * edge_coarse + dissipation * (edge_rest + difference)
-        # Not a product of exponentials, which XLA would merge again.
-        at_edge = jnp.exp(-coarse * edge_coarse)
-        return at_edge + at_edge * jnp.expm1(-small)
-
-    def _scale(self, t):
-        return (1 - self.min_scale) * self._blur(t) + self.min_scale
-
     def _drift(self, t):
-        sine, cosine = jnp.sin(0.5 * np.pi * t), jnp.sin(0.5 * np.pi * (1 - t))
-        speed = np.pi * self.sigma_blur_max**2 * sine**3 * cosine
-        dissipation = jnp.asarray(self._dissipation(), t.dtype)
-        blur = self._blur(t)
-        fading = (1 - self.min_scale) * blur / self._scale(t) * dissipation * speed
         unit = 0.5 * np.pi / (1 + 2 * self.offset)
-        return -unit * self._sine(t) / self._cosine(t) - fading
+        return -unit * self._sine(t) / self._cosine(t) - self._blurring().fading(t)
 
     def _diffusion(self, t):
         # d(std^2)/dt = 2 F std^2 + G^2.
@@ -131,7 +91,8 @@ class BDM(AbstractDiagonalProcess):
 
     def _transition(self, t, s):
         signal = self._cosine(t) / self._cosine(s)
-        return signal * (self._scale(t) / self._scale(s))
+        blur = self._blurring()
+        return signal * (blur.scale(t) / blur.scale(s))
 
     def _std(self, t):
         return self._sine(t)
@@ -149,22 +110,3 @@ BDM.__init__.__doc__ = """**Arguments:**
 - `t_min`, `t_end`: the end of sampling and of the time axis. Sampling starts at `t_max`,
     where the noise is 80 times the signal, or at `t_end` if that is earlier.
 """
-
-
-@ft.lru_cache(maxsize=64)
-def _blur_time(sigma_blur_max: float, t_end: float) -> PiecewisePolynomial:
-    """tau_t on panels: the leading twelve bits of its value at the left edge, the rest of
-    that value, and the difference from it."""
-    edges = np.linspace(0, t_end, 65)
-    degree = 9
-
-    def blur_time(t):
-        return 0.5 * sigma_blur_max**2 * np.sin(0.5 * np.pi * t) ** 4
-
-    at_edges = blur_time(edges[:-1])
-    parts = np.stack(coarse_and_rest(at_edges), -1)
-    difference = blur_time(nodes_of_panels(edges, degree)) - at_edges[:, None]
-    constants = np.repeat(parts[:, None], degree + 1, axis=1)
-    return PiecewisePolynomial(
-        edges, np.concatenate([constants, difference[..., None]], -1)
-    )

@@ -1,4 +1,4 @@
-from typing import get_args, Literal
+from typing import cast, get_args, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -69,7 +69,7 @@ def time_grid(
             raise ValueError(
                 f"The grid {grid!r} is made of indices; leave out `t0` and `t1`."
             )
-        return index_grid(process, num_steps, grid, dtype=dtype)
+        return index_grid(process, num_steps, cast(IndexGridName, grid), dtype=dtype)
     start = on_time_axis(process, "t0", process.t_max if t0 is None else t0, dtype)
     end = on_time_axis(process, "t1", process.t_min if t1 is None else t1, dtype)
     if start == end:

@@ -13,11 +13,15 @@ import numpy as np
 
 from .._process import (
     BDM,
+    BlurringCLD,
     CLD,
     CosineSchedule,
     DiscreteVP,
     EDM,
+    HOLD,
+    Langevin,
     LinearSchedule,
+    PSLD,
     RectifiedFlow,
     SubVP,
     TrigonometricFlow,
@@ -33,7 +37,8 @@ from ..nn import ImageClassifier, NCSNpp, NetworkModel, TimeMLP
 _classes: dict[str, type[eqx.Module]] = {
     cls.__name__: cls
     for cls in (
-        *(BDM, CLD, DiscreteVP, EDM, RectifiedFlow, SubVP, TrigonometricFlow, VE, VP),
+        *(BDM, BlurringCLD, CLD, DiscreteVP, EDM, HOLD, Langevin, PSLD),
+        *(RectifiedFlow, SubVP, TrigonometricFlow, VE, VP),
         *(LinearSchedule, CosineSchedule),
         *(ImageClassifier, NCSNpp, TimeMLP, NetworkModel, ProbabilityFlow),
     )

@@ -1,0 +1,110 @@
+import math
+
+import equinox as eqx
+import jax.numpy as jnp
+
+from .._linear import AbstractBasis, append_axes, BlockLinearOperator, CosineBasis
+from .._misc import as_shape, constant_field
+from .base import AbstractProcess
+from .blur import Blur
+from .cld import CLD
+from .times import as_time, as_times
+
+
+class BlurringCLD(AbstractProcess):
+    r"""Critically-damped Langevin diffusion that blurs: [`gddim_eqx.CLD`][] of the cosine
+    coefficients of an image, whose position and velocity fade as in [`gddim_eqx.BDM`][].
+
+    Given data $x$, the mean of coefficient $(i, j)$ is that of CLD times $D_{ij}(t)$, and
+    the covariance is that of CLD. So are both its square roots: the factor $R_t$ does not
+    depend on how the mean fades. Noise enters position and velocity. Without blur,
+    `sigma_blur_max=0`, it is CLD of the cosine coefficients.
+    """
+
+    shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
+    sigma_blur_max: float = constant_field("sigma_blur_max", 10.0)
+    min_scale: float = constant_field("min_scale", 0.001)
+    beta: float = constant_field("beta", 4.0)
+    beta_slope: float = constant_field("beta_slope", 0.0)
+    mass_inverse: float = constant_field("mass_inverse", 4.0)
+    gamma: float = constant_field("gamma", 0.04)
+    epsilon: float = constant_field("epsilon", 1e-6)
+    t_min: float = constant_field("t_min", 1e-3)
+    t_end: float = constant_field("t_end", 1.0)
+
+    def __check_init__(self):
+        self._blurring()
+        self._cld()
+
+    def _blurring(self) -> Blur:
+        return Blur(self.shape, self.sigma_blur_max, self.min_scale, self.t_end)
+
+    def _cld(self) -> CLD:
+        rate = self.beta, self.beta_slope
+        initial = self.mass_inverse, self.gamma, self.epsilon
+        return CLD(self.shape, *rate, *initial, self.t_min, self.t_end)
+
+    @property
+    def num_components(self) -> int:
+        return 2
+
+    @property
+    def basis(self) -> AbstractBasis:
+        return CosineBasis()
+
+    @property
+    def data_scale(self) -> float:
+        return 1.0
+
+    @property
+    def t_max(self) -> float:
+        return self.t_end
+
+    @property
+    def t_zero_signal(self) -> float:
+        return math.inf
+
+    def drift(self, t):
+        t = as_time(t)
+        fading = self._blurring().fading(t)
+        eye = append_axes(jnp.eye(2, dtype=t.dtype), 5)
+        blocks = append_axes(self._cld().drift(t).blocks, 5) - eye * fading[None, None]
+        return BlockLinearOperator(blocks, self.shape)
+
+    def diffusion(self, t):
+        # The square root of G G^T + 2 D' / D Sigma, from the Cholesky factor of Sigma.
+        t = as_time(t)
+        cld, fading = self._cld(), self._blurring().fading(t)
+        fades = fading > 0
+        speed = jnp.where(fades, jnp.sqrt(2 * jnp.where(fades, fading, 1)), 0)
+        (p, zero), (q, r) = cld.cholesky(t).blocks
+        noise = jnp.sqrt(cld.diffusion(t).blocks[1, 1] ** 2 + (speed * r) ** 2)
+        rows = [[speed * p, speed * zero], [speed * q, noise]]
+        return BlockLinearOperator(jnp.array(rows), self.shape)
+
+    def transition(self, t, s):
+        t, s = as_times(t, s)
+        blur, blocks = self._blurring(), self._cld().transition(t, s).blocks
+        ratio = blur.scale(t) / blur.scale(s)
+        return BlockLinearOperator(append_axes(blocks, 5) * ratio[None, None], self.shape)
+
+    def covariance(self, t):
+        return self._cld().covariance(t)
+
+    def factor(self, t):
+        return self._cld().factor(t)
+
+    def cholesky(self, t):
+        return self._cld().cholesky(t)
+
+    def prior_factor(self):
+        return self._cld().prior_factor()
+
+
+BlurringCLD.__init__.__doc__ = """**Arguments:**
+
+- `shape`: (height, width, channels) of one image.
+- `sigma_blur_max`: the strongest blur, in pixels.
+- `min_scale`: the fraction of the highest frequencies that remains.
+- The others are those of [`gddim_eqx.CLD`][].
+"""

@@ -1,0 +1,171 @@
+import abc
+import functools as ft
+import math
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+
+from .._linear import AbstractBasis, BlockLinearOperator, IdentityBasis
+from .._misc import as_shape, check_positive, constant_field
+from .base import AbstractProcess
+from .linear_sde import LinearSDE
+from .times import as_time
+
+
+class AbstractLangevin(AbstractProcess):
+    r"""A process with constant coefficients but for a rate,
+    $\mathrm{d}u = \beta_t A u\,\mathrm{d}t + \sqrt{\beta_t} B\,\mathrm{d}w$ with
+    $\beta_t = \beta_0 + \beta_1 t$.
+
+    Subclasses say what $A$, $B$, the initial covariance and the prior are. Everything else
+    follows from a [`gddim_eqx.LinearSDE`][] in the rescaled time $\int \beta$, which is
+    solved once for all processes with the same coefficients.
+    """
+
+    beta: eqx.AbstractVar[float]
+    beta_slope: eqx.AbstractVar[float]
+
+    @abc.abstractmethod
+    def _coefficients(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """$A$, $B$ and the initial covariance."""
+
+    @abc.abstractmethod
+    def _prior_std(self) -> list[float]:
+        """The standard deviation of each component under the prior."""
+
+    def __check_init__(self):
+        if self.beta < 0 or not self.beta + self.beta_slope * self.t_end > 0:
+            raise ValueError(
+                "`beta + beta_slope * t` must be positive on (0, t_end]; got "
+                f"beta={self.beta} and beta_slope={self.beta_slope}."
+            )
+
+    @property
+    def num_components(self) -> int:
+        return len(self._prior_std())
+
+    @property
+    def basis(self) -> AbstractBasis:
+        return IdentityBasis()
+
+    @property
+    def data_scale(self) -> float:
+        return 1.0
+
+    @property
+    def t_max(self) -> float:
+        return self.t_end
+
+    @property
+    def t_zero_signal(self) -> float:
+        return math.inf
+
+    def _rate(self, t):
+        return self.beta + self.beta_slope * t
+
+    def _rescaled(self, t):
+        return t * (self.beta + 0.5 * self.beta_slope * t)
+
+    def _sde(self) -> LinearSDE:
+        matrices = tuple(tuple(map(tuple, x.tolist())) for x in self._coefficients())
+        return _solved(matrices, self._rescaled(self.t_min), self._rescaled(self.t_end))
+
+    def _operator(self, operator: BlockLinearOperator) -> BlockLinearOperator:
+        return BlockLinearOperator(operator.blocks, self.shape, operator.tags)
+
+    def drift(self, t):
+        t = as_time(t)
+        blocks = jnp.asarray(self._coefficients()[0], t.dtype)
+        return BlockLinearOperator(blocks * self._rate(t), self.shape)
+
+    def diffusion(self, t):
+        t = as_time(t)
+        blocks = jnp.asarray(self._coefficients()[1], t.dtype)
+        return BlockLinearOperator(blocks * jnp.sqrt(self._rate(t)), self.shape)
+
+    def transition(self, t, s):
+        t, s = (self._rescaled(as_time(x)) for x in (t, s))
+        return self._operator(self._sde().transition(t, s))
+
+    def covariance(self, t):
+        return self._operator(self._sde().covariance(self._rescaled(as_time(t))))
+
+    def factor(self, t):
+        return self._operator(self._sde().factor(self._rescaled(as_time(t))))
+
+    def cholesky(self, t):
+        return self._operator(self._sde().cholesky(self._rescaled(as_time(t))))
+
+    def prior_factor(self):
+        return BlockLinearOperator(jnp.diag(jnp.array(self._prior_std())), self.shape)
+
+
+@ft.lru_cache(maxsize=64)
+def _solved(matrices, t_min: float, t_end: float) -> LinearSDE:
+    drift, diffusion, covariance = (np.array(x) for x in matrices)
+    constant = lambda x: lambda t: jnp.asarray(x, t.dtype)
+    return LinearSDE(
+        (1,), constant(drift), constant(diffusion), covariance, t_min=t_min, t_end=t_end
+    )
+
+
+class Langevin(AbstractLangevin):
+    r"""Langevin diffusion with any damping: data $x$ with a velocity $v$,
+
+    $$\mathrm{d}x = \beta_t M^{-1} v\,\mathrm{d}t, \qquad
+    \mathrm{d}v = -\beta_t (x + \Gamma M^{-1} v)\,\mathrm{d}t
+    + \sqrt{2 \Gamma \beta_t}\,\mathrm{d}w, \qquad \Gamma = 2 \zeta \sqrt{M}.$$
+
+    With the damping ratio $\zeta = 1$ it is [`gddim_eqx.CLD`][]. With a smaller one it
+    oscillates; with a larger one it converges more slowly.
+    """
+
+    shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
+    damping: float = constant_field("damping", 1.0)
+    beta: float = constant_field("beta", 4.0)
+    beta_slope: float = constant_field("beta_slope", 0.0)
+    mass_inverse: float = constant_field("mass_inverse", 4.0)
+    gamma: float = constant_field("gamma", 0.04)
+    epsilon: float = constant_field("epsilon", 1e-6)
+    t_min: float = constant_field("t_min", 1e-3)
+    t_end: float = constant_field("t_end", 1.0)
+
+    def __check_init__(self):
+        check_positive(
+            damping=self.damping, mass_inverse=self.mass_inverse, epsilon=self.epsilon
+        )
+        check_gamma(self.gamma)
+
+    def _coefficients(self):
+        friction = 2 * self.damping * math.sqrt(self.mass_inverse)
+        return phase_space(0.0, friction, self.mass_inverse, self.gamma, self.epsilon)
+
+    def _prior_std(self):
+        return [1.0, self.mass_inverse**-0.5]
+
+
+Langevin.__init__.__doc__ = """**Arguments:**
+
+- `shape`: the shape of one data sample.
+- `damping`: the damping ratio; 1 is critical.
+- `beta`, `beta_slope`: the rate is `beta + beta_slope * t`.
+- `mass_inverse`: 1 / M.
+- `gamma`: the variance of the initial velocity, divided by the mass.
+- `epsilon`: added to both initial variances; keeps the covariance non-singular at time 0.
+- `t_min`, `t_end`: the sampling interval.
+"""
+
+
+def check_gamma(gamma: float) -> None:
+    if not gamma >= 0:
+        raise ValueError(f"`gamma` must not be negative; got {gamma}.")
+
+
+def phase_space(
+    nu: float, friction: float, mass_inverse: float, gamma: float, epsilon: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The coefficients of a position and a velocity, with friction and noise in both."""
+    drift = np.array([[-nu, mass_inverse], [-1.0, -friction]])
+    diffusion = np.diag([math.sqrt(2 * nu), math.sqrt(2 * friction / mass_inverse)])
+    return drift, diffusion, np.diag([epsilon, gamma / mass_inverse + epsilon])
