@@ -32,7 +32,17 @@ processes = {
     "cld_sloped": ft.partial(gd.CLD, (3,), beta=1.0, beta_slope=6.0, mass_inverse=2.0),
     "bdm": ft.partial(gd.BDM, (4, 6, 2)),
     "third_order": third_order,
+    "edm": ft.partial(gd.EDM, (3,)),
+    "discrete": ft.partial(gd.VP.from_betas, (3,), np.linspace(1e-4, 0.02, 1000)),
+    "rectified": ft.partial(gd.RectifiedFlow, (3,), 3.0, t_end=0.99),
+    "trigonometric": ft.partial(gd.TrigonometricFlow, (3,), t_end=0.99),
+    "psld": ft.partial(gd.PSLD, (3,), 0.5),
+    "langevin": ft.partial(gd.Langevin, (3,), 0.6),
+    "hold": ft.partial(gd.HOLD, (3,)),
+    "blurring_cld": ft.partial(gd.BlurringCLD, (4, 6, 2)),
 }
+# These are like others here, so only `make test-slow` checks them.
+_similar = ("edm", "discrete", "trigonometric", "langevin", "hold", "blurring_cld")
 solvers = {f"gddim{q}": ft.partial(gd.GDDIM, q) for q in (1, 2, 3, 4)}
 
 
@@ -51,6 +61,12 @@ def slow(*cases):
         )
         for case in cases
     ]
+
+
+every_process = pytest.mark.parametrize(
+    "name",
+    [name for name in processes if name not in _similar] + slow(*_similar),
+)
 
 
 def mixture_for(process, *, scale=0.3, components=3, seed=0):

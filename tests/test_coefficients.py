@@ -11,7 +11,10 @@ from hypothesis import given
 import gddim_eqx as gd
 from gddim_eqx._exponential import lagrange, NoiseSplitting, weights
 
-from .helpers import processes
+from .helpers import (
+    every_process,
+    processes,
+)
 
 
 pytestmark = pytest.mark.precision
@@ -26,9 +29,6 @@ NUMBER, STEPS = 4, 20
 def moments(process, s, t, number):
     """Of a step in noise space."""
     return NoiseSplitting().integrate(process, s, t, number).moments
-
-
-every_process = pytest.mark.parametrize("name", processes)
 
 
 def authors_grid(process, number=STEPS, dtype=float):

@@ -13,6 +13,7 @@ import gddim_eqx as gd
 
 from .helpers import (
     CountedModel,
+    every_process,
     max_difference,
     mixture_for,
     NoNoise,
@@ -158,7 +159,7 @@ def test_reevaluation_is_the_corrector_with_a_second_evaluation():
     np.testing.assert_allclose(got, y, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", processes)
+@every_process
 def test_all_predictions_of_one_model_give_the_same_initial_state(name):
     process = processes[name]()
     u, t = prior_state(process, (2,)), jnp.asarray(0.4 * process.t_max)

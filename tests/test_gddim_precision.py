@@ -12,6 +12,7 @@ from gddim_eqx._exponential import COORDINATES, DataSplitting
 
 from .helpers import (
     accurate,
+    every_process,
     last,
     max_difference,
     mixture_for,
@@ -139,7 +140,7 @@ def test_any_batch_axes(batch):
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("name", processes)
+@every_process
 def test_coefficients_in_single_precision_survive_the_compiler(name):
     """`make test-precision` runs this under XLA's default flags, and with most of its
     optimisations off, where it once took a term out of the clock's derivative."""

@@ -14,6 +14,7 @@ import gddim_eqx as gd
 from gddim_eqx import BlockLinearOperator
 
 from .helpers import (
+    every_process,
     last,
     max_difference,
     mixture_for,
@@ -91,7 +92,7 @@ def _first_step(term, solver, s, t, y):
     return solver.step(term, s, t, y, None, state, False)[0]
 
 
-@pytest.mark.parametrize("name", processes)
+@every_process
 def test_one_step_is_exact_for_one_data_point(name):
     process = processes[name]()
     rng = np.random.default_rng(0)

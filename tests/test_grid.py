@@ -14,13 +14,15 @@ from hypothesis import given
 
 import gddim_eqx as gd
 
-from .helpers import processes
+from .helpers import (
+    every_process,
+    processes,
+)
 
 
 X64 = jnp.result_type(float) == np.float64
 EXACT = 1e-12 if X64 else 1e-5
 
-every_process = pytest.mark.parametrize("name", processes)
 grids = ["clock", "uniform", "quadratic", "log", 0.5, 1.0, 5.0]
 every_grid = pytest.mark.parametrize("grid", grids)
 dtypes = pytest.mark.parametrize(

@@ -13,7 +13,14 @@ import pytest
 
 import gddim_eqx as gd
 
-from .helpers import CountedModel, mixture_for, prior_state, processes, slow
+from .helpers import (
+    CountedModel,
+    every_process,
+    mixture_for,
+    prior_state,
+    processes,
+    slow,
+)
 
 
 _tight = dfx.PIDController(rtol=1e-10, atol=1e-10)
@@ -98,7 +105,7 @@ def test_normal_images_under_blurring():
     np.testing.assert_allclose(got.value, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", processes)
+@every_process
 def test_the_prior_has_the_density_of_its_draws(name):
     process = processes[name]()
     u = process.prior(jax.random.key(0), (2, 500))

@@ -8,7 +8,10 @@ import pytest
 
 import gddim_eqx as gd
 
-from .helpers import processes
+from .helpers import (
+    every_process,
+    processes,
+)
 
 
 def _like(process):
@@ -27,7 +30,7 @@ def _like(process):
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("name", processes)
+@every_process
 def test_closed_forms_agree_with_the_differential_equations(name):
     process = processes[name]()
     solved = _like(process)

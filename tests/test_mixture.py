@@ -11,12 +11,16 @@ from jax.flatten_util import ravel_pytree
 
 import gddim_eqx as gd
 
-from .helpers import max_difference, mixture_for, processes
+from .helpers import (
+    every_process,
+    max_difference,
+    mixture_for,
+    processes,
+)
 
 
 X64 = jnp.result_type(float) == np.float64
 
-every_process = pytest.mark.parametrize("name", processes)
 # Wide components, and for a few processes points.
 every_case = pytest.mark.parametrize(
     "name, scale",

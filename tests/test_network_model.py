@@ -9,7 +9,11 @@ import pytest
 
 import gddim_eqx as gd
 
-from .helpers import max_difference, processes
+from .helpers import (
+    every_process,
+    max_difference,
+    processes,
+)
 
 
 pytestmark = pytest.mark.precision
@@ -85,7 +89,7 @@ def test_a_mixed_score_adds_the_noise_of_the_velocity_alone():
     np.testing.assert_allclose(back.v, u.v, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", processes)
+@every_process
 def test_preconditioned_networks_only_add_to_normal_data(name):
     process, std = processes[name](), 0.4
     exact = gd.GaussianMixture(jnp.zeros((1, *process.shape)), std).model(process)
@@ -98,7 +102,7 @@ def test_preconditioned_networks_only_add_to_normal_data(name):
         assert max_difference(model(t, u), exact(t, u, None)) < 1e-4
 
 
-@pytest.mark.parametrize("name", processes)
+@every_process
 def test_preconditioned_networks_predict_any_noise(name):
     process, std = processes[name](), 0.4
     x = jnp.asarray(np.random.default_rng(0).normal(size=process.shape))

@@ -16,9 +16,12 @@ from hypothesis import given
 from scipy.integrate import solve_ivp
 
 import gddim_eqx as gd
-from gddim_eqx._process import coarse_and_rest
+from gddim_eqx._process import AbstractLangevin, coarse_and_rest
 
-from .helpers import processes
+from .helpers import (
+    every_process,
+    processes,
+)
 
 
 pytestmark = pytest.mark.precision
@@ -30,7 +33,6 @@ QUANTITIES = ("drift", "diffusion", "transition", "covariance", "factor", "chole
 BATCH = 64
 NUM_DRAWS = 20_000
 
-every_process = pytest.mark.parametrize("name", processes)
 dtypes = pytest.mark.parametrize(
     "dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.x64)]
 )
@@ -121,8 +123,9 @@ def test_transitions_compose(name, fractions):
 def test_time_derivatives_are_the_defining_equations(name):
     process = processes[name]()
     t = times_of(process)
-    # A `LinearSDE` is itself the solution of these equations by collocation.
-    tolerance = DERIVATIVE * (3 if isinstance(process, gd.LinearSDE) else 1)
+    # These are themselves solutions of these equations, by collocation.
+    solved = isinstance(process, (gd.LinearSDE, AbstractLangevin))
+    tolerance = DERIVATIVE * (3 if solved else 1)
     F, G, Psi, S, R, _ = evaluate(name, t, t[::-1]).values()
     rates = evaluate(name, t, t[::-1], rates=True)
     GG = G @ transpose(G)

@@ -10,7 +10,10 @@ import pytest
 import gddim_eqx as gd
 from gddim_eqx._exponential import COORDINATES, DataSplitting, NoiseSplitting
 
-from .helpers import processes
+from .helpers import (
+    every_process,
+    processes,
+)
 
 
 pytestmark = pytest.mark.x64
@@ -21,7 +24,6 @@ _splittings = {
     "cholesky": (NoiseSplitting("cholesky"), "time"),
 }
 every_splitting = pytest.mark.parametrize("splitting", _splittings)
-every_process = pytest.mark.parametrize("name", processes)
 
 
 @ft.cache

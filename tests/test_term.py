@@ -14,15 +14,19 @@ import pytest
 
 import gddim_eqx as gd
 
-from .helpers import last, max_difference, mixture_for, processes
+from .helpers import (
+    every_process,
+    last,
+    max_difference,
+    mixture_for,
+    processes,
+)
 
 
 pytestmark = pytest.mark.precision
 
 
 X64 = jnp.result_type(float) == np.float64
-
-every_process = pytest.mark.parametrize("name", processes)
 
 
 def add(a, b, factor=1.0):
@@ -328,8 +332,8 @@ def flow_of(process, model=lambda t, u, args: u, **kwargs):
         (dict(process=gd.VP((3,)), model=3), "`model` must be callable.*3"),
         (dict(process=gd.VP((3,)), predicts="eps"), "`predicts`.*'eps'"),
         (dict(process=gd.VP((3,)), factor="L"), "`factor`.*'L'"),
-        (dict(process=gd.CLD((3,)), predicts="v"), "'v'.*not for CLD"),
-        (dict(process=gd.CLD((3,)), predicts="flow"), "'flow'.*not for CLD"),
+        (dict(process=gd.CLD((3,)), predicts="v"), "'v'.*not defined for CLD"),
+        (dict(process=gd.CLD((3,)), predicts="flow"), "'flow'.*not defined for CLD"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

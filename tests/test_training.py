@@ -29,7 +29,11 @@ from gddim_eqx.training import (
     UniformTimes,
 )
 
-from .helpers import max_difference, processes
+from .helpers import (
+    every_process,
+    max_difference,
+    processes,
+)
 
 
 # What a model should predict for one data point, by dense linear algebra.
@@ -66,7 +70,7 @@ def _state(process, vector):
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("name", processes)
+@every_process
 def test_loss_is_of_the_difference_to_what_should_be_predicted(name):
     process = processes[name]()
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, *process.shape)))

@@ -159,7 +159,8 @@ def _collocate(whitened, step_weights, level):
     system = system.reshape(*system.shape[:-4], number * n, number * n)
     eye = jnp.eye(n, dtype=last.dtype)
     right = jnp.broadcast_to(jnp.tile(eye, (number, 1)), (*system.shape[:-1], n))
-    solution = jnp.linalg.solve(jnp.eye(number * n, dtype=last.dtype) - system, right)
+    whole = jnp.broadcast_to(jnp.eye(number * n, dtype=last.dtype), system.shape)
+    solution = jnp.linalg.solve(whole - system, right)
     solution = solution.reshape(*solution.shape[:-2], number, n, n)
     omegas = jnp.moveaxis(solution, (-3, -1, -2), (0, 1, 2))
     # The generator is symmetric.

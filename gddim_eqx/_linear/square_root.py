@@ -15,11 +15,11 @@ def square_root_of_sum(columns):
         for j, other in enumerate(basis):
             along = (row * other).sum((0, 1))
             root = root.at[i, j].set(along)
-            row = row - along * other
+            row = row - along[None, None] * other
         square = (row**2).sum((0, 1))
         length = jnp.sqrt(jnp.where(square > 0, square, 1))
         root = root.at[i, i].set(jnp.where(square > 0, length, 0))
-        basis.append(jnp.where(square > 0, row / length, 0))
+        basis.append(jnp.where((square > 0)[None, None], row / length[None, None], 0))
     return root
 
 
@@ -35,12 +35,33 @@ def align(
     **Arguments:**
 
     - `root`: blocks of a square root of the covariance.
-    - `target`: blocks of the target, up to scale. Its last column has priority; columns of
-        zeros are ignored.
+    - `target`: blocks of the target, up to scale. Columns of zeros are ignored.
 
     **Returns:** the blocks of `root` times an orthogonal matrix.
     """
-    return matmul(root, _orthogonal_like(matmul(transposed(root), target)))
+    product = matmul(transposed(root), target)
+    basis = _orthogonal_like(product)
+    n = len(root)
+    pairs = [(i, j) for i in range(n) for j in range(i)]
+    # One rotation is exact for two columns.
+    for i, j in pairs * (1 if n == 2 else 4):
+        basis = _rotate(basis, product, i, j)
+    return matmul(root, basis)
+
+
+def _rotate(basis, product, i, j):
+    """Rotate two columns of a basis such that `basis.T @ product` is symmetric in them, as
+    it is in all for the closest orthogonal matrix to the product."""
+    a, b = basis[:, i], basis[:, j]
+    at = lambda x, k: (x * product[:, k]).sum(0)
+    cosine, sine = at(a, i) + at(b, j), at(b, i) - at(a, j)
+    square = cosine**2 + sine**2
+    known = square > 0
+    length = jnp.sqrt(jnp.where(known, square, 1))
+    cosine = jnp.where(known, cosine / length, 1)[None]
+    sine = jnp.where(known, sine / length, 0)[None]
+    basis = basis.at[:, i].set(cosine * a + sine * b)
+    return basis.at[:, j].set(cosine * b - sine * a)
 
 
 def _orthogonal_like(target):

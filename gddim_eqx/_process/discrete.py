@@ -102,6 +102,10 @@ class DiscreteVP(AbstractGaussianPath):
     def _noise(self, t):
         return jnp.sin(jnp.sqrt(self._squares(t)[0]))
 
+    def _diffusion(self, t):
+        # Also at the start, where the noise has an infinite derivative.
+        return jnp.sqrt(-2 * self._drift(t))
+
     def prior_factor(self):
         return self._operator(jnp.ones(()))
 

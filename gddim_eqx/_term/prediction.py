@@ -7,9 +7,10 @@ with the state it determines both.
 """
 
 import abc
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array
@@ -46,8 +47,9 @@ class Marginal(NamedTuple):
 class AbstractPrediction(eqx.Module):
     """A model's prediction, given the state. All states are in the basis of states."""
 
-    one_component: ClassVar[bool] = False
-    """Whether it is only defined for processes of one component."""
+    def fault(self, process: AbstractProcess) -> str | None:
+        """Why it is not defined for a process, if so."""
+        return None
 
     @abc.abstractmethod
     def target(self, at: Marginal, data: State, noise: State) -> State:
@@ -126,7 +128,10 @@ class Score(AbstractPrediction):
 class V(AbstractPrediction):
     r"""$m_t \epsilon - \sigma_t x_0$ (Salimans & Ho 2022)."""
 
-    one_component: ClassVar[bool] = True
+    def fault(self, process):
+        if process.num_components == 1:
+            return None
+        return "which has more than one component"
 
     def target(self, at, data, noise):
         return subtract(apply(at.mean(), noise), apply(at.root(), data))
@@ -156,17 +161,31 @@ class Flow(AbstractPrediction):
     noise, as in flow matching (Lipman et al. 2023). For rectified flow,
     $\epsilon - x_0$."""
 
-    one_component: ClassVar[bool] = True
+    def fault(self, process):
+        if process.num_components == 1 or not _has_singular_diffusion(process):
+            return None
+        return (
+            "as its diffusion is singular: the vector field of the probability flow does "
+            "not determine the prediction"
+        )
 
     def target(self, at, data, noise):
         rate = at.process.factor_rate(at.t)
         return add(apply(at.mean_rate(), data), apply(rate, noise))
 
     def noise(self, at, u, value, frame):
+        if at.process.num_components > 1:
+            drift, root = at.process.drift(at.t), at.root()
+            pull = (at.process.factor_rate(at.t) - drift @ root).inverse()
+            noise = apply(pull, subtract(value, apply(drift, u)))
+            return _change_frame(at, noise, "R", frame)
         over = self._determinant(at).inverse()
         return subtract(apply(at.mean() @ over, value), apply(at.mean_rate() @ over, u))
 
     def denoised(self, at, u, value):
+        if at.process.num_components > 1:
+            noise = self.noise(at, u, value, "R")
+            return _without_noise(at, u, at.root(), noise)
         over = self._determinant(at).inverse() * at.process.data_scale
         rate = at.process.factor_rate(at.t)
         return subtract(apply(rate @ over, u), apply(at.root() @ over, value))
@@ -200,10 +219,10 @@ def check_prediction(process: AbstractProcess, predicts: str, factor: str) -> No
             f"{predicts!r}."
         )
     check_frame(factor)
-    if _predictions[predicts]("R").one_component and process.num_components != 1:
+    if fault := _predictions[predicts]("R").fault(process):
         raise ValueError(
-            f"`predicts={predicts!r}` is only defined for processes of one component, not "
-            f"for {type(process).__name__}. Use 'noise', 'data' or 'score'."
+            f"`predicts={predicts!r}` is not defined for {type(process).__name__}, "
+            f"{fault}. Use 'noise', 'data' or 'score'."
         )
 
 
@@ -211,6 +230,13 @@ def check_frame(factor: str) -> None:
     """Raise a `ValueError` unless given the name of a frame of the noise."""
     if factor not in ("R", "cholesky"):
         raise ValueError(f"`factor` must be 'R' or 'cholesky'; got {factor!r}.")
+
+
+def _has_singular_diffusion(process: AbstractProcess) -> bool:
+    with jax.ensure_compile_time_eval():
+        blocks = process.diffusion(0.5 * (process.t_min + process.t_max)).blocks
+        blocks = jnp.moveaxis(blocks, (0, 1), (-2, -1))
+        return bool((jnp.linalg.det(blocks) == 0).any())
 
 
 def _to_score(at, noise):
