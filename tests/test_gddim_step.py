@@ -12,6 +12,7 @@ from hypothesis import given, strategies as st
 
 import gddim_eqx as gd
 from gddim_eqx import BlockLinearOperator
+from gddim_eqx._process import AbstractLangevin
 
 from .helpers import (
     every_process,
@@ -121,8 +122,9 @@ def test_one_step_is_exact_for_one_data_point(name):
         growth = _size(process.transition(t, s)) * _size(process.factor(s))
         growth += _size(process.factor(t)) * _size(process.factor(s).inverse())
         tolerance = 30 * jnp.finfo(s.dtype).eps * (1 + growth)
-        # A `LinearSDE` is solved by collocation.
-        tolerance *= 2 if isinstance(process, gd.LinearSDE) else 1
+        # Those that are solved by collocation.
+        solved = isinstance(process, (gd.LinearSDE, AbstractLangevin))
+        tolerance *= 2 if solved else 1
         assert max_difference(got, exact(t)) < tolerance
 
     check()

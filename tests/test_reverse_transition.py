@@ -133,8 +133,9 @@ def test_special_levels_of_noise(name):
         prior, forward = process.covariance(t), process.transition(s, t)
         gain = prior @ forward.T @ process.covariance(s).inverse()
         left = prior - gain @ forward @ prior
-        np.testing.assert_allclose(mean.blocks - _blocks(gain, mean), 0, atol=1e-11)
-        np.testing.assert_allclose(added.blocks - _blocks(left, added), 0, atol=1e-11)
+        atol = 1e-8 if name == "discrete" else 1e-11  # Only smooth between its indices.
+        np.testing.assert_allclose(mean.blocks - _blocks(gain, mean), 0, atol=atol)
+        np.testing.assert_allclose(added.blocks - _blocks(left, added), 0, atol=atol)
 
 
 @every_process

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Inexact, Real
 
-from .._linear import append_axes, BlockLinearOperator
+from .._linear import append_axes, BlockLinearOperator, matmul, transposed
 from .._process import AbstractProcess, log_norm
 
 
@@ -48,7 +48,7 @@ class StepNodes(NamedTuple):
         last = np.arange(len(values)) == len(values) - 1
         values = jnp.where(last & self.noiseless, 1e4, values)
         # The derivative of a^T Sigma^-1 a is -|G^T Sigma^-1 a|^2.
-        along = jax.vmap(lambda w, unit: (w * unit[:, None]).sum(0))
+        along = jax.vmap(lambda w, unit: matmul(transposed(w), unit[:, None])[:, 0])
         rates = (along(self.whitened, units) ** 2).sum(1)
         return values, -0.5 * rates.mean(tuple(range(1, rates.ndim)))
 

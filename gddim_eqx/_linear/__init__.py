@@ -9,10 +9,10 @@ from .operator import (
     apply as apply,
     BlockLinearOperator as BlockLinearOperator,
     combine as combine,
+    matmul as matmul,
 )
 from .square_root import (
     align as align,
-    matmul as matmul,
     square_root_of_sum as square_root_of_sum,
     transposed as transposed,
 )

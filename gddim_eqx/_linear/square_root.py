@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
-from .operator import append_axes
+from .operator import append_axes, matmul
 
 
 def square_root_of_sum(columns):
@@ -85,11 +85,6 @@ def _orthogonal_like(target):
         turn = turn + jnp.where(near[None], 2 * column[:, None] * eye[k][None], 0)
         basis = matmul(basis, turn)
     return basis
-
-
-def matmul(a, b):
-    # Elementwise, as in `BlockLinearOperator`.
-    return (a[:, :, None] * b[None]).sum(1)
 
 
 def transposed(blocks):

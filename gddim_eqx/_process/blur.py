@@ -60,8 +60,18 @@ class Blur(eqx.Module):
 
     def fading(self, t: Array) -> Inexact[Array, "height width 1"]:
         """$-D_{ij}' / D_{ij}$."""
+        return jnp.sin(0.5 * np.pi * t) ** 2 * self._fading_over_square(t)
+
+    def root_of_fading(self, t: Array) -> Inexact[Array, "height width 1"]:
+        """The square root of `fading`, with derivative 0 where it is 0."""
+        rest = self._fading_over_square(t)
+        fades = rest > 0
+        root = jnp.where(fades, jnp.sqrt(jnp.where(fades, rest, 1)), 0)
+        return jnp.sin(0.5 * np.pi * t) * root
+
+    def _fading_over_square(self, t):
         sine, cosine = jnp.sin(0.5 * np.pi * t), jnp.sin(0.5 * np.pi * (1 - t))
-        speed = np.pi * self.sigma_max**2 * sine**3 * cosine
+        speed = np.pi * self.sigma_max**2 * sine * cosine
         dissipation = jnp.asarray(self._dissipation(), t.dtype)
         blur = self._blur(t)
         return (1 - self.min_scale) * blur / self.scale(t) * dissipation * speed

@@ -74,9 +74,7 @@ class BlurringCLD(AbstractProcess):
     def diffusion(self, t):
         # The square root of G G^T + 2 D' / D Sigma, from the Cholesky factor of Sigma.
         t = as_time(t)
-        cld, fading = self._cld(), self._blurring().fading(t)
-        fades = fading > 0
-        speed = jnp.where(fades, jnp.sqrt(2 * jnp.where(fades, fading, 1)), 0)
+        cld, speed = self._cld(), math.sqrt(2) * self._blurring().root_of_fading(t)
         (p, zero), (q, r) = cld.cholesky(t).blocks
         noise = jnp.sqrt(cld.diffusion(t).blocks[1, 1] ** 2 + (speed * r) ** 2)
         rows = [[speed * p, speed * zero], [speed * q, noise]]

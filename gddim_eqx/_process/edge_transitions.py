@@ -2,6 +2,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Inexact, Int
 
+from .._linear import matmul
+
 
 _BITS = 3
 
@@ -49,14 +51,10 @@ class EdgeTransitions:
 def saturated_product(a: Array, b: Array) -> Array:
     """The product of two blocks, with overflow saturated at the largest number: infinity
     times zero, or minus infinity, would be `nan`."""
-
-    def product(a, b):
-        return (a[:, :, None] * b[None]).sum(1)
-
     largest = float(jnp.finfo(a.dtype).max)
-    value = jnp.clip(product(a, b), -largest, largest)
+    value = jnp.clip(matmul(a, b), -largest, largest)
     small = 0.1 * largest**-0.5
-    overflown = largest * jnp.sign(product(small * a, small * b))
+    overflown = largest * jnp.sign(matmul(small * a, small * b))
     return jnp.where(jnp.isnan(value), overflown, value)
 
 

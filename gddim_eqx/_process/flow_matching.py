@@ -80,12 +80,19 @@ class TrigonometricFlow(AbstractGaussianPath):
     def t_zero_signal(self) -> float:
         return 1.0
 
+    # The cosine is the sine of the distance to the end: exact there.
+
     def _signal(self, t):
-        # As the sine of the distance to the end: exact there.
         return jnp.sin(0.5 * np.pi * (1 - t))
 
     def _noise(self, t):
         return jnp.sin(0.5 * np.pi * t)
+
+    def _signal_rate(self, t):
+        return -0.5 * np.pi * self._noise(t)
+
+    def _noise_rate(self, t):
+        return 0.5 * np.pi * self._signal(t)
 
 
 TrigonometricFlow.__init__.__doc__ = """**Arguments:**

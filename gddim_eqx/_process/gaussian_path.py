@@ -32,13 +32,20 @@ class AbstractGaussianPath(AbstractScalarProcess):
     def _noise(self, t: Array) -> Array:
         """$s_t$."""
 
+    def _signal_rate(self, t: Array) -> Array:
+        r"""$\dot a_t$."""
+        return _with_rate(self._signal, t)[1]
+
+    def _noise_rate(self, t: Array) -> Array:
+        r"""$\dot s_t$."""
+        return _with_rate(self._noise, t)[1]
+
     def _drift(self, t):
-        signal, rate = _with_rate(self._signal, t)
-        return rate / signal
+        return self._signal_rate(t) / self._signal(t)
 
     def _diffusion(self, t):
-        noise, rate = _with_rate(self._noise, t)
-        return jnp.sqrt(2 * noise * (rate - self._drift(t) * noise))
+        noise = self._noise(t)
+        return jnp.sqrt(2 * noise * (self._noise_rate(t) - self._drift(t) * noise))
 
     def _transition(self, t, s):
         return self._signal(t) / self._signal(s)
@@ -50,10 +57,10 @@ class AbstractGaussianPath(AbstractScalarProcess):
         return self.factor(self.t_max)
 
     def signal_rate(self, t):
-        return self._operator(_with_rate(self._signal, as_time(t))[1] / self.data_scale)
+        return self._operator(self._signal_rate(as_time(t)) / self.data_scale)
 
     def factor_rate(self, t):
-        return self._operator(_with_rate(self._noise, as_time(t))[1])
+        return self._operator(self._noise_rate(as_time(t)))
 
 
 class GaussianPath(AbstractGaussianPath):

@@ -144,6 +144,7 @@ def index_grid(
     *,
     offset: int = 0,
     skip_last: bool = False,
+    whole: bool = True,
     end: float | None = 0.0,
     dtype=None,
 ) -> Real[Array, " times"]:
@@ -155,6 +156,7 @@ def index_grid(
     - `offset`: added to the indices of a `"leading"` grid.
     - `skip_last`: whether to leave out the last of `num_steps + 1` indices, where the grid
         is `"leading"` or `"linspace"`.
+    - `whole`: whether the indices of a `"linspace"` grid are rounded.
     - `end`: the last time; `None` for the time of index 0, if the last index is not 0.
     """
     if not isinstance(process, DiscreteVP):
@@ -170,7 +172,8 @@ def index_grid(
         if grid == "leading":
             indices = np.arange(number)[::-1] * (total // number) + offset
         else:
-            indices = np.linspace(0, total - 1, number).round()[::-1]
+            indices = np.linspace(total - 1, 0, number)
+            indices = indices.round() if whole else indices
         indices = indices[: len(indices) - skip_last]
     if not (np.diff(indices) < 0).all() or indices[0] > total - 1:
         raise ValueError(

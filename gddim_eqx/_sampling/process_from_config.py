@@ -220,6 +220,7 @@ def _discrete(name, values, shape) -> ModelConventions:
             grid=spacing,
             offset=int(values["steps_offset"]),
             skip_last=_DEFAULTS[name] is _multistep,
+            whole=_DEFAULTS[name] is not _euler,
             end=0.0 if ends_at_zero else None,
         )
     return ModelConventions(process, predicts, process.index, grid, clip)
@@ -271,11 +272,13 @@ def _flow_matching(values, shape) -> ModelConventions:
     total = int(values["num_train_timesteps"])
     process = RectifiedFlow(shape, values.get("shift", values.get("flow_shift", 1.0)))
     network_time = lambda t: total * process.sigma(t)
-    grid = ft.partial(_flow_times, process, total)
+    # The multistep schedulers leave out the first noise level, and the others shift it.
+    first = 1 / total if "flow_shift" in values else float(process.sigma(1 / total))
+    grid = ft.partial(_flow_times, first, "flow_shift" in values)
     return ModelConventions(process, "flow", network_time, grid, None)
 
 
-def _flow_times(process, total, num_steps: int, dtype=None):
-    """Uniform, from noise to the first noise level, which is shifted; and time 0."""
-    times = np.linspace(1, float(process.sigma(1 / total)), num_steps)
+def _flow_times(first, skip_first, num_steps: int, dtype=None):
+    """Uniform, from noise to the first noise level, and time 0."""
+    times = np.linspace(1, first, num_steps + skip_first)[:num_steps]
     return jnp.asarray(np.append(times, 0), as_dtype(float if dtype is None else dtype))
