@@ -57,8 +57,18 @@ def test_a_path_with_the_functions_of_a_process_is_the_process(make):
         jax.jit(jax.vmap(lambda t, s: quantities(p, t, s)))(t, s) for p in (path, process)
     )
     np.testing.assert_allclose(got, expected, rtol=1e-10)
-    grids = [gd.time_grid(p, 10) for p in (path, process)]
-    np.testing.assert_allclose(*grids, rtol=1e-9)
+    # The default grid does not depend on how fast the time of a path runs.
+    if isinstance(process, gd.EDM | gd.RectifiedFlow):
+        grids = [gd.time_grid(p, 10) for p in (path, process)]
+        np.testing.assert_allclose(*grids, rtol=1e-9)
+
+
+@pytest.mark.x64
+def test_the_default_grid_does_not_depend_on_the_speed_of_time():
+    shifted, plain = gd.RectifiedFlow((3,), 3.0), gd.RectifiedFlow((3,))
+    ts = gd.time_grid(shifted, 10, t1=0.01)
+    sigma = gd.time_grid(plain, 10, t1=float(shifted.sigma(0.01)))
+    np.testing.assert_allclose(shifted.sigma(ts), sigma, atol=2e-3)
 
 
 _flows = {

@@ -1,4 +1,3 @@
-import math
 import weakref
 from typing import Any
 
@@ -8,11 +7,12 @@ import numpy as np
 from jaxtyping import Array, Float, Inexact
 
 from .base import AbstractProcess
+from .gaussian_path import AbstractGaussianPath
 
 
 # Where the signal vanishes on the time axis, this signal-to-noise ratio is added, as less
 # signal cannot tell times apart. Given as its logarithm.
-_LEAST = -2.0
+_LEAST = -1.0
 
 
 def clock(
@@ -26,9 +26,11 @@ def clock(
     The mean of two clocks with this range: one linear in the logarithm of the signal-to-
     noise ratio, which is independent of the scale of the data, and one linear in the square
     root of time, which gives more weight to high noise levels, where the overall content of
-    samples is determined.
+    samples is determined. For Gaussian paths, whose time may run at any speed, that is the
+    time in which the logarithm of the variance-preserving signal falls quadratically, as it
+    nearly does for VP.
     """
-    return _mean_of_clocks(process, jnp.sqrt(t), log_snr)
+    return _mean_of_clocks(process, t, log_snr)
 
 
 def clock_table(
@@ -38,7 +40,7 @@ def clock_table(
     where the signal-to-noise ratio may be unbounded, only the part that is linear in the
     square root of time keeps running."""
     times, log_snr = log_snr_table(process)
-    return times, _mean_of_clocks(process, np.sqrt(times), log_snr)
+    return times, _mean_of_clocks(process, times, log_snr)
 
 
 def log_snr_at_start(process: AbstractProcess) -> float:
@@ -55,13 +57,27 @@ def bounded_log_snr(process: AbstractProcess, log_snr: Any) -> Any:
     return xp.logaddexp(log_snr, xp.asarray(_LEAST, log_snr.dtype))
 
 
-def _mean_of_clocks(process, root, log_snr) -> Any:
-    ends = log_snr_at_start(process), log_snr_table(process)[1][0]
-    first, last = bounded_log_snr(process, np.asarray(ends)).tolist()
-    log_snr = bounded_log_snr(process, log_snr)
-    by_signal = (log_snr - first) / (last - first)
-    first, last = math.sqrt(process.t_max), math.sqrt(process.t_min)
-    return 0.5 * (by_signal + (root - first) / (last - first))
+def _mean_of_clocks(process, t, log_snr) -> Any:
+    ends = np.array([process.t_max, process.t_min])
+    at_ends = np.array([log_snr_at_start(process), log_snr_table(process)[1][0]])
+    at_ends, log_snr = (bounded_log_snr(process, x) for x in (at_ends, log_snr))
+    pairs = (
+        (at_ends, log_snr),
+        (_root(process, *x) for x in ((ends, at_ends), (t, log_snr))),
+    )
+    first, second = (
+        (value - float(start)) / (float(end) - float(start))
+        for (start, end), value in pairs
+    )
+    return 0.5 * (first + second)
+
+
+def _root(process, t, log_snr) -> Any:
+    xp = np if isinstance(t, np.ndarray) else jnp
+    if not isinstance(process, AbstractGaussianPath):
+        return xp.sqrt(t)
+    # Not zero, where the root has no derivative.
+    return xp.log1p(xp.exp(-2 * xp.where(log_snr < 40, log_snr, 40))) ** 0.25
 
 
 # The tables of processes still in use.
