@@ -19,7 +19,6 @@ from gddim_eqx._term import (
     check_prediction,
     flow_of_ode,
     ReverseSDE,
-    Semilinear,
     unwrap,
     unwrap_reverse,
 )
@@ -241,11 +240,13 @@ class GDDIM(AbstractExponentialMultistep):
 
 def _unsupported(term: dfx.AbstractTerm) -> str:
     cures = {
-        dfx.ODETerm: "For the probability flow of a process as an `ODETerm`, pass that "
+        "ODETerm": "For the probability flow of a process as an `ODETerm`, pass that "
         "process: `GDDIM(process=...)`.",
-        Semilinear: "For a `Semilinear` equation, use `ExponentialAdams`.",
+        "AdjointTerm": "Give `BacksolveAdjoint` a solver for the way back, such as "
+        "`BacksolveAdjoint(solver=diffrax.Tsit5())`.",
+        "Semilinear": "For a `Semilinear` equation, use `ExponentialAdams`.",
     }
-    cure = cures.get(type(term), "Use another solver.")
+    cure = cures.get(type(term).__name__, "Use another solver.")
     return (
         "`GDDIM` solves `gddim_eqx.ProbabilityFlow` and `gddim_eqx.reverse_sde`; got "
         f"{type(term).__name__}. {cure}"

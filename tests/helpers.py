@@ -42,7 +42,10 @@ processes = {
     "blurring_cld": ft.partial(gd.BlurringCLD, (4, 6, 2)),
 }
 # These are like others here, so only `make test-slow` checks them.
-_similar = ("edm", "discrete", "trigonometric", "langevin", "hold", "blurring_cld")
+_similar = (
+    *("edm", "discrete", "trigonometric"),
+    *("psld", "langevin", "hold", "blurring_cld"),
+)
 solvers = {f"gddim{q}": ft.partial(gd.GDDIM, q) for q in (1, 2, 3, 4)}
 
 

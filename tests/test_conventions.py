@@ -170,7 +170,14 @@ def test_bad_conventions(without_type_checks):
         gd.nn.EDMPreconditioned(network, 0.0)
 
 
-def test_networks_of_flax():
+@pytest.fixture
+def as_users_have_it():
+    """Without the strictness of this suite, which other libraries do not share."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def test_networks_of_flax(as_users_have_it):
     nnx = pytest.importorskip("flax.nnx")
     linen = pytest.importorskip("flax.linen")
     process = gd.RectifiedFlow((3,))
@@ -198,7 +205,7 @@ def test_networks_of_flax():
         assert gd.sample(flow, jax.random.key(0), 4, num_steps=3)[0].shape == (4, 3)
 
 
-def test_networks_of_keras(monkeypatch):
+def test_networks_of_keras(monkeypatch, as_users_have_it):
     monkeypatch.setenv("KERAS_BACKEND", "jax")
     keras = pytest.importorskip("keras")
     process = gd.RectifiedFlow((3,))

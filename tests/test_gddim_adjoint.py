@@ -137,5 +137,7 @@ def test_gradients_are_finite_under_vmap_with_finished_lanes():
 
 def test_backsolve_without_its_own_solver_is_refused():
     gradient = jax.grad(lambda x: _loss(x, _ts, dfx.BacksolveAdjoint()))
-    with pytest.raises(ValueError, match="Terms are not compatible with solver"):
+    with pytest.raises(
+        ValueError, match="got AdjointTerm. Give `BacksolveAdjoint` a solver"
+    ):
         gradient(_inputs())
