@@ -1,9 +1,9 @@
 """The error with few steps, against the samplers of the diffusers package.
 
 Eight Gaussians on a ring under DDPM's schedule of 1,000 betas, with the exact noise
-prediction, from the same noise down to the first index. Errors are distances to the end of the exact flow, RMS per
-coordinate, medians over samples. UniPC and DPM-Solver++ (2M) are run
-on four grids each, of which the best is shown for each number of evaluations. Needs
+prediction, from the same noise down to the first index. Errors are distances to the end of
+the exact flow, RMS per coordinate, medians over samples. UniPC and DPM-Solver++ (2M) are
+run on four grids each, of which the best is shown for each number of evaluations. Needs
 diffusers and torch (`pip install ".[interop]"`); without them only `GDDIM` is run.
 
     python benchmarks/diffusers_samplers.py
@@ -33,15 +33,19 @@ _flow = gd.ProbabilityFlow(_process, _mixture.model(_process))
 
 
 def solve(solver, ts, u):
-    return dfx.diffeqsolve(
-        _flow, solver, ts[0], ts[-1], None, u, stepsize_controller=dfx.StepTo(ts)
-    ).ys[0]
+    return _end(solver, ts[0], ts[-1], u, dfx.StepTo(ts))
+
+
+def _end(solver, t0, t1, u, controller):
+    sol = dfx.diffeqsolve(_flow, solver, t0, t1, None, u, stepsize_controller=controller)
+    assert sol.ys is not None
+    return sol.ys[0]
 
 
 def theirs(name: str, options: dict, number: int, u: np.ndarray) -> np.ndarray:
     """The samples of one of their samplers."""
-    import diffusers
-    import torch
+    import diffusers  # pyright: ignore[reportMissingImports]
+    import torch  # pyright: ignore[reportMissingImports]
 
     options = options | dict(trained_betas=_betas, final_sigmas_type="sigma_min")
     scheduler = getattr(diffusers, name)(**options)
@@ -74,9 +78,7 @@ def main() -> None:
     numbers, size = ([5], 16) if quick else ([5, 8, 10, 15, 20], 512)
     u = _process.prior(jax.random.key(0), (size,))
     tight = dfx.PIDController(rtol=1e-9, atol=1e-9)
-    exact = dfx.diffeqsolve(
-        _flow, dfx.Dopri8(), 1.0, _process.t_min, None, u, stepsize_controller=tight
-    ).ys[0]
+    exact = _end(dfx.Dopri8(), 1.0, _process.t_min, u, tight)
 
     def error(x):
         return float(np.median(np.sqrt(((np.asarray(x) - exact) ** 2).mean(-1))))

@@ -162,9 +162,14 @@ def test_noise_space_cannot_start_without_signal():
         ),
         (dict(signal=lambda t: jnp.ones(3), noise=lambda t: t), "`signal` must return one"),
         (dict(signal=lambda t: 1.0, noise=lambda t: t, t_min=2.0), "Need 0 < `t_min`"),
+        (dict(signal=1.0, noise=lambda t: t), "`signal` must be a function of time"),
+        (
+            dict(signal=lambda t: 1.0, noise=lambda t: t, prior_std=-1.0),
+            "`prior_std` must be positive",
+        ),
     ],
 )
-def test_what_is_no_path_is_refused(arguments, message):
+def test_what_is_no_path_is_refused(arguments, message, without_type_checks):
     with pytest.raises(ValueError, match=message):
         gd.GaussianPath((2,), **arguments)
     with pytest.raises(ValueError, match="`t_end` must be at most 1"):

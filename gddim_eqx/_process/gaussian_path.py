@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._misc import as_constant, as_shape
+from .._misc import as_constant, as_shape, check_positive
 from .diagonal import AbstractScalarProcess
 from .times import as_time
 
@@ -115,6 +115,9 @@ class GaussianPath(AbstractGaussianPath):
         **Raises:** `ValueError` for functions that are not such a path.
         """
         self.shape = as_shape(shape)
+        for name, function in (("signal", signal), ("noise", noise)):
+            if not callable(function):
+                raise ValueError(f"`{name}` must be a function of time; got {function!r}.")
         self.signal, self.noise = signal, noise
         self.t_min, self.t_end = as_constant("t_min", t_min), as_constant("t_end", t_end)
         if not 0 < self.t_min < self.t_end:
@@ -127,6 +130,7 @@ class GaussianPath(AbstractGaussianPath):
         _check_path(times, signals, noises)
         prior_std = noises[-1] if prior_std is None else prior_std
         self.prior_std = as_constant("prior_std", prior_std)
+        check_positive(prior_std=self.prior_std)
         self._data_scale = signals[0]
         # Extrapolated from the end.
         end = times[-1] - signals[-1] / rates[-1] if rates[-1] < 0 else math.inf

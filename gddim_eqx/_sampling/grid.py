@@ -42,10 +42,11 @@ def time_grid(
     - `process`: the forward process.
     - `num_steps`: the number of steps, at least 1.
     - `grid`: by default `"clock"`, uniform in the mean of two clocks that run from `t_max`
-        to `t_min`: the log-SNR and the square root of time. Or a power $p$, for times
-        uniform in $t^{1/p}$: `"uniform"` is 1; and `"quadratic"`, the authors' choice, is
-        2. `"log"` is uniform in the logarithm of time, `"log_snr"` in that of the
-        signal-to-noise ratio, and `"karras"` in $\sigma^{1/7}$, where $\sigma$ is the
+        to `t_min`: the log-SNR, and the square root of time (for Gaussian paths, a function
+        of the noise level that does not depend on how fast time runs). Or a power $p$, for
+        times uniform in $t^{1/p}$: `"uniform"` is 1; and `"quadratic"`, the authors'
+        choice, is 2. `"log"` is uniform in the logarithm of time, `"log_snr"` in that of
+        the signal-to-noise ratio, and `"karras"` in $\sigma^{1/7}$, where $\sigma$ is the
         noise-to-signal ratio (Karras et al. 2022; [`gddim_eqx.EDM`][]). For a
         [`gddim_eqx.DiscreteVP`][], `"leading"`, `"trailing"` and `"linspace"` are the times
         of `num_steps` indices (Lin et al. 2024, table 2), and time 0.
