@@ -1,10 +1,12 @@
 """What the README says, runs."""
 
+import inspect
 import operator
 import pathlib
 import re
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
@@ -38,3 +40,14 @@ def test_files_that_are_linked_exist():
     root = pathlib.Path(__file__).parent.parent
     for link in re.findall(r"\]\(([^)]+)\)", _readme):
         assert link.startswith("https://") or (root / link).exists(), link
+
+
+def test_examples_in_docstrings_are_python():
+    found = 0
+    for owner in (gd, gd.nn, gd.training, gd.metrics, gd.checkpoints):
+        for value in vars(owner).values():
+            text = inspect.getdoc(value) or ""
+            for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+                compile(textwrap.dedent(code), "docstring", "exec")
+                found += 1
+    assert found > 5

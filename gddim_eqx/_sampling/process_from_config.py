@@ -40,7 +40,9 @@ def process_from_config(
 
         ```python
         import gddim_eqx as gd
-            config = {
+        import jax.numpy as jnp
+
+        config = {
             "_class_name": "DDIMScheduler",
             "beta_schedule": "scaled_linear",
             "beta_start": 0.00085,
