@@ -218,7 +218,7 @@ def test_networks_of_keras(monkeypatch, as_users_have_it):
 
 
 @pytest.mark.float32
-def test_the_example_rows_agree():
+def test_the_example_rows_agree(as_users_have_it):
     path = pathlib.Path(__file__).parents[1] / "examples" / "bring_your_model.py"
     spec = importlib.util.spec_from_file_location("bring_your_model", path)
     module = importlib.util.module_from_spec(spec)
