@@ -341,8 +341,9 @@ def test_float32_is_right_down_to_the_last_digits(name):
             exact = evaluate(name, t, s)
             single = evaluate(name, t, s, np.float32)
             for quantity in QUANTITIES:
-                # Rescaled times are rounded once more.
-                tolerance = 2e-6 if isinstance(process, AbstractLangevin) else 1e-6
+                # Rescaled times, and products with the blur, are rounded once more.
+                twice = isinstance(process, (AbstractLangevin, gd.BlurringCLD))
+                tolerance = 2e-6 if twice else 1e-6
                 # The noise of what has been blurred away is a small root of small numbers.
                 least = 1e-6 if name == "blurring_cld" else 0
                 size = np.maximum(np.abs(exact[quantity]), least)
