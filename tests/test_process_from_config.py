@@ -148,6 +148,10 @@ def test_files(tmp_path):
         (dict(thresholding=True), "`thresholding=True` is not supported.*DynamicThreshold"),
         (dict(beta_schedule="laplace"), "`beta_schedule` must be one of .*'laplace'"),
         (dict(prediction_type="x"), "`prediction_type` must be one of 'epsilon'.*'x'"),
+        (
+            dict(_class_name="EulerDiscreteScheduler", timestep_type="continuous"),
+            "`timestep_type` must be one of 'discrete'; got 'continuous'",
+        ),
         (dict(timestep_spacing="x"), "`timestep_spacing` must be one of 'leading'"),
         (dict(trained_betas=[0.1, 1.2]), "`betas` must be between 0 and 1.*1.2"),
         (

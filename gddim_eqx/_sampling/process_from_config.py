@@ -130,7 +130,10 @@ _multistep = _discrete_defaults | {
     "use_flow_sigmas": False,
     "flow_shift": 1.0,
 }
-_euler = _discrete_defaults | {"timestep_spacing": "linspace"}
+_euler = _discrete_defaults | {
+    "timestep_spacing": "linspace",
+    "timestep_type": "discrete",
+}
 _clipped = _discrete_defaults | {"clip_sample": True}
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -185,7 +188,6 @@ _SAMPLERS_ONLY = {
     "solver_p",
     "solver_type",
     "time_shift_type",
-    "timestep_type",
     "variance_type",
 }
 
@@ -205,6 +207,8 @@ def _choose(values, key, choices):
 
 
 def _discrete(name, values, shape) -> ModelConventions:
+    if "timestep_type" in values:
+        _choose(values, "timestep_type", ("discrete",))
     process = from_betas(shape, _betas(values))
     predicts = _PREDICTIONS[_choose(values, "prediction_type", _PREDICTIONS)]
     clip = float(values["clip_sample_range"]) if values["clip_sample"] else None
