@@ -4,7 +4,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Inexact, Real
+from jaxtyping import Array, Bool, Float, Inexact, Real
+from numpy.polynomial import legendre
 
 from .._linear import append_axes, BlockLinearOperator, matmul, transposed
 from .._process import AbstractProcess, log_norm
@@ -12,6 +13,16 @@ from .._process import AbstractProcess, log_norm
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(48)
 NODES, WEIGHTS = (NODES + 1) / 2, WEIGHTS / 2
+
+
+def integrals_from_the_end(
+    nodes: Float[np.ndarray, " nodes"],
+) -> Float[np.ndarray, "nodes nodes"]:
+    """The matrix from values at nodes in [0, 1] to the integrals from 1 back to each."""
+    number, x = len(nodes), 2 * nodes - 1
+    columns = np.linalg.inv(legendre.legvander(x, number - 1)).T
+    integrals = np.stack([legendre.legint(column, lbnd=1) for column in columns])
+    return legendre.legvander(x, number) @ integrals.T / 2
 
 
 class StepNodes(NamedTuple):

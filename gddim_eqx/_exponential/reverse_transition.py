@@ -23,9 +23,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
-import numpy as np
 from jaxtyping import Array, Inexact
-from numpy.polynomial import legendre
 
 from .._custom_types import Level, RealScalarLike
 from .._linear import (
@@ -38,7 +36,7 @@ from .._linear import (
 )
 from .._misc import as_level, level_at, pin
 from .._process import AbstractProcess, as_times, require_process
-from .quadrature import NODES, step_nodes, StepNodes, WEIGHTS
+from .quadrature import integrals_from_the_end, NODES, step_nodes, StepNodes, WEIGHTS
 
 
 class NoiseTransition(NamedTuple):
@@ -168,15 +166,7 @@ def _collocate(whitened, step_weights, level):
     return omegas, append_axes(eye, decrease.ndim) - decrease
 
 
-def _integrals_from_the_end():
-    """The matrix from values at the nodes to the integrals from 1 back to each."""
-    number, x = len(NODES), 2 * NODES - 1
-    columns = np.linalg.inv(legendre.legvander(x, number - 1)).T
-    integrals = np.stack([legendre.legint(column, lbnd=1) for column in columns])
-    return legendre.legvander(x, number) @ integrals.T / 2
-
-
-_BACKWARD = _integrals_from_the_end()
+_BACKWARD = integrals_from_the_end(NODES)
 
 
 def reverse_transition(

@@ -21,10 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import expm
 from jaxtyping import Array
+from numpy.polynomial import legendre
 
 from .._linear import append_axes
 from .._term import LinearPart
 from .coordinate import AbstractCoordinate, Time
+from .quadrature import integrals_from_the_end
 from .splitting import AbstractSplitting, StepCoefficients, zero_if_still
 
 
@@ -65,7 +67,7 @@ class SemilinearSplitting(AbstractSplitting):
 
 @ft.cache
 def _gauss(number):
-    nodes, weights = np.polynomial.legendre.leggauss(number)
+    nodes, weights = legendre.leggauss(number)
     return (nodes + 1) / 2, weights / 2
 
 
@@ -110,25 +112,19 @@ def _of_blocks(blocks, h, number):
 def _radau(number):
     """The nodes and weights of the left Radau rule on [0, 1], and the matrix that maps
     values at the nodes to integrals from each of them to 1."""
-    legendre = np.polynomial.legendre
     basis = np.eye(number + 1)
     nodes = np.sort(legendre.legroots(basis[-1] + basis[-2]))
     nodes[0] = -1
-    to_coefficients = np.linalg.inv(legendre.legvander(nodes, number - 1))
-    integrals = []
-    for c in basis[:-1, :-1]:
-        primitive = legendre.legint(c)
-        upper = legendre.legval(1, primitive)
-        integrals.append(upper - legendre.legval(nodes, primitive))
-    matrix = np.stack(integrals, axis=-1) @ to_coefficients / 2
-    return (nodes + 1) / 2, matrix[0], matrix
+    nodes = (nodes + 1) / 2
+    matrix = -integrals_from_the_end(nodes)
+    return nodes, matrix[0], matrix
 
 
 def _by_collocation(equation, s, t, number):
     r"""The transition and moments for $A_t$: $\Psi(t, \tau)$ by collocation, from $t$ back
     to $s$. It is stable for any decay, and integrates the moments exactly if $A$ is
     constant, but for the error of the transition."""
-    nodes, weights, integrals = (np.asarray(x) for x in _radau(16))
+    nodes, weights, integrals = _radau(16)
     h, m = t - s, len(nodes)
     a = jax.vmap(equation)(s + h * jnp.asarray(nodes, h.dtype)).blocks
     # (*spectrum, m, n, n)
