@@ -11,6 +11,7 @@ from .._custom_types import RealScalarLike
 from .._linear import AbstractBasis, BlockLinearOperator, IdentityBasis
 from .._misc import as_shape, check_positive, constant_field
 from .base import AbstractProcess
+from .langevin import check_gamma, check_rate
 from .tables import cumulative_integral, PiecewisePolynomial
 from .times import as_time, as_times
 
@@ -59,13 +60,8 @@ class CLD(AbstractProcess):
         check_positive(
             mass_inverse=self.mass_inverse, epsilon=self.epsilon, t_end=self.t_end
         )
-        if not self.gamma >= 0:
-            raise ValueError(f"`gamma` must not be negative; got {self.gamma}.")
-        if self.beta < 0 or not self.beta + self.beta_slope * self.t_end > 0:
-            raise ValueError(
-                "`beta + beta_slope * t` must be positive on (0, t_end]; got "
-                f"beta={self.beta} and beta_slope={self.beta_slope}."
-            )
+        check_gamma(self.gamma)
+        check_rate(self.beta, self.beta_slope, self.t_end)
 
     @property
     def num_components(self) -> int:

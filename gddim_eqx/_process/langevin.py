@@ -35,11 +35,7 @@ class AbstractLangevin(AbstractProcess):
         """The standard deviation of each component under the prior."""
 
     def __check_init__(self):
-        if self.beta < 0 or not self.beta + self.beta_slope * self.t_end > 0:
-            raise ValueError(
-                "`beta + beta_slope * t` must be positive on (0, t_end]; got "
-                f"beta={self.beta} and beta_slope={self.beta_slope}."
-            )
+        check_rate(self.beta, self.beta_slope, self.t_end)
 
     @property
     def num_components(self) -> int:
@@ -157,7 +153,17 @@ Langevin.__init__.__doc__ = """**Arguments:**
 """
 
 
+def check_rate(beta: float, beta_slope: float, t_end: float) -> None:
+    """**Raises:** `ValueError` unless the rate is positive."""
+    if beta < 0 or not beta + beta_slope * t_end > 0:
+        raise ValueError(
+            "`beta + beta_slope * t` must be positive on (0, t_end]; got "
+            f"beta={beta} and beta_slope={beta_slope}."
+        )
+
+
 def check_gamma(gamma: float) -> None:
+    """**Raises:** `ValueError` for a negative variance of the initial velocity."""
     if not gamma >= 0:
         raise ValueError(f"`gamma` must not be negative; got {gamma}.")
 
