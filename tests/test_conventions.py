@@ -115,6 +115,7 @@ def test_edm():
         ("1000 t", gd.VP((2,)), 400.0),
         ("sigma", gd.EDM((2,)), 0.4),
         ("sigma", gd.RectifiedFlow((2,)), 0.4 / 0.6),
+        ("sigma", gd.GaussianPath((2,), lambda t: 3 * (1 - t), lambda t: t), 0.4 / 1.8),
         ("log(sigma) / 4", gd.EDM((2,)), np.log(0.4) / 4),
         ("1 - t", gd.RectifiedFlow((2,)), 0.6),
         (lambda t: 999 * t, gd.VP((2,)), 399.6),

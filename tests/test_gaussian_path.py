@@ -131,6 +131,18 @@ def test_all_predictions_give_the_same_samples_from_zero_signal(name):
         np.testing.assert_allclose(samples[predicts], samples["data"], rtol=1e-10)
 
 
+@pytest.mark.precision
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_flow_of_a_rectified_flow_is_noise_minus_data(shift):
+    process = gd.RectifiedFlow((2,), shift)
+    x, noise = jnp.array([[0.5, -2.0]]), jnp.array([[1.5, 0.25]])
+    for t in (1e-3, 0.3, 1.0):
+        sigma = process.sigma(t)
+        u = (1 - sigma) * x + sigma * noise
+        model = gd.GaussianMixture(x).model(process, "flow")
+        np.testing.assert_allclose(model(t, u, None), noise - x, rtol=2e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("predicts", ["noise", "score"])
 def test_noise_says_nothing_about_data_without_signal(predicts):
     process = _flows["rectified"]

@@ -2,11 +2,14 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import gddim_eqx as gd
+
+from .helpers import solve
 
 
 def _read(name="DDIMScheduler", **entries):
@@ -109,6 +112,34 @@ def test_flow_matching(name, entries, expected):
     np.testing.assert_allclose(found.network_time(found.grid(5)), expected, rtol=1e-5)
 
 
+@pytest.mark.x64
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_sampling_a_flow_matching_network_as_its_scheduler_does(shift):
+    """Euler's method in the noise level, for a network that predicts noise minus data."""
+    data = gd.GaussianMixture(jnp.array([[1.0, -1.0], [-2.0, 0.5]]), 0.3)
+    straight = data.model(gd.RectifiedFlow((2,)), "flow")
+    network = lambda timestep, x: straight(jnp.asarray(timestep / 1000), x, None)
+    found = _read("FlowMatchEulerDiscreteScheduler", shift=shift)
+    ts = found.grid(10)
+    start = found.process.prior(jax.random.key(0), (5,))
+
+    steps = np.linspace(1, shift / (1000 + shift - 1), 10)
+    sigmas = np.append(shift * steps / (1 + (shift - 1) * steps), 0)
+    if shift == 1:
+        np.testing.assert_allclose(found.network_time(ts), 1000 * sigmas, atol=1e-9)
+    sigmas, x = np.asarray(found.network_time(ts)) / 1000, start
+    for now, then in zip(sigmas[:-1], sigmas[1:]):
+        x = x + (then - now) * network(1000 * now, x)
+
+    model = lambda t, u, args: network(found.network_time(t), u)
+    flow = gd.ProbabilityFlow(found.process, model, found.predicts)
+    np.testing.assert_allclose(solve(flow, gd.GDDIM(1), ts, start), x, atol=1e-10)
+    # More steps converge to the data.
+    x = gd.sample(flow, jax.random.key(1), 200, 20).x
+    nearest = jnp.linalg.norm(x[:, None] - data.means[None], axis=-1).min(1)
+    assert jnp.median(nearest) < 0.5
+
+
 def test_where_a_grid_ends():
     # Without `set_alpha_to_one` the last step is to the first index, if it is one.
     ts = _read(set_alpha_to_one=False, steps_offset=1).grid(4)
@@ -184,3 +215,21 @@ def test_a_grid_that_the_indices_cannot_make():
     for index in (-1, 10, 2.5e3):
         with pytest.raises(ValueError, match="`index` must be from 0 to 9"):
             process.time(index)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        dict(name="UniPCMultistepScheduler", use_karras_sigmas=True),
+        dict(name="EulerDiscreteScheduler"),
+        dict(name="FlowMatchEulerDiscreteScheduler"),
+    ],
+    ids=["karras", "linspace", "flow"],
+)
+def test_a_single_step_goes_from_noise_to_data(entries):
+    found = _read(**entries)
+    ts = found.grid(1)
+    np.testing.assert_allclose(ts, [found.process.t_max, 0])
+    for number in (0, -1, 1.5):
+        with pytest.raises(ValueError, match="`num_steps` must be a positive integer"):
+            found.grid(number)

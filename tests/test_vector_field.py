@@ -17,6 +17,7 @@ pytestmark = pytest.mark.precision
 _processes = {
     "vp": gd.VP((3,)),
     "rectified": gd.RectifiedFlow((3,)),
+    "shifted": gd.RectifiedFlow((3,), 3.0),
     "edm": gd.EDM((3,)),
     "bdm": gd.BDM((4, 6, 2)),
 }

@@ -96,7 +96,7 @@ class WithTime(eqx.Module):
         if self.time == "1 - t":
             return 1 - t
         # Of the noise to the signal, with the scale of the data.
-        log_sigma = -self.process.log_snr(t) + jnp.log(self.process.data_scale)
+        log_sigma = -self.process.log_snr(t) - jnp.log(self.process.data_scale)
         return 0.25 * log_sigma if self.time == "log(sigma) / 4" else jnp.exp(log_sigma)
 
     def __call__(self, t: RealScalarLike, u: State, args: Args) -> State:

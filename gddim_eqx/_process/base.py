@@ -173,6 +173,11 @@ class AbstractProcess(eqx.Module):
         growth = diffusion @ diffusion.T @ factor.inverse().T * 0.5
         return self.drift(t) @ factor + growth
 
+    def flow_speed(self, t: RealScalarLike) -> Inexact[Array, ""]:
+        """The speed of the parameter of the path by which flow predictions are its
+        derivatives: 1 where it is time itself."""
+        return jnp.ones_like(as_time(t))
+
     def to_data(self, state: State) -> State:
         """Convert from the basis of states to the data's coordinates."""
         return jtu.tree_map(self.basis.inverse, state)
@@ -183,8 +188,7 @@ class AbstractProcess(eqx.Module):
 
     def log_snr(self, t: RealScalarLike) -> Inexact[Array, ""]:
         r"""Half the logarithm of the signal-to-noise ratio, $\frac{1}{2} \log a_t^\top
-        \Sigma_t^{-1} a_t$, where $a_t$ is the coefficient of the data in the mean of the
-        state: for VP, the logarithm of the ratio of signal to noise. Averaged over
+        \Sigma_t^{-1} a_t$, where $a_t$ is the first column of $\Psi(t, 0)$: for VP, the logarithm of the ratio of signal to noise. Averaged over
         frequencies if they differ.
 
         **Arguments:**

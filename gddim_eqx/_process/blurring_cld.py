@@ -5,13 +5,13 @@ import jax.numpy as jnp
 
 from .._linear import AbstractBasis, append_axes, BlockLinearOperator, CosineBasis
 from .._misc import as_shape, constant_field
-from .base import AbstractProcess
 from .blur import Blur
 from .cld import CLD
+from .langevin import AbstractAugmentedProcess
 from .times import as_time, as_times
 
 
-class BlurringCLD(AbstractProcess):
+class BlurringCLD(AbstractAugmentedProcess):
     r"""Critically-damped Langevin diffusion that blurs: [`gddim_eqx.CLD`][] of the cosine
     coefficients of an image, whose position and velocity fade as in [`gddim_eqx.BDM`][].
 
@@ -51,18 +51,6 @@ class BlurringCLD(AbstractProcess):
     @property
     def basis(self) -> AbstractBasis:
         return CosineBasis()
-
-    @property
-    def data_scale(self) -> float:
-        return 1.0
-
-    @property
-    def t_max(self) -> float:
-        return self.t_end
-
-    @property
-    def t_zero_signal(self) -> float:
-        return math.inf
 
     def drift(self, t):
         t = as_time(t)

@@ -10,13 +10,12 @@ from jaxtyping import Array
 from .._custom_types import RealScalarLike
 from .._linear import AbstractBasis, BlockLinearOperator, IdentityBasis
 from .._misc import as_shape, check_positive, constant_field
-from .base import AbstractProcess
-from .langevin import check_gamma, check_rate
+from .langevin import AbstractAugmentedProcess, check_gamma, check_rate
 from .tables import cumulative_integral, PiecewisePolynomial
 from .times import as_time, as_times
 
 
-class CLD(AbstractProcess):
+class CLD(AbstractAugmentedProcess):
     r"""Critically-damped Langevin diffusion: data $x$ with a velocity $v$,
 
     $$\mathrm{d}x = \beta_t M^{-1} v\,\mathrm{d}t, \qquad
@@ -70,18 +69,6 @@ class CLD(AbstractProcess):
     @property
     def basis(self) -> AbstractBasis:
         return IdentityBasis()
-
-    @property
-    def data_scale(self) -> float:
-        return 1.0
-
-    @property
-    def t_max(self) -> float:
-        return self.t_end
-
-    @property
-    def t_zero_signal(self) -> float:
-        return math.inf
 
     def _elapsed(self, t, s):
         """The increase of rescaled time from `s` to `t`."""

@@ -4,6 +4,7 @@ import numpy as np
 
 from .._misc import as_shape, check_positive, constant_field
 from .gaussian_path import AbstractGaussianPath
+from .times import as_time
 
 
 class RectifiedFlow(AbstractGaussianPath):
@@ -11,11 +12,13 @@ class RectifiedFlow(AbstractGaussianPath):
     $x_t = (1 - \sigma_t)\,x_0 + \sigma_t\,\epsilon$, with $\sigma_t = t$ by default. Noise
     is at t = 1, and data are at t = 0.
 
-    With `shift` $k$, as image models have it, $\sigma_t = k t / (1 + (k - 1) t)$. Such
-    networks are called with $\sigma_t$, which `process.sigma(t)` returns.
+    With `shift` $k$, as image models have it, $\sigma_t = k t / (1 + (k - 1) t)$. Networks
+    of such models are called with $\sigma_t$, which `process.sigma(t)` returns, or a
+    multiple of it.
 
-    At t = 1 there is no signal, so models must predict the `"flow"`, $\epsilon - x_0$ for
-    `shift=1`; the data; or `"v"`.
+    At t = 1 there is no signal, so models must predict the `"flow"`, which is
+    $\epsilon - x_0$ for every shift (the derivative of the path by $\sigma$); the data; or
+    `"v"`.
 
     ??? cite "Reference"
 
@@ -40,6 +43,9 @@ class RectifiedFlow(AbstractGaussianPath):
     def sigma(self, t):
         r"""The noise level $\sigma_t$."""
         return self.shift * t / (1 + (self.shift - 1) * t)
+
+    def flow_speed(self, t):
+        return self.shift / (1 + (self.shift - 1) * as_time(t)) ** 2
 
     def _signal(self, t):
         return (1 - t) / (1 + (self.shift - 1) * t)

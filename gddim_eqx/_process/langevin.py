@@ -13,7 +13,24 @@ from .linear_sde import LinearSDE
 from .times import as_time
 
 
-class AbstractLangevin(AbstractProcess):
+class AbstractAugmentedProcess(AbstractProcess):
+    """A process of data with a velocity, or more, which keeps some of the signal until
+    `t_end`, where sampling starts."""
+
+    @property
+    def data_scale(self) -> float:
+        return 1.0
+
+    @property
+    def t_max(self) -> float:
+        return self.t_end
+
+    @property
+    def t_zero_signal(self) -> float:
+        return math.inf
+
+
+class AbstractLangevin(AbstractAugmentedProcess):
     r"""A process with constant coefficients but for a rate,
     $\mathrm{d}u = \beta_t A u\,\mathrm{d}t + \sqrt{\beta_t} B\,\mathrm{d}w$ with
     $\beta_t = \beta_0 + \beta_1 t$.
@@ -44,18 +61,6 @@ class AbstractLangevin(AbstractProcess):
     @property
     def basis(self) -> AbstractBasis:
         return IdentityBasis()
-
-    @property
-    def data_scale(self) -> float:
-        return 1.0
-
-    @property
-    def t_max(self) -> float:
-        return self.t_end
-
-    @property
-    def t_zero_signal(self) -> float:
-        return math.inf
 
     def _rate(self, t):
         return self.beta + self.beta_slope * t

@@ -165,6 +165,7 @@ def index_grid(
             f"The grid {grid!r} is for discrete-time models; got {type(process).__name__}. "
             "Use `VP.from_betas` or `VP.from_alphas_cumprod`, or another grid."
         )
+    check_count("num_steps", num_steps)
     total, number = len(process.alphas_cumprod), int(num_steps)
     if grid == "trailing":
         indices = np.round(np.arange(number, 0, -1) * (total / number)) - 1

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Inexact, Real
 
 from .._custom_types import PredictionName, RealScalarLike
-from .._misc import as_dtype
+from .._misc import as_dtype, check_count
 from .._process import AbstractProcess, from_betas, RectifiedFlow
 from .grid import index_grid, time_grid
 
@@ -161,8 +161,9 @@ _REFUSED = {
     "use_dynamic_shifting": "It depends on the size of the image: replace it by the "
     "`shift` (or `flow_shift`) for yours, which is the exponential of `mu`.",
     "shift_terminal": "Remove it, and end the grid where you want.",
-    "invert_sigmas": "It is for networks that are called with the opposite time: remove "
-    "it, and subtract `network_time` from 1000.",
+    "invert_sigmas": "It is for networks of the opposite path, from noise to data: remove "
+    "it, call the network with `num_train_timesteps - network_time(t)`, and negate its "
+    "output.",
     "sigma_min": "Remove it, and choose the ends of `gddim_eqx.time_grid`.",
     "sigma_max": "Remove it, and choose the ends of `gddim_eqx.time_grid`.",
     "stochastic_sampling": "Remove it, and use `gddim_eqx.reverse_sde`.",
@@ -234,7 +235,11 @@ def _discrete(name, values, shape) -> ModelConventions:
 
 def _noise_levels(process, spacing, ends_at_zero, num_steps: int, dtype=None):
     """`num_steps` evaluations between the last and the first index, and the end."""
-    ts = time_grid(process, num_steps - ends_at_zero, spacing, dtype=dtype)
+    check_count("num_steps", num_steps)
+    if num_steps == 1 and ends_at_zero:
+        ts = jnp.array([process.t_max], as_dtype(float if dtype is None else dtype))
+    else:
+        ts = time_grid(process, num_steps - ends_at_zero, spacing, dtype=dtype)
     return jnp.append(ts, jnp.zeros((), ts.dtype)) if ends_at_zero else ts
 
 
@@ -286,5 +291,6 @@ def _flow_matching(values, shape) -> ModelConventions:
 
 def _flow_times(first, skip_first, num_steps: int, dtype=None):
     """Uniform, from noise to the first noise level, and time 0."""
+    check_count("num_steps", num_steps)
     times = np.linspace(1, first, num_steps + skip_first)[:num_steps]
     return jnp.asarray(np.append(times, 0), as_dtype(float if dtype is None else dtype))

@@ -106,7 +106,7 @@ class Data(AbstractPrediction):
         if at.process.num_components > 1:
             return super().flow(at, u, value)
         # Also where there is no signal, and the drift is infinite.
-        return Flow().target(at, value, self.noise(at, u, value, "R"))
+        return _path_rate(at, value, self.noise(at, u, value, "R"))
 
 
 class Score(AbstractPrediction):
@@ -149,7 +149,7 @@ class V(AbstractPrediction):
         data = jtu.tree_map(
             lambda x: x / at.process.data_scale, self.denoised(at, u, value)
         )
-        return Flow().target(at, data, self.noise(at, u, value, "R"))
+        return _path_rate(at, data, self.noise(at, u, value, "R"))
 
     def _rotation(self, at):
         mean, std = at.mean(), at.root()
@@ -159,7 +159,7 @@ class V(AbstractPrediction):
 class Flow(AbstractPrediction):
     r"""$\dot m_t x_0 + \dot \sigma_t \epsilon$, the derivative of the path between data and
     noise, as in flow matching (Lipman et al. 2023). For rectified flow,
-    $\epsilon - x_0$."""
+    $\epsilon - x_0$: with a shift, the derivative by the noise level."""
 
     def fault(self, process):
         if process.num_components == 1 or not _has_singular_diffusion(process):
@@ -170,10 +170,11 @@ class Flow(AbstractPrediction):
         )
 
     def target(self, at, data, noise):
-        rate = at.process.factor_rate(at.t)
-        return add(apply(at.mean_rate(), data), apply(rate, noise))
+        speed = at.process.flow_speed(at.t)
+        return jtu.tree_map(lambda x: x / speed.astype(x.dtype), _path_rate(at, data, noise))
 
     def noise(self, at, u, value, frame):
+        value = self.flow(at, u, value)
         if at.process.num_components > 1:
             drift, root = at.process.drift(at.t), at.root()
             pull = (at.process.factor_rate(at.t) - drift @ root).inverse()
@@ -186,15 +187,23 @@ class Flow(AbstractPrediction):
         if at.process.num_components > 1:
             noise = self.noise(at, u, value, "R")
             return _without_noise(at, u, at.root(), noise)
+        value = self.flow(at, u, value)
         over = self._determinant(at).inverse() * at.process.data_scale
         rate = at.process.factor_rate(at.t)
         return subtract(apply(rate @ over, u), apply(at.root() @ over, value))
 
     def flow(self, at, u, value):
-        return value
+        speed = at.process.flow_speed(at.t)
+        return jtu.tree_map(lambda x: x * speed.astype(x.dtype), value)
 
     def _determinant(self, at):
         return at.mean() @ at.process.factor_rate(at.t) - at.root() @ at.mean_rate()
+
+
+def _path_rate(at, data, noise):
+    """The derivative in time of the path between data and noise."""
+    rate = apply(at.process.factor_rate(at.t), noise)
+    return add(apply(at.mean_rate(), data), rate)
 
 
 _predictions = {

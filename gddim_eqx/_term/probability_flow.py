@@ -62,7 +62,8 @@ class ProbabilityFlow(AbstractReverseTerm):
                 mean coefficient and standard deviation.
             - `"flow"`: $\dot m\,x_0 + \dot \sigma\,\epsilon$, their derivatives in time
                 times data and noise: the vector field of the probability flow, as in flow
-                matching. `"v"` is only for processes of one component, and `"flow"` not
+                matching. For [`gddim_eqx.RectifiedFlow`][] with a shift, it is still
+                $\epsilon - x_0$. `"v"` is only for processes of one component, and `"flow"` not
                 where the diffusion is singular, as for [`gddim_eqx.CLD`][].
         - `factor`: the square root $K_t$ of the covariance that defines the noise: `"R"`
             for the paper's $R_t$ (equation 17), `"cholesky"` for $L_t$.
@@ -231,7 +232,10 @@ class _FromVectorField(eqx.Module):
     process: AbstractProcess
 
     def __call__(self, t: RealScalarLike, u: State, args: Args) -> State:
-        return self.process.to_data(self.term.vf(t, self.process.from_data(u), args))
+        field = self.term.vf(t, self.process.from_data(u), args)
+        speed = self.process.flow_speed(t)
+        field = jtu.tree_map(lambda x: x / speed.astype(x.dtype), field)
+        return self.process.to_data(field)
 
 
 def flow_of_ode(process: AbstractProcess, term: dfx.ODETerm) -> ProbabilityFlow:
