@@ -1,10 +1,11 @@
-"""The error with few steps, against the samplers of the diffusers package.
+"""The error at small NFE, compared with the samplers of the diffusers package.
 
-Eight Gaussians on a ring under DDPM's schedule of 1,000 betas, with the exact noise
-prediction, from the same noise down to the first index. Errors are distances to the end of
-the exact flow, RMS per coordinate, medians over samples. UniPC and DPM-Solver++ (2M) are
-run on four grids each, of which the best is shown for each number of evaluations. Needs
-diffusers and torch (`pip install ".[interop]"`); without them only `GDDIM` is run.
+Eight Gaussians on a ring under DDPM's noise schedule of 1,000 betas, with the exact noise
+prediction. All samplers start from the same noise and end at the first index. The error of
+a sample is its distance from the end point of the exact flow, RMS per coordinate; the table
+shows medians over samples. UniPC and DPM-Solver++ (2M) are run on four grids each, and the
+best is shown for each NFE. Needs diffusers and torch (`pip install ".[interop]"`); without
+them only `GDDIM` is run.
 
     python benchmarks/diffusers_samplers.py
     python benchmarks/diffusers_samplers.py --quick  # only to see that it runs
@@ -43,7 +44,7 @@ def _end(solver, t0, t1, u, controller):
 
 
 def theirs(name: str, options: dict, number: int, u: np.ndarray) -> np.ndarray:
-    """The samples of one of their samplers."""
+    """Samples from one of the schedulers of diffusers."""
     import diffusers  # pyright: ignore[reportMissingImports]
     import torch  # pyright: ignore[reportMissingImports]
 
@@ -72,7 +73,7 @@ _grids = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Samplers of diffusers.")
+    parser = argparse.ArgumentParser(description="Comparison with diffusers.")
     parser.add_argument("--quick", action="store_true", help="only check that it runs")
     quick = parser.parse_args().quick
     numbers, size = ([5], 16) if quick else ([5, 8, 10, 15, 20], 512)
@@ -99,7 +100,7 @@ def main() -> None:
                 for n in numbers
             ]
     else:
-        print('No diffusers and torch: pip install ".[interop]"\n')
+        print('diffusers and torch are not installed: pip install ".[interop]"\n')
     print("| median error | " + " | ".join(map(str, numbers)) + " |")
     print("| --- " * (len(numbers) + 1) + "|")
     for label, row in rows.items():

@@ -1,10 +1,10 @@
-"""Exponential Adams methods on a stiff partial differential equation, against Diffrax.
+"""Exponential Adams methods and Diffrax's solvers on a stiff partial differential equation.
 
 The Kuramoto-Sivashinsky equation u_t = -u u_x - u_xx - u_xxxx on a periodic interval of
-length 32 pi, with 256 Fourier coefficients, from t = 0 to 20, as the first front forms. The
-table shows errors at the end, evaluations of the nonlinear part, and seconds. `KenCarp4`
-and `Kvaerno5` are implicit: each of their steps is a Newton iteration, with a Jacobian of
-256 x 256.
+length 32 pi, with 256 Fourier coefficients, from t = 0 to 20, while the first front forms.
+The table shows errors at the final time, evaluations of the nonlinear part, and seconds.
+`KenCarp4` and `Kvaerno5` are implicit: their stages are solved by Newton's method, with a
+256 x 256 Jacobian.
 
     python benchmarks/semilinear.py
     python benchmarks/semilinear.py --quick  # only to see that it runs
@@ -50,7 +50,7 @@ class Equation:
 
     def nonlinear(self, t, u, args):
         jax.debug.callback(self._count)
-        # Dealiased by the rule of two thirds.
+        # Dealiased by the two-thirds rule.
         square = jnp.fft.rfft(u**2)
         kept = jnp.arange(len(square)) <= self.size // 3
         return jnp.fft.irfft(jnp.where(kept, -0.5j * self.wave * square, 0), self.size)
@@ -119,7 +119,7 @@ def main() -> None:
     runs = [
         (name, solver, dfx.PIDController(rtol=x, atol=x), None, f"tolerance {x:.0e}")
         for name, solver in adaptive.items()
-        # Below, implicit solvers take minutes.
+        # At tighter tolerances, implicit solvers take minutes.
         for x in tolerances
         if x >= 1e-4 or not isinstance(solver, dfx.AbstractImplicitSolver)
     ]
@@ -156,7 +156,7 @@ def _draw(equation, t1, points, path) -> None:
     for name, pairs in points.items():
         evaluations, errors = np.array(pairs).T
         right.loglog(evaluations, errors, "o-", label=name)
-    right.set(xlabel="evaluations", ylabel="relative error at the end", ylim=(1e-9, 10))
+    right.set(xlabel="evaluations", ylabel="relative error at final time", ylim=(1e-9, 10))
     right.legend(fontsize="small", loc="center right")
     figure.savefig(path, dpi=110)
 

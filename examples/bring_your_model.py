@@ -1,9 +1,9 @@
 """Bring your own model: five conventions, one line each.
 
-Models of diffusion and flow matching differ in the path from data to noise, in what they
-predict, and in the time that they are called with. Here are five networks as other projects
-would hand them over, all of the same data, eight Gaussians on a ring. As these networks are
-exact, all rows of the table agree, but for the error of few steps:
+Diffusion and flow-matching models differ in the path from data to noise, in what they
+predict, and in their time input. Here are five networks in the conventions of other
+projects, all for the same data, eight Gaussians on a ring. As these networks are exact, all
+rows of the table agree, up to the discretisation error with few steps:
 
     python examples/bring_your_model.py
 
@@ -27,8 +27,8 @@ _std = 0.05
 
 
 def denoise(x: Array, signal: Array, noise: Array) -> Array:
-    """The mean of the data given `x = signal * data + noise * eps`: what a perfect network
-    knows, in any convention."""
+    """The mean of the data given `x = signal * data + noise * eps`: the exact data
+    prediction, from which the networks below are computed."""
     variance = (signal * _std) ** 2 + noise**2
     rest = x[:, None] - signal * _centres[None]
     weights = jax.nn.softmax(-0.5 * (rest**2).sum(-1) / variance, axis=-1)
@@ -76,7 +76,7 @@ def flow_network(x, time):
 
 
 def flow_matching() -> gd.ProbabilityFlow:
-    # Here time runs from data to noise, so the velocity has the opposite sign.
+    # In gddim_eqx time runs from data to noise, so the velocity has the opposite sign.
     model = lambda t, x, args: -flow_network(x, 1000 * (1 - t))
     return gd.ProbabilityFlow(gd.RectifiedFlow((2,)), model, "flow")
 
@@ -136,7 +136,7 @@ CONVENTIONS = {
 
 
 def distances(number: int, evaluations: list[int]) -> dict[str, list[float]]:
-    """The sliced Wasserstein distance of samples to data, per convention."""
+    """The sliced Wasserstein distances between samples and data, for each convention."""
     data = gd.GaussianMixture(_centres, _std).sample(jax.random.key(1), number)
     found = {}
     for name, make in CONVENTIONS.items():
@@ -149,11 +149,11 @@ def distances(number: int, evaluations: list[int]) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Five conventions, one table.")
+    parser = argparse.ArgumentParser(description="Five models in their own conventions.")
     parser.add_argument("--number", type=int, default=4000, help="samples per row")
     number = parser.parse_args().number
     evaluations = [5, 20]
-    print(f"Sliced Wasserstein distance of {number} samples of GDDIM() to data, with")
+    print(f"Sliced Wasserstein distance between {number} GDDIM() samples and data, with")
     print(f"{'':38}" + "".join(f"{n:>8}" for n in evaluations) + "   evaluations")
     for name, row in distances(number, evaluations).items():
         print(f"{name:38}" + "".join(f"{x:8.4f}" for x in row))

@@ -28,24 +28,25 @@ class ExponentialAdams(AbstractExponentialMultistep):
     r"""An exponential Adams-Bashforth method for stiff semilinear equations,
     $\dot u = A_t u + N(t, u)$.
 
-    The linear part is solved exactly, whatever its stiffness, and the nonlinear part is
+    The linear part is solved exactly, however stiff it is, and the nonlinear part is
     extrapolated by a polynomial in time through its most recent values. Each step takes
     one evaluation of the nonlinear part, and no linear or nonlinear solve. If $N$ is
     constant, a step of any size is exact.
 
-    It solves [`gddim_eqx.Semilinear`][] equations, in either direction of time, with fixed
-    or adaptive steps; coefficients are computed from the times of the step and of its
-    history. The error estimate is the difference to the method of one order less (for
-    order 1, of one order more).
+    It solves [`gddim_eqx.Semilinear`][] equations in either direction of time, with fixed
+    or adaptive step sizes: the coefficients are computed from the times of the step and of
+    its history. The error estimate is the difference from the method of the next lower
+    order (for order 1, from order 2).
 
-    Above order 1 the history starts with values within the first step, from a fixed-point
-    iteration for the polynomial through them. It takes 2, 4 or 9 evaluations for order 2, 3
-    or 4. If it does not contract, because the first step is too long, its values are
-    dropped, and the first steps are a warm-up of lower order.
+    For orders above 1, the history is initialised with values at nodes within the first
+    step, from a fixed-point iteration for the polynomial through them. This takes 2, 4 or
+    9 evaluations for order 2, 3 or 4. If the iteration does not contract, because the first
+    step is too long, the values are discarded, and the first steps are a warm-up of lower
+    order.
 
-    Constant operators are integrated by the $\varphi$ functions. Those that depend on time
-    are integrated by Radau collocation with 16 nodes, which is exact to rounding errors
-    while eigenvalues times the step size are at most about 10, and stable for any decay.
+    Constant operators are integrated with $\varphi$ functions. Time-dependent operators are
+    integrated by Radau collocation with 16 nodes. It is exact to rounding error as long as
+    eigenvalues times the step size are at most about 10, and stable for any decay.
 
     ??? cite "Reference"
 
@@ -59,9 +60,9 @@ class ExponentialAdams(AbstractExponentialMultistep):
     def __init__(self, order: int | None = None, *, num_nodes: int | None = None):
         """**Arguments:**
 
-        - `order`: the number of evaluations that are combined, 1 to 4. Defaults to 4.
-        - `num_nodes`: the field that stores `order`, as every Diffrax solver has a method
-            called `order`. Only used if `order` is not given, as in `dataclasses.replace`.
+        - `order`: the number of evaluations that a step combines, 1 to 4. Defaults to 4.
+        - `num_nodes`: the field that stores the order, since `order` is a method of every
+            Diffrax solver. Used only if `order` is not given, as by `dataclasses.replace`.
 
         **Raises:** `ValueError` for any other order.
         """
@@ -103,15 +104,15 @@ class ExponentialAdams(AbstractExponentialMultistep):
         return eqx.tree_at(fields, history, (times[1:], times[1:], older, count))
 
     def _start(self, problem, t0, t1, y0, args):
-        """Times within the first step, from its start on; the nonlinear part there; and
-        whether the iteration for it contracts."""
+        """Nodes within the first step, beginning at its start; the nonlinear part at the
+        nodes; and whether the fixed-point iteration contracts."""
         term, equation, _, direction = problem
         q, shape, dtype = self.num_nodes, equation.shape, coefficient_dtype(y0)
         s, t = (real_time(equation.t_end, x, direction, dtype) for x in (t0, t1))
         fractions = jnp.arange(q, dtype=dtype) / q
         times = s + (t - s) * fractions
         polynomials = lagrange(fractions, jnp.ones(q, bool))
-        # In units of the fraction of the step that each of them takes.
+        # Coefficients in the variable that runs from 0 to 1 on the way to each node.
         powers = jnp.stack([fractions**i for i in range(q)], axis=-1)
         polynomials = polynomials[None] * powers[:, None]
         integrate = lambda tau: self.splitting.integrate(equation, s, tau, q)

@@ -42,45 +42,47 @@ class GDDIM(AbstractExponentialMultistep):
 
     The linear part of the equation is solved exactly, and the model's prediction is
     extrapolated by a polynomial through its most recent values, as in an Adams-Bashforth
-    method. For a single data point, a step of any size is exact. Each step takes one
-    evaluation of the model.
+    method. If the data are a single point, a step of any size is exact. Each step takes
+    one evaluation of the model.
 
     - In data space, the default, the data prediction is extrapolated. The UniC corrector
         reuses the next step's evaluation, so it costs no extra NFE; the final step is not
-        corrected. For VP, order 2 without a corrector is DPM-Solver++(2M), but for the
+        corrected. For VP, order 2 without a corrector is DPM-Solver++(2M), up to the
         interpolation coordinate.
     - In noise space, the noise prediction is extrapolated in the frame $R_t$, where it is
         nearly constant along the flow. This is the paper's method: equations 18 (order 1;
         DDIM for VP) and 19 (DEIS for VP). The paper's best sampler is
         `GDDIM(3, "noise")` on the grid `time_grid(process, n, "quadratic")`.
 
-    In data space, the interpolation coordinate slows down during sampling, so that each
-    step extrapolates over a shorter distance than the previous step covered; this keeps
+    The default interpolation coordinate in data space slows down during sampling: each
+    step extrapolates over a shorter distance than the previous step covered. This keeps
     large steps stable.
 
     Coefficients are computed from the times of the step and of its history. Steps may
     therefore be nonuniform, rejected or clipped, and time may run in either direction:
-    backward to sample, forward to encode. (Solves in noise space may start at time 0;
-    those in data space must start with some noise, for example at `process.t_min`.)
+    backward to sample, forward to encode. (To encode, a solve in noise space may
+    start at time 0; one in data space must start at a time with some noise, for example at
+    `process.t_min`.)
 
-    The first steps are a warm-up of lower order. As all steps shrink together, the global
-    order is thus at most 2, or 3 with a corrector. In practice this costs little, as
+    The first steps are a warm-up of lower order. As the step size goes to zero, the global
+    order is therefore at most 2, or 3 with a corrector. In practice this costs little, as
     predictions hardly change near the start of sampling: in noise space, an exact initial
     history changes the error by no more than 1% for CLD and 25% for VP.
 
-    The error estimate is the difference between the polynomials in time through all stored
-    values and through one fewer, so it costs no NFE; with `reevaluate`, between the
-    predicted and the corrected state. (Order 1 is compared with order 2. On the very first
+    The error estimate compares the polynomial in time through all stored values with the
+    one through all but the oldest, so it costs no NFE. With `reevaluate`, it compares the
+    predicted with the corrected state. (Order 1 is compared with order 2. On the very first
     step the estimate is the model's whole contribution, which is safe but coarse.) Dense
-    output has the order of the solver. To make the most of a small NFE, rather than to meet
-    a tolerance, use a fixed grid: [`gddim_eqx.adapted_grid`][] finds a good one.
+    output has the order of the solver. To get the smallest error at a given small NFE,
+    rather than to meet a tolerance, use a fixed grid: [`gddim_eqx.adapted_grid`][] finds a
+    good one.
 
     On [`gddim_eqx.reverse_sde`][] this is stochastic gDDIM (paper, proposition 6), with the
-    exact mean and covariance of every step: for a single data point, samples have the right
-    distribution on any grid and for any stochasticity. Noise is built from the increments
-    of the Brownian path so that solutions converge pathwise, with strong order 1. In noise
-    space, orders above 1 help only for small `lam`; for `lam` near 1 and few steps (20, for
-    CLD) orders 3 and 4 are unstable there.
+    exact mean and covariance of every step: if the data are a single point, samples have
+    the exact distribution on any grid and for any stochasticity. The noise of a step is
+    computed from the increments of the Brownian path, so that solutions converge pathwise,
+    with strong order 1. In noise space, orders above 1 help only for small `lam`. For `lam`
+    near 1 and few steps (20 for CLD), orders 3 and 4 are unstable in noise space.
 
     ??? cite "Reference"
 
@@ -118,14 +120,14 @@ class GDDIM(AbstractExponentialMultistep):
     ):
         r"""**Arguments:**
 
-        - `order`: the number of evaluations that are combined, 1 to 4; q in the paper.
+        - `order`: the number of evaluations that a step combines, 1 to 4; q in the paper.
             Defaults to 4.
         - `space`: what is extrapolated: `"data"`, the data prediction; or `"noise"`, the
             noise prediction, as in the paper.
         - `corrector`: the number of past evaluations that the corrector uses besides the
             new one, from 0 (no corrector) to `order`. Defaults to `order - 1` in data
-            space and with `reevaluate`, and else to 0, as the free corrector is unstable
-            in noise space for few steps.
+            space and with `reevaluate`, and to 0 otherwise, as the UniC corrector is
+            unstable in noise space with few steps.
         - `variable`: the interpolation coordinate: `"time"` (the paper's, and the default
             in noise space), its `"sqrt"` or `"log"`; `"log_snr"`, as in DPM-Solver++; or
             `"clock"` (the default in data space), which slows down during sampling.
@@ -133,17 +135,17 @@ class GDDIM(AbstractExponentialMultistep):
             paper's $R_t$, or `"cholesky"` for $L_t$, the paper's baseline, which is far
             worse for CLD. Only for the probability flow in noise space. It need not be
             the frame in which the model predicts.
-        - `reevaluate`: correct every step with an extra evaluation at its end, for two
-            evaluations per step: the paper's predictor-corrector (PEC).
-        - `process`: to solve a `diffrax.ODETerm` whose vector field is the probability flow
-            of this process, such as a flow-matching model: the data or noise prediction is
-            recovered from the vector field. Nothing can check that it is one: for another
-            vector field the solution is still approximated, but without the benefits. Not
-            needed for `ProbabilityFlow` and `reverse_sde`, which know their process.
-        - `num_nodes`: the field that stores `order`, as every Diffrax solver has a method
-            called `order`. Only used if `order` is not given, as in `dataclasses.replace`.
+        - `reevaluate`: whether to correct every step with an extra evaluation at its end,
+            at two evaluations per step: the paper's predictor-corrector (PEC).
+        - `process`: only for a `diffrax.ODETerm`: the process whose probability flow is its
+            vector field, for example a flow-matching model. The data or noise prediction
+            is recovered from the vector field. This cannot be checked: another vector
+            field is still integrated, but without the benefits. Not needed for
+            `ProbabilityFlow` and `reverse_sde`, which hold their process.
+        - `num_nodes`: the field that stores the order, since `order` is a method of every
+            Diffrax solver. Used only if `order` is not given, as by `dataclasses.replace`.
 
-        **Raises:** `ValueError` for invalid or mutually exclusive values.
+        **Raises:** `ValueError` for invalid or conflicting arguments.
         """
         order = check_order(order, num_nodes)
         if space not in ("data", "noise"):
@@ -183,13 +185,13 @@ class GDDIM(AbstractExponentialMultistep):
         self.process = process
 
     def __repr__(self) -> str:
-        # As it is constructed: the argument `order` sets `num_nodes`.
+        # A valid constructor call: the argument `order` sets `num_nodes`.
         names = ("space", "corrector", "variable", "factor", "reevaluate")
         rest = [f"{name}={getattr(self, name)!r}" for name in names]
         rest += [] if self.process is None else [f"process={self.process!r}"]
         return f"GDDIM({', '.join([f'order={self.num_nodes}', *rest])})"
 
-    # The arguments name what the properties of `AbstractExponentialMultistep` are made of.
+    # The components of `AbstractExponentialMultistep`, as the arguments specify them.
 
     @property
     def splitting(self) -> AbstractSplitting:
@@ -242,7 +244,7 @@ def _unsupported(term: dfx.AbstractTerm) -> str:
     cures = {
         "ODETerm": "For the probability flow of a process as an `ODETerm`, pass that "
         "process: `GDDIM(process=...)`.",
-        "AdjointTerm": "Give `BacksolveAdjoint` a solver for the way back, such as "
+        "AdjointTerm": "Give `BacksolveAdjoint` a solver for the backward pass, such as "
         "`BacksolveAdjoint(solver=diffrax.Tsit5())`.",
         "Semilinear": "For a `Semilinear` equation, use `ExponentialAdams`.",
     }

@@ -46,16 +46,16 @@ from ._predictor import AbstractPredictor
 
 
 class Problem(NamedTuple):
-    """What a solver solves."""
+    """The problem that a solver solves."""
 
     term: Any
     """The term whose evaluations are interpolated."""
     equation: Any
-    """The linear part: a process, or that of a semilinear equation."""
+    """The linear part: a process, or the `LinearPart` of a semilinear equation."""
     lam: Level | None
     """The stochasticity; `None` for an ordinary differential equation."""
     direction: RealScalarLike
-    """By which the solver's times are multiplied."""
+    """1 or -1, which maps the solver's times to those of the term when multiplied."""
 
 
 class AbstractExponentialMultistep(
@@ -64,7 +64,7 @@ class AbstractExponentialMultistep(
     """An exponential multistep method for semilinear equations, such as probability flows
     and reverse diffusions.
 
-    A step solves the linear part of the equation exactly, and replaces the rest by a
+    A step solves the linear part of the equation exactly, and replaces the remainder by a
     polynomial through past evaluations of the model. Subclasses specify the linear part
     and the interpolated quantity (`splitting`), the coordinate of the polynomials
     (`coordinate`), the polynomials (`predictor`), and how the end of a step is corrected
@@ -78,7 +78,7 @@ class AbstractExponentialMultistep(
 
     @abc.abstractmethod
     def unwrap(self, terms: dfx.AbstractTerm, y: State) -> Problem:
-        """What is solved, given the terms and a state.
+        """The problem that the terms define, for states like `y`.
 
         **Raises:** `ValueError` for terms that the solver does not support.
         """
@@ -211,8 +211,8 @@ class AbstractExponentialMultistep(
         predictor, and of the error estimate."""
         number = self._num_moments_in_time
         x = scaled(nodes.coordinate, c.start, c.end)
-        # The error is estimated in time: in a coordinate that slows down, large steps would
-        # seem accurate.
+        # The error estimate uses polynomials in time: in a coordinate that slows down, it
+        # would be too small for large steps.
         times = scaled(nodes.times, nodes.times[0], c.t)
         narrower = nodes.age < jnp.minimum(nodes.count, number - 1)
         cases = [(x, nodes.valid(self.predictor.num_nodes))]
@@ -227,8 +227,8 @@ class AbstractExponentialMultistep(
         return corrector, predictor, (every[1] - every[2])[:, :number]
 
     def _reevaluated(self, nodes: Nodes, c: StepCoefficients):
-        """For the evaluation at the end of the step and each node, the polynomial of the
-        corrector."""
+        """The corrector's polynomials, for the evaluation at the end of the step and for
+        each node."""
         nodes = nodes.with_end(c.t, c.end)
         # The end is at 1 even if the step has size zero.
         x = scaled(nodes.coordinate, c.start, c.end).at[0].set(1)
@@ -256,14 +256,14 @@ def _forcing(shape, history: History, count, c: StepCoefficients, value, normal)
 
 
 def _corrected(shape, last: LastStep, polynomials, nodes: Nodes, y0: State) -> State:
-    """The end of the previous step, corrected with the new evaluation."""
+    """The state at the end of the previous step, corrected with the new evaluation."""
     change = integral(shape, polynomials, last.moments, nodes.values)
     corrected = lambda y, a, b: jnp.where(nodes.count > 0, a + b, y)
     return jtu.tree_map(corrected, y0, last.base, change)
 
 
 def check_order(order: Any, num_nodes: Any) -> int:
-    """The order as an integer; from the field that stores it if not given.
+    """The order as an integer, taken from `num_nodes` if `order` is not given.
 
     **Raises:** `ValueError` unless it is an integer from 1 to 4.
     """

@@ -4,11 +4,12 @@ Over a step from $s$ to $t$ of length $h$ the exact solution is
 
 $$u_t = \Psi(t, s)\,u_s + \int_s^t \Psi(t, \tau)\,N(\tau)\,\mathrm{d}\tau.$$
 
-If $N$ is replaced by a polynomial in $x = (\tau - s) / h$, only its moments are needed,
+If $N$ is replaced by a polynomial in $x = (\tau - s) / h$, the integral is a linear
+combination of the moments
 
 $$M_i = \int_s^t x^i\,\Psi(t, \tau)\,\mathrm{d}\tau = h\,i!\,\varphi_{i + 1}(h A)$$
 
-the latter for constant $A$ (Hochbruck & Ostermann 2010).
+where the second equality holds for constant $A$ (Hochbruck & Ostermann 2010).
 """
 
 import functools as ft
@@ -72,14 +73,14 @@ def _gauss(number):
 
 
 def _of_diagonal(blocks, h, number):
-    """The transition and moments for an operator that is diagonal: by quadrature where
-    it is not stiff, and by integration by parts elsewhere."""
+    """The transition and moments for a constant diagonal operator: by Gauss quadrature
+    where it is not stiff, and by integration by parts elsewhere."""
     rows = np.eye(len(blocks), dtype=bool)
     diagonal = append_axes(jnp.asarray(rows), blocks.ndim)
     z = h * blocks[0, 0]
     mild = jnp.abs(z) < 4
     near, far = jnp.where(mild, z, 0), jnp.where(mild, 4, z)
-    # Exact to rounding on this interval.
+    # Exact to rounding error on this interval.
     nodes, weights = (jnp.asarray(x, z.dtype) for x in _gauss(16))
     growth = jnp.exp(append_axes(1 - nodes, z.ndim + 1) * near[None])
     by_parts, moments = jnp.expm1(far) / far, []
@@ -92,7 +93,7 @@ def _of_diagonal(blocks, h, number):
 
 
 def _of_blocks(blocks, h, number):
-    """The transition and moments for constant blocks, from the exponential of a larger
+    """The transition and moments for constant blocks, from the exponential of an augmented
     matrix (Sidje 1998)."""
     n = len(blocks)
     a = jnp.moveaxis(blocks, (0, 1), (-2, -1)) * h
@@ -110,8 +111,8 @@ def _of_blocks(blocks, h, number):
 
 @ft.cache
 def _radau(number):
-    """The nodes and weights of the left Radau rule on [0, 1], and the matrix that maps
-    values at the nodes to integrals from each of them to 1."""
+    """The nodes and weights of the left Radau rule on [0, 1], with a node at 0, and the
+    matrix that maps values at the nodes to the integrals from each node to 1."""
     basis = np.eye(number + 1)
     nodes = np.sort(legendre.legroots(basis[-1] + basis[-2]))
     nodes[0] = -1
@@ -121,16 +122,16 @@ def _radau(number):
 
 
 def _by_collocation(equation, s, t, number):
-    r"""The transition and moments for $A_t$: $\Psi(t, \tau)$ by collocation, from $t$ back
-    to $s$. It is stable for any decay, and integrates the moments exactly if $A$ is
-    constant, but for the error of the transition."""
+    r"""The transition and moments for a time-dependent $A_t$: $\Psi(t, \tau)$ by Radau
+    collocation from $t$ back to $s$. This is stable for any decay. For constant $A$, the
+    error of the transition is the only error of the moments."""
     nodes, weights, integrals = _radau(16)
     h, m = t - s, len(nodes)
     a = jax.vmap(equation)(s + h * jnp.asarray(nodes, h.dtype)).blocks
     # (*spectrum, m, n, n)
     a = jnp.moveaxis(a, (0, 1, 2), (-3, -2, -1))
     n = a.shape[-1]
-    # From the row at node k, component a, to the one at node j, component b.
+    # Maps component a of the row at node k to component b of the row at node j.
     system = jnp.einsum("jk,...kab->...jbka", h * jnp.asarray(integrals, h.dtype), a)
     system = system.reshape(*a.shape[:-3], m * n, m * n)
     right = jnp.tile(jnp.eye(n, dtype=h.dtype), (m, 1))

@@ -20,7 +20,8 @@ TimeName = Literal["index", "1000 t", "sigma", "log(sigma) / 4", "1 - t"]
 
 
 class WithTime(eqx.Module):
-    r"""A model that is called with what it was trained on in place of the process' time.
+    r"""Wraps a model whose time input is not the time of the process, but for example an
+    index or a noise level.
 
     !!! example
 
@@ -50,18 +51,19 @@ class WithTime(eqx.Module):
 
         - `process`: the forward process.
         - `model`: called as `model(converted, u, args)`.
-        - `time`: what the model is called with, as a function of time or by name.
+        - `time`: the time input of the model: a function of the process' time, or a name.
             - `"index"`: 0 to N - 1, for a [`gddim_eqx.DiscreteVP`][].
             - `"1000 t"`: 1000 times the time.
-            - `"sigma"`: the noise-to-signal ratio; for [`gddim_eqx.EDM`][] the time.
-            - `"log(sigma) / 4"`: a quarter of its logarithm, EDM's $c_\text{noise}$.
+            - `"sigma"`: the noise-to-signal ratio; for [`gddim_eqx.EDM`][], the time.
+            - `"log(sigma) / 4"`: a quarter of its logarithm: EDM's $c_\text{noise}$.
             - `"1 - t"`: for flows that run from noise at 0 to data at 1.
-        - `per_sample`: whether the model expects one number per sample, an array of the
-            state's batch axes, as most Flax and Keras networks do.
+        - `per_sample`: whether the model expects one time per sample, as an array with
+            the batch axes of the state. Most Flax and Keras networks do.
 
-        With `"1 - t"` the flow of such a model has the opposite sign, too.
+        Only the time is converted. A model that needs `"1 - t"` and predicts the flow also
+        has a flow of the opposite sign: negate its output.
 
-        **Raises:** `ValueError` for another name, or one that the process does not have.
+        **Raises:** `ValueError` for an unknown name, or one not defined for the process.
         """
         require_process(process)
         check_instance("model", model, Callable, "callable as `model(time, u, args)`")
@@ -84,7 +86,7 @@ class WithTime(eqx.Module):
         self.per_sample = per_sample
 
     def convert(self, t: RealScalarLike) -> Inexact[Array, "..."]:
-        """What the model is called with at a time."""
+        """The time input of the model at a time of the process."""
         t = as_time(t)
         if callable(self.time):
             return jnp.asarray(self.time(t))
@@ -95,7 +97,7 @@ class WithTime(eqx.Module):
             return 1000 * t
         if self.time == "1 - t":
             return 1 - t
-        # Of the noise to the signal, with the scale of the data.
+        # The noise-to-signal ratio, including the scale of the data.
         log_sigma = -self.process.log_snr(t) - jnp.log(self.process.data_scale)
         return 0.25 * log_sigma if self.time == "log(sigma) / 4" else jnp.exp(log_sigma)
 

@@ -20,7 +20,7 @@ class Blur(eqx.Module):
     def __check_init__(self):
         if len(self.shape) != 3:
             raise ValueError(
-                "`shape` must be (height, width, channels), as blurring is over height "
+                "`shape` must be (height, width, channels), as blurring acts on height "
                 f"and width; got {self.shape}."
             )
         if not 0 < self.min_scale <= 1 or self.t_end > 1:
@@ -39,8 +39,8 @@ class Blur(eqx.Module):
         return np.pi**2 * (rows[:, None, None] ** 2 + columns[None, :, None] ** 2)
 
     def _blur(self, t):
-        """exp(-dissipation * tau), with the exponent in more than float32 precision: the
-        value at the panel's edge, in parts whose products are exact, plus the small
+        """exp(-dissipation * tau), with the exponent in more than single precision: tau at
+        the panel's edge, split into parts whose products are exact, plus the small
         difference from it."""
         table = _blur_time(self.sigma_max, self.t_end)
         edge_coarse, edge_rest, difference = table(t)
@@ -50,7 +50,7 @@ class Blur(eqx.Module):
         dissipation = jnp.asarray(dissipation, t.dtype)
         coarse = jnp.asarray(coarse, t.dtype)
         small = rest * edge_coarse + dissipation * (edge_rest + difference)
-        # Not a product of exponentials, which XLA would merge again.
+        # Not written as a product of exponentials, which XLA would merge.
         at_edge = jnp.exp(-coarse * edge_coarse)
         return at_edge + at_edge * jnp.expm1(-small)
 

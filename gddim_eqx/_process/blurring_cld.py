@@ -12,13 +12,14 @@ from .times import as_time, as_times
 
 
 class BlurringCLD(AbstractAugmentedProcess):
-    r"""Critically-damped Langevin diffusion that blurs: [`gddim_eqx.CLD`][] of the cosine
-    coefficients of an image, whose position and velocity fade as in [`gddim_eqx.BDM`][].
+    r"""Critically-damped Langevin diffusion with blurring: [`gddim_eqx.CLD`][] of the
+    cosine coefficients of an image, whose position and velocity also decay as in
+    [`gddim_eqx.BDM`][].
 
-    Given data $x$, the mean of coefficient $(i, j)$ is that of CLD times $D_{ij}(t)$, and
-    the covariance is that of CLD. So are both its square roots: the factor $R_t$ does not
-    depend on how the mean fades. Noise enters position and velocity. Without blur,
-    `sigma_blur_max=0`, it is CLD of the cosine coefficients.
+    Given data $x$, the mean of coefficient $(i, j)$ is that of CLD times $D_{ij}(t)$. The
+    covariance and its square roots are those of CLD: the factor $R_t$ does not depend on
+    the decay of the mean. Noise drives both position and velocity. Without blur
+    (`sigma_blur_max=0`) this is CLD of the cosine coefficients.
     """
 
     shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
@@ -90,7 +91,7 @@ class BlurringCLD(AbstractAugmentedProcess):
 BlurringCLD.__init__.__doc__ = """**Arguments:**
 
 - `shape`: (height, width, channels) of one image.
-- `sigma_blur_max`: the strongest blur, in pixels.
+- `sigma_blur_max`: the standard deviation of the strongest blur, in pixels.
 - `min_scale`: the fraction of the highest frequencies that remains.
-- The others are those of [`gddim_eqx.CLD`][].
+- The other arguments are those of [`gddim_eqx.CLD`][].
 """

@@ -17,7 +17,7 @@ class DiscreteVP(AbstractGaussianPath):
     $x_i = \sqrt{\bar\alpha_i}\,x_0 + \sqrt{1 - \bar\alpha_i}\,\epsilon$ for
     $i = 0, \dots, N - 1$, in continuous time.
 
-    Index $i$ is at time $(i + 1) / N$, and data are at time 0. In between,
+    Index $i$ corresponds to time $(i + 1) / N$, and the data to time 0. Between these times
     $\arccos^2 \sqrt{\bar\alpha}$ is interpolated by monotone cubic polynomials, so the
     process is exact at the $N$ indices and smooth elsewhere. With zero-terminal SNR,
     $\bar\alpha_{N-1} = 0$, models must predict the data, `"v"` or the `"flow"`.
@@ -33,14 +33,14 @@ class DiscreteVP(AbstractGaussianPath):
         - `alphas_cumprod`: $\bar\alpha_i$, strictly decreasing, in (0, 1); the last may be
             zero.
 
-        **Raises:** `ValueError` for anything else.
+        **Raises:** `ValueError` for any other values.
         """
         alphas = _as_list("alphas_cumprod", alphas_cumprod)
         before = np.append(1.0, alphas[:-1])
         if not (alphas < before).all():
             worst = int(np.argmin(alphas < before))
             raise ValueError(
-                "`alphas_cumprod` must decrease strictly, from below 1; at index "
+                "`alphas_cumprod` must decrease strictly and be less than 1; at index "
                 f"{worst} it is {alphas[worst]}, after {before[worst]}."
             )
         if len(alphas) < 2:
@@ -67,7 +67,7 @@ class DiscreteVP(AbstractGaussianPath):
     def time(self, index: Real[ArrayLike, "*some"]) -> Inexact[Array, "*some"]:
         """The time of an index, which may be fractional.
 
-        **Raises:** `ValueError` for a known index before 0 or after the last.
+        **Raises:** `ValueError` for an index below 0 or above the last, unless traced.
         """
         index, last = as_floats("index", index), len(self.alphas_cumprod) - 1
         if not isinstance(index, Tracer) and not ((index >= 0) & (index <= last)).all():
@@ -75,15 +75,15 @@ class DiscreteVP(AbstractGaussianPath):
         return (index + 1.0) / (last + 1)
 
     def index(self, t: Real[ArrayLike, "*some"]) -> Inexact[Array, "*some"]:
-        """The index at a time: what networks of discrete-time models are called with."""
+        """The index at a time: the time input of the networks of discrete-time models."""
         index = as_floats("t", t) * len(self.alphas_cumprod) - 1.0
         whole = jnp.round(index)
-        # Exact where the time is that of an index, but for its rounding.
+        # Exactly an integer where the time is that of an index up to rounding.
         tolerance = 4 * len(self.alphas_cumprod) * jnp.finfo(index.dtype).eps
         return pin(jnp.abs(index - whole) < tolerance, whole, index)
 
     def _squares(self, t):
-        """The square of the angle, and how much it lacks to that of pure noise."""
+        """The square of the angle, and its difference from that of pure noise."""
         angle, rest = _squared_angle(self.alphas_cumprod)(t)
         # Zero at the start, not a rounding error of either sign.
         return jnp.where(t > 0, jnp.where(angle > 0, angle, 0), 0), rest
@@ -91,9 +91,9 @@ class DiscreteVP(AbstractGaussianPath):
     def _signal(self, t):
         angle, rest = self._squares(t)
         early = angle < 0.1
-        # As the sine of the distance to the end: exact there.
+        # The cosine, as the sine of the distance to pure noise: exact there.
         late = jnp.sin(rest / (0.5 * math.pi + jnp.sqrt(jnp.where(early, 1, angle))))
-        # Without the root, which has no derivative at the start.
+        # A series in the squared angle, whose root has no derivative at the start.
         series = 1.0
         for k in range(5, 0, -1):
             series = 1 - angle / (2 * k * (2 * k - 1)) * series
@@ -103,7 +103,7 @@ class DiscreteVP(AbstractGaussianPath):
         return jnp.sin(jnp.sqrt(self._squares(t)[0]))
 
     def _diffusion(self, t):
-        # Also at the start, where the noise has an infinite derivative.
+        # Valid also at the start, where the noise has an infinite derivative.
         return jnp.sqrt(-2 * self._drift(t))
 
     def prior_factor(self):

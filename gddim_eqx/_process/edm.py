@@ -11,7 +11,7 @@ from .ve import check_sigmas
 class EDM(AbstractGaussianPath):
     r"""The path of EDM, $x_t = x_0 + t\,\epsilon$: time is the noise level $\sigma$.
 
-    `gd.time_grid(process, n, "karras")` is the grid of the paper.
+    `gd.time_grid(process, n, "karras")` is the paper's time grid.
 
     ??? cite "Reference"
 

@@ -12,13 +12,12 @@ class RectifiedFlow(AbstractGaussianPath):
     $x_t = (1 - \sigma_t)\,x_0 + \sigma_t\,\epsilon$, with $\sigma_t = t$ by default. Noise
     is at t = 1, and data are at t = 0.
 
-    With `shift` $k$, as image models have it, $\sigma_t = k t / (1 + (k - 1) t)$. Networks
-    of such models are called with $\sigma_t$, which `process.sigma(t)` returns, or a
-    multiple of it.
+    With a `shift` $k$, as in many image models, $\sigma_t = k t / (1 + (k - 1) t)$. The
+    networks of such models are called with $\sigma_t$, which `process.sigma(t)` returns, or
+    a multiple of it.
 
-    At t = 1 there is no signal, so models must predict the `"flow"`, which is
-    $\epsilon - x_0$ for every shift (the derivative of the path by $\sigma$); the data; or
-    `"v"`.
+    At t = 1 there is no signal, so models must predict the `"flow"`, the data or `"v"`. The
+    flow is $\epsilon - x_0$ for every shift: the derivative of the path in $\sigma$.
 
     ??? cite "Reference"
 
@@ -57,7 +56,7 @@ class RectifiedFlow(AbstractGaussianPath):
 RectifiedFlow.__init__.__doc__ = """**Arguments:**
 
 - `shape`: the shape of one data sample.
-- `shift`: shifts times towards noise if greater than 1.
+- `shift`: values greater than 1 shift times towards noise.
 - `t_min`, `t_end`: the sampling interval.
 """
 
@@ -66,8 +65,8 @@ class TrigonometricFlow(AbstractGaussianPath):
     r"""The variance-preserving path
     $x_t = \cos(\tfrac{\pi}{2} t)\,x_0 + \sin(\tfrac{\pi}{2} t)\,\epsilon$.
 
-    At t = 1 there is no signal, so models must predict `"v"`, which is the `"flow"` up to
-    a factor of $\tfrac{\pi}{2}$; the flow; or the data.
+    At t = 1 there is no signal, so models must predict `"v"`, the `"flow"` (which is `"v"`
+    times $\tfrac{\pi}{2}$) or the data.
 
     ??? cite "Reference"
 
@@ -86,7 +85,7 @@ class TrigonometricFlow(AbstractGaussianPath):
     def t_zero_signal(self) -> float:
         return 1.0
 
-    # The cosine is the sine of the distance to the end: exact there.
+    # The cosine, as the sine of the distance to t = 1: exact there.
 
     def _signal(self, t):
         return jnp.sin(0.5 * np.pi * (1 - t))

@@ -15,13 +15,13 @@ from .times import as_time
 
 
 class AbstractGaussianPath(AbstractScalarProcess):
-    r"""A path from data to noise, $x_t = a_t\,x_0 + s_t\,\epsilon$, given the two functions
-    of time. As a process, its drift is $\frac{\dot a_t}{a_t} x$, and its squared diffusion
-    $2 s_t (\dot s_t - \frac{\dot a_t}{a_t} s_t)$.
+    r"""A path from data to noise, $x_t = a_t\,x_0 + s_t\,\epsilon$, given by two functions
+    of time. As a diffusion process, it has the drift $\frac{\dot a_t}{a_t} x$ and the
+    squared diffusion coefficient $2 s_t (\dot s_t - \frac{\dot a_t}{a_t} s_t)$.
 
-    The signal $a_t$ may be zero at the end of the time axis, where sampling starts. There a
-    prediction of the noise or the score says nothing about the data, so models must predict
-    the data, $v$ or the flow.
+    The signal $a_t$ may be zero at the end of the time axis, where sampling starts. A noise
+    or score prediction does not determine the data there, so models must predict the data,
+    $v$ or the flow.
     """
 
     @abc.abstractmethod
@@ -66,7 +66,7 @@ class AbstractGaussianPath(AbstractScalarProcess):
 class GaussianPath(AbstractGaussianPath):
     r"""Any path from data to noise, $x_t = a_t\,x_0 + s_t\,\epsilon$.
 
-    Derivatives are taken by JAX. For the path of a known model, see [`gddim_eqx.VP`][],
+    Derivatives are computed by JAX. For the path of a known model, see [`gddim_eqx.VP`][],
     [`gddim_eqx.EDM`][], [`gddim_eqx.RectifiedFlow`][] and
     [`gddim_eqx.TrigonometricFlow`][].
 
@@ -106,13 +106,14 @@ class GaussianPath(AbstractGaussianPath):
 
         - `shape`: the shape of one data sample.
         - `signal`, `noise`: $a_t$ and $s_t$, as functions of a scalar time in [0, t_end],
-            made of `jax.numpy`. Their ratio must decrease. Compute in the dtype of the
-            argument, and without cancellation at either end: in single precision,
-            `-jnp.expm1(-t)` rather than `1 - jnp.exp(-t)`.
+            written in `jax.numpy`. The ratio $a_t / s_t$ must strictly decrease. Compute in
+            the dtype of the argument, and avoid cancellation at both ends, as it costs
+            accuracy in single precision: use `-jnp.expm1(-t)` rather than
+            `1 - jnp.exp(-t)`.
         - `t_min`, `t_end`: the sampling interval.
-        - `prior_std`: the standard deviation of the prior; by default $s$ at `t_end`.
+        - `prior_std`: the standard deviation of the prior; by default $s_t$ at `t_end`.
 
-        **Raises:** `ValueError` for functions that are not such a path.
+        **Raises:** `ValueError` if the functions do not define such a path.
         """
         self.shape = as_shape(shape)
         for name, function in (("signal", signal), ("noise", noise)):
@@ -132,7 +133,7 @@ class GaussianPath(AbstractGaussianPath):
         self.prior_std = as_constant("prior_std", prior_std)
         check_positive(prior_std=self.prior_std)
         self._data_scale = signals[0]
-        # Extrapolated from the end.
+        # By linear extrapolation from the end.
         end = times[-1] - signals[-1] / rates[-1] if rates[-1] < 0 else math.inf
         self._t_zero_signal = float(end)
 
@@ -162,7 +163,8 @@ def _with_rate(fn, t):
 def _on_host(name, fn, times) -> tuple[list[float], list[float]]:
     """The values and derivatives of a function of time, in double precision."""
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-        # A new function each time, as JAX's cache would keep its process alive.
+        # A new function for each call: with a shared one, JAX's cache would keep the
+        # process alive.
         both = jax.jit(jax.vmap(lambda t: _with_rate(fn, t)))
         values, rates = (np.asarray(x) for x in both(jnp.asarray(times, np.float64)))
     if values.shape != times.shape:

@@ -9,7 +9,7 @@ from .langevin import AbstractLangevin
 
 class HOLD(AbstractLangevin):
     r"""Third-order Langevin diffusion: data $x$ with a velocity $v$ and an acceleration
-    $a$, of which only the last is driven by noise,
+    $a$. Noise drives only the acceleration,
 
     $$\mathrm{d}x = \beta_t v\,\mathrm{d}t, \qquad
     \mathrm{d}v = \beta_t (\kappa a - x)\,\mathrm{d}t, \qquad

@@ -14,8 +14,8 @@ from .times import as_time
 
 
 class AbstractAugmentedProcess(AbstractProcess):
-    """A process of data with a velocity, or more, which keeps some of the signal until
-    `t_end`, where sampling starts."""
+    """A process of the data and auxiliary variables, such as a velocity. Some signal
+    remains at `t_end`, where sampling starts."""
 
     @property
     def data_scale(self) -> float:
@@ -31,11 +31,11 @@ class AbstractAugmentedProcess(AbstractProcess):
 
 
 class AbstractLangevin(AbstractAugmentedProcess):
-    r"""A process with constant coefficients but for a rate,
+    r"""A process whose coefficients are constant up to a time-dependent rate,
     $\mathrm{d}u = \beta_t A u\,\mathrm{d}t + \sqrt{\beta_t} B\,\mathrm{d}w$ with
     $\beta_t = \beta_0 + \beta_1 t$.
 
-    Subclasses say what $A$, $B$, the initial covariance and the prior are. Everything else
+    Subclasses specify $A$, $B$, the initial covariance and the prior. Everything else
     follows from a [`gddim_eqx.LinearSDE`][] in the rescaled time $\int \beta$, which is
     solved once for all processes with the same coefficients.
     """
@@ -118,8 +118,9 @@ class Langevin(AbstractLangevin):
     \mathrm{d}v = -\beta_t (x + \Gamma M^{-1} v)\,\mathrm{d}t
     + \sqrt{2 \Gamma \beta_t}\,\mathrm{d}w, \qquad \Gamma = 2 \zeta \sqrt{M}.$$
 
-    With the damping ratio $\zeta = 1$ it is [`gddim_eqx.CLD`][]. With a smaller one it
-    oscillates; with a larger one it converges more slowly.
+    With the damping ratio $\zeta = 1$ this is [`gddim_eqx.CLD`][]. For smaller ratios the
+    process is underdamped and oscillates; for larger ones it is overdamped and converges
+    more slowly.
     """
 
     shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
@@ -176,7 +177,8 @@ def check_gamma(gamma: float) -> None:
 def phase_space(
     nu: float, friction: float, mass_inverse: float, gamma: float, epsilon: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The coefficients of a position and a velocity, with friction and noise in both."""
+    """$A$, $B$ and the initial covariance for a position and a velocity, with friction and
+    noise in both."""
     drift = np.array([[-nu, mass_inverse], [-1.0, -friction]])
     diffusion = np.diag([math.sqrt(2 * nu), math.sqrt(2 * friction / mass_inverse)])
     return drift, diffusion, np.diag([epsilon, gamma / mass_inverse + epsilon])

@@ -10,8 +10,8 @@ from .base import AbstractProcess
 from .gaussian_path import AbstractGaussianPath
 
 
-# Where the signal vanishes on the time axis, this signal-to-noise ratio is added, as less
-# signal cannot tell times apart. Given as its logarithm.
+# The logarithm of a signal-to-noise ratio that is added for processes whose signal vanishes
+# on the time axis: at times with less signal than this, states hardly differ.
 _LEAST = -1.0
 
 
@@ -26,9 +26,9 @@ def clock(
     The mean of two clocks with this range: one linear in the logarithm of the signal-to-
     noise ratio, which is independent of the scale of the data, and one linear in the square
     root of time, which gives more weight to high noise levels, where the overall content of
-    samples is determined. For Gaussian paths, whose time may run at any speed, that is the
-    time in which the logarithm of the variance-preserving signal falls quadratically, as it
-    nearly does for VP.
+    samples is determined. For Gaussian paths, whose time may be parametrised in any way,
+    time is replaced by the variable in which the logarithm of the variance-preserving
+    signal falls quadratically, as it nearly does in time for VP.
     """
     return _mean_of_clocks(process, t, log_snr)
 
@@ -76,7 +76,7 @@ def _root(process, t, log_snr) -> Any:
     xp = np if isinstance(t, np.ndarray) else jnp
     if not isinstance(process, AbstractGaussianPath):
         return xp.sqrt(t)
-    # Not zero, where the root has no derivative.
+    # Kept away from zero, where the root has no derivative.
     return xp.log1p(xp.exp(-2 * xp.where(log_snr < 40, log_snr, 40))) ** 0.25
 
 
@@ -92,8 +92,8 @@ def log_snr_table(
         hash(process)
     except TypeError:
         raise ValueError(
-            f"The {type(process).__name__} holds arrays. The numbers of a process must be "
-            "compile-time constants: keep them as Python numbers, in fields with "
+            f"The {type(process).__name__} holds arrays. The parameters of a process must "
+            "be compile-time constants: store them as Python numbers, in fields with "
             "`equinox.field(static=True)`."
         ) from None
     if process not in _tables:
@@ -105,7 +105,8 @@ def log_snr_table(
         late = np.linspace(process.t_max, process.t_end, 401)[1:]
         late = late[late > process.t_max]
         with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-            # A new function each time, as JAX's cache would keep its process alive.
+            # A new function for each call: with a shared one, JAX's cache would keep the
+            # process alive.
             log_snr = jax.jit(jax.vmap(lambda t: process.log_snr(t)))
             table = np.asarray(log_snr(jnp.asarray(np.append(times, late), np.float64)))
         table = np.concatenate([np.full(len(early), table[0]), table])

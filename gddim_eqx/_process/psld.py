@@ -7,7 +7,7 @@ from .langevin import AbstractLangevin, check_gamma, phase_space
 
 
 class PSLD(AbstractLangevin):
-    r"""Phase space Langevin diffusion: noise enters the data $x$ and the velocity $v$,
+    r"""Phase-space Langevin diffusion: noise drives both the data $x$ and the velocity $v$,
 
     $$\mathrm{d}x = \beta_t (M^{-1} v - \nu x)\,\mathrm{d}t
     + \sqrt{2 \nu \beta_t}\,\mathrm{d}w_x, \qquad
@@ -15,10 +15,10 @@ class PSLD(AbstractLangevin):
     + \sqrt{2 \Gamma \beta_t}\,\mathrm{d}w_v,$$
 
     with critical damping, $(\Gamma / M - \nu)^2 = 4 / M$. With $\nu = 0$ it is
-    [`gddim_eqx.CLD`][]. (In the paper, $\nu$ is $\Gamma$, $\Gamma / M$ is $\nu$, and
-    $\beta$ is $\beta / 2$.)
+    [`gddim_eqx.CLD`][]. (In the paper's notation, our $\nu$ is $\Gamma$, our
+    $\Gamma / M$ is $\nu$, and our $\beta$ is $\beta / 2$.)
 
-    As the diffusion is not singular, models may also predict the `"flow"`.
+    As the diffusion is not singular (for $\nu > 0$), models may also predict the `"flow"`.
 
     ??? cite "Reference"
 
@@ -52,7 +52,7 @@ class PSLD(AbstractLangevin):
 PSLD.__init__.__doc__ = r"""**Arguments:**
 
 - `shape`: the shape of one data sample.
-- `nu`: the friction and noise of the data, $\nu$.
+- `nu`: $\nu$, the friction of the data, which also sets the noise in the data.
 - `beta`, `beta_slope`: the rate is `beta + beta_slope * t`.
 - `mass_inverse`: 1 / M. The friction of the velocity follows from critical damping.
 - `gamma`: the variance of the initial velocity, divided by the mass.

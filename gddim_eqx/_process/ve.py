@@ -16,7 +16,7 @@ class VE(AbstractScalarProcess):
     (\sigma_\text{max} / \sigma_\text{min})^t, \qquad t \in [0, 1].$$
 
     As in the reference, the standard deviation given data is $\sigma_t$ itself, so it is
-    $\sigma_\text{min}$ already at time 0.
+    already $\sigma_\text{min}$ at time 0.
 
     ??? cite "Reference"
 
@@ -51,13 +51,13 @@ class VE(AbstractScalarProcess):
         return jnp.ones_like(t)
 
     def _std(self, t):
-        # An exponent of 8.5 carries a rounding error of 1e-6 in float32, so split it:
-        # twelve bits times twelve bits, which is exact, and a small rest.
+        # In float32 an exponent of 8.5 has a rounding error of 1e-6. So split it into a
+        # product of two twelve-bit numbers, which is exact, and a small remainder.
         growth, growth_rest = map(float, coarse_and_rest(self._growth()))
         coarse = jnp.round(t * 2**11) / 2**11
         rest = growth_rest * coarse + self._growth() * (t - coarse)
         at_coarse = self.sigma_min * jnp.exp(growth * coarse)
-        # Not a product of exponentials, which XLA may merge.
+        # Not written as a product of exponentials, which XLA may merge.
         return at_coarse + at_coarse * jnp.expm1(rest)
 
     def prior_factor(self):
@@ -67,7 +67,7 @@ class VE(AbstractScalarProcess):
 VE.__init__.__doc__ = """**Arguments:**
 
 - `shape`: the shape of one data sample.
-- `sigma_min`, `sigma_max`: the standard deviation at times 0 and 1.
+- `sigma_min`, `sigma_max`: the standard deviations given data at times 0 and 1.
 - `t_min`, `t_end`: the sampling interval.
 """
 

@@ -41,22 +41,26 @@ def time_grid(
 
     - `process`: the forward process.
     - `num_steps`: the number of steps, at least 1.
-    - `grid`: by default `"clock"`, uniform in the mean of two clocks that run from `t_max`
-        to `t_min`: the log-SNR, and the square root of time (for Gaussian paths, a function
-        of the noise level that does not depend on how fast time runs). Or a power $p$, for
-        times uniform in $t^{1/p}$: `"uniform"` is 1; and `"quadratic"`, the authors'
-        choice, is 2. `"log"` is uniform in the logarithm of time, `"log_snr"` in that of
-        the signal-to-noise ratio, and `"karras"` in $\sigma^{1/7}$, where $\sigma$ is the
-        noise-to-signal ratio (Karras et al. 2022; [`gddim_eqx.EDM`][]). For a
-        [`gddim_eqx.DiscreteVP`][], `"leading"`, `"trailing"` and `"linspace"` are the times
-        of `num_steps` indices (Lin et al. 2024, table 2), and time 0.
+    - `grid`: the variable in which the times are uniformly spaced.
+        - `"clock"`, the default: the mean of two clocks that run from `t_max` to `t_min`.
+            One is the log-SNR. The other is the square root of time or, for Gaussian
+            paths, a function of the noise level, so that the grid does not depend on how
+            time is parametrised.
+        - a power $p$: $t^{1/p}$. `"uniform"` is $p = 1$, and `"quadratic"`, the authors'
+            choice, is $p = 2$.
+        - `"log"`: the logarithm of time.
+        - `"log_snr"`: the logarithm of the signal-to-noise ratio.
+        - `"karras"`: $\sigma^{1/7}$, where $\sigma$ is the noise-to-signal ratio (Karras
+            et al. 2022; [`gddim_eqx.EDM`][]).
+        - `"leading"`, `"trailing"`, `"linspace"`: for a [`gddim_eqx.DiscreteVP`][] only,
+            the times of `num_steps` indices (Lin et al. 2024, table 2), and time 0.
     - `t0`, `t1`: the first and last time; by default `process.t_max` and `process.t_min`.
         `t0 < t1` gives an increasing grid, for encoding.
     - `dtype`: the dtype of the times; by default JAX's default floating dtype. Use that of
         the states.
 
     **Returns:** `num_steps + 1` strictly monotone times. The first and last are exactly
-    `t0` and `t1` in that dtype.
+    `t0` and `t1`, rounded to `dtype`.
 
     **Raises:** `ValueError` if `num_steps` is not a positive integer, `t0` and `t1` are
     equal or outside `[0, process.t_end]`, the grid is unknown, or the dtype cannot resolve
@@ -68,7 +72,7 @@ def time_grid(
     if grid in get_args(IndexGridName):
         if not (t0 is None and t1 is None):
             raise ValueError(
-                f"The grid {grid!r} is made of indices; leave out `t0` and `t1`."
+                f"The indices determine the grid {grid!r}; leave out `t0` and `t1`."
             )
         return index_grid(process, num_steps, cast(IndexGridName, grid), dtype=dtype)
     start = on_time_axis(process, "t0", process.t_max if t0 is None else t0, dtype)
@@ -82,7 +86,7 @@ def time_grid(
         table, values = log_snr_table(process)
         values = bounded_log_snr(process, values)
         if grid == "karras":
-            # By powers of the times, too, which is exact where they are noise levels.
+            # Powers of the times are interpolated: exact where time is the noise level.
             table, values = table ** (1 / 7), np.exp(-values / 7)
             ends = start ** (1 / 7), end ** (1 / 7)
             times = _by_table((table, values), *ends, fraction) ** 7
@@ -131,7 +135,7 @@ def _names() -> list[str]:
 
 
 def _by_table(table, start, end, fraction):
-    """Times uniform in a monotone function of time, from its table."""
+    """Times that are uniform in a monotone function of time, given as a table."""
     times, values = table
     first, last = np.interp([start, end], times, values)
     at, sign = first + fraction * (last - first), np.sign(values[-1] - values[0])
@@ -149,16 +153,17 @@ def index_grid(
     end: float | None = 0.0,
     dtype=None,
 ) -> Real[Array, " times"]:
-    """The times of `num_steps` indices of a discrete-time model, and a last time.
+    """The times of `num_steps` indices of a discrete-time model, and a final time.
 
     **Arguments:**
 
     - `process`, `num_steps`, `grid`, `dtype`: as in `time_grid`.
     - `offset`: added to the indices of a `"leading"` grid.
-    - `skip_last`: whether to leave out the last of `num_steps + 1` indices, where the grid
-        is `"leading"` or `"linspace"`.
-    - `whole`: whether the indices of a `"linspace"` grid are rounded.
-    - `end`: the last time; `None` for the time of index 0, if the last index is not 0.
+    - `skip_last`: for a `"leading"` or `"linspace"` grid, whether to compute
+        `num_steps + 1` indices and drop the last.
+    - `whole`: whether the indices of a `"linspace"` grid are rounded to integers.
+    - `end`: the final time. If `None`, the time of index 0 is appended, unless the indices
+        already end at 0.
     """
     if not isinstance(process, DiscreteVP):
         raise ValueError(

@@ -22,19 +22,19 @@ class ModelConventions(NamedTuple):
     predicts: PredictionName
     """What the model predicts."""
     network_time: Callable[[RealScalarLike], Inexact[Array, ""]]
-    """From a time of the process to the number that the network is called with."""
+    """Maps a time of the process to the time input of the network."""
     grid: Callable[[int], Real[Array, " times"]]
-    """From a number of steps to the times of the configuration."""
+    """Maps a number of steps to the scheduler's time grid."""
     clip: float | None
-    """The bound of the data to which the scheduler clips its predictions, if it does: see
+    """If not `None`, the scheduler clips data predictions to `[-clip, clip]`: see
     [`gddim_eqx.Clip`][]."""
 
 
 def process_from_config(
     config: Mapping[str, Any] | str | Path, shape: tuple[int, ...] | int
 ) -> ModelConventions:
-    """The process and conventions of a model, from the configuration of its scheduler in
-    the `diffusers` package.
+    """The forward process and the conventions of a model, from the configuration of its
+    scheduler in the `diffusers` package.
 
     !!! example
 
@@ -60,17 +60,17 @@ def process_from_config(
 
     **Arguments:**
 
-    - `config`: a dictionary, the path of a JSON file, or that of a directory with a
-        `scheduler_config.json`.
+    - `config`: a dictionary, the path of a JSON file, or the path of a directory that
+        contains `scheduler_config.json`.
     - `shape`: the shape of one data sample.
 
-    **Returns:** a named tuple of the process, what the model predicts, the function from
-    time to what the network is called with, the function from a number of steps to the
-    times, and the bound to which data predictions are clipped.
+    **Returns:** a named tuple: the forward process, what the model predicts, the map from
+    time to the network's time input, the map from a number of steps to the time grid, and
+    the bound to which data predictions are clipped.
 
-    Entries that only choose between samplers, such as `solver_order`, are not used.
+    Entries that only configure the sampler, such as `solver_order`, are ignored.
 
-    **Raises:** `ValueError` for a scheduler, an entry or a value that is not supported.
+    **Raises:** `ValueError` if the scheduler, an entry or a value is not supported.
     """
     given = dict(config) if isinstance(config, Mapping) else _read(config)
     name = given.pop("_class_name", None)
@@ -151,16 +151,16 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "FlowMatchHeunDiscreteScheduler": {"num_train_timesteps": 1000, "shift": 1.0},
 }
 
-# They change the model or its grid, where they are set.
+# Entries that change the model or its time grid when they are set.
 _REFUSED = {
     "thresholding": "Remove it, and use `gddim_eqx.DynamicThreshold`.",
     "use_beta_sigmas": "Remove it, and choose another grid.",
     "use_lu_lambdas": "Remove it, and choose another grid.",
     "use_karras_sigmas": "Remove it, and choose another grid.",
     "use_exponential_sigmas": "Remove it, and choose another grid.",
-    "use_dynamic_shifting": "It depends on the size of the image: replace it by the "
-    "`shift` (or `flow_shift`) for yours, which is the exponential of `mu`.",
-    "shift_terminal": "Remove it, and end the grid where you want.",
+    "use_dynamic_shifting": "It makes the shift depend on the image size: remove it, and "
+    "set `shift` (or `flow_shift`) to the exponential of `mu` for your size.",
+    "shift_terminal": "Remove it, and choose where the time grid ends.",
     "invert_sigmas": "It is for networks of the opposite path, from noise to data: remove "
     "it, call the network with `num_train_timesteps - network_time(t)`, and negate its "
     "output.",
@@ -169,7 +169,7 @@ _REFUSED = {
     "stochastic_sampling": "Remove it, and use `gddim_eqx.reverse_sde`.",
 }
 
-# They choose between samplers, or parametrise what is not in use.
+# Entries that only configure the sampler, or options that are not in use.
 _SAMPLERS_ONLY = {
     "algorithm_type",
     "base_image_seq_len",
@@ -234,7 +234,7 @@ def _discrete(name, values, shape) -> ModelConventions:
 
 
 def _noise_levels(process, spacing, ends_at_zero, num_steps: int, dtype=None):
-    """`num_steps` evaluations between the last and the first index, and the end."""
+    """`num_steps` steps from the last index to the first or, past it, to time 0."""
     check_count("num_steps", num_steps)
     if num_steps == 1 and ends_at_zero:
         ts = jnp.array([process.t_max], as_dtype(float if dtype is None else dtype))
@@ -283,14 +283,14 @@ def _flow_matching(values, shape) -> ModelConventions:
     total = int(values["num_train_timesteps"])
     process = RectifiedFlow(shape, values.get("shift", values.get("flow_shift", 1.0)))
     network_time = lambda t: total * process.sigma(t)
-    # The multistep schedulers leave out the first noise level, and the others shift it.
+    # The multistep schedulers omit the lowest noise level; the others keep and shift it.
     first = 1 / total if "flow_shift" in values else float(process.sigma(1 / total))
     grid = ft.partial(_flow_times, first, "flow_shift" in values)
     return ModelConventions(process, "flow", network_time, grid, None)
 
 
 def _flow_times(first, skip_first, num_steps: int, dtype=None):
-    """Uniform, from noise to the first noise level, and time 0."""
+    """Uniform times from pure noise to the lowest noise level, followed by time 0."""
     check_count("num_steps", num_steps)
     times = np.linspace(1, first, num_steps + skip_first)[:num_steps]
     return jnp.asarray(np.append(times, 0), as_dtype(float if dtype is None else dtype))

@@ -2,8 +2,8 @@ r"""The predictions that a model can make, one class each.
 
 With data $x_0$ in the basis of states and noise $\epsilon$ in the frame $R_t$, a state is
 $u_t = m_t x_0 + R_t \epsilon$, where $m_t$ is the mean coefficient $\Psi(t, 0)$ times
-`data_scale`. A prediction is another combination of $x_0$ and $\epsilon$, so together
-with the state it determines both.
+`data_scale`. A prediction is another linear combination of $x_0$ and $\epsilon$, so
+together with the state it determines both.
 """
 
 import abc
@@ -21,7 +21,7 @@ from .._process import AbstractDiagonalProcess, AbstractProcess
 
 
 class Marginal(NamedTuple):
-    """A process at one time."""
+    """The marginal distribution of a process at one time."""
 
     process: AbstractProcess
     t: Array
@@ -45,10 +45,10 @@ class Marginal(NamedTuple):
 
 
 class AbstractPrediction(eqx.Module):
-    """A model's prediction, given the state. All states are in the basis of states."""
+    """What a model predicts, and how to convert it. All states are in the process' basis."""
 
     def fault(self, process: AbstractProcess) -> str | None:
-        """Why it is not defined for a process, if so."""
+        """Why this prediction is not defined for a process; `None` if it is."""
         return None
 
     @abc.abstractmethod
@@ -105,7 +105,7 @@ class Data(AbstractPrediction):
     def flow(self, at, u, value):
         if at.process.num_components > 1:
             return super().flow(at, u, value)
-        # Also where there is no signal, and the drift is infinite.
+        # Valid also where there is no signal and the drift is infinite.
         return _path_rate(at, value, self.noise(at, u, value, "R"))
 
 
@@ -171,7 +171,9 @@ class Flow(AbstractPrediction):
 
     def target(self, at, data, noise):
         speed = at.process.flow_speed(at.t)
-        return jtu.tree_map(lambda x: x / speed.astype(x.dtype), _path_rate(at, data, noise))
+        return jtu.tree_map(
+            lambda x: x / speed.astype(x.dtype), _path_rate(at, data, noise)
+        )
 
     def noise(self, at, u, value, frame):
         value = self.flow(at, u, value)
@@ -265,8 +267,8 @@ def _without_noise(at, u, root, noise):
         t = eqx.error_if(
             t,
             t >= process.t_zero_signal,
-            f"At t = {process.t_zero_signal} there is no signal, so a prediction of the "
-            "noise or the score says nothing about the data. Use a model that predicts "
+            f"At t = {process.t_zero_signal} there is no signal, so a noise or score "
+            "prediction does not determine the data. Use a model that predicts "
             "'data', 'v' or 'flow', or a process with a smaller `t_end`.",
         )
     return apply(process.transition(jnp.zeros_like(t), t), mean)

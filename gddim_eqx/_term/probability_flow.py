@@ -63,8 +63,8 @@ class ProbabilityFlow(AbstractReverseTerm):
             - `"flow"`: $\dot m\,x_0 + \dot \sigma\,\epsilon$, their derivatives in time
                 times data and noise: the vector field of the probability flow, as in flow
                 matching. For [`gddim_eqx.RectifiedFlow`][] with a shift, it is still
-                $\epsilon - x_0$. `"v"` is only for processes of one component, and `"flow"` not
-                where the diffusion is singular, as for [`gddim_eqx.CLD`][].
+                $\epsilon - x_0$. `"v"` is only for processes of one component, and
+                `"flow"` not where the diffusion is singular, as for [`gddim_eqx.CLD`][].
         - `factor`: the square root $K_t$ of the covariance that defines the noise: `"R"`
             for the paper's $R_t$ (equation 17), `"cholesky"` for $L_t$.
 

@@ -26,13 +26,13 @@ class LinearPart(eqx.Module):
     r"""The operator $A_t$ of a semilinear equation."""
 
     coefficient: BlockLinearOperator | Callable[[Array], Any]
-    """The operator, or a function from a time to it."""
+    """The operator, or a function of time that returns it."""
     shape: tuple[int, ...] = eqx.field(static=True)
     num_components: int = eqx.field(static=True)
 
     @property
     def t_end(self) -> float:
-        """As for processes, but the time axis is unbounded."""
+        """The end of the time axis, as for a process. Here it is unbounded."""
         return float("inf")
 
     @property
@@ -63,7 +63,7 @@ class Semilinear(dfx.AbstractTerm):
 
     $$\frac{\mathrm{d}u}{\mathrm{d}t} = A_t\,u + N(t, u).$$
 
-    It can be solved by any solver, adjoint and step size controller of Diffrax.
+    It works with every solver, adjoint and step size controller of Diffrax.
     [`gddim_eqx.ExponentialAdams`][] also exploits the linear part, which may be stiff.
 
     States are arrays, or a [`gddim_eqx.Phase`][] or tuple of arrays of equal shape, with
@@ -114,15 +114,15 @@ class Semilinear(dfx.AbstractTerm):
         - `linear`: $A$, in the basis of states: a scalar; an array of the shape of one
             sample, for a diagonal operator; or a [`gddim_eqx.BlockLinearOperator`][]. For
             $A_t$, a function from a scalar time to one of these. Scalar and diagonal
-            operators act on every leaf of the state alike.
-        - `nonlinear`: $N$, called as `nonlinear(t, u, args)`; returns the structure and
-            shape of `u`.
+            operators act on every leaf of the state in the same way.
+        - `nonlinear`: $N$, called as `nonlinear(t, u, args)`; returns a state with the
+            structure and shape of `u`.
         - `basis`: the basis in which states are stored and $A$ is given, for example
-            [`gddim_eqx.FourierBasis`][]. `nonlinear` receives and returns the original
-            coordinates. By default states are in the original coordinates too.
+            [`gddim_eqx.FourierBasis`][]. `nonlinear` receives and returns states in the
+            original coordinates. By default states are stored in those, too.
 
-        **Raises:** `ValueError` for anything else. When evaluated: if the state does not
-        match `linear`, or `nonlinear` returns another structure or shape.
+        **Raises:** `ValueError` for invalid arguments. When evaluated: `ValueError` if the
+        state does not match `linear`, or `nonlinear` returns another structure or shape.
         """
         if not callable(nonlinear):
             raise ValueError(
@@ -137,7 +137,7 @@ class Semilinear(dfx.AbstractTerm):
         self.nonlinear = nonlinear
 
     def linear_part(self, y: State) -> LinearPart:
-        """The linear part, for the structure of a state."""
+        """The linear part, for states with the structure of `y`."""
         operator = self.linear
         if not isinstance(operator, BlockLinearOperator):
             time = jax.ShapeDtypeStruct((), coefficient_dtype(y))

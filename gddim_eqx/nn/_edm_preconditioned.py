@@ -10,8 +10,8 @@ from .._process import as_time
 
 
 class EDMPreconditioned(eqx.Module):
-    r"""A model that predicts data under [`gddim_eqx.EDM`][], from a network $F$ with the
-    preconditioning of that paper:
+    r"""A data prediction model for [`gddim_eqx.EDM`][], made from a network $F$ with the
+    preconditioning of the EDM paper:
 
     $$D(x; \sigma) = c_\text{skip}\,x + c_\text{out}\,F(c_\text{noise}, c_\text{in}\,x),$$
 
@@ -38,7 +38,8 @@ class EDMPreconditioned(eqx.Module):
     def __init__(self, network: Callable, sigma_data: float = 0.5):
         r"""**Arguments:**
 
-        - `network`: called as `network(c_noise, x, args)`; returns the shape of `x`.
+        - `network`: $F$, called as `network(c_noise, x, args)` with `x` already multiplied
+            by $c_\text{in}$; returns an array of the same shape.
         - `sigma_data`: $\sigma_d$, the standard deviation of the data.
         """
         wanted = "callable as `network(c_noise, x, args)`"
