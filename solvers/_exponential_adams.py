@@ -30,8 +30,8 @@ class ExponentialAdams(AbstractExponentialMultistep):
 
     The linear part is solved exactly, however stiff it is, and the nonlinear part is
     extrapolated by a polynomial in time through its most recent values. Each step takes
-    one evaluation of the nonlinear part, and no linear or nonlinear solve. If $N$ is
-    constant, a step of any size is exact.
+    one evaluation of the nonlinear part, and is explicit: no equation is solved for the
+    state. If $N$ is constant, a step of any size is exact.
 
     It solves [`gddim_eqx.Semilinear`][] equations in either direction of time, with fixed
     or adaptive step sizes: the coefficients are computed from the times of the step and of
@@ -39,14 +39,15 @@ class ExponentialAdams(AbstractExponentialMultistep):
     order (for order 1, from order 2).
 
     For orders above 1, the history is initialised with values at nodes within the first
-    step, from a fixed-point iteration for the polynomial through them. This takes 2, 4 or
-    9 evaluations for order 2, 3 or 4. If the iteration does not contract, because the first
-    step is too long, the values are discarded, and the first steps are a warm-up of lower
-    order.
+    step, from a fixed-point iteration for the polynomial through them. This takes 3, 5 or
+    10 evaluations for order 2, 3 or 4. If the iteration does not contract, because the
+    first step is too long, the values are discarded, and the first steps are a warm-up of
+    lower order.
 
     Constant operators are integrated with $\varphi$ functions. Time-dependent operators are
-    integrated by Radau collocation with 16 nodes. It is exact to rounding error as long as
-    eigenvalues times the step size are at most about 10, and stable for any decay.
+    integrated by Radau collocation with 16 nodes: for n x n blocks, one linear system of
+    size 16 n per step and block. It is exact to rounding error as long as eigenvalues times
+    the step size are at most about 10, and stable for any decay.
 
     ??? cite "Reference"
 

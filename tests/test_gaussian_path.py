@@ -101,7 +101,10 @@ def test_one_step_from_the_start_is_exact_for_one_data_point(name, predicts):
     start = process.transition(ts[0], 0.0).mv(x)
     expected = mean + share * (u - start)
     tolerance = 1e-12 if jax.config.jax_enable_x64 else 1e-5
-    np.testing.assert_allclose(got, expected, atol=tolerance * 3)
+    if name == "edm" and predicts == "flow":
+        # The data are x - 80 times the prediction, which is itself rounded.
+        tolerance *= 3
+    np.testing.assert_allclose(got, expected, atol=tolerance)
 
 
 @pytest.mark.x64

@@ -12,6 +12,7 @@ import pytest
 import gddim_eqx as gd
 
 from .helpers import (
+    accurate,
     CountedModel,
     every_process,
     max_difference,
@@ -260,6 +261,19 @@ def test_a_solve_to_time_zero_returns_the_predicted_data():
     y = solve(term, gd.GDDIM(1), jnp.append(ts, 0.0), y0)
     assert max_difference(y, term.denoised(ts[-1], before, None)) < 1e-12
     assert jnp.isfinite(solve(term, gd.GDDIM(), jnp.append(ts, 0.0), y0)).all()
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("variable", ["log", "log_snr", "clock"])
+def test_several_steps_below_t_min(variable):
+    process = gd.VP((2,))
+    data = mixture_for(process)
+    term = gd.ProbabilityFlow(process, data.model(process))
+    y0 = prior_state(process)
+    ts = np.append(gd.time_grid(process, 40), process.t_min * np.array([0.5, 0.2, 0.05]))
+    exact = accurate(term, ts[0], ts[-1], y0)
+    found = step_through(term, gd.GDDIM(variable=variable), ts, y0)
+    assert max_difference(found, exact) < 0.01
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ def test_a_grid_that_the_indices_cannot_make():
     ],
     ids=["karras", "linspace", "flow"],
 )
-def test_a_single_step_goes_from_noise_to_data(entries):
+def test_a_single_step_goes_from_noise_to_data(entries, without_type_checks):
     found = _read(**entries)
     ts = found.grid(1)
     np.testing.assert_allclose(ts, [found.process.t_max, 0])

@@ -50,21 +50,30 @@ class SquareRoot(AbstractCoordinate):
 
 
 class Logarithm(AbstractCoordinate):
+    """The logarithm of time; below `t_min`, linear in time."""
+
     uses_log_snr: ClassVar[bool] = False
 
     def __call__(self, process, t, log_snr, forward):
-        return jnp.log(t)
+        late = jnp.maximum(t, process.t_min)
+        return jnp.log(late) - _share_below(process, t)
 
 
 class LogSNR(AbstractCoordinate):
-    """The logarithm of the signal-to-noise ratio, constant after `t_min`."""
+    """The logarithm of the signal-to-noise ratio; below `t_min`, where it may be unbounded,
+    linear in time."""
 
     uses_log_snr: ClassVar[bool] = True
 
     def __call__(self, process, t, log_snr, forward):
         last = float(log_snr_table(process)[1][0])
-        log_snr = jnp.where(t < process.t_min, last, log_snr)
+        log_snr = jnp.where(t < process.t_min, last + _share_below(process, t), log_snr)
         return bounded_log_snr(process, log_snr)
+
+
+def _share_below(process, t):
+    """From 0 at `t_min` and above to 1 at time 0, where logarithms are unbounded."""
+    return jnp.maximum(1 - t / process.t_min, 0)
 
 
 class Clock(AbstractCoordinate):

@@ -57,7 +57,7 @@ RectifiedFlow.__init__.__doc__ = """**Arguments:**
 
 - `shape`: the shape of one data sample.
 - `shift`: values greater than 1 shift times towards noise.
-- `t_min`, `t_end`: the sampling interval.
+- `t_min`, `t_end`: sampling runs from `t_end` down to `t_min`.
 """
 
 
@@ -103,7 +103,7 @@ class TrigonometricFlow(AbstractGaussianPath):
 TrigonometricFlow.__init__.__doc__ = """**Arguments:**
 
 - `shape`: the shape of one data sample.
-- `t_min`, `t_end`: the sampling interval.
+- `t_min`, `t_end`: sampling runs from `t_end` down to `t_min`.
 """
 
 

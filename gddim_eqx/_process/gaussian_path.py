@@ -110,7 +110,7 @@ class GaussianPath(AbstractGaussianPath):
             the dtype of the argument, and avoid cancellation at both ends, as it costs
             accuracy in single precision: use `-jnp.expm1(-t)` rather than
             `1 - jnp.exp(-t)`.
-        - `t_min`, `t_end`: the sampling interval.
+        - `t_min`, `t_end`: sampling runs from `t_end` down to `t_min`.
         - `prior_std`: the standard deviation of the prior; by default $s_t$ at `t_end`.
 
         **Raises:** `ValueError` if the functions do not define such a path.

@@ -59,5 +59,5 @@ HOLD.__init__.__doc__ = r"""**Arguments:**
 - `beta`, `beta_slope`: the rate is `beta + beta_slope * t`.
 - `gamma`: the variance of the initial velocity and acceleration.
 - `epsilon`: the variance of the data at time 0; keeps the covariance non-singular there.
-- `t_min`, `t_end`: the sampling interval.
+- `t_min`, `t_end`: sampling runs from `t_end` down to `t_min`.
 """

@@ -155,7 +155,7 @@ Langevin.__init__.__doc__ = """**Arguments:**
 - `mass_inverse`: 1 / M.
 - `gamma`: the variance of the initial velocity, divided by the mass.
 - `epsilon`: added to both initial variances; keeps the covariance non-singular at time 0.
-- `t_min`, `t_end`: the sampling interval.
+- `t_min`, `t_end`: sampling runs from `t_end` down to `t_min`.
 """
 
 

@@ -37,8 +37,7 @@ def clock_table(
     process: AbstractProcess,
 ) -> tuple[Float[np.ndarray, " times"], Float[np.ndarray, " times"]]:
     """Times from 0 to `t_end`, and the clock at each, in double precision. Below `t_min`,
-    where the signal-to-noise ratio may be unbounded, only the part that is linear in the
-    square root of time keeps running."""
+    where the signal-to-noise ratio may be unbounded, the log-SNR is that at `t_min`."""
     times, log_snr = log_snr_table(process)
     return times, _mean_of_clocks(process, times, log_snr)
 

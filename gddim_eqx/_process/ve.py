@@ -68,7 +68,7 @@ VE.__init__.__doc__ = """**Arguments:**
 
 - `shape`: the shape of one data sample.
 - `sigma_min`, `sigma_max`: the standard deviations given data at times 0 and 1.
-- `t_min`, `t_end`: the sampling interval.
+- `t_min`, `t_end`: sampling runs from `t_end` down to `t_min`.
 """
 
 

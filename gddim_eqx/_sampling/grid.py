@@ -49,9 +49,10 @@ def time_grid(
         - a power $p$: $t^{1/p}$. `"uniform"` is $p = 1$, and `"quadratic"`, the authors'
             choice, is $p = 2$.
         - `"log"`: the logarithm of time.
-        - `"log_snr"`: the logarithm of the signal-to-noise ratio.
+        - `"log_snr"`: the logarithm of the signal-to-noise ratio, `process.log_snr`.
         - `"karras"`: $\sigma^{1/7}$, where $\sigma$ is the noise-to-signal ratio (Karras
-            et al. 2022; [`gddim_eqx.EDM`][]).
+            et al. 2022; [`gddim_eqx.EDM`][]). To end without noise, as they do, append
+            time 0.
         - `"leading"`, `"trailing"`, `"linspace"`: for a [`gddim_eqx.DiscreteVP`][] only,
             the times of `num_steps` indices (Lin et al. 2024, table 2), and time 0.
     - `t0`, `t1`: the first and last time; by default `process.t_max` and `process.t_min`.
@@ -103,7 +104,7 @@ def time_grid(
     if not np.isfinite(times).all():
         raise ValueError(
             f"The signal-to-noise ratio of this {type(process).__name__} is nan somewhere "
-            f"between {start} and {end}, so a 'clock' grid cannot be made. "
+            f"between {start} and {end}, so a {grid!r} grid cannot be made. "
             "`gddim_eqx.check_process` may tell why; otherwise use another `grid`."
         )
     times[0], times[-1] = start, end

@@ -40,6 +40,7 @@ def process_from_config(
 
         ```python
         import gddim_eqx as gd
+        import jax
         import jax.numpy as jnp
 
         config = {
@@ -55,8 +56,11 @@ def process_from_config(
         network = lambda index, x: jnp.zeros_like(x)
         model = lambda t, x, args: network(network_time(t), x)
         flow = gd.ProbabilityFlow(process, model, predicts)
-        ts = grid(20)
+        x = gd.sample(flow, jax.random.key(0), 4, ts=grid(20)).x
         ```
+
+        If it returns a `clip`, pass
+        `DataGuidance(flow, Clip(-clip, clip))` as the model.
 
     **Arguments:**
 

@@ -45,7 +45,7 @@ class Marginal(NamedTuple):
 
 
 class AbstractPrediction(eqx.Module):
-    """What a model predicts, and how to convert it. All states are in the process' basis."""
+    """What a model predicts, and how to convert it. States are in the process' basis."""
 
     def fault(self, process: AbstractProcess) -> str | None:
         """Why this prediction is not defined for a process; `None` if it is."""
