@@ -238,6 +238,137 @@ def test_gradients_with_respect_to_the_operator():
         np.testing.assert_allclose(found[i], difference, rtol=1e-7)
 
 
+# What Diffrax asks of a solver, as in test_gddim_contract.py
+
+
+def _term(name="diagonal"):
+    linear, nonlinear, y0 = _equations[name]
+    return gd.Semilinear(linear, nonlinear), y0
+
+
+def test_saved_states_of_all_kinds_agree():
+    term, y0 = _term("blocks")
+    ts = jnp.linspace(0, 1, 9)
+    inner = 0.5 * (ts[1:] + ts[:-1])
+    saveat = dfx.SaveAt(
+        subs=[
+            dfx.SubSaveAt(t0=True, steps=True),
+            dfx.SubSaveAt(ts=ts),
+            dfx.SubSaveAt(ts=inner),
+            dfx.SubSaveAt(t1=True, fn=lambda t, y, args: t * y.x),
+            dfx.SubSaveAt(steps=3),
+        ],
+        dense=True,
+    )
+    sol = dfx.diffeqsolve(
+        term,
+        gd.ExponentialAdams(3),
+        0.0,
+        1.0,
+        None,
+        y0,
+        stepsize_controller=dfx.StepTo(ts),
+        saveat=saveat,
+        max_steps=8,
+    )
+    assert sol.ys is not None
+    steps, at_ts, between, final, skipped = sol.ys
+    assert max_difference(steps, at_ts) < 1e-10
+    assert max_difference(jtu.tree_map(lambda y: y[0], steps), y0) == 0
+    np.testing.assert_allclose(final[0], steps.x[-1])
+    assert max_difference(skipped, jtu.tree_map(lambda y: y[3::3], steps)) == 0
+    assert max_difference(jax.vmap(sol.evaluate)(inner), between) < 1e-10
+
+
+def test_a_resumed_solve_equals_an_unbroken_one():
+    term, y0 = _term()
+    ts = jnp.linspace(0, 2, 21)
+
+    def go(ts, y0, **kwargs):
+        controller = dfx.StepTo(ts)
+        return dfx.diffeqsolve(
+            term,
+            gd.ExponentialAdams(),
+            ts[0],
+            ts[-1],
+            None,
+            y0,
+            stepsize_controller=controller,
+            **kwargs,
+        )
+
+    whole = go(ts, y0).ys[-1]
+    first = go(ts[:11], y0, saveat=dfx.SaveAt(t1=True, solver_state=True))
+    state = dict(solver_state=first.solver_state, made_jump=first.made_jump)
+    second = go(ts[10:], first.ys[-1], **state).ys[-1]
+    assert max_difference(second, whole) < 1e-13
+    assert max_difference(go(ts[10:], first.ys[-1]).ys[-1], whole) > 1e-10
+    # And back in time, where errors grow by a factor of 150.
+    assert max_difference(go(ts[10::-1], first.ys[-1]).ys[-1], y0) < 0.05
+
+
+def test_vmap_equals_a_loop_with_events_and_a_progress_meter(capfd):
+    term, y0 = _term()
+    y0 = y0 * jnp.array([[1.0], [20.0]])
+
+    def crossing(t, y, args, **kwargs):
+        return y[1] - 1.5 * jnp.abs(y0[0, 1])
+
+    def one(y):
+        return dfx.diffeqsolve(
+            term,
+            gd.ExponentialAdams(3),
+            0.0,
+            1.0,
+            0.2,
+            y,
+            stepsize_controller=dfx.PIDController(rtol=1e-6, atol=1e-6),
+            event=dfx.Event(crossing),
+            progress_meter=dfx.TextProgressMeter(),
+        )
+
+    batched = jax.vmap(one)(y0)
+    for i in range(2):
+        alone = one(y0[i])
+        assert alone.stats["num_steps"] == batched.stats["num_steps"][i]
+        np.testing.assert_allclose(batched.ys[i], alone.ys, atol=1e-12)
+    assert 0 < batched.ts[0, 0] < 1
+    jax.effects_barrier()
+    assert "100.00%" in capfd.readouterr().out
+
+
+def test_jumps_uneven_steps_and_no_steps():
+    term, y0 = _term()
+    linear = np.array([-5.0, 1.0, 0.0])
+    controller = dfx.ClipStepSizeController(
+        dfx.PIDController(rtol=1e-8, atol=1e-8), jump_ts=jnp.array([0.6])
+    )
+    jumping = gd.Semilinear(
+        jnp.asarray(linear),
+        lambda t, u, args: jnp.where(t < 0.6, 1.0, -1.0) * jnp.ones_like(u),
+    )
+    run = lambda term, t1, dt0, **kwargs: dfx.diffeqsolve(
+        term, gd.ExponentialAdams(), 0.0, t1, dt0, y0, **kwargs
+    )
+    found = run(jumping, 1.0, 0.1, stepsize_controller=controller).ys[-1]
+    decay, later = np.exp(linear), np.exp(0.4 * linear)
+    force = np.where(linear == 0, 0.2, (decay - 2 * later + 1) / (linear + (linear == 0)))
+    np.testing.assert_allclose(found, decay * np.asarray(y0) + force, atol=1e-10)
+    uneven = run(term, 1.0, 0.007).ys[-1]
+    assert max_difference(uneven, accurate(term, 0.0, 1.0, y0)) < 1e-6
+    saveat = dfx.SaveAt(t0=True, t1=True)
+    assert max_difference(run(term, 0.0, 0.1, saveat=saveat).ys, jnp.stack([y0, y0])) == 0
+
+
+@pytest.mark.slow
+def test_runs_without_jit():
+    term, y0 = _term()
+    compiled = _solve(term, gd.ExponentialAdams(2), y0, number=2)
+    with jax.disable_jit():
+        plain = _solve(term, gd.ExponentialAdams(2), y0, number=2)
+    np.testing.assert_allclose(plain, compiled, atol=1e-12)
+
+
 def test_vmap_and_batches_agree():
     linear, nonlinear, y0 = _equations["diagonal"]
     run = lambda y: _solve(gd.Semilinear(linear, nonlinear), gd.ExponentialAdams(), y)
