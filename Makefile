@@ -47,7 +47,8 @@ test-precision: $(VENV)/.installed
 	JAX_ENABLE_X64=0 $(BIN)/python -m pytest -n 2 --dist worksteal \
 		-m "(float32 or precision) and not slow"
 	XLA_FLAGS= JAX_DISABLE_MOST_OPTIMIZATIONS=1 JAX_ENABLE_X64=1 \
-		$(BIN)/python -m pytest -n 2 -m "not slow" tests/test_gddim_precision.py
+		$(BIN)/python -m pytest -n 2 -m "not slow" tests/test_gddim_precision.py \
+		-k "medians or agrees_with_double or survive"
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2

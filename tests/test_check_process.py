@@ -12,7 +12,7 @@ import pytest
 
 import gddim_eqx as gd
 
-from .helpers import processes
+from .helpers import processes, slow
 
 
 def _scalar():
@@ -41,7 +41,18 @@ def _third_order():
 _linear_sdes = [_scalar, _many_relaxation_times, _with_velocity, _third_order]
 
 
-@pytest.mark.parametrize("make", [*processes.values(), *_linear_sdes])
+# Those that test_process.py always checks by other means, only in part.
+_checked_elsewhere = ("vp_cosine", "sub_vp", "ve", "cld_sloped")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(make for name, make in processes.items() if name not in _checked_elsewhere),
+        *slow(*(processes[name] for name in _checked_elsewhere)),
+        *_linear_sdes,
+    ],
+)
 def test_processes_of_the_library_obey_the_laws(make):
     gd.check_process(make())
 

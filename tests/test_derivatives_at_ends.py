@@ -12,7 +12,7 @@ import scipy.optimize
 
 import gddim_eqx as gd
 
-from .helpers import mixture_for, prior_state, processes
+from .helpers import mixture_for, prior_state, processes, slow
 
 
 _solvers = {
@@ -26,8 +26,14 @@ _solvers = {
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("name", ["default", "noise"])
-@pytest.mark.parametrize("process", [gd.VP(()), gd.CLD(())], ids=["vp", "cld"])
+@pytest.mark.parametrize(
+    "process, name",
+    [
+        (gd.VP(()), "default"),
+        (gd.CLD(()), "default"),
+        *slow((gd.VP(()), "noise"), (gd.CLD(()), "noise")),
+    ],
+)
 def test_root_finders_find_when_a_solution_crosses_a_level(process, name):
     mean, scale = 2.0, 0.5
     data = gd.GaussianMixture(jnp.array([mean]), scale)

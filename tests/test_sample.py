@@ -8,9 +8,6 @@ import pytest
 import gddim_eqx as gd
 
 
-pytestmark = pytest.mark.precision
-
-
 _data = gd.GaussianMixture([[-1.0, 0.0], [1.0, 0.5]], 0.05, [0.3, 0.7])
 
 
@@ -48,6 +45,7 @@ def test_evaluations_are_counted_for_every_solver():
         assert gd.sample(process, model, key, 3, 7, solver).evaluations == evaluations
 
 
+@pytest.mark.precision
 def test_takes_a_grid_and_args_and_shows_progress(capfd):
     process = gd.VP((2,))
     exact = _data.model(process)
@@ -98,6 +96,7 @@ def test_denoising_to_time_0(kind):
     assert (difference < 1e-6) == isinstance(process, gd.CLD)
 
 
+@pytest.mark.precision
 def test_denoising_is_a_step_of_the_reverse_drift():
     process = gd.VP((2,))
     model, key = _data.model(process), jax.random.key(0)
@@ -177,6 +176,7 @@ def test_warns_of_samples_that_are_far_larger_than_data():
         gd.sample(process, model, jax.random.key(0), 4, 20)
 
 
+@pytest.mark.precision
 @pytest.mark.parametrize("lam", [0.0, 1.0])
 def test_samples_in_half_precision_are_those_of_single(lam):
     process = gd.VP((2,))
@@ -191,6 +191,7 @@ def test_samples_in_half_precision_are_those_of_single(lam):
     np.testing.assert_allclose(size[jnp.bfloat16], size[jnp.float32], rtol=0.1)
 
 
+@pytest.mark.precision
 def test_sampling_may_end_at_time_zero():
     process = gd.VP((2,))
     model, key = _data.model(process), jax.random.key(0)

@@ -58,7 +58,7 @@ def predictions_by_hand(process, noise, t, u) -> dict[tuple[Any, Any], Any]:
         kinds["v", "R"] = add(mean.mv(noise), R.mv(start), -1.0)
         kinds["v", "cholesky"] = kinds["v", "R"]
         F, G = process.drift(t), process.diffusion(t)
-        flow = add(F.mv(u), (G @ G.T).mv(score), -0.5)
+        flow = add(F.mv(u), (G @ G.T).mv(score), -0.5) / process.flow_speed(t)
         kinds |= {("flow", "R"): flow, ("flow", "cholesky"): flow}
     return kinds
 

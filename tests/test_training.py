@@ -53,8 +53,10 @@ def _quantities(process, x, t, u):
         score=-np.linalg.solve(root @ root.T, join(u) - mean),
         v=np.diag(dense(process.transition(t, t0))) * process.data_scale * noise
         - np.diag(root) * join(process.encode(x)) / process.data_scale,
-        flow=drift @ join(u)
-        + 0.5 * diffusion @ diffusion.T @ np.linalg.solve(root.T, noise),
+        flow=(
+            drift @ join(u) + 0.5 * diffusion @ diffusion.T @ np.linalg.solve(root.T, noise)
+        )
+        / float(process.flow_speed(t)),
         whitened=dense(process.diffusion(t)).T @ np.linalg.inv(root).T,
     )
 

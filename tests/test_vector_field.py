@@ -9,7 +9,7 @@ import pytest
 
 import gddim_eqx as gd
 
-from .helpers import max_difference, mixture_for
+from .helpers import max_difference, mixture_for, slow
 
 
 pytestmark = pytest.mark.precision
@@ -27,8 +27,14 @@ def _flow(process):
     return gd.ProbabilityFlow(process, mixture_for(process).model(process, "data"), "data")
 
 
-@pytest.mark.parametrize("space", ["data", "noise"])
-@pytest.mark.parametrize("name", _processes)
+@pytest.mark.parametrize(
+    "name, space",
+    [
+        *((name, "data") for name in _processes),
+        *(("shifted", "noise"), ("edm", "noise")),
+        *slow(("vp", "noise"), ("rectified", "noise"), ("bdm", "noise")),
+    ],
+)
 def test_it_is_the_probability_flow(name, space):
     process = _processes[name]
     flow = _flow(process)
