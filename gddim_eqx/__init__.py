@@ -24,6 +24,8 @@ from ._model import (
     DataGuidance as DataGuidance,
     DynamicThreshold as DynamicThreshold,
     GaussianMixture as GaussianMixture,
+    PosteriorGuidance as PosteriorGuidance,
+    WithArgs as WithArgs,
     WithTime as WithTime,
 )
 from ._pixels import bits_per_dimension as bits_per_dimension, dequantise as dequantise

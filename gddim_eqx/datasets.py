@@ -10,16 +10,18 @@ import pickle
 import struct
 import tarfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 
 from ._misc import check_count
 from ._read_image import read_image
 
 
 Images = UInt8[np.ndarray, "number height width channels"]
+Labels = UInt8[np.ndarray, " number"]
 
 _image_endings = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
@@ -40,13 +42,21 @@ def rings(number: int = 12_800, seed: int = 0) -> Float[np.ndarray, "number 2"]:
 
 def digits() -> Images:
     """1,797 scans of handwritten digits, 8x8, which come with scikit-learn."""
+    # From levels 0 to 16, of which the largest becomes 255.
+    return np.round(_digits()[0] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+
+
+def digits_labels() -> Labels:
+    """The digit on each image of [`gddim_eqx.datasets.digits`][]."""
+    return _digits()[1].astype(np.uint8)
+
+
+def _digits():
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError("The digits come with scikit-learn: install it.") from error
-    pixels, _ = load_digits(return_X_y=True)
-    # From levels 0 to 16, of which the largest becomes 255.
-    return np.round(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+    return load_digits(return_X_y=True)
 
 
 _debian = "/usr/share/datasets/fashion-mnist"  # Where the package puts it.
@@ -111,9 +121,14 @@ def fashion_mnist(
     return _idx("Fashion-MNIST", directory, train, "images-idx3", verify)[..., None]
 
 
+def mnist_labels(directory: str | Path, train: bool = True, verify: bool = True) -> Labels:
+    """The digit on each image of [`gddim_eqx.datasets.mnist`][]."""
+    return _idx("MNIST", directory, train, "labels-idx1", verify)
+
+
 def fashion_mnist_labels(
     directory: str | Path = _debian, train: bool = True, verify: bool = True
-) -> UInt8[np.ndarray, " number"]:
+) -> Labels:
     """The class of each image of [`gddim_eqx.datasets.fashion_mnist`][], from 0 to 9."""
     return _idx("Fashion-MNIST", directory, train, "labels-idx1", verify)
 
@@ -181,6 +196,19 @@ def cifar10(directory: str | Path, train: bool = True, verify: bool = True) -> I
 
     **Raises:** `ValueError` for a file that is missing, truncated, or not the expected one.
     """
+    images = _cifar10(directory, train, verify, b"data", (-1, 3, 32, 32))
+    return np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+
+
+def cifar10_labels(
+    directory: str | Path, train: bool = True, verify: bool = True
+) -> Labels:
+    """The class of each image of [`gddim_eqx.datasets.cifar10`][], from 0 to 9."""
+    return _cifar10(directory, train, verify, b"labels", (-1,))
+
+
+def _cifar10(directory, train, verify, field, shape) -> np.ndarray:
+    """A field of all files."""
     path = Path(directory)
     names = [f"data_batch_{n}" for n in range(1, 6)] if train else ["test_batch"]
     parts = []
@@ -197,13 +225,14 @@ def cifar10(directory: str | Path, train: bool = True, verify: bool = True) -> I
         if verify:
             _verify("CIFAR-10", where, name, content)
         try:
-            data = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()[b"data"]
+            found = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
+            data = np.asarray(found[field], np.uint8 if field == b"labels" else None)
             if data.dtype != np.uint8:
                 raise ValueError(f"it holds {data.dtype}")
-            parts.append(data.reshape(-1, 3, 32, 32))
+            parts.append(data.reshape(shape))
         except Exception as error:
             raise ValueError(f"{where} is not a complete file: {error}.") from error
-    return np.ascontiguousarray(np.concatenate(parts).transpose(0, 2, 3, 1))
+    return np.concatenate(parts)
 
 
 def _batch(path: Path, archive: tarfile.TarFile | None, name: str) -> tuple[str, bytes]:
@@ -252,13 +281,7 @@ def folder(
         from PIL import Image
     except ImportError as error:
         raise ImportError("To read images, install Pillow.") from error
-    directory = Path(directory)
-    paths = sorted(
-        path for path in directory.rglob("*") if path.suffix.lower() in _image_endings
-    )
-    if not paths:
-        what = "holds no images" if directory.is_dir() else "is not a directory"
-        raise ValueError(f"{directory} {what}. Images end in {', '.join(_image_endings)}.")
+    paths = _image_paths(directory)
     images = []
     for path in paths:
         image = read_image(path)
@@ -279,6 +302,49 @@ def folder(
                 f"{images[0].shape[1]}x{images[0].shape[0]}. Pass a `size`."
             )
     return np.stack(images)
+
+
+def folder_labels(
+    directory: str | Path, classes: Sequence[str] | None = None
+) -> tuple[Int[np.ndarray, " number"], tuple[str, ...]]:
+    """The class of each image of [`gddim_eqx.datasets.folder`][]: the subdirectory of
+    `directory` that it is in.
+
+    **Arguments:**
+
+    - `directory`: a directory with one subdirectory per class.
+    - `classes`: the names of the subdirectories, in the order of the labels; by default
+        all, sorted. Pass those of the training data for other data.
+
+    **Returns:** the labels, counted from 0, and the names of the classes.
+
+    **Raises:** `ValueError` for an image outside the subdirectories, or in one that is not
+    among the `classes`.
+    """
+    parts = [path.relative_to(directory).parts for path in _image_paths(directory)]
+    if outside := [names[0] for names in parts if len(names) == 1]:
+        raise ValueError(
+            f"{outside[0]} is not in a subdirectory of {directory}, so it has no class."
+        )
+    found = sorted({names[0] for names in parts})
+    classes = tuple(found if classes is None else classes)
+    if unknown := sorted(set(found) - set(classes)):
+        raise ValueError(
+            f"{directory} has images in {', '.join(unknown)}, but the classes are "
+            f"{', '.join(classes)}."
+        )
+    return np.array([classes.index(names[0]) for names in parts]), classes
+
+
+def _image_paths(directory: str | Path) -> list[Path]:
+    directory = Path(directory)
+    paths = sorted(
+        path for path in directory.rglob("*") if path.suffix.lower() in _image_endings
+    )
+    if not paths:
+        what = "holds no images" if directory.is_dir() else "is not a directory"
+        raise ValueError(f"{directory} {what}. Images end in {', '.join(_image_endings)}.")
+    return paths
 
 
 def _found(directory: str | Path, names: tuple[str, ...], where: str) -> Path:

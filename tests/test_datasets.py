@@ -139,6 +139,8 @@ def test_cifar10(cifar10, packed):
     read = functools.partial(gd.datasets.cifar10, path)
     np.testing.assert_array_equal(read(verify=False), images[:10])
     np.testing.assert_array_equal(read(train=False, verify=False), images[10:])
+    labels = gd.datasets.cifar10_labels(path, verify=False)
+    np.testing.assert_array_equal(labels, [1, 2] * 5)
     with pytest.raises(ValueError, match="data_batch_1.* is not the file .* CIFAR-10: its"):
         read()
 
@@ -200,6 +202,22 @@ def test_a_folder_of_images(tmp_path):
     assert gd.datasets.folder(tmp_path, size=4, crop=6).shape == (3, 4, 4, 3)
     cropped = gd.datasets.folder(tmp_path, crop=4)
     np.testing.assert_array_equal(cropped, read[:, 1:5, 2:6])
+
+
+def test_the_classes_of_a_folder_are_its_subdirectories(tmp_path):
+    for name in ("cat/b.png", "cat/young/a.png", "ant/z.png", "dog/a.png"):
+        _write(tmp_path, name)
+    labels, classes = gd.datasets.folder_labels(tmp_path)
+    assert classes == ("ant", "cat", "dog") and labels.tolist() == [0, 1, 1, 2]
+    assert len(labels) == len(gd.datasets.folder(tmp_path))
+    given = ("dog", "cow", "cat", "ant")
+    labels, classes = gd.datasets.folder_labels(tmp_path, given)
+    assert classes == given and labels.tolist() == [3, 2, 2, 0]
+    with pytest.raises(ValueError, match="has images in ant, dog, but the classes are cat"):
+        gd.datasets.folder_labels(tmp_path, ["cat"])
+    _write(tmp_path, "a.png")
+    with pytest.raises(ValueError, match="a.png is not in a subdirectory"):
+        gd.datasets.folder_labels(tmp_path)
 
 
 def test_folders_that_do_not_do_are_refused(tmp_path):

@@ -8,6 +8,7 @@ from .check import (
     check_count as check_count,
     check_instance as check_instance,
     check_key as check_key,
+    check_per_sample as check_per_sample,
     check_positive as check_positive,
     constant_field as constant_field,
     error_if_any as error_if_any,

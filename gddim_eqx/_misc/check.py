@@ -24,6 +24,17 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"`{name}` must be {kind} integer; got {value!r}.")
 
 
+def check_per_sample(name: str, tree: Any, batch: tuple[int, ...]) -> None:
+    """**Raises:** `ValueError` unless every leaf has these leading axes."""
+    for leaf in jtu.tree_leaves(tree):
+        if jnp.shape(leaf)[: len(batch)] != batch:
+            axes = f"({', '.join(map(str, batch))}, ...)"
+            raise ValueError(
+                f"{name} must have one entry per sample, of shape {axes}; got "
+                f"{jnp.shape(leaf)}."
+            )
+
+
 def check_instance(name: str, value: Any, kind: Any, wanted: str) -> None:
     """**Raises:** `ValueError`, which names what is `wanted`, unless the value is an
     instance of `kind`."""

@@ -4,6 +4,8 @@ from .guidance import (
     Clip as Clip,
     DataGuidance as DataGuidance,
     DynamicThreshold as DynamicThreshold,
+    WithArgs as WithArgs,
 )
 from .mixture import GaussianMixture as GaussianMixture
+from .posterior import PosteriorGuidance as PosteriorGuidance
 from .with_time import WithTime as WithTime

@@ -4,11 +4,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array, ArrayLike, PyTree
 
 from .._custom_types import Args, FrameName, PredictionName, RealScalarLike, State
 from .._linear import append_axes, apply, batch_axes, join_components, subtract
-from .._misc import as_floats, as_shape, constant_field
+from .._misc import as_constant, as_floats, as_shape, constant_field
 from .._process import AbstractProcess
 from .._term import init_takes_flow, ProbabilityFlow
 
@@ -19,46 +19,149 @@ from .._term import init_takes_flow, ProbabilityFlow
 Scale = ArrayLike | Callable[[RealScalarLike], ArrayLike]
 
 
-class ClassifierFreeGuidance(eqx.Module):
-    """A model that extrapolates from an unconditional prediction through a conditional one:
-    `unconditional + scale * (conditional - unconditional)`.
+class WithArgs(eqx.Module):
+    """A model that receives these `args`, the same for every sample, in place of those that
+    it is called with."""
 
-    ??? cite "Reference"
+    model: Callable
+    args: PyTree
+
+    def __init__(self, model: Callable, args: PyTree):
+        """**Arguments:**
+
+        - `model`: a model that takes a condition per sample, such as a
+            [`gddim_eqx.nn.NetworkModel`][].
+        - `args`: the condition of one sample: a pytree of arrays without batch axes.
+        """
+        _check_callable(model=model)
+        self.model, self.args = model, jtu.tree_map(jnp.asarray, args)
+
+    @property
+    def process(self) -> AbstractProcess | None:
+        return getattr(self.model, "process", None)
+
+    def __call__(self, t: RealScalarLike, u: State, args: Args = None) -> State:
+        if self.process is None:
+            raise ValueError(
+                "`WithArgs` needs a model with a `process`, which tells the batch axes, "
+                "such as a `NetworkModel`; got "
+                f"{type(self.model).__name__}. Use `lambda t, u, args: model(t, u, ...)`."
+            )
+        batch = batch_axes(u, self.process.shape)
+        each = lambda x: jnp.broadcast_to(x, (*batch, *x.shape))
+        return self.model(t, u, jtu.tree_map(each, self.args))
+
+
+class ClassifierFreeGuidance(eqx.Module):
+    r"""A model that extrapolates from an unconditional prediction through a conditional
+    one: `unconditional + scale * (conditional - unconditional)`.
+
+    Predictions are combined as the models return them, in the data's coordinates. Given the
+    state, all kinds of prediction are affine functions of the score. So the guidance is the
+    same for every kind, and for every process: the score becomes
+    $\nabla \log p_t(u) + \text{scale}\,(\nabla \log p_t(u | y) - \nabla \log p_t(u))$.
+
+    ??? cite "References"
 
         J. Ho, T. Salimans, *Classifier-Free Diffusion Guidance*, 2022, equation 6, whose
-        w is `scale - 1`.
+        w is `scale - 1`. Interval: T. Kynkäänniemi et al., *Applying Guidance in a Limited
+        Interval Improves Sample and Distribution Quality in Diffusion Models*, 2024.
+        Rescaling: S. Lin et al., *Common Diffusion Noise Schedules and Sample Steps are
+        Flawed*, 2024, equations 15 and 16.
     """
 
     conditional: Callable
     unconditional: Callable
     scale: Scale
+    interval: tuple[float, float] | None = eqx.field(static=True)
+    rescale: float = eqx.field(static=True)
 
-    def __init__(self, conditional: Callable, unconditional: Callable, scale: Scale):
+    def __init__(
+        self,
+        conditional: Callable,
+        unconditional: Callable,
+        scale: Scale,
+        *,
+        interval: tuple[float, float] | None = None,
+        rescale: float = 0.0,
+    ):
         """**Arguments:**
 
         - `conditional`, `unconditional`: models with the same kind of prediction, of any
-            kind. Both receive the state and `args`. For a single network that takes its
-            label from `args`, pass `net` and `lambda t, u, args: net(t, u, no_label)`.
+            kind. Both receive the state and `args`. For a single model that takes its
+            condition from `args`, pass `model` and
+            `WithArgs(model, network.no_condition)`: see [`gddim_eqx.WithArgs`][]. With
+            another condition in its place, samples are led away from that.
         - `scale`: the guidance scale: 0 is unconditional, 1 conditional, and larger values
-            extrapolate. A number, or one per sample, `(*batch,)`; or a function of time,
-            for example to guide only in an interval. Changing the number does not
-            recompile.
+            extrapolate. A number, or one per sample, `(*batch,)`; or a function of time.
+            Changing the number does not recompile.
+        - `interval`: the times, from the earlier to the later, between which to guide;
+            outside the model is the conditional one. By default always.
+        - `rescale`: how far to bring the standard deviation of each guided prediction back
+            to that of the conditional one, which large scales exceed: from 0, not at all,
+            to 1. Needs a conditional model with a `process`, such as a
+            [`gddim_eqx.nn.NetworkModel`][], and depends on the kind of prediction.
+
+        **Raises:** `ValueError` for an interval whose ends are not in order, and for
+        `rescale` outside [0, 1].
         """
         _check_callable(conditional=conditional, unconditional=unconditional)
+        if interval is not None:
+            low, high = (as_constant("interval", x) for x in interval)
+            if not low < high:
+                raise ValueError(
+                    f"`interval` must be two times, the earlier first; got ({low}, {high})."
+                )
+            interval = low, high
+        rescale = as_constant("rescale", rescale)
+        if not 0 <= rescale <= 1:
+            raise ValueError(f"`rescale` must be in [0, 1]; got {rescale}.")
+        if rescale and not hasattr(conditional, "process"):
+            raise ValueError(
+                "`rescale` needs a conditional model with a `process`, which tells the "
+                "axes of a sample, such as a `NetworkModel`; got "
+                f"{type(conditional).__name__}."
+            )
         self.conditional = conditional
         self.unconditional = unconditional
         self.scale = _as_scale(scale)
+        self.interval, self.rescale = interval, rescale
+
+    @property
+    def process(self) -> AbstractProcess | None:
+        return getattr(self.conditional, "process", None)
+
+    def check_args(self, args: Args) -> None:
+        """As in [`gddim_eqx.nn.NetworkModel`][], by the conditional model."""
+        if check_args := getattr(self.conditional, "check_args", None):
+            check_args(args)
 
     def __call__(self, t: RealScalarLike, u: State, args: Args) -> State:
-        without, scale = self.unconditional(t, u, args), _at(self.scale, t)
-        return jtu.tree_map(
+        scale = jnp.asarray(_at(self.scale, t))
+        if self.interval is not None:
+            low, high = self.interval
+            scale = jnp.where((low <= t) & (t <= high), scale, 1)
+        given = self.conditional(t, u, args)
+        guided = jtu.tree_map(
             lambda a, b: b + _per_sample(scale, a) * (a - b),
-            self.conditional(t, u, args),
-            without,
+            given,
+            self.unconditional(t, u, args),
         )
+        return self._rescaled(guided, given) if self.rescale else guided
+
+    def _rescaled(self, guided, given):
+        assert self.process is not None
+        axes = tuple(range(-len(self.process.shape), 0))
+
+        def per_leaf(x, like):
+            std = x.std(axes, keepdims=True)
+            ratio = like.std(axes, keepdims=True) / jnp.where(std > 0, std, 1)
+            return x * (1 + self.rescale * (ratio - 1))
+
+        return jtu.tree_map(per_leaf, guided, given)
 
 
-class _Wrapper(eqx.Module):
+class AbstractGuidance(eqx.Module):
     """A model that modifies another's predictions, and predicts the same quantity."""
 
     flow: ProbabilityFlow
@@ -68,7 +171,7 @@ class _Wrapper(eqx.Module):
         return self.flow.process
 
 
-class ClassifierGuidance(_Wrapper):
+class ClassifierGuidance(AbstractGuidance):
     r"""A model that adds the gradient of a log likelihood to the score: $\nabla \log p_t(u)
     + \text{scale}\,\nabla_u \log p(y \mid u_t = u)$.
 
@@ -130,7 +233,7 @@ class ClassifierGuidance(_Wrapper):
         return self.flow.prediction(t, u, noise)
 
 
-class DataGuidance(_Wrapper):
+class DataGuidance(AbstractGuidance):
     """A model whose data prediction is modified by a function: clipped, thresholded, or
     replaced where the data are known."""
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
@@ -57,6 +58,8 @@ def _solve(flow, lam, solver, denoise, ts, key, number, args, meter, placement):
     u = process.prior(key, (number,), ts.dtype)
     if placement is not None:
         u = placement.shard(u)
+        is_per_sample = lambda x: eqx.is_array(x) and x.ndim > 0 and len(x) == number
+        args = jtu.tree_map(lambda x: placement.shard(x) if is_per_sample(x) else x, args)
     terms, adjoint = flow, dfx.RecursiveCheckpointAdjoint()
     if not isinstance(lam, float) or lam != 0:
         # Distinct from any key that the prior splits off this one.
@@ -128,7 +131,9 @@ def sample(
     - `ts`: a time grid in place of `num_steps`, for example from [`gddim_eqx.time_grid`][].
         The samples have its dtype. It must start at `process.t_max`, the time of the prior.
     - `predicts`, `factor`: as in [`gddim_eqx.ProbabilityFlow`][].
-    - `args`: passed to the model.
+    - `args`: passed to the model: for a conditional one, such as a
+        [`gddim_eqx.nn.NetworkModel`][], the condition of each sample, `(number, ...)`, or a
+        pytree of these.
     - `placement`: how to shard the samples over devices, which does not change them; by
         default all are on the first device. The model must be on the same devices.
     - `progress_meter`: for example `diffrax.TextProgressMeter()`.
@@ -166,6 +171,9 @@ def sample(
         placement.check_batch(int(number))
     if denoise is not None and float(ts[-1]) == 0:
         raise ValueError("At time 0 nothing is left to denoise; leave out `denoise`.")
+    args = jtu.tree_map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, args)
+    if check_args := getattr(model, "check_args", None):
+        check_args(args)
     call = next(_calls)
     _evaluations[call] = 0
     try:

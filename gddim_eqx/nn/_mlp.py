@@ -1,5 +1,6 @@
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -9,6 +10,7 @@ from jaxtyping import Array, Inexact
 
 from .._custom_types import Key, RealScalarLike
 from .._misc import as_shape, check_count
+from ._condition import embed, Embedding, make_embedding
 from ._embedding import Fourier
 
 
@@ -16,8 +18,8 @@ class TimeMLP(eqx.Module):
     """The authors' network for points in the plane: a multilayer perceptron of the time and
     the point, each with an input layer of its own. It also accepts small images.
 
-    Called as `network(t, x)` on one sample; [`gddim_eqx.nn.NetworkModel`][] turns it into
-    the model of a process.
+    Called as `network(t, x)` on one sample, or as `network(t, x, condition)`;
+    [`gddim_eqx.nn.NetworkModel`][] turns it into the model of a process.
 
     The authors use Fourier features of $999 t$ with scale 30, so that times 0.001 apart
     look unrelated. Here they are of $t$ itself, by default with scale 1.
@@ -28,11 +30,14 @@ class TimeMLP(eqx.Module):
     first: eqx.nn.Linear
     layers: tuple[eqx.nn.Linear, ...]
     last: eqx.nn.Linear
+    condition: Embedding | None
     shape: tuple[int, ...] = eqx.field(static=True)
     out_shape: tuple[int, ...] = eqx.field(static=True)
     width: int = eqx.field(static=True)
     depth: int = eqx.field(static=True)
     fourier_scale: float = eqx.field(static=True)
+    num_classes: int | None = eqx.field(static=True)
+    context_size: int | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -43,6 +48,8 @@ class TimeMLP(eqx.Module):
         width: int = 256,
         depth: int = 2,
         fourier_scale: float | int = 1.0,
+        num_classes: int | None = None,
+        context_size: int | None = None,
     ):
         """**Arguments:**
 
@@ -52,6 +59,8 @@ class TimeMLP(eqx.Module):
         - `width`: the width of the layers, an even number.
         - `depth`: the number of layers after the first.
         - `fourier_scale`: the standard deviation of the frequencies of the time embedding.
+        - `num_classes`: for data with labels, from 0 to `num_classes - 1`.
+        - `context_size`: for data with a context vector, its size.
         - `key`: a random key, for the initial parameters.
 
         **Raises:** `ValueError` for numbers that are not positive integers.
@@ -75,14 +84,28 @@ class TimeMLP(eqx.Module):
         self.first = eqx.nn.Linear(size, width, key=keys[2])
         self.layers = tuple(eqx.nn.Linear(width, width, key=k) for k in keys[4:])
         self.last = eqx.nn.Linear(width, out_size, key=keys[3])
+        self.num_classes, self.context_size = num_classes, context_size
+        self.condition = make_embedding(num_classes, context_size, width, key=key)
+
+    @property
+    def no_condition(self) -> Any:
+        """What stands for no condition: the label `num_classes`, or a vector of infinities;
+        `None` for a network without conditions."""
+        return None if self.condition is None else self.condition.no_condition
 
     def __call__(
-        self, t: RealScalarLike, x: Inexact[Array, "*shape"], *, key: Key | None = None
+        self,
+        t: RealScalarLike,
+        x: Inexact[Array, "*shape"],
+        condition: Any = None,
+        *,
+        key: Key | None = None,
     ) -> Inexact[Array, "*out_shape"]:
         """**Arguments:**
 
         - `t`: the time.
         - `x`: the sample. The output has its dtype.
+        - `condition`: the label or context vector, for a network that was made for one.
         - `key`: ignored, as there is no dropout.
         """
         if x.shape != self.shape:
@@ -94,6 +117,8 @@ class TimeMLP(eqx.Module):
         silu = jax.nn.silu
         first, second = self.time_layers
         time = second(silu(first(self.time_features(jnp.asarray(t, dtype)))))
+        condition = embed(self.condition, condition)
+        time = time if condition is None else time + condition
         h = silu(self.first(x.astype(dtype).ravel()) + time)
         for layer in self.layers:
             h = silu(layer(h))

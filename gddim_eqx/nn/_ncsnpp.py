@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Inexact
 
 from .._custom_types import Key, RealScalarLike
 from .._misc import as_shape, check_count
+from ._condition import embed, Embedding, make_embedding
 from ._embedding import Fourier, Positional
 from ._layers import (
     add,
@@ -30,8 +31,9 @@ from ._layers import (
 class NCSNpp(eqx.Module):
     r"""The U-Nets NCSN++ and DDPM++ of Song et al. 2021, as the paper uses them.
 
-    Called as `network(t, x)` on one sample, or as `network(t, x, key=key)` with dropout;
-    [`gddim_eqx.nn.NetworkModel`][] turns it into the model of a process.
+    Called as `network(t, x)` on one sample, as `network(t, x, condition)` if it was made
+    for a condition, and with `key=key` for dropout; [`gddim_eqx.nn.NetworkModel`][] turns
+    it into the model of a process.
 
     The time embedding is of $999 t$, as in the authors' code, and with
     `embedding="fourier"` of its logarithm, which excludes time 0.
@@ -71,6 +73,9 @@ class NCSNpp(eqx.Module):
         before the first layer, and unfolded after the last. At 2 everything in between has
         a quarter of the pixels, and takes a quarter of the time. The full resolution of the
         other arguments is then that of the patches.
+    - `num_classes`: for data with labels, from 0 to `num_classes - 1`. Their embedding is
+        added to that of the time.
+    - `context_size`: for data with a context vector, its size.
     - `key`: a random key, for the initial parameters.
 
     **Raises:** `ValueError` for unknown options, or options that do not fit together.
@@ -91,6 +96,7 @@ class NCSNpp(eqx.Module):
     upsamples: tuple[Upsample, ...]
     normalisation: eqx.nn.GroupNorm
     last: eqx.nn.Conv2d
+    condition: Embedding | None
     shape: tuple[int, ...] = eqx.field(static=True)
     out_channels: int = eqx.field(static=True)
     features: int = eqx.field(static=True)
@@ -109,6 +115,8 @@ class NCSNpp(eqx.Module):
     dtype: jnp.dtype | None = eqx.field(static=True)
     checkpoint: bool = eqx.field(static=True)
     patch: int = eqx.field(static=True)
+    num_classes: int | None = eqx.field(static=True)
+    context_size: int | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -132,6 +140,8 @@ class NCSNpp(eqx.Module):
         dtype=None,
         checkpoint: bool = False,
         patch: int = 1,
+        num_classes: int | None = None,
+        context_size: int | None = None,
     ):
         self.shape = as_shape(tuple(shape))
         self.out_channels = self.shape[-1] if out_channels is None else out_channels
@@ -145,6 +155,8 @@ class NCSNpp(eqx.Module):
         self.init_scale, self.checkpoint = float(init_scale), checkpoint
         self.dtype = None if dtype is None else jnp.dtype(dtype)
         self.patch = patch
+        self.num_classes, self.context_size = num_classes, context_size
+        self.condition = make_embedding(num_classes, context_size, 4 * features, key=key)
         self._check()
         channels = patch**2 * self.shape[-1]
 
@@ -230,6 +242,12 @@ class NCSNpp(eqx.Module):
             size, patch**2 * self.out_channels, key=next(keys), scale=self.init_scale
         )
 
+    @property
+    def no_condition(self) -> Any:
+        """What stands for no condition: the label `num_classes`, or a vector of infinities;
+        `None` for a network without conditions."""
+        return None if self.condition is None else self.condition.no_condition
+
     def _attends(self, level: int) -> bool:
         return self._height(level) in self.attention
 
@@ -268,6 +286,10 @@ class NCSNpp(eqx.Module):
                 f"`attention` must be among the heights {resolutions} of images at the "
                 f"resolutions of this network; got {self.attention}."
             )
+        if self.condition is not None and self.embedding is None:
+            raise ValueError(
+                "A condition is added to the time embedding, but `embedding` is None."
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must be in [0, 1); got {self.dropout}.")
         taps = self.filter_taps
@@ -280,6 +302,7 @@ class NCSNpp(eqx.Module):
         self,
         t: RealScalarLike,
         x: Inexact[Array, "height width channels"],
+        condition: Any = None,
         *,
         key: Key | None = None,
     ) -> Inexact[Array, "height width out_channels"]:
@@ -287,6 +310,7 @@ class NCSNpp(eqx.Module):
 
         - `t`: the time of the process, in [0, 1].
         - `x`: the input. The output has the same dtype, whatever the dtype of computation.
+        - `condition`: the label or context vector, for a network that was made for one.
         - `key`: a random key for dropout; without it there is no dropout.
 
         **Returns:** an array of the shape of `x`, except for the number of channels.
@@ -298,7 +322,7 @@ class NCSNpp(eqx.Module):
                 f"This network is for inputs of shape {self.shape}; got {x.shape}. For a "
                 "batch, use `jax.vmap`."
             )
-        embedding = self._embed(t)
+        embedding = self._embed(t, condition)
         dtype = self.first.weight.dtype if self.dtype is None else self.dtype
         cast = lambda y: y.astype(dtype) if eqx.is_inexact_array(y) else y
         side = self.patch
@@ -308,14 +332,16 @@ class NCSNpp(eqx.Module):
         y = rearrange(h, "(a b c) h w -> (h a) (w b) c", a=side, b=side)
         return y.astype(x.dtype)
 
-    def _embed(self, t: RealScalarLike) -> Float[Array, " size"] | None:
+    def _embed(self, t: RealScalarLike, condition: Any) -> Float[Array, " size"] | None:
+        embedded = embed(self.condition, condition)
         if self.time_features is None or self.time_layers is None:
             return None
         first, second = self.time_layers
         label = 999 * jnp.asarray(t, first.weight.dtype)
         if self.embedding == "fourier":
             label = jnp.log(label)
-        return second(jax.nn.silu(first(self.time_features(label))))
+        time = second(jax.nn.silu(first(self.time_features(label))))
+        return time if embedded is None else time + embedded
 
     def _run(self, h, embedding, key):
         blocks, attentions = iter(self.blocks), iter(self.attentions)

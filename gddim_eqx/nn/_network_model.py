@@ -1,3 +1,4 @@
+import inspect
 import math
 from collections.abc import Callable
 
@@ -19,7 +20,7 @@ from .._linear import (
     join_components,
     subtract,
 )
-from .._misc import check_positive
+from .._misc import check_per_sample, check_positive
 from .._process import AbstractProcess, as_time, require_process
 
 
@@ -46,10 +47,11 @@ class NetworkModel(eqx.Module):
         r"""**Arguments:**
 
         - `process`: the forward process.
-        - `network`: called as `network(t, x)`, or as `network(t, x, key=key)` where a key
-            is given for dropout, on the time and the joined components of one sample, of
-            shape `(*shape[:-1], num_components * shape[-1])`. It returns an array of the
-            same shape, or with `data_std` of the data's `shape`.
+        - `network`: called as `network(t, x)` on the time and the joined components of one
+            sample, of shape `(*shape[:-1], num_components * shape[-1])`; where the model is
+            given `args`, as `network(t, x, condition)` with those of the sample; and with
+            `key=key` where it is given a key, for dropout. It returns an array of the
+            shape of `x`, or with `data_std` of the data's `shape`.
         - `mixed_score`: for processes with a velocity, such as [`gddim_eqx.CLD`][], whether
             to add $R_t^{-1} (0, v)$ to the output: the noise if the velocity were nothing
             but noise, so that the network has less to learn. The model then predicts noise
@@ -95,7 +97,8 @@ class NetworkModel(eqx.Module):
         - `t`: the time of the whole batch.
         - `u`: the state, in data coordinates, with any batch axes: one in training and
             sampling.
-        - `args`: not used.
+        - `args`: the condition of each sample: arrays with the batch axes of the state, or
+            a pytree of these. `None` for a network without conditions.
         - `key`: a random key for dropout; without it there is no dropout.
 
         **Returns:** the prediction, a state like `u`.
@@ -107,11 +110,11 @@ class NetworkModel(eqx.Module):
         x = jnp.concatenate(leaves, axis=-1)
         x = x.reshape(math.prod(batch), *x.shape[len(batch) :])
         t = as_time(t)
-        if key is None:
-            y = jax.vmap(lambda x: self.network(t, x))(x)
-        else:
-            keys = jr.split(key, x.shape[0])
-            y = jax.vmap(lambda x, key: self.network(t, x, key=key))(x, keys)
+        check_per_sample("The condition `args`", args, batch)
+        flat = lambda c: jnp.reshape(c, (math.prod(batch), *jnp.shape(c)[len(batch) :]))
+        condition = jtu.tree_map(flat, args)
+        keys = None if key is None else jr.split(key, x.shape[0])
+        y = jax.vmap(self._of_one, in_axes=(None, 0, 0, 0))(t, x, condition, keys)
         if not isinstance(y, jax.Array):
             raise ValueError(
                 f"The network must return an array; it returned {type(y).__name__}."
@@ -135,6 +138,24 @@ class NetworkModel(eqx.Module):
         alone = apply(process.factor(t).inverse(), process.from_data(alone))
         return add(noise, process.to_data(alone))
 
+    def _of_one(self, t, x, condition, key):
+        inputs = (t, x) if condition is None else (t, x, condition)
+        options = {} if key is None else dict(key=key)
+        _check_call(self.network, inputs, options)
+        return self.network(*inputs, **options)
+
+    def check_args(self, args: Args) -> None:
+        """Check the condition, outside `jax.jit`, as far as the network can tell.
+
+        **Raises:** `ValueError` for labels out of range, and for NaN.
+        """
+        for leaf in jtu.tree_leaves(args):
+            if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) and jnp.isnan(leaf).any():
+                raise ValueError("The condition `args` holds NaN.")
+        check = getattr(getattr(self.network, "condition", None), "check", None)
+        if check is not None and args is not None:
+            check(args)
+
     def _noise(self, t: Array, u: State, output: Array, variance: float) -> State:
         process = self.process
         root = process.factor(t)
@@ -152,6 +173,21 @@ class NetworkModel(eqx.Module):
         rest = [jnp.zeros_like(output)] * (process.num_components - 1)
         taken = apply(share, join_components([output, *rest]))
         return process.to_data(subtract(noise, taken))
+
+
+def _check_call(network, inputs, options):
+    try:
+        signature = inspect.signature(network)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*inputs, **options)
+    except TypeError as error:
+        names = ["t", "x", "condition"][: len(inputs)] + [f"{name}=" for name in options]
+        raise ValueError(
+            f"The network was called as `network({', '.join(names)})`, but {error}. The "
+            "condition is the `args` of the model: leave them out for a network without."
+        ) from None
 
 
 def _with_blocks(operator: BlockLinearOperator, blocks: Array) -> BlockLinearOperator:

@@ -61,6 +61,8 @@ def small(
     patch: int = 1,
     dtype=None,
     checkpoint: bool = False,
+    num_classes: int | None = None,
+    context_size: int | None = None,
 ) -> NCSNpp:
     """A small network for images of 8x8 to 32x32, which trains on a CPU in minutes.
 
@@ -71,7 +73,8 @@ def small(
     - `out_channels`: by default as many as the input has.
     - `key`: a random key, for the initial parameters.
     - `features`: the number of channels at full resolution.
-    - `patch`, `dtype`, `checkpoint`: as in [`gddim_eqx.nn.NCSNpp`][]. With `patch=2`,
+    - `patch`, `dtype`, `checkpoint`, `num_classes`, `context_size`: as in
+        [`gddim_eqx.nn.NCSNpp`][]. With `patch=2`,
         which suits images of 28x28, it is three to four times as fast.
     """
     return NCSNpp(
@@ -88,6 +91,8 @@ def small(
         dtype=dtype,
         checkpoint=checkpoint,
         patch=patch,
+        num_classes=num_classes,
+        context_size=context_size,
     )
 
 
@@ -97,6 +102,8 @@ def mlp(
     *,
     key: Key,
     width: int = 512,
+    num_classes: int | None = None,
+    context_size: int | None = None,
 ) -> TimeMLP:
     """A network for images of 8x8, which trains faster than `small` on a CPU.
 
@@ -106,17 +113,33 @@ def mlp(
     - `out_channels`: by default as many as the input has.
     - `key`: a random key, for the initial parameters.
     - `width`: the width of the layers.
+    - `num_classes`, `context_size`: as in [`gddim_eqx.nn.TimeMLP`][].
     """
     channels = shape[-1] if out_channels is None else out_channels
-    return TimeMLP(shape, (*shape[:-1], channels), key=key, width=width, depth=3)
+    return TimeMLP(
+        shape,
+        (*shape[:-1], channels),
+        key=key,
+        width=width,
+        depth=3,
+        num_classes=num_classes,
+        context_size=context_size,
+    )
 
 
-def points(size: int, *, key: Key) -> TimeMLP:
+def points(
+    size: int,
+    *,
+    key: Key,
+    num_classes: int | None = None,
+    context_size: int | None = None,
+) -> TimeMLP:
     """The authors' network for points in the plane.
 
     **Arguments:**
 
     - `size`: the size of one sample: 2, or 4 for a process with a velocity.
     - `key`: a random key, for the initial parameters.
+    - `num_classes`, `context_size`: as in [`gddim_eqx.nn.TimeMLP`][].
     """
-    return TimeMLP(size, key=key)
+    return TimeMLP(size, key=key, num_classes=num_classes, context_size=context_size)

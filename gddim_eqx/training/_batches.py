@@ -1,12 +1,14 @@
-from collections.abc import Generator
+from collections.abc import Generator, Sized
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Inexact, Shaped
+from jaxtyping import Array, Inexact, PyTree, Shaped
 
 from .._custom_types import Key
 from .._linear import check_real
@@ -16,7 +18,7 @@ from .._sharding import Placement
 
 
 class Batches:
-    """Batches of data in memory, shuffled anew in each epoch.
+    """Batches of data, shuffled anew in each epoch.
 
     Batch n is a function of the seed and of n, so no position needs to be saved: to resume
     after n steps, ask for batch n. It does not depend on the number of devices, each of
@@ -26,18 +28,32 @@ class Batches:
 
     This is why no data loading library is used: one that streams from disk has a position
     to save, and an order that depends on the number of processes.
+
+    !!! example
+
+        ```python
+        import gddim_eqx as gd
+        import numpy as np
+
+        images, labels = np.zeros((100, 8, 8, 1), np.uint8), np.arange(100) % 10
+        batches = gd.training.Batches((images, labels), 16)
+        x, condition = batches[0]
+        ```
     """
 
     def __init__(
         self,
-        data: np.ndarray,
+        data: Any,
         batch_size: int,
         seed: int = 0,
         placement: Placement | None = None,
     ):
         """**Arguments:**
 
-        - `data`: an array of shape `(number, *shape)`, or a `numpy.memmap`.
+        - `data`: an array of shape `(number, *shape)`, or a `numpy.memmap`; or, for data
+            that do not fit in memory, any object with `len(data)` and `data[index]`, which
+            returns a sample. Or a pytree of these of equal length, such as a pair
+            `(data, condition)` for a conditional model. A batch has the same structure.
         - `batch_size`: the batch size, over all devices and processes.
         - `seed`: the seed for shuffling.
         - `placement`: the sharding over devices; by default batches are on JAX's first.
@@ -47,22 +63,20 @@ class Batches:
         check_count("batch_size", batch_size)
         check_count("seed", seed, least=0)
         check_instance("placement", placement, Placement | None, "a `Placement()`")
-        data = np.asarray(data) if isinstance(data, (list, tuple)) else data
-        if np.ndim(data) < 1 or len(data) == 0:
-            raise ValueError(
-                f"`data` must hold samples; got an array of shape {np.shape(data)}."
-            )
-        if not (jnp.issubdtype(data.dtype, jnp.number) or data.dtype == bool):
-            raise ValueError(f"`data` must be numbers; got {data.dtype}.")
+        data = np.asarray(data) if isinstance(data, list) else data
+        self.sources, self._treedef = jtu.tree_flatten(data)
+        self.number = _common_length(self.sources)
+        if isinstance(data, tuple):
+            _check_not_nan(data[1:])
         if placement is not None:
             placement.check_batch(batch_size)
-        self.data, self.batch_size, self.seed = data, batch_size, seed
+        self.batch_size, self.seed = batch_size, seed
         self.placement = placement
         self._orders: dict[int, np.ndarray] = {}
 
     def indices(self, n: int) -> np.ndarray:
         """The indices of the samples in batch n, counted from 0."""
-        number = len(self.data)
+        number = self.number
         places = np.arange(n * self.batch_size, (n + 1) * self.batch_size)
         epochs, within = np.divmod(places, number)
         indices = np.empty(self.batch_size, np.int64)
@@ -72,34 +86,47 @@ class Batches:
         return indices
 
     def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
+        # Replaced as a whole, as several threads read ahead.
+        orders = self._orders
+        if epoch not in orders:
             random = np.random.default_rng([self.seed, epoch])
-            self._orders[epoch] = random.permutation(len(self.data))
-        return self._orders[epoch]
+            before = {e: o for e, o in orders.items() if e == epoch - 1}
+            self._orders = orders = before | {epoch: random.permutation(self.number)}
+        return orders[epoch]
 
-    def __getitem__(self, n: int) -> Array:
+    def __getitem__(self, n: int) -> PyTree[Array]:
         """Batch n, on its devices."""
         indices = self.indices(n)
         if self.placement is None:
-            return jax.device_put(self.data[indices])
+            return jax.device_put(self._read(indices))
+        # Samples are read once for all leaves and shards of this process.
+        shards = self.placement.batch.addressable_devices_indices_map((self.batch_size,))
+        parts = {_ends(part): part[0] for part in shards.values() if part is not None}
+        read = {ends: self._read(indices[part]) for ends, part in parts.items()}
+        example = next(iter(read.values()))
+        leaves = [
+            jax.make_array_from_callback(
+                (self.batch_size, *leaf.shape[1:]),
+                self.placement.batch,
+                # Only the first axis is sharded.
+                lambda part, i=i: jtu.tree_leaves(read[_ends(part)])[i],
+            )
+            for i, leaf in enumerate(jtu.tree_leaves(example))
+        ]
+        return jtu.tree_unflatten(jtu.tree_structure(example), leaves)
 
-        def rows(part):
-            # Only the first axis is sharded.
-            return self.data[indices[part[0]]]
+    def _read(self, indices: np.ndarray) -> PyTree[np.ndarray]:
+        return jtu.tree_unflatten(self._treedef, [_rows(x, indices) for x in self.sources])
 
-        shape = (self.batch_size, *self.data.shape[1:])
-        return jax.make_array_from_callback(shape, self.placement.batch, rows)
-
-    def iterate_from(self, n: int, ahead: int = 2) -> Generator[Array, None, None]:
-        """Iterate over batches n, n + 1 and so on without end, prefetched by a thread.
+    def iterate_from(self, n: int, ahead: int = 2) -> Generator[PyTree[Array], None, None]:
+        """Iterate over batches n, n + 1 and so on without end, prefetched by threads.
 
         **Arguments:**
 
         - `n`: the first batch.
-        - `ahead`: the number of batches to prefetch.
+        - `ahead`: the number of batches to prefetch, each by a thread of its own.
         """
-        with ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(ahead) as pool:
             ready = [pool.submit(self.__getitem__, n + i) for i in range(ahead)]
             n += ahead
             try:
@@ -111,8 +138,72 @@ class Batches:
                 pool.shutdown(cancel_futures=True)
 
 
+def _common_length(sources: list[Any]) -> int:
+    """**Raises:** `ValueError` unless all are samples, and equally many."""
+    for source in sources:
+        if not (isinstance(source, Sized) and hasattr(source, "__getitem__")):
+            raise ValueError(
+                "`data` must hold samples: an array with a leading axis, or an object with "
+                f"`len(data)` and `data[index]`; got {source!r}."
+            )
+    lengths = [len(source) for source in sources]
+    if not lengths or min(lengths) == 0:
+        shapes = [getattr(source, "shape", type(source).__name__) for source in sources]
+        raise ValueError(f"`data` must hold samples; got {shapes}.")
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"All leaves of `data` must be equally long; got lengths {lengths}."
+        )
+    for source in sources:
+        if _is_array(source):
+            _check_numbers(source)
+    return lengths[0]
+
+
+def _is_array(source: Any) -> bool:
+    return isinstance(source, (np.ndarray, jax.Array))
+
+
+def _check_numbers(x: Any) -> None:
+    if not (jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool):
+        raise ValueError(f"`data` must be numbers; got {x.dtype}.")
+
+
+def _check_not_nan(condition: Any) -> None:
+    for leaf in jtu.tree_leaves(condition):
+        if _is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact):
+            wrong = np.flatnonzero(np.isnan(leaf).reshape(len(leaf), -1).any(-1))
+            if len(wrong):
+                raise ValueError(
+                    f"The condition holds NaN, in {len(wrong)} samples; the first has "
+                    f"index {wrong[0]}."
+                )
+
+
+def _rows(source: Any, indices: np.ndarray) -> PyTree[np.ndarray]:
+    """Samples of a source, stacked."""
+    if _is_array(source):
+        return source[indices]
+    samples = [source[int(index)] for index in indices]
+    try:
+        stacked = jtu.tree_map(lambda *leaves: np.stack(leaves), *samples)
+    except ValueError as error:
+        raise ValueError(
+            f"The samples of a {type(source).__name__} must have the same structure and "
+            f"shape: {error}."
+        ) from error
+    for leaf in jtu.tree_leaves(stacked):
+        _check_numbers(leaf)
+    return stacked
+
+
+def _ends(part: Any) -> tuple[Any, Any]:
+    return part[0].start, part[0].stop
+
+
 class Augmentation(eqx.Module):
-    """Convert stored images to training data, on the device.
+    """Convert stored images to training data, on the device. Of a batch that is a pair of
+    data and condition, the condition stays as it is.
 
     The full range of `uint8`, `uint16` and `bool` is scaled to [-1, 1]; floating-point
     numbers stay as they are.
@@ -130,10 +221,15 @@ class Augmentation(eqx.Module):
     flip: bool = eqx.field(default=False, static=True)
     dequantise: bool = eqx.field(default=False, static=True)
 
-    def __call__(
+    def __call__(self, key: Key, batch: PyTree) -> Any:
+        check_key(key)
+        x, condition = split_condition(batch)
+        x = self._augment(key, x)
+        return x if condition is None else (x, condition)
+
+    def _augment(
         self, key: Key, x: Shaped[Array, "batch *shape"]
     ) -> Inexact[Array, "batch *shape"]:
-        check_key(key)
         flip_key, noise_key = jr.split(key)
         if self.flip:
             if x.ndim != 4:
@@ -151,6 +247,18 @@ class Augmentation(eqx.Module):
             x = x.astype(jnp.uint8) if x.dtype == bool else x
             return dequantise(noise_key, x, highest + 1, dtype=jnp.float32)
         return x.astype(jnp.float32) / (highest / 2) - 1
+
+
+def split_condition(batch: Any) -> tuple[Any, Any]:
+    """The data and the condition of a batch, which is `None` if it has none."""
+    if not isinstance(batch, tuple):
+        return batch, None
+    if len(batch) != 2:
+        raise ValueError(
+            "A batch must be an array of data, or a pair of data and condition; got a "
+            f"tuple of {len(batch)}. Convert it by the `prepare` of the `Trainer`."
+        )
+    return batch
 
 
 def _highest_level(dtype) -> int:

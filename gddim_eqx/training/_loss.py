@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Float, Inexact
+from jaxtyping import Array, Float, Inexact, PyTree
 
 from .._custom_types import Args, FrameName, Key, PredictionName, State
-from .._linear import apply, check_state, coefficient_dtype, subtract
-from .._misc import check_key
+from .._linear import append_axes, apply, check_state, coefficient_dtype, subtract
+from .._misc import as_constant, check_key, check_per_sample
 from .._process import AbstractProcess, latest, require_process
 from .._term import check_prediction, make_prediction, Marginal, ProbabilityFlow
 from ._times import AbstractTimeSampler, UniformTimes
@@ -27,6 +27,7 @@ class NoisedBatch(NamedTuple):
     noise: State
     weight: Float[Array, " batch"]
     key: Key | None
+    condition: PyTree = None
 
 
 class DenoisingLoss(eqx.Module):
@@ -45,6 +46,8 @@ class DenoisingLoss(eqx.Module):
     times: AbstractTimeSampler
     weighting: str | Callable = eqx.field(static=True)
     dropout: bool = eqx.field(static=True)
+    condition_dropout: float = eqx.field(static=True)
+    no_condition: PyTree
 
     def __init__(
         self,
@@ -55,6 +58,8 @@ class DenoisingLoss(eqx.Module):
         times: AbstractTimeSampler = UniformTimes(),
         weighting: Literal["prediction", "noise", "likelihood"] | Callable = "prediction",
         dropout: bool = False,
+        condition_dropout: float = 0.0,
+        no_condition: PyTree = None,
     ):
         r"""**Arguments:**
 
@@ -74,6 +79,12 @@ class DenoisingLoss(eqx.Module):
                 `"prediction"`, times its value.
         - `dropout`: whether to call the model with `key=`, as needed by a
             [`gddim_eqx.nn.NetworkModel`][] of a network with dropout.
+        - `condition_dropout`: the probability with which the condition of a sample is
+            replaced by `no_condition`, so that one network learns the conditional and the
+            unconditional model, for [`gddim_eqx.ClassifierFreeGuidance`][]. Commonly 0.1.
+        - `no_condition`: what stands for no condition, with the structure of the condition
+            of one sample. What that is, is for the network to say: the networks of
+            `gddim_eqx.nn` have it as `network.no_condition`.
 
         **Raises:** `ValueError` for invalid arguments, as in `ProbabilityFlow`, and for
         times beyond the process' time axis.
@@ -97,19 +108,35 @@ class DenoisingLoss(eqx.Module):
                 f"got {times.start} to {end}."
             )
         self.process, self.predicts, self.factor = process, predicts, factor
+        condition_dropout = as_constant("condition_dropout", condition_dropout)
+        if not 0 <= condition_dropout <= 1:
+            raise ValueError(
+                f"`condition_dropout` must be in [0, 1]; got {condition_dropout}."
+            )
+        if condition_dropout and no_condition is None:
+            raise ValueError(
+                "With `condition_dropout` pass `no_condition`, which replaces the dropped "
+                "conditions, for example `network.no_condition`."
+            )
         self.times, self.weighting, self.dropout = times, weighting, dropout
+        self.condition_dropout, self.no_condition = condition_dropout, no_condition
 
-    def noised(self, key: Key, x: Inexact[Array, "batch *shape"]) -> NoisedBatch:
+    def noised(
+        self, key: Key, x: Inexact[Array, "batch *shape"], condition: PyTree = None
+    ) -> NoisedBatch:
         """Sample times and noise for a batch.
 
         **Arguments:**
 
         - `key`: a random key.
         - `x`: data, `(batch, *shape)`.
+        - `condition`: the condition of each sample, if any: a pytree of arrays with a
+            leading batch axis.
 
         **Returns:** all that the loss of each sample depends on, except the model.
 
-        **Raises:** `ValueError` for data of another shape, or integer data.
+        **Raises:** `ValueError` for data of another shape, or integer data, and for
+        conditions of another batch size or structure.
         """
         process = self.process
         check_key(key)
@@ -129,7 +156,24 @@ class DenoisingLoss(eqx.Module):
         t = jnp.minimum(start + (end - start) * fractions, end)
         u, noise = jax.vmap(process.perturb)(jr.split(noise_key, number), x, t)
         keys = jr.split(model_key, number) if self.dropout else None
-        return NoisedBatch(x, t, u, noise, weight, keys)
+        check_per_sample("The condition", condition, (number,))
+        if self.condition_dropout:
+            condition = self._drop(jr.fold_in(key, 2**31 - 1), condition, number)
+        return NoisedBatch(x, t, u, noise, weight, keys, condition)
+
+    def _drop(self, key, condition, number):
+        if jtu.tree_structure(condition) != jtu.tree_structure(self.no_condition):
+            raise ValueError(
+                "`no_condition` must have the structure of the condition of a sample, "
+                f"{jtu.tree_structure(condition)}; got {self.no_condition!r}."
+            )
+        dropped = jr.bernoulli(key, self.condition_dropout, (number,))
+
+        def replace(x, none):
+            none = jnp.broadcast_to(jnp.asarray(none, x.dtype), x.shape[1:])
+            return jnp.where(append_axes(dropped, x.ndim), none[None], x)
+
+        return jtu.tree_map(replace, condition, self.no_condition)
 
     def __call__(
         self, model: Callable, batch: NoisedBatch, args: Args = None
@@ -143,17 +187,25 @@ class DenoisingLoss(eqx.Module):
             dropout. As each sample has its own time, it is called on batches of one
             (under `jax.vmap`).
         - `batch`: from [`gddim_eqx.training.DenoisingLoss.noised`][].
-        - `args`: passed to the model.
+        - `args`: passed to the model, the same for all samples. A model of a batch with
+            conditions gets these instead, each with its sample.
 
         **Returns:** an array of shape `(batch,)`, at least in single precision.
+
+        **Raises:** `ValueError` if both `args` and the batch's conditions are given.
         """
+        if not (args is None or batch.condition is None):
+            raise ValueError(
+                "The batch has conditions, which models get as `args`: leave out `args`."
+            )
         return jax.vmap(lambda sample: self._of_one(model, sample, args))(batch)
 
     def _of_one(self, model, sample, args):
         # Models take batches, here as in sampling.
-        x, u, noise = jtu.tree_map(lambda x: x[None], (sample.x, sample.u, sample.noise))
-        sample = sample._replace(x=x, u=u, noise=noise)
-        _, t, u, noise, weight, key = sample
+        one = sample.x, sample.u, sample.noise, sample.condition
+        x, u, noise, condition = jtu.tree_map(lambda x: x[None], one)
+        t, weight, key = sample.t, sample.weight, sample.key
+        args = args if condition is None else condition
         keyed = model if key is None else ft.partial(model, key=key)
         flow = ProbabilityFlow(self.process, keyed, self.predicts, self.factor)
         if self.weighting in ("noise", "likelihood"):
@@ -164,7 +216,7 @@ class DenoisingLoss(eqx.Module):
         else:
             # Not from `u`, which late in the process hardly depends on the data.
             scale = self.process.data_scale
-            data = jtu.tree_map(lambda x: x / scale, self.process.encode(sample.x))
+            data = jtu.tree_map(lambda x: x / scale, self.process.encode(x))
             prediction = make_prediction(self.predicts, self.factor)
             target = prediction.target(Marginal(self.process, t), data, noise)
             error = subtract(flow.predict(t, u, args), target)

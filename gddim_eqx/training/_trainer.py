@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from .._custom_types import Key
 from .._misc import as_constant, as_number, check_count, check_instance, check_key
 from .._sharding import Placement
-from ._batches import Augmentation
+from ._batches import Augmentation, split_condition
 from ._loss import DenoisingLoss
 
 
@@ -108,7 +108,8 @@ class Trainer(eqx.Module):
             still have weight `ema_decay**n` after n steps.
         - `accumulate`: the number of microbatches for gradient accumulation, to save
             memory. The result is the same up to rounding.
-        - `prepare`: called as `prepare(key, batch)` on the whole batch. By default
+        - `prepare`: called as `prepare(key, batch)` on the whole batch; returns the data,
+            or a pair `(data, condition)`. By default
             [`gddim_eqx.training.Augmentation`][], which scales integer images to [-1, 1],
             leaves floating-point data as they are, and can also flip and dequantise images.
             `None` to leave all data as they are.
@@ -168,8 +169,10 @@ class Trainer(eqx.Module):
         **Arguments:**
 
         - `state`: from `init`, or from the previous step.
-        - `batch`: data, `(batch, *shape)`; or what `prepare` converts to data.
-        - `args`: arrays that are passed to the model.
+        - `batch`: data, `(batch, *shape)`, or a pair `(data, condition)`; or what `prepare`
+            converts to these. The condition is a pytree of arrays with a leading batch
+            axis, which the model receives as `args`.
+        - `args`: arrays that are passed to a model without condition.
 
         **Returns:** the new state and the metrics.
 
@@ -190,8 +193,9 @@ class Trainer(eqx.Module):
     def _step(self, state, batch, args):
         key = jr.fold_in(state.key, state.step)
         prepare_key, loss_key = jr.split(key)
-        x = batch if self.prepare is None else self.prepare(prepare_key, batch)
-        noised = self.loss.noised(loss_key, x)
+        batch = batch if self.prepare is None else self.prepare(prepare_key, batch)
+        x, condition = split_condition(batch)
+        noised = self.loss.noised(loss_key, x, condition)
         parameters, static = eqx.partition(state.model, eqx.is_inexact_array)
 
         def mean_loss(parameters, noised):

@@ -1,0 +1,129 @@
+"""Embeddings of conditions, which networks add to that of the time."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, ArrayLike, Float, Inexact
+
+from .._custom_types import Key
+from .._misc import check_count
+
+
+class LabelEmbedding(eqx.Module):
+    """One vector per class, and one for no class, the label `num_classes`.
+
+    A label outside [0, num_classes] gives NaN: under `jax.jit` nothing else can be said of
+    it. [`gddim_eqx.nn.NetworkModel.check_args`][] refuses it by name.
+    """
+
+    weight: Float[Array, "classes size"]
+
+    def __init__(self, num_classes: int, size: int, *, key: Key):
+        self.weight = 0.02 * jr.normal(key, (num_classes + 1, size))
+
+    @property
+    def no_condition(self) -> int:
+        return len(self.weight) - 1
+
+    def check(self, condition: Any) -> None:
+        """**Raises:** `ValueError` unless given labels."""
+        labels = jnp.asarray(condition)
+        if not jnp.issubdtype(labels.dtype, jnp.integer):
+            raise ValueError(
+                f"The condition must be integer labels, from 0 to {self.no_condition} (for "
+                f"no class); got {labels.dtype}."
+            )
+        if wrong := labels[(labels < 0) | (labels > self.no_condition)].tolist():
+            raise ValueError(
+                f"Labels must be from 0 to {self.no_condition}, which stands for no class; "
+                f"got {wrong[0]}."
+            )
+
+    def __call__(self, label: ArrayLike) -> Float[Array, " size"]:
+        label = jnp.asarray(label)
+        if label.shape != () or not jnp.issubdtype(label.dtype, jnp.integer):
+            raise ValueError(
+                "The condition of this network is one integer label per sample; got "
+                f"{label.dtype} of shape {label.shape}."
+            )
+        # Negative indices would count from the end.
+        label = jnp.where(label < 0, len(self.weight), label)
+        return self.weight.at[label].get(mode="fill", fill_value=jnp.nan)
+
+
+class ContextEmbedding(eqx.Module):
+    """A linear map of a context vector; and a vector for no context, which is a vector of
+    infinities."""
+
+    layer: eqx.nn.Linear
+    none: Float[Array, " size"]
+
+    def __init__(self, context_size: int, size: int, *, key: Key):
+        self.layer = eqx.nn.Linear(context_size, size, key=key)
+        self.none = jnp.zeros(size)
+
+    @property
+    def no_condition(self) -> Float[Array, " context"]:
+        return jnp.full(self.layer.in_features, jnp.inf)
+
+    def check(self, condition: Any) -> None:
+        """**Raises:** `ValueError` unless given context vectors."""
+        context = jnp.asarray(condition)
+        size = self.layer.in_features
+        if context.shape[-1:] != (size,) or not jnp.issubdtype(context.dtype, jnp.floating):
+            raise ValueError(
+                f"The condition must be real vectors of size {size}; got {context.dtype} "
+                f"of shape {context.shape}."
+            )
+        if jnp.isnan(context).any():
+            raise ValueError("The condition holds NaN.")
+
+    def __call__(self, context: Inexact[Array, " context"]) -> Float[Array, " size"]:
+        if context.shape != (self.layer.in_features,):
+            raise ValueError(
+                f"The condition of this network is a vector of size "
+                f"{self.layer.in_features} per sample; got shape {context.shape}."
+            )
+        context = context.astype(self.layer.weight.dtype)
+        given = ~jnp.isinf(context).all()
+        # Infinities are kept out of the layer, for the gradient.
+        return jnp.where(given, self.layer(jnp.where(given, context, 0)), self.none)
+
+
+Embedding = LabelEmbedding | ContextEmbedding
+
+
+def make_embedding(
+    num_classes: int | None, context_size: int | None, size: int, *, key: Key
+) -> Embedding | None:
+    """The embedding of a condition, if there is one."""
+    if num_classes is not None and context_size is not None:
+        raise ValueError("Pass `num_classes` or `context_size`, not both.")
+    # Unlike any key that the other layers split off.
+    key = jr.fold_in(key, 2**31 - 1)
+    if num_classes is not None:
+        check_count("num_classes", num_classes)
+        return LabelEmbedding(num_classes, size, key=key)
+    if context_size is not None:
+        check_count("context_size", context_size)
+        return ContextEmbedding(context_size, size, key=key)
+    return None
+
+
+def embed(embedding: Embedding | None, condition: Any) -> Float[Array, " size"] | None:
+    """**Raises:** `ValueError` for a condition that the network does not take, or lacks."""
+    if embedding is None:
+        if condition is not None:
+            raise ValueError(
+                "This network takes no condition, but one was given, as `args`. Make it "
+                "with `num_classes` or `context_size`, or leave out `args`."
+            )
+        return None
+    if condition is None:
+        raise ValueError(
+            "This network needs a condition: pass `args`, one entry per sample. "
+            "`network.no_condition` stands for none."
+        )
+    return embedding(condition)

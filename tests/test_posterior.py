@@ -1,0 +1,148 @@
+"""Samples given a measurement, against posteriors in closed form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gddim_eqx as gd
+
+from .helpers import max_difference, prior_state
+
+
+_rng = np.random.default_rng(0)
+_shape = (4, 4, 1)
+_processes = {
+    "vp": gd.VP(_shape),
+    "cld": gd.CLD(_shape),
+    "bdm": gd.BDM(_shape),
+    "psld": gd.PSLD(_shape, 0.5),
+    "blurring_cld": gd.BlurringCLD(_shape),
+}
+_matrix = jnp.asarray(_rng.normal(size=(3, 16)))
+
+
+def _measure(x):
+    return x.reshape(*x.shape[:-3], 16) @ _matrix.T
+
+
+def _posterior(y, mean, std, noise):
+    """Of normal data."""
+    A = np.asarray(_matrix)
+    gain = std**2 * A.T @ np.linalg.inv(std**2 * A @ A.T + noise**2 * np.eye(3))
+    covariance = std**2 * (np.eye(16) - gain @ A)
+    return mean + gain @ (y - A @ mean), covariance
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("name", _processes)
+def test_normal_data_have_their_posterior(name):
+    process, std, noise = _processes[name], 0.7, 0.3
+    mean = _rng.normal(size=16)
+    data = gd.GaussianMixture(mean.reshape(1, *_shape), std)
+    flow = gd.ProbabilityFlow(process, data.model(process))
+    y = np.array([1.0, -2.0, 0.5])
+    expected, covariance = _posterior(y, mean, std, noise)
+    exact = gd.PosteriorGuidance(flow, y, _measure, noise, num_iterations=3)
+    guided = gd.ProbabilityFlow(process, exact)
+    # Exact for a single state, at any time: the mean of the data given it and `y`.
+    t = 0.4 * process.t_max
+    u = prior_state(process, (2,))
+    with_std = gd.PosteriorGuidance(
+        flow, y, _measure, noise, "pigdm", num_iterations=3, data_std=std
+    )
+    one, other = exact(t, u, None), with_std(t, u, None)
+    assert max_difference(one, other) < 1e-9
+    if name not in ("vp", "cld", "bdm"):
+        return
+    x = gd.sample(guided, jax.random.key(0), 4000, 30).x.reshape(4000, 16)
+    error = np.sqrt(np.diag(covariance) / 4000)
+    assert (np.abs(x.mean(0) - expected) < 5 * error).all()
+    np.testing.assert_allclose(np.cov(x.T), covariance, atol=0.06)
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("predicts", ["data", "v", "score"])
+def test_every_prediction_is_guided_alike(predicts):
+    process = _processes["vp"]
+    data = gd.GaussianMixture(_rng.normal(size=(3, *_shape)), 0.3)
+    u, y = prior_state(process, (2,)), jnp.asarray(_rng.normal(size=(2, 3)))
+    found = []
+    for kind in ("noise", predicts):
+        flow = gd.ProbabilityFlow(process, data.model(process, kind), kind)
+        model = gd.PosteriorGuidance(flow, y, _measure, 0.1)
+        guided = gd.ProbabilityFlow(process, model, kind)
+        found.append(jax.jit(guided.denoised)(jnp.asarray(0.4), u, None))
+    assert max_difference(*found) < 1e-9
+    # A measurement for each sample: that of the other does not matter.
+    alone = gd.PosteriorGuidance(flow, y[0], _measure, 0.1)
+    alone = gd.ProbabilityFlow(process, alone, kind).denoised(jnp.asarray(0.4), u[0], None)
+    assert max_difference(alone, found[1][0]) < 1e-9
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("name", ["vp", "cld", "bdm"])
+@pytest.mark.parametrize("method", ["moments", "pigdm", "dps"])
+def test_samples_agree_with_the_measurement(name, method):
+    process = _processes[name]
+    data = gd.GaussianMixture(_rng.normal(size=(4, *_shape)), 0.2)
+    truth = data.means[1].reshape(_shape)
+    noise = 1.0 if method == "dps" else 0.05
+    model = gd.PosteriorGuidance(
+        process, data.model(process), _measure(truth), _measure, noise, method
+    )
+    x = gd.sample(process, model, jax.random.key(0), 64, 40).x
+    residual = jnp.abs(_measure(x) - _measure(truth)[None]).mean()
+    free = gd.sample(process, data.model(process), jax.random.key(0), 64, 40).x
+    before = jnp.abs(_measure(free) - _measure(truth)[None]).mean()
+    assert residual < 0.5 * before
+    # The mode that was measured is found.
+    distance = jnp.linalg.norm((x - truth[None]).reshape(64, -1), axis=-1)
+    assert jnp.median(distance) < 1.5 * 0.2 * 4
+
+
+@pytest.mark.x64
+def test_a_nonlinear_measurement():
+    process = gd.VP((2,))
+    data = gd.GaussianMixture(np.zeros((1, 2)), 1.0)
+    radius = lambda x: jnp.sqrt((x**2).sum(-1, keepdims=True) + 1e-6)
+    model = gd.PosteriorGuidance(
+        process, data.model(process), jnp.array([1.5]), radius, 0.05
+    )
+    x = gd.sample(process, model, jax.random.key(0), 200, 40).x
+    assert jnp.median(jnp.abs(radius(x) - 1.5)) < 0.1
+    assert (jnp.abs(x.mean(0)) < 0.4).all()
+
+
+@pytest.mark.precision
+def test_from_zero_signal_and_in_single_precision():
+    process = gd.RectifiedFlow(_shape)
+    data = gd.GaussianMixture(_rng.normal(size=(3, *_shape)), 0.3)
+    flow = gd.ProbabilityFlow(process, data.model(process, "flow"), "flow")
+    model = gd.PosteriorGuidance(flow, np.ones(3), _measure_like, 0.1)
+    x = gd.sample(gd.ProbabilityFlow(process, model, "flow"), jax.random.key(0), 8, 20).x
+    assert jnp.isfinite(x).all()
+
+
+def _measure_like(x):
+    return x.reshape(*x.shape[:-3], 16) @ _matrix.T.astype(x.dtype)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(measurement=3), "`measurement` must be callable"),
+        (dict(method="best"), "`method` must be 'moments'"),
+        (dict(noise=0.0), "`noise` must be positive"),
+        (dict(num_iterations=0), "`num_iterations` must be a positive integer"),
+        (dict(y=np.ones(4)), r"shape \(2, 3\) for a batch of shape \(2,\)"),
+        (dict(measurement=lambda x: x.sum()), r"returned an array of shape \(\)"),
+    ],
+)
+def test_bad_arguments(arguments, message, without_type_checks):
+    process = _processes["vp"]
+    model = gd.GaussianMixture(np.zeros((1, *_shape))).model(process)
+    options = dict(y=np.ones(3), measurement=_measure, noise=0.1) | arguments
+    with pytest.raises(ValueError, match=message):
+        guided = gd.PosteriorGuidance(process, model, **options)
+        guided(0.5, prior_state(process, (2,)), None)
