@@ -19,7 +19,7 @@ from gddim_eqx.training import (
     Trainer,
 )
 
-from .helpers import max_difference, prior_state
+from .helpers import max_difference, prior_state, slow
 
 
 _rng = np.random.default_rng(0)
@@ -117,7 +117,7 @@ def test_conditions_are_dropped_at_random():
 
 def _conditional(size=2, **options):
     network = gd.nn.TimeMLP(size, width=16, depth=1, key=jr.key(0), **options)
-    return gd.nn.NetworkModel(gd.VP((size,)), network)
+    return gd.nn.NetworkModel(gd.VP((size,)), network, data_std=1.0)
 
 
 def _trainer(placement=None):
@@ -180,8 +180,13 @@ def test_a_linear_measurement_has_the_posterior_in_closed_form():
 # Networks
 
 
-@pytest.mark.parametrize("kind", ["label", "context"])
-@pytest.mark.parametrize("make", ["points", "mlp", "small"])
+@pytest.mark.parametrize(
+    "make, kind",
+    [
+        *(("points", "context"), ("small", "label")),
+        *slow(("points", "label"), ("small", "context"), ("mlp", "label")),
+    ],
+)
 def test_networks_take_conditions(make, kind, tmp_path):
     options = dict(num_classes=3) if kind == "label" else dict(context_size=2)
     shape = 2 if make == "points" else (8, 8, 1)
@@ -191,8 +196,8 @@ def test_networks_take_conditions(make, kind, tmp_path):
         # It starts as the zero function.
         weight = lambda n: n.last.weight
         network = eqx.tree_at(weight, network, jnp.ones_like(weight(network)))
-    scaled = lambda n: jtu.tree_leaves(eqx.filter(n.condition, eqx.is_array))
-    network = eqx.tree_at(scaled, network, [x + 1.0 for x in scaled(network)])
+    larger = jtu.tree_map(lambda x: 30 * x if eqx.is_array(x) else x, network.condition)
+    network = eqx.tree_at(lambda n: n.condition, network, larger)
     process = gd.VP((2,) if make == "points" else shape)
     model = gd.nn.NetworkModel(process, network)
     u = prior_state(process, (2, 2))
@@ -281,6 +286,26 @@ def test_rescaled_guidance_has_the_spread_of_the_conditional_model():
     np.testing.assert_allclose(half, 0.5 * (whole + plain), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.x64
+def test_bounds_of_the_likelihood_given_conditions():
+    process, means = gd.CLD((1,)), jnp.array([-1.0, 2.0])
+    parts = [gd.GaussianMixture(m[None, None], 0.5).model(process) for m in means]
+
+    def model(t, u, args):
+        one, other = (part(t, u, None) for part in parts)
+        return jtu.tree_map(lambda a, b: jnp.where(args[..., None] == 0, a, b), one, other)
+
+    x, labels = jnp.array([[-1.2], [1.5], [0.3]]), jnp.array([0, 1, 0])
+    bound = lambda model, **options: (
+        gd.log_likelihood_bound(
+            gd.ProbabilityFlow(process, model), x, jr.key(0), num_draws=2, **options
+        ).value
+    )
+    got, alone = bound(model, args=labels), jnp.stack([bound(part) for part in parts])
+    # The same draws, but other adaptive steps.
+    np.testing.assert_allclose(got, alone[labels, jnp.arange(3)], atol=1e-3)
+
+
 def test_samples_with_conditions_are_the_same_on_all_devices():
     model = _conditional(num_classes=3)
     labels = np.arange(8) % 3
@@ -296,7 +321,10 @@ def test_samples_with_conditions_are_the_same_on_all_devices():
 @pytest.mark.parametrize(
     "case, message",
     [
-        (lambda m: m["label"](0.5, m["u"], jnp.zeros(3, int)), "one entry per sample.* 4"),
+        (
+            lambda m: m["label"](0.5, m["u"], jnp.zeros(3, int)),
+            r"one entry per sample.*\(4, ",
+        ),
         (lambda m: m["label"](0.5, m["u"]), "This network needs a condition"),
         (lambda m: m["none"](0.5, m["u"], jnp.zeros(4, int)), "takes no condition"),
         (

@@ -111,6 +111,15 @@ def test_guidance_by_a_likelihood_samples_the_posterior():
     np.testing.assert_allclose(x.std(), np.sqrt(variance), rtol=0.05)
 
 
+def test_data_are_changed_from_zero_signal():
+    process = gd.RectifiedFlow((3,))
+    model = mixture_for(process).model(process, "flow")
+    clipped = gd.DataGuidance(process, model, gd.Clip(-0.1, 0.1), "flow")
+    flow = gd.ProbabilityFlow(process, clipped, "flow")
+    x = gd.sample(flow, jax.random.key(0), 4, 5).x
+    assert (jnp.abs(x) < 0.1 + 1e-2).all()
+
+
 @pytest.mark.parametrize("name, predicts", _kinds)
 def test_predicted_data_are_changed(name, predicts):
     process = processes[name]()

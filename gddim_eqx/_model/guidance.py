@@ -275,12 +275,10 @@ class DataGuidance(AbstractGuidance):
                 f"{jnp.shape(changed)}."
             )
         position = jtu.tree_leaves(process.encode(changed.astype(x.dtype)))[0]
-        mean = apply(
-            process.transition(t, jnp.zeros_like(t)), join_components([position, *rest])
-        )
-        residual = subtract(u, mean)
-        noise = apply(process.factor(t).inverse(), residual)
-        return self.flow.prediction(t, u, noise)
+        initial = join_components([position, *rest])
+        mean = apply(process.transition(t, jnp.zeros_like(t)), initial)
+        noise = apply(process.factor(t).inverse(), subtract(u, mean))
+        return self.flow.prediction(t, u, noise, initial)
 
 
 class Clip(eqx.Module):

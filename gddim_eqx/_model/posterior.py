@@ -8,7 +8,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Inexact
 
 from .._custom_types import Args, FrameName, PredictionName, RealScalarLike, State
-from .._linear import append_axes, apply, batch_axes, join_components, subtract
+from .._linear import add, append_axes, apply, batch_axes, join_components, subtract
 from .._misc import as_constant, check_count, check_positive
 from .._process import AbstractProcess, as_time
 from .._term import init_takes_flow, ProbabilityFlow
@@ -37,8 +37,9 @@ class PosteriorGuidance(AbstractGuidance):
     - `"dps"`: $V$ is zero in the matrix that is inverted, as in diffusion posterior
         sampling, so that $\sigma$ sets the strength of guidance.
 
-    The last two replace $V A^\top$ by the derivative of the data prediction, as published.
-    The linear system is solved by conjugate gradients, separately for each sample.
+    Outside of the inverse, $V$ is always the model's own: the derivative of the data
+    prediction that PiGDM and DPS use implies the same. The linear system is solved by
+    conjugate gradients, separately for each sample.
 
     ??? cite "References"
 
@@ -118,10 +119,11 @@ class PosteriorGuidance(AbstractGuidance):
         back = lambda z: jax.linear_transpose(forward, x)(z)[0]
         residual = self._residual(measured, batch)
         z = self._solve(problem, sensitivity, forward, back, residual, len(batch))
-        change = self._change(problem, sensitivity, u, back(z))
-        noise = self.flow.noise(t, u, args)
-        noise = subtract(noise, apply(process.factor(t).transpose(), change))
-        return self.flow.prediction(t, u, noise)
+        change = sensitivity(problem.per_signal(back(z)))
+        score = apply(process.factor(t).transpose(), problem.score(change))
+        noise = subtract(self.flow.noise(t, u, args), score)
+        initial = add(self.flow.denoised(t, u, args), process.encode(change))
+        return self.flow.prediction(t, u, noise, initial)
 
     def _residual(self, measured, batch):
         y = self.y.astype(measured.dtype)
@@ -150,12 +152,6 @@ class PosteriorGuidance(AbstractGuidance):
 
         apply = lambda z: forward(spread(back(z))) + variance * z
         return _conjugate_gradients(apply, residual, self.num_iterations, rank)
-
-    def _change(self, problem, sensitivity, u, v):
-        """The change of the score."""
-        if self.method == "moments":
-            return problem.score(sensitivity(problem.per_signal(v)))
-        return jax.linear_transpose(sensitivity, u)(v)[0]
 
 
 class _Problem(NamedTuple):

@@ -185,6 +185,7 @@ def log_likelihood_bound(
     key: Key,
     *,
     num_draws: int = 1,
+    args: Args = None,
     **kwargs,
 ) -> Likelihood:
     r"""An estimate of a lower bound on the log density of data under a process with a
@@ -202,6 +203,8 @@ def log_likelihood_bound(
     - `x`: data, `(*batch, *shape)`.
     - `key`: a random key, for the velocities and the probes.
     - `num_draws`: the number of velocities per sample to average over.
+    - `args`: passed to the model. Arrays with the batch axes of `x` are taken to be
+        conditions, and repeated for every draw.
     - `**kwargs`: as in [`gddim_eqx.log_density`][], from `divergence` on.
 
     **Returns:** [`gddim_eqx.Likelihood`][]: unbiased estimates of the bound, `(*batch,)`,
@@ -241,11 +244,24 @@ def log_likelihood_bound(
     velocities = [
         m + sum(spread[i, j] * normal[j] for j in range(i + 1)) for i, m in enumerate(means)
     ]
-    joint = log_density(flow, join_components([position, *velocities]), probe_key, **kwargs)
+    u = join_components([position, *velocities])
+    args = _repeated(args, num_draws, batch_axes(u, process.shape)[1:])
+    joint = log_density(flow, u, probe_key, args=args, **kwargs)
     rest = _size(process) - math.prod(process.shape)
     entropy = _sum(logarithms, process) + 0.5 * rest * math.log(2 * math.pi * math.e)
     bound = joint.value.mean(0) + entropy.astype(joint.value.dtype) + _log_volume(process)
     return joint._replace(value=bound)
+
+
+def _repeated(args, number, batch):
+    """Conditions per sample, for states with one more leading axis."""
+
+    def repeat(x):
+        if not batch or jnp.shape(x)[: len(batch)] != batch:
+            return x
+        return jnp.broadcast_to(x, (number, *jnp.shape(x)))
+
+    return jtu.tree_map(repeat, args)
 
 
 class _Augmented(eqx.Module):

@@ -159,7 +159,9 @@ class ProbabilityFlow(AbstractReverseTerm):
         at, u, value = self._evaluate(t, u, args, root)
         return self._prediction.noise(at, u, value, factor)
 
-    def prediction(self, t: RealScalarLike, u: State, noise: State) -> State:
+    def prediction(
+        self, t: RealScalarLike, u: State, noise: State, initial: State | None = None
+    ) -> State:
         r"""The prediction that corresponds to a given noise: the inverse of
         [`gddim_eqx.ProbabilityFlow.noise`][].
 
@@ -168,6 +170,8 @@ class ProbabilityFlow(AbstractReverseTerm):
         - `t`: a time in (0, T].
         - `u`: a state, `(*batch, *shape)`.
         - `noise`: $-R_t^\top \nabla \log p_t$, in the basis of states.
+        - `initial`: the initial state that goes with it, if known. It follows from the
+            noise, except where there is no signal.
 
         **Returns:** what `model` would return, given `predicts`, in the data's coordinates.
         """
@@ -177,7 +181,8 @@ class ProbabilityFlow(AbstractReverseTerm):
             for x, name in ((u, "The state"), (noise, "The noise"))
         )
         at = Marginal(process, time_for(u, t))
-        initial = Noise("R").denoised(at, u, noise)
+        if initial is None:
+            initial = Noise("R").denoised(at, u, noise)
         data = jtu.tree_map(lambda x: x / process.data_scale, initial)
         return process.to_data(self._prediction.target(at, data, noise))
 

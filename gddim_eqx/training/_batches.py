@@ -149,7 +149,9 @@ def _common_length(sources: list[Any]) -> int:
     lengths = [len(source) for source in sources]
     if not lengths or min(lengths) == 0:
         shapes = [getattr(source, "shape", type(source).__name__) for source in sources]
-        raise ValueError(f"`data` must hold samples; got {shapes}.")
+        raise ValueError(
+            f"`data` must hold samples; got shapes {', '.join(map(str, shapes)) or 'none'}."
+        )
     if len(set(lengths)) > 1:
         raise ValueError(
             f"All leaves of `data` must be equally long; got lengths {lengths}."
