@@ -101,6 +101,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     parser.add_argument("--quick", action="store_true", help="only check that it runs")
     args = parser.parse_args()
+    # First, so that no result is lost.
+    args.output.mkdir(parents=True, exist_ok=True)
     size, t1 = (32, 0.5) if args.quick else (256, 20.0)
     equation = Equation(size)
     tight = dfx.PIDController(rtol=1e-10, atol=1e-10)
