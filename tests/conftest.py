@@ -86,3 +86,10 @@ def getkey():
 def without_type_checks(monkeypatch):
     """As users have it, who see the library's own errors."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture
+def as_users_have_it():
+    """Without the strictness of this suite, which other libraries do not share."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield

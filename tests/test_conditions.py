@@ -1,5 +1,8 @@
 """Conditional models from the data to the samples."""
 
+import pathlib
+import runpy
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -313,6 +316,31 @@ def test_samples_with_conditions_are_the_same_on_all_devices():
         gd.sample(model.process, model, jr.key(0), 8, 4, args=labels, **options).x
     )
     np.testing.assert_allclose(draw(placement=gd.Placement()), draw(), atol=1e-5)
+
+
+_example = str(pathlib.Path(__file__).parents[1] / "examples" / "posterior.py")
+
+
+def test_what_the_example_calls_the_exact_posterior():
+    example = runpy.run_path(_example)
+    random = np.random.default_rng(0)
+    parameters = random.uniform(-1, 1, (400_000, 2))
+    close = np.abs(example["simulate"](random, parameters)).max(-1) < 0.02
+    accepted, exact = parameters[close], example["exact_posterior"](random, (0, 0), 4000)
+    assert len(accepted) > 100
+    for power in (1, 2, 4):
+        means = [(x**power).mean(0) for x in (accepted, exact)]
+        error = 4 * (accepted**power).std() / np.sqrt(len(accepted))
+        np.testing.assert_allclose(*means, rtol=0.02, atol=error)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_example_runs(as_users_have_it, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("sys.argv", [_example, "--quick", "--output", str(tmp_path)])
+    runpy.run_path(_example, run_name="__main__")
+    assert "| GDDIM() | 20 |" in capsys.readouterr().out
+    assert (tmp_path / "posterior.png").exists()
 
 
 # Errors

@@ -171,13 +171,6 @@ def test_bad_conventions(without_type_checks):
         gd.nn.EDMPreconditioned(network, 0.0)
 
 
-@pytest.fixture
-def as_users_have_it():
-    """Without the strictness of this suite, which other libraries do not share."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 def test_networks_of_flax(as_users_have_it):
     nnx = pytest.importorskip("flax.nnx")
     linen = pytest.importorskip("flax.linen")
