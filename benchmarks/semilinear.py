@@ -146,7 +146,7 @@ def _draw(equation, t1, points, path) -> None:
     ts = jnp.linspace(0, t1, 200)
     controller = dfx.PIDController(rtol=1e-5, atol=1e-5)
     y = equation.solve(gd.ExponentialAdams(), controller, t1, ts=ts)[0]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
     left.imshow(
         equation.basis.inverse(jnp.asarray(y)),
         aspect="auto",
@@ -159,7 +159,7 @@ def _draw(equation, t1, points, path) -> None:
         evaluations, errors = np.array(pairs).T
         right.loglog(evaluations, errors, "o-", label=name)
     right.set(xlabel="evaluations", ylabel="relative error at final time", ylim=(1e-9, 10))
-    right.legend(fontsize="small", loc="center right")
+    right.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=110)
 
 

@@ -166,7 +166,7 @@ class AbstractExponentialMultistep(
             normal = terms.normal(t0, t1, y0)
             value, forcing, residual = _forcing(shape, history, count, c, value, normal)
         nodes = history.nodes(value, s, c.start, count)
-        corrector, predictor, estimate = self._polynomials(nodes, history.last, c)
+        corrector, predictor, estimate = self._polynomials(nodes, history.last, c, equation)
         start = y0
         if history.last is not None:
             start = _corrected(shape, history.last, corrector, nodes, y0)
@@ -206,7 +206,9 @@ class AbstractExponentialMultistep(
             lam,
         )
 
-    def _polynomials(self, nodes: Nodes, last: LastStep | None, c: StepCoefficients):
+    def _polynomials(
+        self, nodes: Nodes, last: LastStep | None, c: StepCoefficients, equation
+    ):
         """For each node, the polynomials of the previous step's corrector, of the
         predictor, and of the error estimate."""
         number = self._num_moments_in_time
@@ -215,7 +217,10 @@ class AbstractExponentialMultistep(
         # would be too small for large steps.
         times = scaled(nodes.times, nodes.times[0], c.t)
         narrower = nodes.age < jnp.minimum(nodes.count, number - 1)
-        cases = [(x, nodes.valid(self.predictor.num_nodes))]
+        valid = nodes.valid(self.predictor.num_nodes)
+        if self.coordinate.is_logarithm:
+            valid &= (nodes.age == 0) | (c.t >= equation.t_min)
+        cases = [(x, valid)]
         cases += [(times, nodes.valid(number)), (times, narrower)]
         if last is not None:
             x = scaled(nodes.coordinate, last.start, nodes.coordinate[0])

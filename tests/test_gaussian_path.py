@@ -166,6 +166,9 @@ def test_noise_space_cannot_start_without_signal():
     flow = gd.ProbabilityFlow(process, model, "data")
     with pytest.raises(Exception, match="In noise space .* no signal"):
         gd.sample(flow, jax.random.key(0), 2, 5, solver=gd.GDDIM(1, "noise"))
+    with pytest.raises(Exception, match="cannot start or end where there is no signal"):
+        ts = gd.time_grid(process, 5)[::-1]
+        solve(flow, gd.GDDIM(1, "noise"), ts, jnp.zeros(3, ts.dtype))
 
 
 @pytest.mark.parametrize(

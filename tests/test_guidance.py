@@ -111,6 +111,15 @@ def test_guidance_by_a_likelihood_samples_the_posterior():
     np.testing.assert_allclose(x.std(), np.sqrt(variance), rtol=0.05)
 
 
+def test_a_guided_model_predicts_what_the_model_does():
+    process = gd.VP((3,))
+    flow = gd.ProbabilityFlow(process, mixture_for(process).model(process, "v"), "v")
+    guided = gd.DataGuidance(flow, gd.Clip())
+    with pytest.raises(ValueError, match="a DataGuidance of a model with predicts='v'"):
+        gd.sample(process, guided, jax.random.key(0), 4)
+    gd.ProbabilityFlow(process, guided, "v")
+
+
 def test_data_are_changed_from_zero_signal():
     process = gd.RectifiedFlow((3,))
     model = mixture_for(process).model(process, "flow")

@@ -14,6 +14,9 @@ class AbstractCoordinate(eqx.Module):
 
     uses_log_snr: ClassVar[bool]
     """Whether it also depends on the signal-to-noise ratio."""
+    is_logarithm: ClassVar[bool] = False
+    """Whether it diverges towards time 0, so that steps to below `t_min` must not
+    extrapolate in it."""
 
     @abc.abstractmethod
     def __call__(
@@ -53,6 +56,7 @@ class Logarithm(AbstractCoordinate):
     """The logarithm of time; below `t_min`, linear in time."""
 
     uses_log_snr: ClassVar[bool] = False
+    is_logarithm: ClassVar[bool] = True
 
     def __call__(self, process, t, log_snr, forward):
         late = jnp.maximum(t, process.t_min)
@@ -64,6 +68,7 @@ class LogSNR(AbstractCoordinate):
     linear in time."""
 
     uses_log_snr: ClassVar[bool] = True
+    is_logarithm: ClassVar[bool] = True
 
     def __call__(self, process, t, log_snr, forward):
         last = float(log_snr_table(process)[1][0])

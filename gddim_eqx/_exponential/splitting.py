@@ -164,7 +164,9 @@ class DataSplitting(AbstractProcessSplitting):
 
     singular: ClassVar[str] = (
         "`GDDIM` cannot start where there is no noise, at time 0. To encode data, start "
-        "from `process.t_min`, or use `GDDIM(space='noise')`."
+        "from `process.t_min`, or use `GDDIM(space='noise')`. To sample with a vector "
+        "field whose time runs from noise at 0 to data at 1, reverse it: "
+        "`ODETerm(lambda t, y, args: -field(1 - t, y, args))`."
     )
     has_residual: ClassVar[bool] = False
 
@@ -204,10 +206,14 @@ class NoiseSplitting(AbstractProcessSplitting):
     G G^\top L_\tau^{-\top}$."""
 
     singular: ClassVar[str] = (
-        "In noise space `GDDIM` cannot start where there is no signal, at "
+        "In noise space `GDDIM` cannot start or end where there is no signal, at "
         "`process.t_zero_signal`. Use `GDDIM()`, which can."
     )
     has_residual: ClassVar[bool] = True
+
+    def faults(self, equation, c, s, stochastic):
+        ends = c.t >= equation.t_zero_signal, self.singular
+        return [ends, *super().faults(equation, c, s, stochastic)]
 
     def evaluate(self, term, t, y, args, root=None):
         return term.noise(t, y, args, self.frame, root=_root(term.process, root))

@@ -52,7 +52,8 @@ class WithTime(eqx.Module):
         - `process`: the forward process.
         - `model`: called as `model(converted, u, args)`.
         - `time`: the time input of the model: a function of the process' time, or a name.
-            - `"index"`: 0 to N - 1, for a [`gddim_eqx.DiscreteVP`][].
+            - `"index"`: 0 to N - 1, for a [`gddim_eqx.DiscreteVP`][]. A float, which is
+                whole at the times of indices; round it to look up an integer.
             - `"1000 t"`: 1000 times the time.
             - `"sigma"`: the noise-to-signal ratio; for [`gddim_eqx.EDM`][], the time.
             - `"log(sigma) / 4"`: a quarter of its logarithm: EDM's $c_\text{noise}$.

@@ -24,7 +24,8 @@ class DiscreteVP(AbstractGaussianPath):
     """
 
     shape: tuple[int, ...] = eqx.field(static=True)
-    alphas_cumprod: tuple[float, ...] = eqx.field(static=True)
+    # Not in the repr, where a thousand numbers hide the rest.
+    alphas_cumprod: tuple[float, ...] = eqx.field(static=True, repr=False)
 
     def __init__(self, shape: tuple[int, ...] | int, alphas_cumprod: ArrayLike | list):
         r"""**Arguments:**

@@ -14,7 +14,7 @@ class RectifiedFlow(AbstractGaussianPath):
 
     With a `shift` $k$, as in many image models, $\sigma_t = k t / (1 + (k - 1) t)$. The
     networks of such models are called with $\sigma_t$, which `process.sigma(t)` returns, or
-    a multiple of it.
+    a multiple of it: pass `lambda t: 1000 * process.sigma(t)` to [`gddim_eqx.WithTime`][].
 
     At t = 1 there is no signal, so models must predict the `"flow"`, the data or `"v"`. The
     flow is $\epsilon - x_0$ for every shift: the derivative of the path in $\sigma$.

@@ -110,7 +110,9 @@ class GaussianPath(AbstractGaussianPath):
             the dtype of the argument, and avoid cancellation at both ends, as it costs
             accuracy in single precision: use `-jnp.expm1(-t)` rather than
             `1 - jnp.exp(-t)`.
-        - `t_min`, `t_end`: sampling runs from `t_end` down to `t_min`.
+        - `t_min`, `t_end`: sampling runs from `t_end` down to `t_min`. The noise at `t_min`
+            remains in the samples, so it should be small; and the signal at `t_end` should
+            be small compared with the noise there.
         - `prior_std`: the standard deviation of the prior; by default $s_t$ at `t_end`.
 
         **Raises:** `ValueError` if the functions do not define such a path.

@@ -22,9 +22,11 @@ class ModelConventions(NamedTuple):
     predicts: PredictionName
     """What the model predicts."""
     network_time: Callable[[RealScalarLike], Inexact[Array, ""]]
-    """Maps a time of the process to the time input of the network."""
+    """Maps a time of the process to the time input of the network, a float. Round it for a
+    network that looks up integer indices."""
     grid: Callable[[int], Real[Array, " times"]]
-    """Maps a number of steps to the scheduler's time grid."""
+    """Maps a number of steps to the scheduler's time grid. With `num_steps` in place of
+    `ts=grid(num_steps)`, `sample` uses the library's own, usually more accurate one."""
     clip: float | None
     """If not `None`, the scheduler clips data predictions to `[-clip, clip]`: see
     [`gddim_eqx.Clip`][]."""
@@ -59,8 +61,8 @@ def process_from_config(
         x = gd.sample(flow, jax.random.key(0), 4, ts=grid(20)).x
         ```
 
-        If it returns a `clip`, pass
-        `DataGuidance(flow, Clip(-clip, clip))` as the model.
+        If it returns a `clip`, sample with
+        `ProbabilityFlow(process, DataGuidance(flow, Clip(-clip, clip)), predicts)`.
 
     **Arguments:**
 

@@ -203,13 +203,15 @@ def sample(
             "the solver diverged: take more steps, or use `GDDIM` instead of a solver that "
             "is only stable for short steps."
         )
-    if size > (most := _most_expected(process, model)):
+    if float(size) > (most := _most_expected(process, model)):
         warnings.warn(
             f"The samples have a root mean square of {float(size):.1e}, but at most about "
-            f"{most:.1e} is plausible for this process and model. At high noise levels, a "
-            "small error of the network becomes a large one in the data. Precondition it, "
-            "with `gddim_eqx.nn.NetworkModel(process, network, data_std=...)`, train it "
-            "for longer, and scale the data to about unit variance.",
+            f"{most:.1e} is plausible for this process and model. Check `predicts`, the "
+            "process, and what the network is called with in place of the time. At high "
+            "noise levels, a small error of the network becomes a large one in the data: "
+            "precondition it, with `gddim_eqx.nn.NetworkModel(process, network, "
+            "data_std=...)`, train it for longer, and scale the data to about unit "
+            "variance.",
             stacklevel=3,
         )
     return Samples(x, evaluations)
@@ -218,11 +220,11 @@ def sample(
 def _most_expected(process: AbstractProcess, model: Callable) -> float:
     """The root mean square above which samples are implausibly large: a hundred times the
     `data_std` of the model; or, if it has none, that of data whose signal-to-noise ratio at
-    `t_max` would be 1."""
+    `t_max` would be 1, but at most a thousand."""
     data_std = getattr(model, "data_std", None)
     if isinstance(data_std, (float, int)):
         return 100.0 * data_std
-    return math.exp(min(-log_snr_at_start(process), 700.0))
+    return math.exp(min(-log_snr_at_start(process), math.log(1000)))
 
 
 def _checked_times(process, ts):
@@ -231,6 +233,8 @@ def _checked_times(process, ts):
     if abs(float(grid[0]) - process.t_max) > rounding * process.t_max:
         raise ValueError(
             f"`ts` must start at {process.t_max}, which is `process.t_max`, the time of "
-            f"the prior; got times from {grid[0]} to {grid[-1]}."
+            f"the prior; got times from {grid[0]} to {grid[-1]}. Use `num_steps`. For a "
+            "'leading' grid, which starts later, use one with 'trailing' spacing, or "
+            "`gddim_eqx.generate(flow, process.prior(key, (number,)), ts=ts)`."
         )
     return grid

@@ -83,6 +83,7 @@ class ProbabilityFlow(AbstractReverseTerm):
                 f"`model` must be callable as `model(t, u, args)`; got {model!r}."
             )
         check_prediction(process, predicts, factor)
+        _check_same_kind(model, predicts, factor)
         self.process = process
         self.model = model
         self.predicts = predicts
@@ -256,6 +257,18 @@ def check_flow(flow: object) -> ProbabilityFlow:
             f"{type(flow).__name__}."
         )
     return flow
+
+
+def _check_same_kind(model: Callable, predicts: str, factor: str) -> None:
+    """A model that guides another predicts the same."""
+    other = getattr(model, "flow", None)
+    if isinstance(other, ProbabilityFlow):
+        if (other.predicts, other.factor) != (predicts, factor):
+            raise ValueError(
+                f"The model is a {type(model).__name__} of a model with "
+                f"predicts={other.predicts!r} and factor={other.factor!r}, and predicts "
+                f"the same; got predicts={predicts!r} and factor={factor!r}."
+            )
 
 
 def _how_models_are_called(u: State, process: AbstractProcess) -> str:
