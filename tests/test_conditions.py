@@ -371,6 +371,7 @@ def test_the_example_runs(as_users_have_it, monkeypatch, tmp_path, capsys):
         (lambda m: Batches((_points, np.full(20, np.nan)), 4), "condition holds NaN"),
         (lambda m: Batches((_points, "abc"), 4), "equally long"),
         (lambda m: Batches((_points, 3), 4), "must hold samples.*got 3"),
+        (lambda m: Batches((_points, np.array(3)), 4), "must hold samples.*got array.3"),
         (lambda m: m["loss"](0.1, None), "pass `no_condition`"),
         (lambda m: m["loss"](1.5, 3), r"in \[0, 1\]; got 1.5"),
         (
@@ -385,6 +386,13 @@ def test_the_example_runs(as_users_have_it, monkeypatch, tmp_path, capsys):
             ),
             "`no_condition` must have the structure",
         ),
+        (
+            lambda m: m["loss"](0.1, jnp.full(2, jnp.inf)).noised(
+                jr.key(0), jnp.ones((4, 2)), jnp.ones((4, 2), jnp.uint8)
+            ),
+            "uint8, which cannot hold `no_condition`",
+        ),
+        (lambda m: gd.WithArgs(m["label"], 7), "from 0 to 3.*got 7"),
         (lambda m: Augmentation()(jr.key(0), (m["u"],) * 3), "a tuple of 3"),
         (
             lambda m: gd.ClassifierFreeGuidance(m["label"], m["label"], 2, interval=(1, 0)),

@@ -132,6 +132,47 @@ def test_from_zero_signal_and_in_single_precision():
     assert jnp.isfinite(x).all()
 
 
+@pytest.mark.float32
+@pytest.mark.parametrize("name", ["vp", *slow("cld", "bdm")])
+def test_a_network_whose_covariance_is_not_symmetric(name):
+    flow = gd.checkpoints.pretrained(f"fashion-mnist-{name}")
+    lower = lambda x: x[..., 14:, :, :]
+    y = lower(gd.sample(flow, jax.random.key(5), 1, 20).x[0])
+    model = gd.PosteriorGuidance(flow, y, lower, 0.05)
+    x = gd.sample(flow.process, model, jax.random.key(1), 2, 20).x
+    assert jnp.abs(x).max() < 2
+    assert jnp.sqrt(((lower(x) - y[None]) ** 2).mean()) < 0.15
+
+
+@pytest.mark.x64
+def test_derivatives_are_finite_after_convergence():
+    process = gd.VP((2,))
+    model = gd.GaussianMixture(np.zeros((1, 2)), 1.0).model(process)
+    u = jnp.ones((4, 2))
+
+    def total(y):
+        guided = gd.PosteriorGuidance(process, model, y, lambda x: x, 0.1, num_iterations=9)
+        return guided(0.5, u, None).sum()
+
+    y = jnp.array([1.0, -0.5])
+    found = jax.grad(total)(y)
+    step = 1e-5 * jnp.eye(2)
+    expected = [(total(y + s) - total(y - s)) / 2e-5 for s in step]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.x64
+def test_guidance_begins_where_there_is_no_signal():
+    process = gd.RectifiedFlow((1,))
+    data = gd.GaussianMixture([[1.0]], 0.7)
+    flow = gd.ProbabilityFlow(process, data.model(process, "flow"), "flow")
+    model = gd.PosteriorGuidance(flow, np.array([3.0]), lambda x: x, 0.3)
+    guided = gd.ProbabilityFlow(process, model, "flow")
+    mean = 1 + 2 * 0.49 / (0.49 + 0.09)
+    got = guided.denoised(1.0, jnp.zeros((1, 1)), None)
+    np.testing.assert_allclose(got, mean, rtol=1e-3)
+
+
 def _measure_like(x):
     return x.reshape(*x.shape[:-3], 16) @ _matrix.T.astype(x.dtype)
 
@@ -143,6 +184,7 @@ def _measure_like(x):
         (dict(method="best"), "`method` must be 'moments'"),
         (dict(noise=0.0), "`noise` must be positive"),
         (dict(num_iterations=0), "`num_iterations` must be a positive integer"),
+        (dict(y=np.ones(3) * 1j), "`y` must be real"),
         (dict(y=np.ones(4)), r"shape \(2, 3\) for a batch of shape \(2,\)"),
         (dict(measurement=lambda x: x.sum()), r"returned an array of shape \(\)"),
     ],

@@ -31,10 +31,13 @@ class WithArgs(eqx.Module):
 
         - `model`: a model that takes a condition per sample, such as a
             [`gddim_eqx.nn.NetworkModel`][].
-        - `args`: the condition of one sample: a pytree of arrays without batch axes.
+        - `args`: the condition of one sample: a pytree of arrays without batch axes. `None`
+            for a model without condition beside one with.
         """
         _check_callable(model=model)
         self.model, self.args = model, jtu.tree_map(jnp.asarray, args)
+        if check_args := getattr(model, "check_args", None):
+            check_args(self.args)
 
     @property
     def process(self) -> AbstractProcess | None:
@@ -156,6 +159,7 @@ class ClassifierFreeGuidance(eqx.Module):
         def per_leaf(x, like):
             std = x.std(axes, keepdims=True)
             ratio = like.std(axes, keepdims=True) / jnp.where(std > 0, std, 1)
+            ratio = jnp.where(std > 0, ratio, 1)
             return x * (1 + self.rescale * (ratio - 1))
 
         return jtu.tree_map(per_leaf, guided, given)
@@ -169,6 +173,11 @@ class AbstractGuidance(eqx.Module):
     @property
     def process(self) -> AbstractProcess:
         return self.flow.process
+
+    def check_args(self, args: Args) -> None:
+        """As in [`gddim_eqx.nn.NetworkModel`][], by the model that is guided."""
+        if check_args := getattr(self.flow.model, "check_args", None):
+            check_args(args)
 
 
 class ClassifierGuidance(AbstractGuidance):

@@ -22,9 +22,10 @@ class PosteriorGuidance(AbstractGuidance):
     Given the state, data are approximated by a normal distribution, whose mean is the data
     prediction $\hat x_t$. Given the measurement, too, its mean is
 
-    $$\hat x_t + V A^\top (A V A^\top + \sigma^2)^{-1} (y - A \hat x_t),$$
+    $$\hat x_t + V A^\top (A V A^\top + \sigma^2)^{-1} (y - A(\hat x_t)),$$
 
-    which is the data prediction of this model; a nonlinear $A$ is linearised at $\hat x_t$.
+    which is the data prediction of this model. A nonlinear $A$ is linearised at $\hat x_t$,
+    which may be biased where it is far from linear.
     What distinguishes the methods is the covariance $V$ of the data given the state.
 
     - `"moments"`: the covariance that the model itself implies. With the mean coefficient
@@ -37,9 +38,10 @@ class PosteriorGuidance(AbstractGuidance):
     - `"dps"`: $V$ is zero in the matrix that is inverted, as in diffusion posterior
         sampling, so that $\sigma$ sets the strength of guidance.
 
-    Outside of the inverse, $V$ is always the model's own: the derivative of the data
-    prediction that PiGDM and DPS use implies the same. The linear system is solved by
-    conjugate gradients, separately for each sample.
+    The last two replace $V A^\top$ by the derivative of the data prediction, as published,
+    except that DPS also normalises by the residual. The linear system is solved as by
+    GMRES, separately for each sample. Samples are states at `t_min`: for a small $\sigma$,
+    pass `denoise="exact"` to [`gddim_eqx.sample`][].
 
     ??? cite "References"
 
@@ -55,7 +57,7 @@ class PosteriorGuidance(AbstractGuidance):
     noise: float = eqx.field(static=True)
     method: str = eqx.field(static=True)
     num_iterations: int = eqx.field(static=True)
-    data_std: float = eqx.field(static=True)
+    assumed_std: float = eqx.field(static=True)
 
     @init_takes_flow
     def __init__(
@@ -81,8 +83,8 @@ class PosteriorGuidance(AbstractGuidance):
             which returns `(*batch, *y_shape)`; it treats samples independently.
         - `noise`: $\sigma$, the standard deviation of the noise in the measurement.
         - `method`: see above.
-        - `num_iterations`: of conjugate gradients. With `"moments"`, each costs a JVP of
-            the model. As many as `y` has elements is exact, for a linear measurement.
+        - `num_iterations`: of the linear solver. With `"moments"`, each costs a JVP of the
+            model. As many as `y` has elements solve the system.
         - `data_std`: the standard deviation of the data, for `"pigdm"`.
         - `predicts`, `factor`: what the model predicts, as in
             [`gddim_eqx.ProbabilityFlow`][]; the guided model predicts the same.
@@ -100,18 +102,26 @@ class PosteriorGuidance(AbstractGuidance):
         noise, data_std = as_constant("noise", noise), as_constant("data_std", data_std)
         check_positive(noise=noise, data_std=data_std)
         self.flow = ProbabilityFlow(process, model, predicts, factor)
-        self.y, self.measurement = jnp.asarray(y, float), measurement
+        y = jnp.asarray(y)
+        if jnp.iscomplexobj(y):
+            raise ValueError(
+                "`y` must be real; got a complex array. Stack the real and imaginary "
+                "parts, in `y` and in `measurement`."
+            )
+        self.y, self.measurement = y.astype(float), measurement
         self.noise, self.method = noise, method
-        self.num_iterations, self.data_std = num_iterations, data_std
+        self.num_iterations, self.assumed_std = num_iterations, data_std
 
     def __call__(self, t: RealScalarLike, u: State, args: Args = None) -> State:
         process, t = self.process, as_time(t)
         batch = batch_axes(u, process.shape)
         u = process.from_data(u)
-        problem = _Problem.of(process, t)
+        # A little signal, without which the covariance does not follow from the model.
+        early = jnp.minimum(t, jnp.asarray(0.999 * process.t_zero_signal, t.dtype))
+        problem = _Problem.of(process, early)
 
         def predict(u):
-            position = jtu.tree_leaves(self.flow.denoised(t, u, args))[0]
+            position = jtu.tree_leaves(self.flow.denoised(early, u, args))[0]
             return process.basis.inverse(position / process.data_scale)
 
         x, sensitivity = jax.linearize(predict, u)
@@ -119,11 +129,14 @@ class PosteriorGuidance(AbstractGuidance):
         back = lambda z: jax.linear_transpose(forward, x)(z)[0]
         residual = self._residual(measured, batch)
         z = self._solve(problem, sensitivity, forward, back, residual, len(batch))
+        noise, root = self.flow.noise(t, u, args), process.factor(t).transpose()
+        if self.method != "moments" and process.t_zero_signal > process.t_end:
+            score = jax.linear_transpose(sensitivity, u)(back(z))[0]
+            return self.flow.prediction(t, u, subtract(noise, apply(root, score)))
         change = sensitivity(problem.per_signal(back(z)))
-        score = apply(process.factor(t).transpose(), problem.score(change))
-        noise = subtract(self.flow.noise(t, u, args), score)
+        score = _Problem.of(process, t).score(change)
         initial = add(self.flow.denoised(t, u, args), process.encode(change))
-        return self.flow.prediction(t, u, noise, initial)
+        return self.flow.prediction(t, u, subtract(noise, apply(root, score)), initial)
 
     def _residual(self, measured, batch):
         y = self.y.astype(measured.dtype)
@@ -148,10 +161,10 @@ class PosteriorGuidance(AbstractGuidance):
         def spread(v):
             if self.method == "moments":
                 return sensitivity(problem.per_signal(v))
-            return problem.with_normal_data(v, self.data_std)
+            return problem.with_normal_data(v, self.assumed_std)
 
         apply = lambda z: forward(spread(back(z))) + variance * z
-        return _conjugate_gradients(apply, residual, self.num_iterations, rank)
+        return _minimal_residual(apply, residual, self.num_iterations, rank)
 
 
 class _Problem(NamedTuple):
@@ -197,20 +210,30 @@ def _like(coefficient, v):
     return jnp.expand_dims(coefficient, axes)
 
 
-def _conjugate_gradients(apply, b, number, rank):
-    """Solve `apply(x) = b` for each sample of a batch."""
+def _minimal_residual(apply, b, number, rank):
+    """Approximately solve `apply(x) = b` for each sample of a batch, by generalised
+    conjugate residuals: as GMRES, as the covariance that a network implies need not be
+    symmetric or positive."""
     axes = tuple(range(rank, b.ndim))
     dot = lambda a, b: (a * b).sum(axes, keepdims=True)
-    divide = lambda a, b: a / jnp.where(b > 0, b, jnp.inf)
+    tolerance = jnp.finfo(b.dtype).eps ** 2
 
-    def step(carry, _):
-        x, residual, direction, size = carry
-        image = apply(direction)
-        length = divide(size, dot(direction, image))
+    def step(carry, i):
+        x, residual, directions, images = carry
+        image = apply(residual)
+        shares = jax.vmap(dot, (None, 0))(image, images)
+        direction = residual - (shares * directions).sum(0)
+        image = image - (shares * images).sum(0)
+        # Not where the residual has vanished, and for finite derivatives there.
+        moves = dot(residual, residual) > tolerance * dot(b, b)
+        size = dot(image, image)
+        moves &= size > 0
+        scale = jnp.where(moves, 1 / jnp.sqrt(jnp.where(moves, size, 1)), 0)
+        direction, image = scale * direction, scale * image
+        length = dot(residual, image)
         x, residual = x + length * direction, residual - length * image
-        new = dot(residual, residual)
-        direction = residual + divide(new, size) * direction
-        return (x, residual, direction, new), None
+        return (x, residual, directions.at[i].set(direction), images.at[i].set(image)), None
 
-    start = jnp.zeros_like(b), b, b, dot(b, b)
-    return jax.lax.scan(step, start, length=number)[0][0]
+    none = jnp.zeros((number, *b.shape), b.dtype)
+    start = jnp.zeros_like(b), b, none, none
+    return jax.lax.scan(step, start, jnp.arange(number))[0][0]

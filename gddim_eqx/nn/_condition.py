@@ -118,7 +118,8 @@ def embed(embedding: Embedding | None, condition: Any) -> Float[Array, " size"] 
         if condition is not None:
             raise ValueError(
                 "This network takes no condition, but one was given, as `args`. Make it "
-                "with `num_classes` or `context_size`, or leave out `args`."
+                "with `num_classes` or `context_size`, or leave out `args`: beside a "
+                "conditional model, by `gddim_eqx.WithArgs(model, None)`."
             )
         return None
     if condition is None:

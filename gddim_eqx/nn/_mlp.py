@@ -84,7 +84,9 @@ class TimeMLP(eqx.Module):
         self.first = eqx.nn.Linear(size, width, key=keys[2])
         self.layers = tuple(eqx.nn.Linear(width, width, key=k) for k in keys[4:])
         self.last = eqx.nn.Linear(width, out_size, key=keys[3])
-        self.num_classes, self.context_size = num_classes, context_size
+        # Not NumPy's integers, which files cannot hold.
+        self.num_classes = None if num_classes is None else int(num_classes)
+        self.context_size = None if context_size is None else int(context_size)
         self.condition = make_embedding(num_classes, context_size, width, key=key)
 
     @property

@@ -155,7 +155,9 @@ class NCSNpp(eqx.Module):
         self.init_scale, self.checkpoint = float(init_scale), checkpoint
         self.dtype = None if dtype is None else jnp.dtype(dtype)
         self.patch = patch
-        self.num_classes, self.context_size = num_classes, context_size
+        # Not NumPy's integers, which files cannot hold.
+        self.num_classes = None if num_classes is None else int(num_classes)
+        self.context_size = None if context_size is None else int(context_size)
         self.condition = make_embedding(num_classes, context_size, 4 * features, key=key)
         self._check()
         channels = patch**2 * self.shape[-1]

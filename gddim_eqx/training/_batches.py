@@ -1,3 +1,4 @@
+import threading
 from collections.abc import Generator, Sized
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -72,6 +73,8 @@ class Batches:
             placement.check_batch(batch_size)
         self.batch_size, self.seed = batch_size, seed
         self.placement = placement
+        # Objects that read files seldom expect two threads.
+        self._lock = threading.Lock()
         self._orders: dict[int, np.ndarray] = {}
 
     def indices(self, n: int) -> np.ndarray:
@@ -116,7 +119,9 @@ class Batches:
         return jtu.tree_unflatten(jtu.tree_structure(example), leaves)
 
     def _read(self, indices: np.ndarray) -> PyTree[np.ndarray]:
-        return jtu.tree_unflatten(self._treedef, [_rows(x, indices) for x in self.sources])
+        with self._lock:
+            rows = [_rows(x, indices) for x in self.sources]
+        return jtu.tree_unflatten(self._treedef, rows)
 
     def iterate_from(self, n: int, ahead: int = 2) -> Generator[PyTree[Array], None, None]:
         """Iterate over batches n, n + 1 and so on without end, prefetched by threads.
@@ -141,7 +146,8 @@ class Batches:
 def _common_length(sources: list[Any]) -> int:
     """**Raises:** `ValueError` unless all are samples, and equally many."""
     for source in sources:
-        if not (isinstance(source, Sized) and hasattr(source, "__getitem__")):
+        sized = isinstance(source, Sized) and hasattr(source, "__getitem__")
+        if not sized or (_is_array(source) and getattr(source, "ndim", 1) == 0):
             raise ValueError(
                 "`data` must hold samples: an array with a leading axis, or an object with "
                 f"`len(data)` and `data[index]`; got {source!r}."

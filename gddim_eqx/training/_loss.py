@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Inexact, PyTree
 
 from .._custom_types import Args, FrameName, Key, PredictionName, State
@@ -28,6 +29,12 @@ class NoisedBatch(NamedTuple):
     weight: Float[Array, " batch"]
     key: Key | None
     condition: PyTree = None
+
+
+def _holds(dtype, value) -> bool:
+    value = np.asarray(value)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return bool((value.astype(dtype) == value).all())
 
 
 class DenoisingLoss(eqx.Module):
@@ -170,6 +177,11 @@ class DenoisingLoss(eqx.Module):
         dropped = jr.bernoulli(key, self.condition_dropout, (number,))
 
         def replace(x, none):
+            if not (isinstance(none, Tracer) or _holds(x.dtype, none)):
+                raise ValueError(
+                    f"The condition has dtype {x.dtype}, which cannot hold `no_condition`, "
+                    f"{none}. Convert it, for example to float32."
+                )
             none = jnp.broadcast_to(jnp.asarray(none, x.dtype), x.shape[1:])
             return jnp.where(append_axes(dropped, x.ndim), none[None], x)
 
