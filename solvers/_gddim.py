@@ -48,7 +48,7 @@ class GDDIM(AbstractExponentialMultistep):
     - In data space, the default, the data prediction is extrapolated. The UniC corrector
         reuses the next step's evaluation, so it costs no extra NFE; the final step is not
         corrected. For VP, order 2 without a corrector and with
-        `variable="log_snr"` is DPM-Solver++(2M), with its coefficients integrated exactly.
+        `variable="log_snr"` is DPM-Solver++(2M) with exactly integrated coefficients.
     - In noise space, the noise prediction is extrapolated in the frame $R_t$, where it is
         nearly constant along the flow. This is the paper's method: equations 18 (order 1;
         DDIM for VP) and 19 (DEIS for VP). The paper's best sampler is
@@ -141,8 +141,7 @@ class GDDIM(AbstractExponentialMultistep):
             vector field, for example a flow-matching model. The data or noise prediction
             is recovered from the vector field. This cannot be checked: another vector
             field is still integrated, but less accurately than by a general solver. Not
-            needed for
-            `ProbabilityFlow` and `reverse_sde`, which hold their process.
+            needed for `ProbabilityFlow` and `reverse_sde`, which hold their process.
         - `num_nodes`: the field that stores the order, since `order` is a method of every
             Diffrax solver. Used only if `order` is not given, as by `dataclasses.replace`.
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, ArrayLike, PyTree
 
 from .._custom_types import Args, FrameName, PredictionName, RealScalarLike, State
 from .._linear import append_axes, apply, batch_axes, join_components, subtract
-from .._misc import as_constant, as_floats, as_shape, constant_field
+from .._misc import as_constant, as_floats, as_shape, check_args, constant_field
 from .._process import AbstractProcess
 from .._term import init_takes_flow, ProbabilityFlow
 
@@ -36,8 +36,7 @@ class WithArgs(eqx.Module):
         """
         _check_callable(model=model)
         self.model, self.args = model, jtu.tree_map(jnp.asarray, args)
-        if check_args := getattr(model, "check_args", None):
-            check_args(self.args)
+        check_args(model, self.args)
 
     @property
     def process(self) -> AbstractProcess | None:
@@ -136,8 +135,7 @@ class ClassifierFreeGuidance(eqx.Module):
 
     def check_args(self, args: Args) -> None:
         """As in [`gddim_eqx.nn.NetworkModel`][], by the conditional model."""
-        if check_args := getattr(self.conditional, "check_args", None):
-            check_args(args)
+        check_args(self.conditional, args)
 
     def __call__(self, t: RealScalarLike, u: State, args: Args) -> State:
         scale = jnp.asarray(_at(self.scale, t))
@@ -176,8 +174,7 @@ class AbstractGuidance(eqx.Module):
 
     def check_args(self, args: Args) -> None:
         """As in [`gddim_eqx.nn.NetworkModel`][], by the model that is guided."""
-        if check_args := getattr(self.flow.model, "check_args", None):
-            check_args(args)
+        check_args(self.flow.model, args)
 
 
 class ClassifierGuidance(AbstractGuidance):

@@ -25,8 +25,8 @@ class PosteriorGuidance(AbstractGuidance):
     $$\hat x_t + V A^\top (A V A^\top + \sigma^2)^{-1} (y - A(\hat x_t)),$$
 
     which is the data prediction of this model. A nonlinear $A$ is linearised at $\hat x_t$,
-    which may be biased where it is far from linear.
-    What distinguishes the methods is the covariance $V$ of the data given the state.
+    so samples may be biased where it is far from linear. The methods differ in the
+    covariance $V$ of the data given the state.
 
     - `"moments"`: the covariance that the model itself implies. With the mean coefficient
         $m$ and covariance $\Sigma$ of the state given data, a product with it is a JVP:
@@ -116,9 +116,12 @@ class PosteriorGuidance(AbstractGuidance):
         process, t = self.process, as_time(t)
         batch = batch_axes(u, process.shape)
         u = process.from_data(u)
-        # A little signal, without which the covariance does not follow from the model.
-        early = jnp.minimum(t, jnp.asarray(0.999 * process.t_zero_signal, t.dtype))
-        problem = _Problem.of(process, early)
+        problem, early = _Problem.of(process, t), t
+        from_zero = process.t_zero_signal <= process.t_end
+        if from_zero:
+            # A little signal, without which the covariance does not follow from the model.
+            early = jnp.minimum(t, jnp.asarray(0.999 * process.t_zero_signal, t.dtype))
+        covariance = _Problem.of(process, early) if from_zero else problem
 
         def predict(u):
             position = jtu.tree_leaves(self.flow.denoised(early, u, args))[0]
@@ -128,13 +131,13 @@ class PosteriorGuidance(AbstractGuidance):
         measured, forward = jax.linearize(self.measurement, x)
         back = lambda z: jax.linear_transpose(forward, x)(z)[0]
         residual = self._residual(measured, batch)
-        z = self._solve(problem, sensitivity, forward, back, residual, len(batch))
+        z = self._solve(covariance, sensitivity, forward, back, residual, len(batch))
         noise, root = self.flow.noise(t, u, args), process.factor(t).transpose()
-        if self.method != "moments" and process.t_zero_signal > process.t_end:
+        if self.method != "moments" and not from_zero:
             score = jax.linear_transpose(sensitivity, u)(back(z))[0]
             return self.flow.prediction(t, u, subtract(noise, apply(root, score)))
-        change = sensitivity(problem.per_signal(back(z)))
-        score = _Problem.of(process, t).score(change)
+        change = sensitivity(covariance.per_signal(back(z)))
+        score = problem.score(change)
         initial = add(self.flow.denoised(t, u, args), process.encode(change))
         return self.flow.prediction(t, u, subtract(noise, apply(root, score)), initial)
 

@@ -188,9 +188,9 @@ class AbstractProcess(eqx.Module):
 
     def log_snr(self, t: RealScalarLike) -> Inexact[Array, ""]:
         r"""Half the logarithm of the signal-to-noise ratio, $\frac{1}{2} \log a_t^\top
-        \Sigma_t^{-1} a_t$, where $a_t$ is the first column of
-        $\Psi(t, 0)$: for VP, the logarithm of the ratio of signal to noise. Averaged over
-        frequencies if they differ.
+        \Sigma_t^{-1} a_t$, where $a_t$ is the first column of $\Psi(t, 0)$: for VP,
+        the logarithm of the ratio of signal to noise. Averaged over frequencies if they
+        differ.
 
         **Arguments:**
 

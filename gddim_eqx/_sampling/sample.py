@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from .._custom_types import Args, FrameName, Key, Level, PredictionName, Times
 from .._linear import at_least_single
-from .._misc import as_level, check_count, check_instance, check_key
+from .._misc import as_level, check_args, check_count, check_instance, check_key
 from .._process import AbstractProcess, as_grid, log_snr_at_start
 from .._sharding import Placement
 from .._term import ProbabilityFlow, reverse_sde, takes_flow
@@ -172,8 +172,7 @@ def sample(
     if denoise is not None and float(ts[-1]) == 0:
         raise ValueError("At time 0 nothing is left to denoise; leave out `denoise`.")
     args = jtu.tree_map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, args)
-    if check_args := getattr(model, "check_args", None):
-        check_args(args)
+    check_args(model, args)
     call = next(_calls)
     _evaluations[call] = 0
     try:

@@ -262,13 +262,14 @@ def check_flow(flow: object) -> ProbabilityFlow:
 def _check_same_kind(model: Callable, predicts: str, factor: str) -> None:
     """A model that guides another predicts the same."""
     other = getattr(model, "flow", None)
-    if isinstance(other, ProbabilityFlow):
-        if (other.predicts, other.factor) != (predicts, factor):
-            raise ValueError(
-                f"The model is a {type(model).__name__} of a model with "
-                f"predicts={other.predicts!r} and factor={other.factor!r}, and predicts "
-                f"the same; got predicts={predicts!r} and factor={factor!r}."
-            )
+    if not isinstance(other, ProbabilityFlow):
+        return
+    if (other.predicts, other.factor) != (predicts, factor):
+        raise ValueError(
+            f"The model is a {type(model).__name__} of a model with "
+            f"predicts={other.predicts!r} and factor={other.factor!r}, and predicts "
+            f"the same; got predicts={predicts!r} and factor={factor!r}."
+        )
 
 
 def _how_models_are_called(u: State, process: AbstractProcess) -> str:
