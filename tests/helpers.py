@@ -137,6 +137,21 @@ def last(ys):
     return jtu.tree_map(lambda y: y[-1], ys)
 
 
+def every_kind_of_saving(ts, inner):
+    """For states with a position: steps, these times and those between them, the end, and
+    every third step; and dense output."""
+    return dfx.SaveAt(
+        subs=[
+            dfx.SubSaveAt(t0=True, steps=True),
+            dfx.SubSaveAt(ts=ts),
+            dfx.SubSaveAt(ts=inner),
+            dfx.SubSaveAt(t1=True, fn=lambda t, y, args: t * y.x),
+            dfx.SubSaveAt(steps=3),
+        ],
+        dense=True,
+    )
+
+
 def max_difference(a, b):
     """The largest absolute difference between two PyTrees of arrays."""
     differences = jtu.tree_map(lambda x, y: jnp.abs(x - y).max(), a, b)

@@ -13,6 +13,7 @@ import gddim_eqx as gd
 from .helpers import (
     accurate,
     CountedModel,
+    every_kind_of_saving,
     last,
     max_difference,
     mixture_for,
@@ -73,16 +74,7 @@ def test_saved_states_of_all_kinds_agree():
     y0 = prior_state(term.process)
     ts = gd.time_grid(term.process, 12)
     inner = 0.5 * (ts[1:] + ts[:-1])
-    saveat = dfx.SaveAt(
-        subs=[
-            dfx.SubSaveAt(t0=True, steps=True),
-            dfx.SubSaveAt(ts=ts),
-            dfx.SubSaveAt(ts=inner),
-            dfx.SubSaveAt(t1=True, fn=lambda t, y, args: t * y.x),
-            dfx.SubSaveAt(steps=3),
-        ],
-        dense=True,
-    )
+    saveat = every_kind_of_saving(ts, inner)
     sol = _go(term, gd.GDDIM(3), ts, y0, saveat=saveat)
     assert sol.ts is not None and sol.ys is not None
     steps, at_ts, between, final, skipped = sol.ys

@@ -14,7 +14,7 @@ import scipy.linalg
 import gddim_eqx as gd
 from gddim_eqx._exponential import SemilinearSplitting
 
-from .helpers import accurate, max_difference, step_through
+from .helpers import accurate, every_kind_of_saving, max_difference, step_through
 
 
 pytestmark = pytest.mark.x64
@@ -250,16 +250,7 @@ def test_saved_states_of_all_kinds_agree():
     term, y0 = _term("blocks")
     ts = jnp.linspace(0, 1, 9)
     inner = 0.5 * (ts[1:] + ts[:-1])
-    saveat = dfx.SaveAt(
-        subs=[
-            dfx.SubSaveAt(t0=True, steps=True),
-            dfx.SubSaveAt(ts=ts),
-            dfx.SubSaveAt(ts=inner),
-            dfx.SubSaveAt(t1=True, fn=lambda t, y, args: t * y.x),
-            dfx.SubSaveAt(steps=3),
-        ],
-        dense=True,
-    )
+    saveat = every_kind_of_saving(ts, inner)
     sol = dfx.diffeqsolve(
         term,
         gd.ExponentialAdams(3),
