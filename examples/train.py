@@ -71,6 +71,8 @@ class Data(Source):
     """Flip images horizontally, each with probability one half."""
     dequantise: bool = False
     """Dequantise pixel levels with uniform noise. The paper does not."""
+    labels: bool = False
+    """Train a class-conditional model. The classes of a folder are its sub-folders."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +140,8 @@ class Config:
     """How to sample times: independently, or one in each of equal intervals."""
     weighting: Literal["prediction", "noise", "likelihood", "data"] = "prediction"
     """Which error has equal weight at all times; `data` is for noise prediction."""
+    label_dropout: float = 0.1
+    """With labels: the probability of training without, for classifier-free guidance."""
     shard_parameters: bool = False
     """Shard parameters over devices too."""
     seed: int = 0
@@ -192,6 +196,21 @@ PRESETS = {
         "Fashion-MNIST, 28x28, under CLD: half an hour on one CPU core.",
         Config(
             Data("fashion_mnist"),
+            Network("small", features=16, patch=2, precondition=True),
+            "cld",
+            steps=8000,
+            batch_size=64,
+            optimiser=Optimiser(
+                2e-3, warmup=100, cosine=True, ema_decay=0.999, debias=True
+            ),
+            times="stratified",
+            samples_every=2000,
+        ),
+    ),
+    "fashion-mnist-classes": (
+        "Fashion-MNIST by class, for classifier-free guidance: the same.",
+        Config(
+            Data("fashion_mnist", labels=True),
             Network("small", features=16, patch=2, precondition=True),
             "cld",
             steps=8000,
@@ -291,6 +310,10 @@ def check(config: Config) -> None:
             "`--processes.number` and `--processes.index` need `--processes.coordinator`."
         )
     check_warmup(config)
+    if not 0 <= config.label_dropout < 1:
+        raise ValueError(
+            f"`--label-dropout` must be in [0, 1); got {config.label_dropout}."
+        )
     if config.weighting == "data" and config.predicts != "noise":
         raise ValueError("`--weighting data` is for `--predicts noise`.")
     if config.predicts != "noise" and (network.precondition or network.mixed_score):
@@ -343,7 +366,21 @@ def load(data: Source, train: bool = True) -> np.ndarray:
     return read(train=train, verify=data.verify, **directory)
 
 
-def make_model(config: Config, data: np.ndarray, key) -> gd.nn.NetworkModel:
+def load_labels(data: Data) -> np.ndarray:
+    if data.name == "rings":
+        raise ValueError("rings have no labels: leave out `--data.labels`.")
+    if data.name == "digits":
+        return gd.datasets.digits_labels()
+    if data.name == "folder":
+        assert data.directory is not None
+        return gd.datasets.folder_labels(data.directory)[0]
+    directory = {} if data.directory is None else {"directory": data.directory}
+    return getattr(gd.datasets, f"{data.name}_labels")(verify=data.verify, **directory)
+
+
+def make_model(
+    config: Config, data: np.ndarray, key, num_classes: int | None = None
+) -> gd.nn.NetworkModel:
     shape = data.shape[1:]
     processes = dict(vp=gd.VP, sub_vp=gd.SubVP, ve=gd.VE, cld=gd.CLD, bdm=gd.BDM)
     process = processes[config.process](shape)
@@ -359,6 +396,10 @@ def make_model(config: Config, data: np.ndarray, key) -> gd.nn.NetworkModel:
         options = dict(
             dtype=jnp.bfloat16 if network.bfloat16 else None, checkpoint=network.checkpoint
         )
+    if num_classes is not None:
+        if network.name not in ("points", "mlp", "small"):
+            raise ValueError(f"{network.name} takes no labels: leave out `--data.labels`.")
+        options["num_classes"] = num_classes
     if network.name == "small":
         options |= dict(features=network.features or 32, patch=network.patch)
     elif network.features is not None or network.patch != 1:
@@ -393,7 +434,7 @@ def standard_deviation(data: np.ndarray) -> float:
     return float(data.std(dtype=np.float64)) / (127.5 if data.dtype == np.uint8 else 1)
 
 
-def draw(path: Path, flow: gd.ProbabilityFlow, number: int = 64) -> None:
+def draw(path: Path, flow: gd.ProbabilityFlow, number: int = 64, args: Any = None) -> None:
     """Draw a picture of samples, with 20 evaluations of the model."""
     import matplotlib
 
@@ -401,7 +442,7 @@ def draw(path: Path, flow: gd.ProbabilityFlow, number: int = 64) -> None:
     import matplotlib.pyplot as plt
 
     try:
-        x = gd.sample(flow, jr.key(0), number, num_steps=20).x
+        x = gd.sample(flow, jr.key(0), number, num_steps=20, args=args).x
     except FloatingPointError as error:
         # Early in training, samples may diverge.
         print(f"No {path.name}: {error}")
@@ -455,9 +496,12 @@ def train(config: Config) -> TrainState:
     placement = gd.Placement(shard_parameters=config.shard_parameters)
     placement.check_batch(config.batch_size)
     x = load(config.data)
-    batches = Batches(x, config.batch_size, config.seed, placement)
+    labels = load_labels(config.data) if config.data.labels else None
+    num_classes = None if labels is None else int(labels.max()) + 1
+    data = x if labels is None else (x, labels)
+    batches = Batches(data, config.batch_size, config.seed, placement)
     model_key, train_key = jr.split(jr.key(config.seed))
-    model = make_model(config, x, model_key)
+    model = make_model(config, x, model_key, num_classes)
     process, first = model.process, jax.process_index() == 0
     weighting: Any = config.weighting
     if weighting == "data":
@@ -469,6 +513,8 @@ def train(config: Config) -> TrainState:
         times=times,
         weighting=weighting,
         dropout=isinstance(model.network, gd.nn.NCSNpp) and model.network.dropout > 0,
+        condition_dropout=0.0 if labels is None else config.label_dropout,
+        no_condition=num_classes,
     )
     optimiser = config.optimiser
     trainer = Trainer(
@@ -489,7 +535,13 @@ def train(config: Config) -> TrainState:
     assert output is not None
     # Without the settings that may change when a run resumes.
     names = ("data", "network", "process", "batch_size", "optimiser", "predicts", "times")
-    names = (*names, "weighting", "seed", *(["steps"] if optimiser.cosine else []))
+    names = (
+        *names,
+        "weighting",
+        "label_dropout",
+        "seed",
+        *(["steps"] if optimiser.cosine else []),
+    )
     kept = {name: to_json(getattr(config, name)) for name in names}
     for name in ("directory", "verify"):
         del kept["data"][name]
@@ -512,7 +564,9 @@ def train(config: Config) -> TrainState:
             model = placement.gather(state.averaged)
             if first:
                 path = output / "samples" / f"{int(state.step):07d}.png"
-                draw(path, gd.ProbabilityFlow(process, model, config.predicts))
+                flow = gd.ProbabilityFlow(process, model, config.predicts)
+                args = None if num_classes is None else np.arange(64) % num_classes
+                draw(path, flow, 64, args)
 
         every = config.samples_every
         state = fit(

@@ -183,19 +183,28 @@ def test_a_linear_measurement_has_the_posterior_in_closed_form():
 # Networks
 
 
+def _dit(shape, **options):
+    network = gd.nn.DiT(shape, patch=2, width=16, depth=1, num_heads=2, **options)
+    # It starts as the zero function of any condition.
+    weight = lambda n: n.blocks.modulation.weight
+    return eqx.tree_at(weight, network, jnp.ones_like(weight(network)))
+
+
 @pytest.mark.parametrize(
     "make, kind",
     [
         *(("points", "context"), ("small", "label")),
-        *slow(("points", "label"), ("small", "context"), ("mlp", "label")),
+        *slow(
+            ("dit", "context"), ("points", "label"), ("small", "context"), ("mlp", "label")
+        ),
     ],
 )
 def test_networks_take_conditions(make, kind, tmp_path):
     options = dict(num_classes=3) if kind == "label" else dict(context_size=2)
     shape = 2 if make == "points" else (8, 8, 1)
-    function = getattr(gd.nn.presets, make)
+    function = _dit if make == "dit" else getattr(gd.nn.presets, make)
     network = function(shape, key=jr.key(0), **options)
-    if make == "small":
+    if make in ("small", "dit"):
         # It starts as the zero function.
         weight = lambda n: n.last.weight
         network = eqx.tree_at(weight, network, jnp.ones_like(weight(network)))

@@ -29,7 +29,7 @@ from .._process import (
     VP,
 )
 from .._term import ProbabilityFlow
-from ..nn import ImageClassifier, NCSNpp, NetworkModel, TimeMLP
+from ..nn import DiT, ImageClassifier, NCSNpp, NetworkModel, TimeMLP
 
 
 # What a file can describe. Each class stores the arguments of its `__init__` under their
@@ -40,7 +40,7 @@ _classes: dict[str, type[eqx.Module]] = {
         *(BDM, BlurringCLD, CLD, DiscreteVP, EDM, HOLD, Langevin, PSLD),
         *(RectifiedFlow, SubVP, TrigonometricFlow, VE, VP),
         *(LinearSchedule, CosineSchedule),
-        *(ImageClassifier, NCSNpp, TimeMLP, NetworkModel, ProbabilityFlow),
+        *(DiT, ImageClassifier, NCSNpp, TimeMLP, NetworkModel, ProbabilityFlow),
     )
 }
 # Former names, in older files.

@@ -95,6 +95,27 @@ class ContextEmbedding(eqx.Module):
 Embedding = LabelEmbedding | ContextEmbedding
 
 
+class AbstractConditionalNetwork(eqx.Module):
+    """A network of one sample, which may take a condition."""
+
+    condition: eqx.AbstractVar[Embedding | None]
+    shape: eqx.AbstractVar[tuple[int, ...]]
+
+    @property
+    def no_condition(self) -> Any:
+        """What stands for no condition: the label `num_classes`, or a vector of infinities;
+        `None` for a network without conditions."""
+        return None if self.condition is None else self.condition.no_condition
+
+    def check_input(self, x: Array) -> None:
+        """**Raises:** `ValueError` for an input of another shape."""
+        if x.shape != self.shape:
+            raise ValueError(
+                f"This network is for inputs of shape {self.shape}; got {x.shape}. For a "
+                "batch, use `jax.vmap`."
+            )
+
+
 def make_embedding(
     num_classes: int | None, context_size: int | None, size: int, *, key: Key
 ) -> Embedding | None:

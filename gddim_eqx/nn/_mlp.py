@@ -10,11 +10,11 @@ from jaxtyping import Array, Inexact
 
 from .._custom_types import Key, RealScalarLike
 from .._misc import as_shape, check_count
-from ._condition import embed, Embedding, make_embedding
+from ._condition import AbstractConditionalNetwork, embed, Embedding, make_embedding
 from ._embedding import Fourier
 
 
-class TimeMLP(eqx.Module):
+class TimeMLP(AbstractConditionalNetwork):
     """The authors' network for points in the plane: a multilayer perceptron of the time and
     the point, each with an input layer of its own. It also accepts small images.
 
@@ -89,12 +89,6 @@ class TimeMLP(eqx.Module):
         self.context_size = None if context_size is None else int(context_size)
         self.condition = make_embedding(num_classes, context_size, width, key=key)
 
-    @property
-    def no_condition(self) -> Any:
-        """What stands for no condition: the label `num_classes`, or a vector of infinities;
-        `None` for a network without conditions."""
-        return None if self.condition is None else self.condition.no_condition
-
     def __call__(
         self,
         t: RealScalarLike,
@@ -110,11 +104,7 @@ class TimeMLP(eqx.Module):
         - `condition`: the label or context vector, for a network that was made for one.
         - `key`: ignored, as there is no dropout.
         """
-        if x.shape != self.shape:
-            raise ValueError(
-                f"This network is for inputs of shape {self.shape}; got {x.shape}. For a "
-                "batch, use `jax.vmap`."
-            )
+        self.check_input(x)
         dtype = self.first.weight.dtype
         silu = jax.nn.silu
         first, second = self.time_layers

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Inexact
 
 from .._custom_types import Key, RealScalarLike
 from .._misc import as_shape, check_count
-from ._condition import embed, Embedding, make_embedding
+from ._condition import AbstractConditionalNetwork, embed, Embedding, make_embedding
 from ._embedding import Fourier, Positional
 from ._layers import (
     add,
@@ -28,7 +28,7 @@ from ._layers import (
 )
 
 
-class NCSNpp(eqx.Module):
+class NCSNpp(AbstractConditionalNetwork):
     r"""The U-Nets NCSN++ and DDPM++ of Song et al. 2021, as the paper uses them.
 
     Called as `network(t, x)` on one sample, as `network(t, x, condition)` if it was made
@@ -244,12 +244,6 @@ class NCSNpp(eqx.Module):
             size, patch**2 * self.out_channels, key=next(keys), scale=self.init_scale
         )
 
-    @property
-    def no_condition(self) -> Any:
-        """What stands for no condition: the label `num_classes`, or a vector of infinities;
-        `None` for a network without conditions."""
-        return None if self.condition is None else self.condition.no_condition
-
     def _attends(self, level: int) -> bool:
         return self._height(level) in self.attention
 
@@ -319,11 +313,7 @@ class NCSNpp(eqx.Module):
 
         **Raises:** `ValueError` for an input of another shape.
         """
-        if x.shape != self.shape:
-            raise ValueError(
-                f"This network is for inputs of shape {self.shape}; got {x.shape}. For a "
-                "batch, use `jax.vmap`."
-            )
+        self.check_input(x)
         embedding = self._embed(t, condition)
         dtype = self.first.weight.dtype if self.dtype is None else self.dtype
         cast = lambda y: y.astype(dtype) if eqx.is_inexact_array(y) else y
