@@ -7,6 +7,8 @@ r"""Evaluate the samples of a trained model.
     python examples/evaluate.py checkpoint_15 --authors cifar10_cld --data.name cifar10 \
         --data.directory cifar-10-python.tar.gz --features inception \
         --weights pt_inception-2015-12-05-6726825d.pth --number 50000
+    python examples/evaluate.py runs/fashion-mnist-classes/model.npz \
+        --data.name fashion_mnist --guidance 2
 
 For each sampler, number of network evaluations and seed, draws samples and compares them
 with the data. Writes `results.json`, with the protocol, and `grid.png` to the output
@@ -39,7 +41,7 @@ import jax.random as jr
 import numpy as np
 import tyro
 from tqdm import tqdm
-from train import load, Source, tiled, to_json
+from train import load, load_labels, Source, tiled, to_json
 
 import gddim_eqx as gd
 
@@ -97,12 +99,15 @@ class Bench:
         flow: gd.ProbabilityFlow,
         batch_size: int,
         denoise: Literal["drift", "exact"] | None,
+        labels: np.ndarray | None = None,
     ):
+        """`labels`: those of all samples, for a class-conditional model."""
         devices = jax.devices()
         self.placement = gd.Placement(devices) if len(devices) > 1 else None
         if self.placement is not None:
             flow = self.placement.put(flow)
         self.flow, self.denoise = flow, denoise
+        self.labels = labels
         self.batch_size = -(-batch_size // len(devices)) * len(devices)
         self._evaluations = 0
         self._tolerances: list[tuple[int, float]] = []
@@ -117,15 +122,24 @@ class Bench:
             return self._tolerance(budget) is not None
         return self.steps(sampler, budget) > 0
 
-    def draw(self, sampler: Sampler, budget: int, key) -> tuple[np.ndarray, int]:
-        """A batch of samples, and the number of evaluations of the network.
+    def labels_of(self, n: int) -> np.ndarray | None:
+        """The labels of batch n, which is filled up at the end."""
+        if self.labels is None:
+            return None
+        index = np.arange(n * self.batch_size, (n + 1) * self.batch_size)
+        return self.labels[index % len(self.labels)]
+
+    def draw(
+        self, sampler: Sampler, budget: int, key, labels: np.ndarray | None = None
+    ) -> tuple[np.ndarray, int]:
+        """A batch of samples, and the number of evaluations of the model.
 
         **Raises:** `FloatingPointError` or `RuntimeError` if sampling fails.
         """
         flow = self.flow
         if sampler.grid is None:
             tolerance = self._tolerance(budget)
-            return self._adaptive(key, tolerance, self.batch_size, self.placement)
+            return self._adaptive(key, tolerance, self.batch_size, self.placement, labels)
         x, evaluations = gd.sample(
             flow,
             key,
@@ -134,6 +148,7 @@ class Bench:
             lam=sampler.lam,
             denoise=self.denoise,  # pyright: ignore[reportArgumentType]
             ts=gd.time_grid(flow.process, self.steps(sampler, budget), sampler.grid),
+            args=labels,
             placement=self.placement,
         )
         return np.asarray(x), evaluations
@@ -145,16 +160,20 @@ class Bench:
         # Always the same tolerances, so that the result is independent of other budgets.
         while not tried or (tried[-1][0] <= 500 and len(tried) < 30):
             tolerance = 10 ** (1 - len(tried) / 4)
-            evaluations = self._adaptive(jr.key(1000), tolerance, 16, None)[1]
+            labels = None if self.labels is None else np.resize(self.labels, 16)
+            evaluations = self._adaptive(jr.key(1000), tolerance, 16, None, labels)[1]
             tried.append((evaluations, tolerance))
         fit = [tolerance for used, tolerance in tried if used <= budget]
         return min(fit, default=None)
 
-    def _adaptive(self, key, tolerance, number, placement) -> tuple[np.ndarray, int]:
+    def _adaptive(
+        self, key, tolerance, number, placement, labels
+    ) -> tuple[np.ndarray, int]:
         self._evaluations = 0
         # An array, so as to compile only once.
         tolerance = jnp.asarray(tolerance)
-        x = _adaptive(self.flow, key, tolerance, number, placement, self._count)
+        labels = None if labels is None else jnp.asarray(labels)
+        x = _adaptive(self.flow, key, tolerance, number, placement, self._count, labels)
         jax.block_until_ready(x)
         jax.effects_barrier()
         if not bool(jnp.isfinite(x).all()):
@@ -166,7 +185,7 @@ class Bench:
 
 
 @eqx.filter_jit
-def _adaptive(flow, key, tolerance, number, placement, count):
+def _adaptive(flow, key, tolerance, number, placement, count, labels):
     def model(t, u, args):
         jax.debug.callback(count)
         return flow.model(t, u, args)
@@ -174,7 +193,7 @@ def _adaptive(flow, key, tolerance, number, placement, count):
     process = flow.process
     u = process.prior(key, (number,))
     if placement is not None:
-        u = placement.shard(u)
+        u, labels = placement.shard((u, labels))
     solution = dfx.diffeqsolve(
         gd.ProbabilityFlow(process, model, flow.predicts, flow.factor),
         dfx.Dopri5(),
@@ -182,6 +201,7 @@ def _adaptive(flow, key, tolerance, number, placement, count):
         process.t_min,
         None,
         u,
+        labels,
         stepsize_controller=dfx.PIDController(rtol=tolerance, atol=tolerance),
         max_steps=1000,
         throw=False,
@@ -230,6 +250,9 @@ class Config:
     denoise: Literal["drift", "exact"] | None = None
     """How to remove the noise that is left at the end, as in `gddim_eqx.sample`. It uses
     one of the evaluations. The authors of the paper use `drift`."""
+    guidance: float = 1.0
+    """For a class-conditional model: the scale of classifier-free guidance. Unless it is 1,
+    an evaluation of the model is two of its network."""
     seeds: tuple[int, ...] = (0,)
     """Random seeds: everything is measured once with each."""
     number: int = 10_000
@@ -270,6 +293,36 @@ def read_model(config: Config, shape: tuple[int, ...]) -> gd.ProbabilityFlow:
             f"{config.data.name} have {shape}."
         )
     return flow
+
+
+def num_classes_of(flow: gd.ProbabilityFlow) -> int | None:
+    """The number of classes of a class-conditional model."""
+    return getattr(getattr(flow.model, "network", None), "num_classes", None)
+
+
+def guided(config: Config, flow: gd.ProbabilityFlow) -> gd.ProbabilityFlow:
+    if config.guidance == 1:
+        return flow
+    if num_classes_of(flow) is None:
+        raise ValueError(f"`--guidance` needs a class-conditional model: {config.model}.")
+    model = gd.ClassifierFreeGuidance(flow.model, scale=config.guidance)
+    return gd.ProbabilityFlow(flow.process, model, flow.predicts, flow.factor)
+
+
+def labels_of(config: Config, flow: gd.ProbabilityFlow) -> np.ndarray | None:
+    """The labels of the samples of a class-conditional model, as frequent as in the
+    data."""
+    if (num_classes := num_classes_of(flow)) is None:
+        return None
+    labels = load_labels(config.data, train=config.against == "train")
+    if labels.max() >= num_classes:
+        raise ValueError(
+            f"{config.model} is for {num_classes} classes, but {config.data.name} has the "
+            f"label {labels.max()}."
+        )
+    places = (np.arange(config.number) + 0.5) * len(labels) / config.number
+    labels = np.sort(labels)[places.astype(int)]
+    return np.random.default_rng(0).permutation(labels).astype(np.int32)
 
 
 def read_ours(path: Path, like: str | None) -> Any:
@@ -433,8 +486,10 @@ def draw_parts(
         part = read_part(path, left)
         if part is None:
             key = jr.fold_in(jr.key(cell.seed), n)
-            x, evaluations = bench.draw(sampler_of(config, cell.sampler), cell.budget, key)
-            images = gd.metrics.to_uint8(x[:left])
+            labels = bench.labels_of(n)
+            sampler = sampler_of(config, cell.sampler)
+            x, evaluations = bench.draw(sampler, cell.budget, key, labels)
+            images = gd.to_uint8(x[:left])
             part = {
                 "images": images,
                 "vectors": features(images),
@@ -458,6 +513,19 @@ def read_part(path: Path, number: int) -> dict[str, np.ndarray] | None:
     except (*(ValueError, KeyError, EOFError, OSError), RuntimeError, BadZipFile) as error:
         print(f"{path} is damaged, and will be redrawn: {error}.", file=sys.stderr)
         return None
+
+
+def accuracy(
+    features: gd.metrics.AbstractFeatures,
+    labels: np.ndarray | None,
+    parts: list[dict[str, np.ndarray]],
+) -> dict[str, float]:
+    """The share of samples that the classifier takes for their label."""
+    if labels is None or not isinstance(features, gd.metrics.Classifier):
+        return {}
+    vectors = jnp.asarray(np.concatenate([part["vectors"] for part in parts]))
+    found = jax.vmap(features.classifier.last)(vectors).argmax(1)
+    return {"accuracy": float((np.asarray(found) == labels).mean())}
 
 
 def measure(
@@ -510,6 +578,7 @@ def run_cell(
         "outcome": "finite",
         "evaluations": float(np.mean([part["evaluations"] for part in parts])),
         **measure(parts, reference),
+        **accuracy(features, bench.labels, parts),
     }
 
 
@@ -562,6 +631,7 @@ def protocol(
         "number_of_samples": config.number,
         "batch_size": batch_size,
         "denoise": config.denoise,
+        "guidance": None if config.guidance == 1 else config.guidance,
         "grid": config.grid or "that of each sampler",
         "last_time": flow.process.t_min,
         "pixels": "rounded to uint8, not resized",
@@ -622,7 +692,8 @@ def evaluate(config: Config) -> list[dict[str, Any]]:
     flow = read_model(config, images.shape[1:])
     features = read_features(config, images.shape[1:])
     batch_size = min(config.batch_size, config.number)
-    bench = Bench(flow, batch_size, config.denoise)
+    labels = labels_of(config, flow)
+    bench = Bench(guided(config, flow), batch_size, config.denoise, labels)
     wanted = protocol(config, flow, features, images, bench.batch_size)
     output.mkdir(parents=True, exist_ok=True)
     with only_one(output / ".lock"):
@@ -696,6 +767,9 @@ def run_cells(
     draw_grid(results, output)
     print(f"{features.name} ({config.number} samples, against {wanted['against']}):\n")
     print(table(results))
+    if any("accuracy" in r for r in results):
+        print("\nShare of samples that the classifier takes for their label:\n")
+        print(table(results, "accuracy"))
     print("\n± is half the range over seeds. In brackets: the actual evaluations.")
     missing = [r for r in results if r["outcome"] == "impossible"]
     if missing:

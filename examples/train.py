@@ -366,16 +366,17 @@ def load(data: Source, train: bool = True) -> np.ndarray:
     return read(train=train, verify=data.verify, **directory)
 
 
-def load_labels(data: Data) -> np.ndarray:
+def load_labels(data: Source, train: bool = True) -> np.ndarray:
     if data.name == "rings":
-        raise ValueError("rings have no labels: leave out `--data.labels`.")
+        raise ValueError("rings have no labels.")
     if data.name == "digits":
         return gd.datasets.digits_labels()
     if data.name == "folder":
         assert data.directory is not None
         return gd.datasets.folder_labels(data.directory)[0]
     directory = {} if data.directory is None else {"directory": data.directory}
-    return getattr(gd.datasets, f"{data.name}_labels")(verify=data.verify, **directory)
+    read = getattr(gd.datasets, f"{data.name}_labels")
+    return read(train=train, verify=data.verify, **directory)
 
 
 def make_model(
@@ -453,7 +454,7 @@ def draw(path: Path, flow: gd.ProbabilityFlow, number: int = 64, args: Any = Non
         axis.scatter(*x.T, s=2)
         axis.set(aspect="equal", xlim=(-3, 3), ylim=(-3, 3))
     else:
-        axis.imshow(tiled(gd.metrics.to_uint8(x)), cmap="gray", vmin=0, vmax=255)
+        axis.imshow(tiled(gd.to_uint8(x)), cmap="gray", vmin=0, vmax=255)
         axis.axis("off")
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -28,7 +28,11 @@ from ._model import (
     WithArgs as WithArgs,
     WithTime as WithTime,
 )
-from ._pixels import bits_per_dimension as bits_per_dimension, dequantise as dequantise
+from ._pixels import (
+    bits_per_dimension as bits_per_dimension,
+    dequantise as dequantise,
+    to_uint8 as to_uint8,
+)
 from ._process import (
     AbstractDiagonalProcess as AbstractDiagonalProcess,
     AbstractProcess as AbstractProcess,

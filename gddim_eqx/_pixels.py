@@ -3,7 +3,8 @@ import math
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Inexact, Integer
+import numpy as np
+from jaxtyping import Array, Float, Inexact, Integer, UInt8
 
 from ._custom_types import Key
 from ._misc import as_dtype, as_floats, as_shape, check_count, check_key
@@ -45,6 +46,39 @@ def dequantise(
         )
     noise = jr.uniform(key, levels.shape, dtype)
     return 2 * (levels.astype(dtype) + noise) / num_levels - 1
+
+
+def to_uint8(x: Float[Array | np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
+    """Samples as images: numbers in [-1, 1] become the nearest of the levels 0 to 255.
+
+    Samples of a model go a little beyond [-1, 1], where they are clipped.
+
+    !!! example
+
+        ```python
+        images = gd.to_uint8(x)  # (number, height, width, channels)
+        PIL.Image.fromarray(np.hstack(images).squeeze()).save("samples.png")
+        ```
+
+    **Arguments:**
+
+    - `x`: samples, such as those of [`gddim_eqx.sample`][].
+
+    **Returns:** an array of NumPy.
+
+    **Raises:** `ValueError` for integers, or numbers that are not finite.
+    """
+    x = np.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"Images in [-1, 1] must be floating-point numbers; got {x.dtype}."
+        )
+    if not np.isfinite(x).all():
+        raise ValueError("The images are not finite.")
+    if x.dtype.itemsize < 4:
+        # In half precision the sum would be rounded by more than a level.
+        x = x.astype(np.float32)
+    return np.clip(np.rint((x + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
 def bits_per_dimension(

@@ -421,7 +421,7 @@ def test_pretrained_models_draw_clothes(name):
     assert np.abs(x[:, [0, 0, -1, -1], [0, -1, 0, -1]] + 1).mean() < 0.1
     assert (np.abs(x) < 1.3).mean() > 0.99
     features = gd.metrics.Classifier()
-    vectors = features(gd.metrics.to_uint8(x))
+    vectors = features(gd.to_uint8(x))
     kinds = np.asarray(jax.vmap(features.classifier.last)(vectors)).argmax(axis=1)
     assert len(set(kinds.tolist())) >= 8
 

@@ -6,6 +6,7 @@ import pathlib
 import re
 import sys
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -118,7 +119,7 @@ def test_the_measures_are_those_of_the_samples(run, tmp_path, model):
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-9)
     # The first batch, drawn by hand.
     x, _ = _draw(gd.checkpoints.load(model), 3, jax.random.key(3))
-    difference = metrics.to_uint8(x).astype(int) - images[:8]
+    difference = gd.to_uint8(x).astype(int) - images[:8]
     assert np.abs(difference).max() <= 1
 
 
@@ -148,8 +149,35 @@ def test_samples_are_of_the_whole_model_and_denoised(run, tmp_path, model):
     drawn = dict(grid="quadratic", factor="cholesky", denoise="exact")
     x, _ = _draw(network, 2, jax.random.key(0), **drawn)
     with np.load(tmp_path / "output" / "images-euler-3-0.npz") as file:
-        difference = gd.metrics.to_uint8(x).astype(int) - file["images"][:8]
+        difference = gd.to_uint8(x).astype(int) - file["images"][:8]
     assert np.abs(difference).max() <= 1
+
+
+def test_labels_of_the_data_and_guidance(run, evaluate, tmp_path):
+    network = gd.nn.TimeMLP(
+        (8, 8, 1), key=jax.random.key(0), width=16, depth=1, num_classes=10
+    )
+    larger = lambda n: n.condition.weight
+    network = eqx.tree_at(larger, network, 100 * larger(network))
+    model = gd.nn.NetworkModel(gd.VP((8, 8, 1)), network, data_std=0.7)
+    gd.checkpoints.save(path := tmp_path / "model.npz", model)
+    options = ("--keep-images", [], "--samplers", ["euler", "dopri5"])
+    options = (*options, "--guidance", 2.0, "--evaluations", [30])
+    found = run(*options, path=path)
+    assert found["protocol"]["guidance"] == 2.0
+    assert [r["outcome"] for r in found["results"]] == ["finite"] * 2
+    # Two of each class, and guided by hand.
+    data = gd.datasets.digits_labels()
+    config = evaluate.Config(path, evaluate.Source("digits"), number=20)
+    labels = evaluate.labels_of(config, gd.ProbabilityFlow(model.process, model))
+    assert np.abs(np.bincount(labels) - 20 * np.bincount(data) / len(data)).max() < 1
+    guided = gd.ClassifierFreeGuidance(model, gd.WithArgs(model, 10), 2.0)
+    x, _ = _draw(guided, 30, jax.random.key(0), args=labels[:8])
+    with np.load(tmp_path / "output" / "images-euler-30-0.npz") as file:
+        difference = gd.to_uint8(x).astype(int) - file["images"][:8]
+    assert np.abs(difference).max() <= 1
+    with pytest.raises(SystemExit, match="another guidance"):
+        run(*options, "--guidance", 1.0, path=path)
 
 
 def _interrupted(run, evaluate, monkeypatch, number, *options, **path):
@@ -288,6 +316,7 @@ def test_adaptive_steps_do_not_depend_on_other_budgets(run, tmp_path):
         (("--like", "json:__name__"), "must name a function; json:__name__ is 'json'"),
         (("--like", "json:dumps", "--authors", "x"), "`like` is not for `--authors`"),
         (("--against", "test"), "digits has no test set"),
+        (("--guidance", 2), "`--guidance` needs a class-conditional model: .*model.npz"),
         (("--data.name", "rings"), "rings has no images"),
         (("--data.name", "cifar10"), "give `--data.directory`"),
         (("--data.name", "cifar10", "--data.directory", "/nowhere"), "Fetch cifar-10"),
@@ -390,7 +419,7 @@ def test_networks_of_ones_own(run, evaluate, tmp_path, monkeypatch):
     assert found["results"][0]["outcome"] == "finite"
     x, _ = _draw(model, 3, jax.random.key(0))
     with np.load(tmp_path / "output" / "images-euler-3-0.npz") as file:
-        difference = gd.metrics.to_uint8(x).astype(int) - file["images"][:8]
+        difference = gd.to_uint8(x).astype(int) - file["images"][:8]
     assert np.abs(difference).max() <= 1
     # Results of other code are others.
     path.write_text(_mine.replace("self.layer(x", "-self.layer(x"))

@@ -24,7 +24,6 @@ from gddim_eqx.metrics import (
     precision_recall,
     reference,
     sliced_wasserstein,
-    to_uint8,
 )
 
 
@@ -300,19 +299,21 @@ def test_bad_input_is_refused(call, message, without_type_checks):
 
 def test_images_are_rounded_and_clipped():
     levels = np.arange(256, dtype=np.uint8)
-    np.testing.assert_array_equal(to_uint8(levels / 127.5 - 1), levels)
+    np.testing.assert_array_equal(gd.to_uint8(levels / 127.5 - 1), levels)
     x = jnp.asarray([-1.2, -1 + 0.6 / 127.5, 0.999, 7.0])
-    np.testing.assert_array_equal(to_uint8(x), [0, 1, 255, 255])
+    np.testing.assert_array_equal(gd.to_uint8(x), [0, 1, 255, 255])
     # As all values are of this precision, each has one nearest level.
     half = jnp.linspace(-1, 1, 1001).astype(jnp.bfloat16)
-    np.testing.assert_array_equal(to_uint8(half), to_uint8(np.asarray(half, np.float64)))
+    np.testing.assert_array_equal(
+        gd.to_uint8(half), gd.to_uint8(np.asarray(half, np.float64))
+    )
     with pytest.raises(ValueError, match="not finite"):
-        to_uint8(jnp.array([0.0, jnp.nan]))
+        gd.to_uint8(jnp.array([0.0, jnp.nan]))
 
 
 def test_images_that_are_integers_are_not_rounded(without_type_checks):
     with pytest.raises(ValueError, match="floating-point numbers; got uint8"):
-        to_uint8(np.zeros(3, np.uint8))
+        gd.to_uint8(np.zeros(3, np.uint8))
 
 
 def _images(number, seed=0, shape=(28, 28, 1)):
@@ -323,7 +324,7 @@ def test_pixels():
     images = _images(3, shape=(2, 2, 3))
     features = gd.metrics.Pixels()(images)
     assert features.shape == (3, 12) and features.dtype == np.float32
-    np.testing.assert_array_equal(to_uint8(features).reshape(images.shape), images)
+    np.testing.assert_array_equal(gd.to_uint8(features).reshape(images.shape), images)
 
 
 @pytest.fixture(scope="module")

@@ -86,6 +86,18 @@ def test_a_run_writes_what_it_says_and_goes_on(tmp_path):
     assert "another config" in out and "seed: 0 there, 1 here" in out
 
 
+def test_labels_reach_the_model(tmp_path):
+    options = ("--data.labels", "--steps", 3, "--optimiser.warmup", 1, "--batch-size", 8)
+    options = (*options, "--samples-every", 3, "--output", tmp_path)
+    _run("digits", *options, "--label-dropout", 0.2)
+    assert (tmp_path / "samples" / "0000003.png").stat().st_size > 1000
+    model = gd.checkpoints.load(tmp_path / "model.npz").model
+    assert model.network.num_classes == model.no_condition == 10
+    # Another dropout is another run.
+    out = _run("digits", *options, code=1)
+    assert "label_dropout: 0.2 there, 0.1 here" in out
+
+
 # What is given, and what is said.
 _refused = [
     (("cifar10-cld",), "cifar10 is read from files: give `--data.directory`"),
@@ -109,6 +121,9 @@ _refused = [
     ),
     (("toy", "--processes.number", 2), "need `--processes.coordinator`"),
     (("toy", "--seed", -1), "`--seed` must be at least 0"),
+    (("toy", "--data.labels"), "rings have no labels"),
+    (("toy", "--label-dropout", 1), r"`--label-dropout` must be in \[0, 1\); got 1"),
+    (("cifar10-cld", "--data.labels"), "cifar10 is read from files"),
     (("toy", "--data.size", 8), "`--data.size` and `--data.crop` are for a folder"),
     (("mnist",), "mnist(.|\n)*fashion-mnist"),
     (("toy", "--optimizer.learning-rate", 1), "--optimizer.learning-rate"),

@@ -81,8 +81,8 @@ class ClassifierFreeGuidance(eqx.Module):
     def __init__(
         self,
         conditional: Callable,
-        unconditional: Callable,
-        scale: Scale,
+        unconditional: Callable | None = None,
+        scale: Scale = 2.0,
         *,
         interval: tuple[float, float] | None = None,
         rescale: float = 0.0,
@@ -90,10 +90,10 @@ class ClassifierFreeGuidance(eqx.Module):
         """**Arguments:**
 
         - `conditional`, `unconditional`: models with the same kind of prediction, of any
-            kind. Both receive the state and `args`. For a single model that takes its
-            condition from `args`, pass `model` and
-            `WithArgs(model, network.no_condition)`: see [`gddim_eqx.WithArgs`][]. With
-            another condition in its place, samples are led away from that.
+            kind. Both receive the state and `args`. By default, the second is the first
+            without condition, `WithArgs(model, model.no_condition)`: see
+            [`gddim_eqx.WithArgs`][]. With another condition in its place, samples are led
+            away from that.
         - `scale`: the guidance scale: 0 is unconditional, 1 conditional, and larger values
             extrapolate. A number, or one per sample, `(*batch,)`; or a function of time.
             Changing the number does not recompile.
@@ -104,9 +104,12 @@ class ClassifierFreeGuidance(eqx.Module):
             to 1. Needs a conditional model with a `process`, such as a
             [`gddim_eqx.nn.NetworkModel`][], and depends on the kind of prediction.
 
-        **Raises:** `ValueError` for an interval whose ends are not in order, and for
+        **Raises:** `ValueError` if `unconditional` is left out and the model has no
+        `no_condition`; for an interval whose ends are not in order, and for
         `rescale` outside [0, 1].
         """
+        if unconditional is None:
+            unconditional = _without_condition(conditional)
         _check_callable(conditional=conditional, unconditional=unconditional)
         if interval is not None:
             low, high = (as_constant("interval", x) for x in interval)
@@ -161,6 +164,17 @@ class ClassifierFreeGuidance(eqx.Module):
             return x * (1 + self.rescale * (ratio - 1))
 
         return jtu.tree_map(per_leaf, guided, given)
+
+
+def _without_condition(model: Callable) -> WithArgs:
+    _check_callable(conditional=model)
+    if (none := getattr(model, "no_condition", None)) is None:
+        raise ValueError(
+            f"This {type(model).__name__} does not say what stands for no condition, as a "
+            "`NetworkModel` of a conditional network does, by `no_condition`. Pass the "
+            "`unconditional` model too."
+        )
+    return WithArgs(model, none)
 
 
 class AbstractGuidance(eqx.Module):

@@ -3,7 +3,6 @@ from ._features import (
     Classifier as Classifier,
     Inception as Inception,
     Pixels as Pixels,
-    to_uint8 as to_uint8,
 )
 from ._frechet import frechet_distance as frechet_distance
 from ._kernel import kernel_distance as kernel_distance, KernelDistance as KernelDistance

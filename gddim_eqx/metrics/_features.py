@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Float, UInt8
 
 from ..checkpoints import load
 from ..nn import ImageClassifier
@@ -33,25 +33,6 @@ class AbstractFeatures(eqx.Module):
 
         - `images`: any number of them, possibly none.
         """
-
-
-def to_uint8(x: Float[Array | np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
-    """Quantise images for storage: from [-1, 1] to the nearest of the levels 0 to 255,
-    clipping values outside.
-
-    **Raises:** `ValueError` for integers, or numbers that are not finite.
-    """
-    x = np.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(
-            f"Images in [-1, 1] must be floating-point numbers; got {x.dtype}."
-        )
-    if not np.isfinite(x).all():
-        raise ValueError("The images are not finite.")
-    if x.dtype.itemsize < 4:
-        # In half precision the sum would be rounded by more than a level.
-        x = x.astype(np.float32)
-    return np.clip(np.rint((x + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
 class Pixels(AbstractFeatures):

@@ -54,7 +54,7 @@ def reference(
     if images.ndim != 4 or images.dtype != np.uint8:
         raise ValueError(
             "`images` must have dtype uint8 and shape (number, height, width, channels); "
-            f"got {images.dtype} of shape {images.shape}. See `to_uint8`."
+            f"got {images.dtype} of shape {images.shape}. See `gddim_eqx.to_uint8`."
         )
     if not len(images):
         raise ValueError("There must be images to compare with; got none.")

@@ -1,6 +1,7 @@
 import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -143,6 +144,11 @@ class NetworkModel(eqx.Module):
         options = {} if key is None else dict(key=key)
         _check_call(self.network, inputs, options)
         return self.network(*inputs, **options)
+
+    @property
+    def no_condition(self) -> Any:
+        """What stands for no condition, as the network says; `None` if it does not."""
+        return getattr(self.network, "no_condition", None)
 
     def check_args(self, args: Args) -> None:
         """Check the condition, outside `jax.jit`, as far as the network can tell.
