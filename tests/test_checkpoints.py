@@ -426,6 +426,23 @@ def test_pretrained_models_draw_clothes(name):
     assert len(set(kinds.tolist())) >= 8
 
 
+@pytest.mark.float32
+@pytest.mark.parametrize("name", ("vp", "cld"))
+def test_who_asks_for_boots_gets_boots(name):
+    flow = gd.checkpoints.pretrained(f"fashion-mnist-{name}-classes")
+    features = gd.metrics.Classifier()
+    labels = np.repeat([9, 1], 16)
+    guided = gd.ClassifierFreeGuidance(flow.model, scale=3.0)
+    x, _ = gd.sample(flow.process, guided, jax.random.key(0), 32, 20, args=labels)
+    vectors = features(gd.to_uint8(x))
+    kinds = np.asarray(jax.vmap(features.classifier.last)(vectors)).argmax(axis=1)
+    assert (kinds == labels).mean() > 0.9
+    with pytest.raises(ValueError, match="Labels must be from 0 to 10"):
+        gd.sample(flow, jax.random.key(0), 2, 5, args=np.array([0, 11]))
+    with pytest.raises(ValueError, match="needs a condition"):
+        gd.sample(flow, jax.random.key(0), 2, 5)
+
+
 def test_unknown_pretrained_models_are_refused(without_type_checks):
     with pytest.raises(ValueError, match="no model 'cat', but .*fashion-mnist-cld"):
         gd.checkpoints.pretrained("cat")

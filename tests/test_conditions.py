@@ -373,6 +373,11 @@ def test_the_example_runs(as_users_have_it, monkeypatch, tmp_path, capsys):
         (lambda m: m["draw"]("label", np.array([0, 1, 2, 4])), "from 0 to 3.*got 4"),
         (lambda m: m["draw"]("label", np.array([0, 1, -1, 2])), "from 0 to 3.*got -1"),
         (lambda m: m["draw"]("context", np.full((4, 2), np.nan)), "holds NaN"),
+        (lambda m: m["draw"]("label", [0, 1, 2, 0]), "Pass an array in place of a list"),
+        (lambda m: m["draw"]("label", ["boot"] * 4), "arrays of numbers; got 'boot'"),
+        (lambda m: m["fit"]((_points, _labels + 2)), "from 0 to 3.*got 4"),
+        (lambda m: m["fit"]({"x": _points}), "a pair .* got a dict"),
+        (lambda m: m["fit"]([_points, _labels]), "pass a tuple"),
         (
             lambda m: Batches((_points, _labels[:5]), 4),
             r"equally long; got lengths \[20, 5",
@@ -412,6 +417,13 @@ def test_the_example_runs(as_users_have_it, monkeypatch, tmp_path, capsys):
             "with a `process`",
         ),
         (
+            lambda m: gd.ClassifierFreeGuidance(
+                gd.ClassifierFreeGuidance(len, len), len, 2, rescale=0.5
+            ),
+            "with a `process`",
+        ),
+        (lambda m: gd.ClassifierFreeGuidance(m["none"]), "Pass the `unconditional` model"),
+        (
             lambda m: gd.nn.TimeMLP(2, key=jr.key(0), num_classes=2, context_size=1),
             "not both",
         ),
@@ -430,11 +442,53 @@ def test_bad_conditions(case, message, without_type_checks):
             process, condition_dropout=rate, no_condition=none
         ),
     }
+    models["fit"] = lambda data: fit(*_trainer(), Batches(data, 4), 2, progress=False)
     models["draw"] = lambda name, args: gd.sample(
         process, models[name], jr.key(0), 4, 2, args=args
     )
     with pytest.raises(ValueError, match=message):
         case(models)
+
+
+@pytest.mark.float32
+def test_labels_of_no_class_are_told():
+    with pytest.warns(UserWarning, match="are 3, which stands for no class"):
+        fit(*_trainer(), Batches((_points, _labels + 1), 20), 1, progress=False)
+    # A batch that is not the first.
+    labels = np.where(np.arange(20) == Batches(_points, 4).indices(2)[0], 7, _labels)
+    with pytest.raises(ValueError, match="from 0 to 3.*got 7"):
+        fit(*_trainer(), Batches((_points, labels), 4), 5, progress=False)
+
+
+def test_labels_of_every_integer_dtype():
+    model = gd.nn.NetworkModel(
+        gd.VP((2,)), gd.nn.TimeMLP(2, width=8, depth=1, key=jr.key(0), num_classes=200)
+    )
+    u, labels = jnp.ones((2, 2)), np.array([1, 100])
+    expected = model(0.5, u, jnp.asarray(labels))
+    for dtype in (np.int8, np.uint8, np.int16, np.uint32):
+        np.testing.assert_array_equal(model(0.5, u, labels.astype(dtype)), expected)
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("make, t", [(gd.VP, 0.4), (gd.CLD, 0.1)])
+def test_image_to_image(make, t):
+    # For normal data the flow is linear. (That of CLD also turns: at time 0.3, correlations
+    # are negative.)
+    process, std = make((1,)), 0.5
+    model = gd.GaussianMixture(jnp.array([[0.3]]), std).model(process)
+    x = 0.3 + std * jr.normal(jr.key(0), (4000, 1))
+    u, _ = process.perturb(jr.key(1), x, t)
+    ts = gd.time_grid(process, 40, t0=t)
+    y = gd.generate(gd.ProbabilityFlow(process, model), u, ts=ts)
+    np.testing.assert_allclose((y.mean(), y.std()), (0.3, std), atol=0.02)
+    correlation = np.corrcoef(x[:, 0], y[:, 0])[0, 1]
+    assert 0.2 < correlation < 0.7
+    if make is gd.VP:
+        signal = std * process.transition(t, 0.0).blocks[0, 0]
+        noise = process.factor(t).blocks[0, 0]
+        expected = signal / (signal**2 + noise**2) ** 0.5
+        np.testing.assert_allclose(correlation, expected, atol=0.02)
 
 
 def test_labels_out_of_range_give_nan_under_jit():

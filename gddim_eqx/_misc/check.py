@@ -38,6 +38,7 @@ def check_per_sample(name: str, tree: Any, batch: tuple[int, ...]) -> None:
             raise ValueError(
                 f"{name} must have one entry per sample, of shape {axes}; got "
                 f"{jnp.shape(leaf)}."
+                + (" Pass an array in place of a list." if isinstance(tree, list) else "")
             )
 
 

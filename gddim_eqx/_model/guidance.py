@@ -121,7 +121,7 @@ class ClassifierFreeGuidance(eqx.Module):
         rescale = as_constant("rescale", rescale)
         if not 0 <= rescale <= 1:
             raise ValueError(f"`rescale` must be in [0, 1]; got {rescale}.")
-        if rescale and not hasattr(conditional, "process"):
+        if rescale and getattr(conditional, "process", None) is None:
             raise ValueError(
                 "`rescale` needs a conditional model with a `process`, which tells the "
                 "axes of a sample, such as a `NetworkModel`; got "

@@ -48,6 +48,7 @@ class LabelEmbedding(eqx.Module):
                 "The condition of this network is one integer label per sample; got "
                 f"{label.dtype} of shape {label.shape}."
             )
+        label = label.astype(int)
         # Negative indices would count from the end.
         label = jnp.where(label < 0, len(self.weight), label)
         return self.weight.at[label].get(mode="fill", fill_value=jnp.nan)

@@ -153,9 +153,14 @@ class NetworkModel(eqx.Module):
     def check_args(self, args: Args) -> None:
         """Check the condition, outside `jax.jit`, as far as the network can tell.
 
-        **Raises:** `ValueError` for labels out of range, and for NaN.
+        **Raises:** `ValueError` for labels out of range, for NaN, and for anything but
+        arrays.
         """
         for leaf in jtu.tree_leaves(args):
+            if not eqx.is_array_like(leaf):
+                raise ValueError(
+                    f"The condition `args` must be arrays of numbers; got {leaf!r}."
+                )
             if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) and jnp.isnan(leaf).any():
                 raise ValueError("The condition `args` holds NaN.")
         check = getattr(getattr(self.network, "condition", None), "check", None)

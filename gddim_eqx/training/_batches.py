@@ -64,7 +64,7 @@ class Batches:
         check_count("batch_size", batch_size)
         check_count("seed", seed, least=0)
         check_instance("placement", placement, Placement | None, "a `Placement()`")
-        data = np.asarray(data) if isinstance(data, list) else data
+        data = _stacked(data) if isinstance(data, list) else data
         self.sources, self._treedef = jtu.tree_flatten(data)
         self.number = _common_length(self.sources)
         if isinstance(data, tuple):
@@ -118,6 +118,10 @@ class Batches:
         ]
         return jtu.tree_unflatten(jtu.tree_structure(example), leaves)
 
+    def read(self, n: int) -> PyTree[np.ndarray]:
+        """Batch n, whole, on the host."""
+        return self._read(self.indices(n))
+
     def _read(self, indices: np.ndarray) -> PyTree[np.ndarray]:
         with self._lock:
             rows = [_rows(x, indices) for x in self.sources]
@@ -141,6 +145,16 @@ class Batches:
                     n += 1
             finally:
                 pool.shutdown(cancel_futures=True)
+
+
+def _stacked(samples: list) -> np.ndarray:
+    try:
+        return np.asarray(samples)
+    except ValueError as error:
+        raise ValueError(
+            "`data` that are a list must be samples of one shape. For data and conditions, "
+            f"pass a tuple: `(data, condition)`. ({error})"
+        ) from error
 
 
 def _common_length(sources: list[Any]) -> int:
@@ -179,7 +193,9 @@ def _check_numbers(x: Any) -> None:
 
 def _check_not_nan(condition: Any) -> None:
     for leaf in jtu.tree_leaves(condition):
-        if _is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact):
+        # What is on disk is not read for this.
+        in_memory = _is_array(leaf) and not isinstance(leaf, np.memmap)
+        if in_memory and jnp.issubdtype(leaf.dtype, jnp.inexact):
             wrong = np.flatnonzero(np.isnan(leaf).reshape(len(leaf), -1).any(-1))
             if len(wrong):
                 raise ValueError(
@@ -259,14 +275,15 @@ class Augmentation(eqx.Module):
 
 def split_condition(batch: Any) -> tuple[Any, Any]:
     """The data and the condition of a batch, which is `None` if it has none."""
-    if not isinstance(batch, tuple):
-        return batch, None
-    if len(batch) != 2:
+    if isinstance(batch, tuple) and len(batch) == 2:
+        return batch
+    if not _is_array(batch):
+        size = f" of {len(batch)}" if isinstance(batch, tuple) else ""
         raise ValueError(
-            "A batch must be an array of data, or a pair of data and condition; got a "
-            f"tuple of {len(batch)}. Convert it by the `prepare` of the `Trainer`."
+            "A batch must be an array of data, or a pair `(data, condition)`; got a "
+            f"{type(batch).__name__}{size}. Convert it by the `prepare` of the `Trainer`."
         )
-    return batch
+    return batch, None
 
 
 def _highest_level(dtype) -> int:

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from .._misc import check_count, check_instance
-from ._batches import Batches
+from .._misc import check_args, check_count, check_instance
+from ._batches import Augmentation, Batches, split_condition
 from ._checkpoints import Checkpoints
 from ._trainer import copy, Metrics, Trainer, TrainState
 
@@ -163,10 +163,13 @@ def fit(
     **Returns:** the state. If its `step` is less than `num_steps`, a signal stopped
     training.
 
-    **Raises:** `FloatingPointError` when the loss or its gradient is not finite. Such a
+    **Raises:** `ValueError` for conditions that the model refuses, such as labels out of
+    range: those of the first batch before it begins, and those of a step whose loss is not
+    finite. `FloatingPointError` when the loss or its gradient is not finite. Such a
     step is not saved. `OSError` if a checkpoint could not be saved.
 
-    **Warns:** if the initial parameters still make up more than a twentieth of the EMA.
+    **Warns:** if labels of the first batch stand for no class; or if the initial parameters
+    still make up more than a twentieth of the EMA.
     """
     check_instance("trainer", trainer, Trainer, "a `Trainer(loss)`")
     check_instance("state", state, TrainState, "a state from `Trainer.init`")
@@ -188,6 +191,7 @@ def fit(
                 f"with the state; got {pair!r}."
             )
         check_count("callbacks", pair[0])
+    _check_condition(trainer, state, batches, 0)
     if checkpoints is not None and checkpoints.steps:
         state = checkpoints.restore(state)
     elif int(state.step) < num_steps:
@@ -205,6 +209,7 @@ def fit(
             step, metrics = measured.pop(0)
             loss, norm = float(metrics.loss), float(metrics.gradient_norm)
             if not (math.isfinite(loss) and math.isfinite(norm)):
+                _check_condition(trainer, state, batches, step - 1)
                 raise FloatingPointError(
                     f"In step {step} the loss is {loss} and its gradient has norm {norm}. "
                     + _kept(checkpoints)
@@ -257,6 +262,23 @@ def fit(
     if done >= num_steps and first:
         _warn_of_initial(trainer, done)
     return state
+
+
+def _check_condition(trainer: Trainer, state: TrainState, batches: Batches, n: int) -> None:
+    """Let the model check the conditions of batch n, unless they are yet to be prepared."""
+    if not (trainer.prepare is None or isinstance(trainer.prepare, Augmentation)):
+        return
+    _, condition = split_condition(batches.read(n))
+    if condition is None:
+        return
+    check_args(state.model, condition)
+    none = getattr(state.model, "no_condition", None)
+    if isinstance(none, int) and (number := int(np.sum(condition == none))):
+        warnings.warn(
+            f"{number} of the {batches.batch_size} labels of a batch are {none}, which "
+            "stands for no class: classes are counted from 0.",
+            stacklevel=3,
+        )
 
 
 def _warn_of_initial(trainer: Trainer, steps: int) -> None:
