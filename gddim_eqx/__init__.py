@@ -60,6 +60,8 @@ from ._process import (
 from ._sampling import (
     adapted_grid as adapted_grid,
     AdaptedGrid as AdaptedGrid,
+    fit_solver as fit_solver,
+    FittedSolver as FittedSolver,
     generate as generate,
     Inversion as Inversion,
     invert as invert,
@@ -82,6 +84,7 @@ from ._term import (
 from .solvers import (
     ExponentialAdams as ExponentialAdams,
     GDDIM as GDDIM,
+    LearnedGDDIM as LearnedGDDIM,
     SSCS as SSCS,
 )
 

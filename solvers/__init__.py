@@ -1,5 +1,6 @@
 from ._exponential_adams import ExponentialAdams as ExponentialAdams
 from ._gddim import GDDIM as GDDIM
+from ._learned import LearnedGDDIM as LearnedGDDIM
 from ._sscs import SSCS as SSCS
 
 

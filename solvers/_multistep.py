@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from gddim_eqx._custom_types import (
     Args,
@@ -195,6 +195,10 @@ class AbstractExponentialMultistep(
         history = history.push(nodes, c, s == t, t1, base, residual)
         return y1, y_error, dense_info, history, dfx.RESULTS.successful
 
+    def coordinates(self, nodes: Nodes) -> tuple[Array, Array]:
+        """The nodes in the coordinate of the step, and in that of the previous step."""
+        return nodes.coordinate, nodes.coordinate
+
     def _integrate(self, equation, s, t, lam) -> StepCoefficients:
         return self.splitting.integrate(
             equation,
@@ -212,7 +216,8 @@ class AbstractExponentialMultistep(
         """For each node, the polynomials of the previous step's corrector, of the
         predictor, and of the error estimate."""
         number = self._num_moments_in_time
-        x = scaled(nodes.coordinate, c.start, c.end)
+        coordinate, last_coordinate = self.coordinates(nodes)
+        x = scaled(coordinate, c.start, c.end)
         # The error estimate uses polynomials in time: in a coordinate that slows down, it
         # would be too small for large steps.
         times = scaled(nodes.times, nodes.times[0], c.t)
@@ -223,7 +228,7 @@ class AbstractExponentialMultistep(
         cases = [(x, valid)]
         cases += [(times, nodes.valid(number)), (times, narrower)]
         if last is not None:
-            x = scaled(nodes.coordinate, last.start, nodes.coordinate[0])
+            x = scaled(last_coordinate, last.start, last_coordinate[0])
             cases.append((x, nodes.valid(self.correction.num_older + 1)))
         # Batched, so that they are compiled once.
         every = lagrange(*(jnp.stack(x) for x in zip(*cases)))

@@ -1,8 +1,10 @@
 from .coordinate import (
     AbstractCoordinate as AbstractCoordinate,
+    Clock as Clock,
     CoordinateName as CoordinateName,
     COORDINATES as COORDINATES,
     scaled as scaled,
+    slowing as slowing,
 )
 from .interpolation import Exponential as Exponential, interpolation as interpolation
 from .polynomial import integral as integral, lagrange as lagrange, weights as weights

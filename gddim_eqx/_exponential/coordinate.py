@@ -97,8 +97,12 @@ class Clock(AbstractCoordinate):
     uses_log_snr: ClassVar[bool] = True
 
     def __call__(self, process, t, log_snr, forward):
-        rate = jnp.where(forward, self.rate, -self.rate).astype(t.dtype)
-        return jnp.exp(rate * clock(process, t, log_snr))
+        return slowing(process, t, log_snr, forward, self.rate)
+
+
+def slowing(process, t, log_snr, forward, rate):
+    rate = jnp.where(forward, rate, -rate).astype(t.dtype)
+    return jnp.exp(rate * clock(process, t, log_snr))
 
 
 CoordinateName = Literal["time", "sqrt", "log", "log_snr", "clock"]

@@ -1,0 +1,263 @@
+from collections.abc import Callable
+from typing import ClassVar
+
+import diffrax as dfx
+import equinox as eqx
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int, Real
+
+from gddim_eqx._custom_types import RealScalarLike
+from gddim_eqx._exponential import (
+    AbstractCoordinate,
+    AbstractSplitting,
+    Clock,
+    interpolation,
+    slowing,
+)
+from gddim_eqx._linear import coefficient_dtype
+from gddim_eqx._misc import error_if_any
+from gddim_eqx._process import AbstractProcess, require_process
+from gddim_eqx._term import ProbabilityFlow, real_time
+
+from ._corrector import AbstractCorrector
+from ._gddim import GDDIM
+from ._history import History, Nodes
+from ._multistep import AbstractExponentialMultistep, Problem
+from ._predictor import AbstractPredictor
+
+
+class LearnedGDDIM(dfx.AbstractSolver[History]):
+    r"""[`gddim_eqx.GDDIM`][] on a fixed time grid, with learned corrections for each step.
+    From [`gddim_eqx.fit_solver`][].
+
+    A step of an exponential multistep method adds $\sum_{ij} A_{ij} M_i U_j$ to the state,
+    with the moments $M_i$ and the coefficients $A_{ij}$ of the Lagrange polynomials. To
+    the coefficients of the first two moments this adds corrections, whose sum over the
+    nodes is subtracted. So it is always zero: whatever the corrections are, every step is
+    exact if the data are a single point. With all parameters zero, this is `solver`.
+
+    It needs the times `ts`: pass `stepsize_controller=diffrax.StepTo(solver.ts)`.
+    [`gddim_eqx.sample`][] does so by default.
+
+    ??? cite "Reference"
+
+        Additive corrections: A. Frolov et al., *GAS: Improving Discretization of Diffusion
+        ODEs via Generalized Adversarial Solver*, ICLR 2026.
+    """
+
+    solver: GDDIM
+    process: AbstractProcess
+    ts: Real[Array, " times"]
+    predictor: Float[Array, "steps nodes powers"]
+    corrector: Float[Array, "steps older powers"]
+    log_rates: Float[Array, " steps"]
+    shifts: Float[Array, " steps"]
+
+    term_structure: ClassVar = dfx.AbstractTerm
+    interpolation_cls: ClassVar[Callable[..., dfx.AbstractLocalInterpolation]] = (
+        staticmethod(interpolation)
+    )
+
+    def __init__(
+        self,
+        solver: GDDIM,
+        process: AbstractProcess,
+        ts: Real[Array, " times"],
+        predictor: Float[Array, "steps nodes powers"] | None = None,
+        corrector: Float[Array, "steps older powers"] | None = None,
+        log_rates: Float[Array, " steps"] | None = None,
+        shifts: Float[Array, " steps"] | None = None,
+    ):
+        """**Arguments:**
+
+        - `solver`: what is corrected, without `reevaluate`.
+        - `process`: the forward process.
+        - `ts`: the times.
+        - `predictor`: for each step and node, the newest first, the corrections of the
+            predictor's coefficients of the zeroth and first moment, before their mean over
+            the nodes is subtracted.
+        - `corrector`: the same for the corrector at the end of each step, where its newest
+            node is. That of the last step is not used.
+        - `log_rates`: for each step, the logarithm of the factor that multiplies the rate
+            of the interpolation coordinate. Empty unless that is `"clock"`.
+        - `shifts`: for each step, the logarithm of the factor that multiplies the time the
+            model is given.
+
+        All corrections are zero by default.
+
+        **Raises:** `ValueError` for a solver that cannot be corrected, or arrays of other
+        shapes.
+        """
+        if not isinstance(solver, GDDIM):
+            raise ValueError(f"`solver` must be a `GDDIM()`; got {solver!r}.")
+        if solver.reevaluate:
+            raise ValueError("Corrections are learned without `reevaluate`.")
+        require_process(process)
+        self.solver, self.process = solver, process
+        self.ts = jnp.asarray(ts)
+        steps, dtype = self.ts.shape[0] - 1, self.ts.dtype
+        older = solver.correction.num_older
+        shapes = {
+            "predictor": (steps, solver.num_nodes, 2),
+            "corrector": (steps, older + 1 if older else 0, 2),
+            "log_rates": (steps if isinstance(solver.coordinate, Clock) else 0,),
+            "shifts": (steps,),
+        }
+        given = dict(zip(shapes, (predictor, corrector, log_rates, shifts)))
+        for name, shape in shapes.items():
+            value = given[name]
+            value = jnp.zeros(shape, dtype) if value is None else jnp.asarray(value)
+            if value.shape != shape:
+                raise ValueError(
+                    f"`{name}` must have shape {shape} for this solver and {steps} steps; "
+                    f"got {value.shape}."
+                )
+            setattr(self, name, value)
+
+    def order(self, terms):
+        return 1
+
+    def strong_order(self, terms):
+        return 1
+
+    def init(self, terms, t0, t1, y0, args) -> History:
+        self._check(terms, y0)
+        return self.solver.init(terms, t0, t1, y0, args)
+
+    def _check(self, terms, y) -> Problem:
+        problem = self.solver.unwrap(terms, y)
+        if problem.equation != self.process:
+            raise ValueError(
+                f"This solver was learned for {self.process}; got {problem.equation}."
+            )
+        if problem.lam is not None:
+            raise ValueError(
+                "Learned solvers minimise the distance to the endpoint of the probability "
+                "flow; got a reverse diffusion, whose endpoint depends on the noise of "
+                "every step. Use `GDDIM()`."
+            )
+        return problem
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        problem = self._check(terms, y0)
+        dtype, t_end = coefficient_dtype(y0), self.process.t_end
+        s, t = (real_time(t_end, x, problem.direction, dtype) for x in (t0, t1))
+        ts = self.ts.astype(dtype)
+        index = jnp.argmin(jnp.abs(ts[:-1] - s))
+        near = lambda a, b: jnp.abs(a - b) <= 8 * jnp.finfo(dtype).eps * ts.max()
+        right = near(ts[index], s) & near(ts[index + 1], t)
+        fault = (
+            ~right & (s != t),
+            "A learned solver was asked for a step between other times than its own. Solve "
+            "with `t0=solver.ts[0], t1=solver.ts[-1]` and "
+            "`stepsize_controller=diffrax.StepTo(solver.ts)`.",
+        )
+        index = error_if_any(index, [fault])
+        args = args, solver_state, made_jump
+        return self._at(index, dtype).step(terms, t0, t1, y0, *args)
+
+    def _at(self, index: Int[Array, ""], dtype) -> "_Step":
+        pick = lambda x, i: lax.dynamic_index_in_dim(x, i, keepdims=False).astype(dtype)
+        base, before = self.solver, jnp.maximum(index - 1, 0)
+        coordinate, correction, rates = base.coordinate, base.correction, None
+        if isinstance(coordinate, Clock):
+            rates = coordinate.rate * jnp.exp(self.log_rates.astype(dtype))
+            coordinate = _Clock(pick(rates, index))
+        if correction.num_older:
+            change = pick(self.corrector, before)
+            correction = _Corrector(correction.num_older, change)
+        return _Step(
+            solver=base,
+            splitting=base.splitting,
+            coordinate=coordinate,
+            predictor=_Predictor(base.num_nodes, pick(self.predictor, index)),
+            correction=correction,
+            rates=rates,
+            index=index,
+            shift=pick(self.shifts, index),
+        )
+
+    def func(self, terms, t0, y0, args):
+        return terms.vf(t0, y0, args)
+
+
+class _Clock(AbstractCoordinate):
+    """The coordinate `"clock"` at another rate."""
+
+    rate: Array
+    uses_log_snr: ClassVar[bool] = True
+
+    def __call__(self, process, t, log_snr, forward):
+        return slowing(process, t, log_snr, forward, self.rate)
+
+
+def _corrected(polynomials, change, nodes: Nodes, number: int):
+    """Polynomials with corrections of the constant and linear coefficients, whose sum over
+    the nodes is zero."""
+    valid = nodes.valid(number)[:, None]
+    change = jnp.where(valid, change[jnp.clip(nodes.age, 0, number - 1)], 0)
+    change = jnp.where(valid, change - change.sum(0, keepdims=True) / valid.sum(), 0)
+    powers = min(2, polynomials.shape[1])
+    return polynomials.at[:, :powers].add(change[:, :powers])
+
+
+class _Predictor(AbstractPredictor):
+    num_nodes: int = eqx.field(static=True)
+    change: Float[Array, "nodes powers"]
+
+    def __call__(self, polynomials, nodes):
+        return _corrected(polynomials, self.change, nodes, self.num_nodes)
+
+
+class _Corrector(AbstractCorrector):
+    num_older: int = eqx.field(static=True)
+    change: Float[Array, "older powers"]
+    reevaluates: ClassVar[bool] = False
+
+    def __call__(self, polynomials, nodes):
+        return _corrected(polynomials, self.change, nodes, self.num_older + 1)
+
+
+class _Shifted(eqx.Module):
+    model: Callable
+    process: AbstractProcess
+    shift: Array
+
+    def __call__(self, t, u, args):
+        t = jnp.minimum(t * jnp.exp(self.shift).astype(t.dtype), self.process.t_end)
+        return self.model(t, u, args)
+
+
+class _Step(AbstractExponentialMultistep):
+    """One step of a learned solver."""
+
+    solver: GDDIM
+    splitting: AbstractSplitting
+    coordinate: AbstractCoordinate
+    predictor: AbstractPredictor
+    correction: AbstractCorrector
+    rates: Float[Array, " steps"] | None
+    index: Int[Array, ""]
+    shift: Array
+
+    term_structure: ClassVar = dfx.AbstractTerm
+
+    def unwrap(self, terms, y) -> Problem:
+        problem = self.solver.unwrap(terms, y)
+        flow, process = problem.term, problem.equation
+        model = _Shifted(flow.model, process, self.shift)
+        flow = ProbabilityFlow(process, model, flow.predicts, flow.factor)
+        return problem._replace(term=flow)
+
+    def coordinates(self, nodes: Nodes):
+        if self.rates is None:
+            return super().coordinates(nodes)
+        own = self.rates[jnp.clip(self.index - nodes.age, 0)]
+
+        def at_rate(rate: RealScalarLike):
+            ratio = rate / own
+            return jnp.where(ratio == 1, nodes.coordinate, nodes.coordinate**ratio)
+
+        before = jnp.maximum(self.index - 1, 0)
+        return at_rate(self.rates[self.index]), at_rate(self.rates[before])
