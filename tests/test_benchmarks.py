@@ -11,7 +11,13 @@ import pytest
 
 
 _directory = pathlib.Path(__file__).parents[1] / "benchmarks"
-_with_output = {"fashion_mnist", "paper_tables", "semilinear", "work_precision"}
+_with_output = {
+    "fashion_mnist",
+    "fashion_mnist_classes",
+    "paper_tables",
+    "semilinear",
+    "work_precision",
+}
 
 # All in one process, as it takes seconds to start. Output is captured by the descriptor, as
 # some of them start processes of their own.
