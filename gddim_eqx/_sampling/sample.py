@@ -20,7 +20,7 @@ from .._misc import as_level, check_args, check_count, check_instance, check_key
 from .._process import AbstractProcess, as_grid, log_snr_at_start
 from .._sharding import Placement
 from .._term import ProbabilityFlow, reverse_sde, takes_flow
-from ..solvers import GDDIM
+from ..solvers import GDDIM, LearnedGDDIM
 from .grid import time_grid
 from .solve import check_solver, last, solve
 
@@ -114,7 +114,7 @@ def sample(
     - `key`: a random key.
     - `number`: the number of samples.
     - `num_steps`: the number of steps of the default grid; 50 if neither this nor `ts`
-        is given.
+        is given, unless the solver was learned, and has times.
     - `solver`: any Diffrax solver for ordinary differential equations, or for stochastic
         ones if `lam` is not 0; [`gddim_eqx.GDDIM`][] by default.
     - `lam`: the stochasticity: 0 for the probability flow, else a number or a function of
@@ -162,6 +162,8 @@ def sample(
     check_instance("progress_meter", progress_meter, dfx.AbstractProgressMeter, wanted)
     if denoise not in (None, "drift", "exact"):
         raise ValueError(f"`denoise` must be None, 'drift' or 'exact'; got {denoise!r}.")
+    if isinstance(solver, LearnedGDDIM) and ts is None and num_steps is None:
+        ts = solver.ts
     if ts is None:
         ts = time_grid(process, 50 if num_steps is None else num_steps)
     elif num_steps is not None:

@@ -30,6 +30,7 @@ from .._process import (
 )
 from .._term import ProbabilityFlow
 from ..nn import DiT, ImageClassifier, NCSNpp, NetworkModel, TimeMLP
+from ..solvers import GDDIM, LearnedGDDIM
 
 
 # What a file can describe. Each class stores the arguments of its `__init__` under their
@@ -41,8 +42,11 @@ _classes: dict[str, type[eqx.Module]] = {
         *(RectifiedFlow, SubVP, TrigonometricFlow, VE, VP),
         *(LinearSchedule, CosineSchedule),
         *(DiT, ImageClassifier, NCSNpp, TimeMLP, NetworkModel, ProbabilityFlow),
+        *(GDDIM, LearnedGDDIM),
     )
 }
+# Keys; and the order of `GDDIM`, which `num_nodes` stores.
+_not_stored = ("key", "order")
 # Former names, in older files.
 _classes |= {"Linear": LinearSchedule, "CosineSquared": CosineSchedule}
 
@@ -51,7 +55,8 @@ def describe(value: Any) -> Any:
     """A value as JSON: for a module, its class and arguments; for a class that is not the
     library's, only its name."""
     if type(value) in _classes.values():
-        names = [n for n in inspect.signature(type(value)).parameters if n != "key"]
+        names = inspect.signature(type(value)).parameters
+        names = [n for n in names if n not in _not_stored]
         arguments = {name: describe(getattr(value, name)) for name in names}
         return {"class": type(value).__name__, "arguments": arguments}
     if isinstance(value, tuple | list):
