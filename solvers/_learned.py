@@ -144,7 +144,7 @@ class LearnedGDDIM(dfx.AbstractSolver[History]):
         dtype, t_end = coefficient_dtype(y0), self.process.t_end
         s, t = (real_time(t_end, x, problem.direction, dtype) for x in (t0, t1))
         ts = self.ts.astype(dtype)
-        index = jnp.argmin(jnp.abs(ts[:-1] - s))
+        index = jnp.argmin(jnp.abs(ts[:-1] - s)).astype(jnp.int32)
         near = lambda a, b: jnp.abs(a - b) <= 8 * jnp.finfo(dtype).eps * ts.max()
         right = near(ts[index], s) & near(ts[index + 1], t)
         fault = (

@@ -371,10 +371,7 @@ def _rewritten(path, change):
     [
         (lambda h, a: h.update(version=2), "version 2 of the format.*Update"),
         (lambda h, a: h.update(format="x"), "was not written by"),
-        (
-            lambda h, a: h["model"].update({"class": "UViT"}),
-            "a UViT, which this.*Update",
-        ),
+        (lambda h, a: h["model"].update({"class": "UViT"}), "a UViT, which this.*Update"),
         (lambda h, a: h["model"]["arguments"].update(x=1), r"arguments \['x'\] of TimeMLP"),
         (lambda h, a: a.pop(".first.bias"), "no array .first.bias, which"),
         (lambda h, a: a.update(more=np.zeros(2)), "an array more, which has no place"),

@@ -1,0 +1,227 @@
+"""Learned solvers with few evaluations, against `GDDIM()` on its default grid.
+
+For each case a solver is learned from pilots by `fit_solver`: its times only, and times,
+weights and rates. On fresh noise, the distance to the endpoint of the exact flow, RMS per
+coordinate, divided by that of `GDDIM()` with as many evaluations: the geometric mean over
+samples, the median, and the root mean square. Cases: eight Gaussians on a ring under CLD
+(128 pilots, 512 samples); a mixture around 500 images, whose scores are exact, under VP,
+CLD and BDM (64, 64); and the included networks (64, 64).
+
+    python benchmarks/learned_solvers.py
+    python benchmarks/learned_solvers.py --cases "CLD ring" --steps 5
+    python benchmarks/learned_solvers.py --fid    # of the included learned solvers
+    python benchmarks/learned_solvers.py --learn  # them anew
+    python benchmarks/learned_solvers.py --quick  # only to see that it runs
+
+Writes a table and a picture. Needs Debian's package `dataset-fashion-mnist`, but for the
+ring and the networks.
+"""
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+
+jax.config.update("jax_enable_x64", True)
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import matplotlib
+import numpy as np
+
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+
+import gddim_eqx as gd
+
+
+_here = Path(__file__).resolve().parent
+
+
+class Case(NamedTuple):
+    flow: gd.ProbabilityFlow
+    dtype: Any
+    pilots: int
+    samples: int
+    iterations: int
+
+
+def _mixture(process: type, mixture: gd.GaussianMixture) -> gd.ProbabilityFlow:
+    made = process(mixture.means.shape[1:])
+    return gd.ProbabilityFlow(made, mixture.model(made))
+
+
+def ring() -> gd.GaussianMixture:
+    angle = np.pi / 4 * np.arange(8)
+    return gd.GaussianMixture(np.stack([np.cos(angle), np.sin(angle)], -1), 0.05)
+
+
+def images() -> gd.GaussianMixture:
+    return gd.GaussianMixture(gd.datasets.fashion_mnist()[:500] / 127.5 - 1, 0.02)
+
+
+def _network(name: Any) -> gd.ProbabilityFlow:
+    return gd.checkpoints.pretrained(name)
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "CLD ring": lambda: Case(_mixture(gd.CLD, ring()), jnp.float64, 128, 512, 400),
+    "VP images": lambda: Case(_mixture(gd.VP, images()), jnp.float64, 64, 64, 200),
+    "BDM images": lambda: Case(_mixture(gd.BDM, images()), jnp.float64, 64, 64, 200),
+    "CLD images": lambda: Case(_mixture(gd.CLD, images()), jnp.float64, 64, 64, 200),
+    "VP network": lambda: Case(_network("fashion-mnist-vp"), jnp.float32, 64, 64, 100),
+    "CLD network": lambda: Case(_network("fashion-mnist-cld"), jnp.float32, 64, 64, 100),
+    "BDM network": lambda: Case(_network("fashion-mnist-bdm"), jnp.float32, 64, 64, 100),
+}
+
+
+class Errors:
+    """Distances to the exact flow, on fresh noise."""
+
+    def __init__(self, case: Case):
+        process = case.flow.process
+        self.flow = case.flow
+        self.u = process.prior(jr.key(0), (case.samples,), case.dtype)
+        self.exact = self.run(gd.GDDIM(), gd.time_grid(process, 400, dtype=case.dtype))
+
+    def run(self, solver, ts):
+        return _run(self.flow, self.u, solver, ts)
+
+    def __call__(self, solver, ts) -> np.ndarray:
+        """Median, geometric mean and root mean square."""
+        x = self.run(solver, ts)
+        square = ((x - self.exact) ** 2).mean(tuple(range(1, x.ndim)))
+        distance = np.sqrt(np.asarray(square, np.float64))
+        rms = (distance**2).mean() ** 0.5
+        return np.array([np.median(distance), np.exp(np.log(distance).mean()), rms])
+
+
+@eqx.filter_jit
+def _run(flow, u, solver, ts):
+    return gd.generate(flow, u, solver=solver, ts=ts)
+
+
+def measure(name: str, case: Case, steps: int) -> list[dict[str, Any]]:
+    """The errors of four solvers, in this case and with so many steps."""
+    process, errors = case.flow.process, Errors(case)
+    grid = lambda *args: gd.time_grid(process, steps, *args, dtype=case.dtype)
+    pilots = process.prior(jr.key(9), (case.pilots,), case.dtype)
+
+    def learned(*learn: Any):
+        start = time.perf_counter()
+        fitted = gd.fit_solver(
+            case.flow,
+            pilots,
+            steps,
+            learn=learn,
+            num_iterations=case.iterations,
+            progress=False,
+        )
+        return fitted.solver, fitted.ts, time.perf_counter() - start
+
+    solvers = {
+        "default": (gd.GDDIM(), grid(), 0.0),
+        "paper": (gd.GDDIM(3, "noise"), grid("quadratic"), 0.0),
+        "times": learned("times"),
+        "all": learned("times", "weights", "rate"),
+    }
+    found = []
+    for kind, (solver, ts, seconds) in solvers.items():
+        median, mean, rms = errors(solver, ts)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        numbers = dict(median=median, mean=mean, rms=rms, seconds=seconds, peak=peak)
+        found.append(dict(case=name, steps=steps, solver=kind, **numbers))
+    base = found[0]
+    ratios = [
+        "{} {:.3f} ({:.3f}, {:.3f})".format(
+            r["solver"], *(r[k] / base[k] for k in ("mean", "median", "rms"))
+        )
+        for r in found[1:]
+    ]
+    last = found[-1]
+    text = f"median of all {last['median']:.1e}; {last['seconds']:.0f} s"
+    print(f"{name}, {steps}: {'; '.join(ratios)}; {text}, {last['peak']:.1f} GiB")
+    return found
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    steps = sorted({r["steps"] for r in results})
+    lines = ["| case | solver | " + " | ".join(map(str, steps)) + " |"]
+    lines.append("| --- | --- |" + " --- |" * len(steps))
+    value = {(r["case"], r["solver"], r["steps"]): r for r in results}
+    for case in dict.fromkeys(r["case"] for r in results):
+        for solver in ("paper", "times", "all"):
+            row = []
+            for n in steps:
+                if (case, solver, n) not in value:
+                    row.append("")
+                    continue
+                own, base = value[case, solver, n], value[case, "default", n]
+                ratios = (own[k] / base[k] for k in ("mean", "median", "rms"))
+                row.append("{:.2g} ({:.2g}, {:.2g})".format(*ratios))
+            lines.append(f"| {case} | {solver} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    names = list(dict.fromkeys(r["case"] for r in results))
+    figure, axes = plt.subplots(
+        1,
+        len(names),
+        figsize=(2.4 * len(names) + 1, 3),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, name in zip(axes[0], names):
+        for kind in ("paper", "default", "times", "all"):
+            own = [r for r in results if (r["case"], r["solver"]) == (name, kind)]
+            own.sort(key=lambda r: r["steps"])
+            x, y = [r["steps"] for r in own], [r["mean"] for r in own]
+            axis.plot(x, y, marker=".", label=kind)
+        axis.set(title=name, yscale="log", xticks=x, xlabel="evaluations")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("distance to the exact flow")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--steps", nargs="+", type=int, default=[5, 8, 10])
+    parser.add_argument("--output", type=Path, default=_here / "learned_solvers")
+    parser.add_argument("--quick", action="store_true", help="only check that it runs")
+    arguments = parser.parse_args()
+    cases = {name: CASES[name] for name in arguments.cases}
+    if arguments.quick:
+        make = lambda: Case(_mixture(gd.VP, ring()), jnp.float64, 9, 8, 3)
+        cases, arguments.steps = {"VP ring": make}, [3]
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    path, results = arguments.output / "results.json", []
+    if path.exists():
+        results = json.loads(path.read_text())
+    for name, make in cases.items():
+        case = make()
+        for steps in arguments.steps:
+            rest = [r for r in results if (r["case"], r["steps"]) != (name, steps)]
+            results = rest + measure(name, case, steps)
+            path.write_text(json.dumps(results, indent=1))
+        jax.clear_caches()
+    text = table(results)
+    (arguments.output / "table.md").write_text(text + "\n")
+    draw(results, arguments.output / "errors.png")
+    print(f"\nGeometric mean (median, RMS) of the error, divided by GDDIM()'s\n\n{text}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""Solvers with learned corrections, and how they are learned."""
+
+from typing import Any
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+import gddim_eqx as gd
+
+from .helpers import (
+    max_difference,
+    mixture_for,
+    prior_state,
+    processes,
+    slow,
+    step_through,
+)
+
+
+_solvers = {
+    "default": gd.GDDIM(),
+    **{f"order {n}": gd.GDDIM(n) for n in (1, 2, 3)},
+    "noise": gd.GDDIM(3, "noise"),
+    "time": gd.GDDIM(3, variable="time"),
+}
+
+
+def _flow(process, scale=0.3):
+    return gd.ProbabilityFlow(process, mixture_for(process, scale=scale).model(process))
+
+
+def _learned(process, solver=gd.GDDIM(), steps=4, seed=None, size=1.0, **options):
+    """With random corrections, for a seed."""
+    ts = gd.time_grid(process, steps, **options)
+    made = gd.LearnedGDDIM(solver, process, ts)
+    if seed is None:
+        return made
+    where = lambda s: (s.predictor, s.corrector, s.log_rates)
+    rng = np.random.default_rng(seed)
+    draw = lambda x: jnp.asarray(size * rng.normal(size=x.shape), x.dtype)
+    weights, more, rates = map(draw, where(made))
+    return eqx.tree_at(where, made, (weights, more, 0.3 * rates))
+
+
+@eqx.filter_jit
+def _run(flow, solver, ts, u, args=None):
+    return gd.generate(flow, u, solver=solver, ts=ts, args=args)
+
+
+@pytest.mark.parametrize("solver", _solvers)
+@pytest.mark.parametrize("name", ["vp", "cld", *slow(("bdm",), ("ve",))])
+def test_without_corrections_it_is_the_solver_bit_for_bit(name, solver):
+    process = processes[name[0] if isinstance(name, tuple) else name]()
+    flow, u = _flow(process), prior_state(process, (3,))
+    learned = _learned(process, _solvers[solver])
+    for ts in (learned.ts, learned.ts[::-1]):
+        if ts[0] < ts[-1] and solver == "noise":
+            continue
+        learned = gd.LearnedGDDIM(_solvers[solver], process, ts)
+        expected = _run(flow, _solvers[solver], ts, u)
+        np.testing.assert_array_equal(_run(flow, learned, ts, u), expected)
+
+
+_one_point = np.random.default_rng(2)
+
+
+@pytest.mark.parametrize("solver", _solvers)
+@pytest.mark.parametrize("name", sorted(processes))
+@settings(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 10_000), size=st.sampled_from([0.1, 1.0]))
+def test_data_from_one_point_stay_exact_whatever_was_learned(name, solver, seed, size):
+    process = processes[name]()
+    x = jnp.asarray(np.random.default_rng(2).normal(size=process.shape), float)
+    flow = gd.ProbabilityFlow(process, gd.GaussianMixture(x[None], 0.0).model(process))
+    u = prior_state(process, (2,))
+    learned = _learned(process, _solvers[solver], seed=seed, size=size)
+    expected = _run(flow, _solvers[solver], learned.ts, u)
+    tolerance = 1e-11 if jax.config.read("jax_enable_x64") else 1e-4
+    assert max_difference(_run(flow, learned, learned.ts, u), expected) < tolerance
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("name", ["vp", "cld"])
+def test_a_step_is_what_its_formula_says(name):
+    # The second step of order 2 in data space, from the coefficients of GDDIM.
+    process = processes[name]()
+    flow, u = _flow(process), prior_state(process, (2,))
+    solver = gd.GDDIM(2, corrector=0)
+    learned = _learned(process, solver, steps=2)
+    change = jnp.array([[0.0, 0.0], [0.0, 0.0]]), jnp.array([[0.3, -0.2], [0.1, 0.4]])
+    learned = eqx.tree_at(lambda s: s.predictor, learned, jnp.stack(change))
+    got, plain = (_run(flow, s, learned.ts, u) for s in (learned, solver))
+    # Half the difference of the corrections, times the moments, times the difference of
+    # the data predictions.
+    half = (change[1][0] - change[1][1]) / 2
+    c = solver.splitting.integrate(process, *learned.ts[1:], 2, solver.coordinate)
+    moment = gd.BlockLinearOperator(
+        half[0] * c.moments[0] + half[1] * c.moments[1], process.shape
+    )
+    first = flow.denoised(learned.ts[0], u, None)
+    # The state after the first step, in which corrections have no effect.
+    middle = step_through(flow, solver, learned.ts[:2], u)
+    second = flow.denoised(learned.ts[1], middle, None)
+    shift = moment.mv(jax.tree.map(lambda a, b: a - b, second, first))
+    np.testing.assert_allclose(got - plain, process.decode(shift), atol=1e-12)
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("name", ["vp", *slow("cld")])
+def test_derivatives_are_those_of_finite_differences(name):
+    process = processes[name]()
+    flow, u = _flow(process), prior_state(process, (2,))
+    start = _learned(process, seed=0, size=0.1)
+
+    @jax.jit
+    def total(predictor, corrector, log_rates, shifts):
+        solver = gd.LearnedGDDIM(
+            start.solver, process, start.ts, predictor, corrector, log_rates, shifts
+        )
+        return (gd.generate(flow, u, solver=solver, ts=start.ts) ** 2).sum()
+
+    values = start.predictor, start.corrector, start.log_rates, start.shifts
+    directions = [jr.normal(jr.key(i), x.shape) for i, x in enumerate(values)]
+    for i, direction in enumerate(directions):
+        at = lambda h, i=i, d=direction: total(
+            *(x + h * d if j == i else x for j, x in enumerate(values))
+        )
+        slope = jax.grad(at)(0.0)
+        np.testing.assert_allclose(slope, (at(1e-5) - at(-1e-5)) / 2e-5, rtol=1e-6)
+        assert abs(slope) > 1e-6
+
+
+def test_jit_vmap_dense_output_and_sample():
+    process = processes["vp"]()
+    flow, solver = _flow(process), _learned(process, seed=1, size=0.1)
+    u = prior_state(process, (4,))
+
+    def solve(u, saveat=dfx.SaveAt(t1=True)):
+        return dfx.diffeqsolve(
+            flow,
+            solver,
+            solver.ts[0],
+            solver.ts[-1],
+            None,
+            u,
+            stepsize_controller=dfx.StepTo(solver.ts),
+            saveat=saveat,
+        )
+
+    whole = solve(u).ys[-1]
+    one_by_one = jax.jit(jax.vmap(lambda u: solve(u).ys[-1]))(u)
+    np.testing.assert_allclose(one_by_one, whole, atol=1e-5)
+    dense = solve(u, dfx.SaveAt(dense=True))
+    np.testing.assert_allclose(dense.evaluate(solver.ts[-1]), whole, atol=1e-6)
+    middle = 0.5 * (solver.ts[1] + solver.ts[2])
+    assert jnp.isfinite(dense.evaluate(middle)).all()
+    # Its times are the default.
+    x, evaluations = gd.sample(flow, jr.key(0), 8, solver=solver)
+    assert evaluations == 4
+    again = gd.sample(flow, jr.key(0), 8, solver=solver, ts=solver.ts).x
+    np.testing.assert_array_equal(x, again)
+    sharded = gd.sample(flow, jr.key(0), 8, solver=solver, placement=gd.Placement()).x
+    np.testing.assert_allclose(sharded, x, atol=1e-5)
+
+
+def test_it_is_saved_alone_and_with_its_model(tmp_path):
+    process = gd.CLD((2,))
+    solver = _learned(process, seed=1, size=0.1)
+    gd.checkpoints.save(tmp_path / "solver.npz", solver)
+    assert eqx.tree_equal(gd.checkpoints.load(tmp_path / "solver.npz"), solver)
+    network = gd.nn.TimeMLP(4, width=8, depth=1, key=jr.key(0))
+    flow = gd.ProbabilityFlow(process, gd.nn.NetworkModel(process, network))
+    gd.checkpoints.save(tmp_path / "both.npz", (flow, solver))
+    loaded = gd.checkpoints.load(tmp_path / "both.npz")
+    assert eqx.tree_equal(loaded, (flow, solver))
+
+
+# Learning
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("name", ["cld", *slow("vp")])
+def test_other_samples_are_more_accurate(name):
+    process = processes[name]()
+    angle = np.pi / 4 * np.arange(8)
+    ring = gd.GaussianMixture(np.stack([np.cos(angle), np.sin(angle)], -1), 0.05)
+    process = type(process)((2,))
+    flow = gd.ProbabilityFlow(process, ring.model(process))
+    draw = lambda seed, number: process.prior(jr.key(seed), (number,))
+    fitted = gd.fit_solver(flow, draw(1, 64), 5, num_iterations=60, progress=False)
+    assert isinstance(fitted.solver, gd.LearnedGDDIM) and fitted.ts.shape == (6,)
+    assert fitted.ts[0] == process.t_max and fitted.ts[-1] == process.t_min
+    assert fitted.error < 0.3 * fitted.error_before
+    assert fitted.held_back_error < 0.3 * fitted.held_back_error_before
+    u = draw(0, 128)
+    exact = _run(flow, gd.GDDIM(), gd.time_grid(process, 300), u)
+
+    def error(solver, ts):
+        square = ((_run(flow, solver, ts, u) - exact) ** 2).mean(-1)
+        return np.exp(0.5 * np.log(square).mean()), square.mean() ** 0.5
+
+    before = error(gd.GDDIM(), gd.time_grid(process, 5))
+    after = error(fitted.solver, fitted.ts)
+    assert after[0] < 0.35 * before[0] and after[1] < before[1]
+
+
+@pytest.mark.float32
+def test_pilots_in_parts_with_conditions_and_features():
+    process = gd.VP((2,))
+    means = jnp.array([[-1.0, 0.0], [1.0, 0.5]])
+
+    def model(t, u, args):
+        parts = [gd.GaussianMixture(m[None], 0.2).model(process)(t, u, None) for m in means]
+        return jnp.where(args[..., None] == 0, *parts)
+
+    flow = gd.ProbabilityFlow(process, model)
+    u = process.prior(jr.key(0), (12,))
+    labels = jnp.arange(12) % 2
+    fit = lambda **options: gd.fit_solver(
+        flow, u, 3, num_iterations=4, progress=False, args=labels, **options
+    )
+    whole, parts = fit(), fit(batch_size=3)
+    assert whole.error_before == pytest.approx(parts.error_before, rel=1e-4)
+    # The objective of a part has its own root mean square.
+    assert parts.error == pytest.approx(whole.error, rel=0.2)
+    twice = fit(features=lambda x: 2 * x)
+    assert twice.error_before == pytest.approx(2 * whole.error_before, rel=1e-4)
+    only = fit(learn=("times",))
+    assert isinstance(only.solver, gd.GDDIM)
+
+
+_u = np.ones((9, 2), np.float32)
+# Arguments are wrong on purpose.
+_fit: Any = gd.fit_solver
+_make: Any = gd.LearnedGDDIM
+
+
+@pytest.mark.parametrize(
+    "case, message",
+    [
+        (lambda f, s: _fit(f, _u[:7], 3), "at least 8 pilots.*got 7"),
+        (lambda f, s: _fit(f, np.nan * _u, 3), "`u` are not finite"),
+        (lambda f, s: _fit(f, _u[:, :1], 3), "The states `u` must be"),
+        (lambda f, s: _fit(f, _u[None], 3), "one batch axis"),
+        (lambda f, s: _fit(f, _u, 0), "`num_steps` must be a positive"),
+        (lambda f, s: _fit(f, _u, 3, dfx.Heun()), "use `adapted_grid`"),
+        (lambda f, s: _fit(f, _u, 3, learn=("time",)), r"got \('time',\)"),
+        (
+            lambda f, s: _fit(f, _u, 3, gd.GDDIM(variable="time")),
+            "'rate' is that of the coordinate 'clock'",
+        ),
+        (lambda f, s: _fit(f, _u, 3, args=np.ones(4)), "one entry per sample"),
+        (lambda f, s: _fit(f, _u, 3, num_iterations=0), "`num_iterations`"),
+        (lambda f, s: _fit(f, _u, 3, features=3), "`features` must be callable"),
+        (lambda f, s: _make(gd.SSCS(), f.process, s.ts), "must be a `GDDIM"),
+        (
+            lambda f, s: _make(gd.GDDIM(reevaluate=True), f.process, s.ts),
+            "without `reevaluate`",
+        ),
+        (
+            lambda f, s: _make(s.solver, f.process, s.ts, s.predictor[1:]),
+            r"`predictor` must have shape \(4, 4, 2\)",
+        ),
+        (
+            lambda f, s: gd.sample(_flow(gd.VE((2,))), jr.key(0), 2, solver=s),
+            "was learned for VP",
+        ),
+        (lambda f, s: gd.sample(f, jr.key(0), 2, solver=s, lam=1.0), "probability flow"),
+    ],
+)
+def test_bad_input_is_refused(case, message, without_type_checks):
+    process = gd.VP((2,))
+    with pytest.raises(ValueError, match=message):
+        case(_flow(process), _learned(process))
+
+
+def test_other_times_are_refused():
+    process = gd.VP((2,))
+    solver = _learned(process)
+    for steps in (3, 5, 8):
+        with pytest.raises(Exception, match="other times than its own"):
+            gd.sample(_flow(process), jr.key(0), 2, steps, solver)
