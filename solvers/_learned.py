@@ -27,7 +27,7 @@ from ._multistep import AbstractExponentialMultistep, Problem
 from ._predictor import AbstractPredictor
 
 
-class LearnedGDDIM(dfx.AbstractSolver[History]):
+class LearnedGDDIM(dfx.AbstractItoSolver[History]):
     r"""[`gddim_eqx.GDDIM`][] on a fixed time grid, with learned corrections for each step.
     From [`gddim_eqx.fit_solver`][].
 
@@ -197,7 +197,8 @@ def _corrected(polynomials, change, nodes: Nodes, number: int):
     the nodes is zero."""
     valid = nodes.valid(number)[:, None]
     change = jnp.where(valid, change[jnp.clip(nodes.age, 0, number - 1)], 0)
-    change = jnp.where(valid, change - change.sum(0, keepdims=True) / valid.sum(), 0)
+    mean = change.sum(0, keepdims=True) / valid.sum().astype(change.dtype)
+    change = jnp.where(valid, change - mean, 0)
     powers = min(2, polynomials.shape[1])
     return polynomials.at[:, :powers].add(change[:, :powers])
 

@@ -53,35 +53,58 @@ def _run(flow, solver, ts, u, args=None):
     return gd.generate(flow, u, solver=solver, ts=ts, args=args)
 
 
-@pytest.mark.parametrize("solver", _solvers)
-@pytest.mark.parametrize("name", ["vp", "cld", *slow(("bdm",), ("ve",))])
+@pytest.mark.parametrize(
+    "name, solver",
+    [
+        *(("vp", "default"), ("cld", "default"), ("vp", "noise"), ("vp", "order 1")),
+        *slow(("bdm", "default"), ("vp", "order 2"), ("cld", "time"), ("cld", "noise")),
+    ],
+)
 def test_without_corrections_it_is_the_solver_bit_for_bit(name, solver):
-    process = processes[name[0] if isinstance(name, tuple) else name]()
+    process = processes[name]()
     flow, u = _flow(process), prior_state(process, (3,))
     learned = _learned(process, _solvers[solver])
-    for ts in (learned.ts, learned.ts[::-1]):
-        if ts[0] < ts[-1] and solver == "noise":
-            continue
-        learned = gd.LearnedGDDIM(_solvers[solver], process, ts)
-        expected = _run(flow, _solvers[solver], ts, u)
-        np.testing.assert_array_equal(_run(flow, learned, ts, u), expected)
+    expected = _run(flow, _solvers[solver], learned.ts, u)
+    np.testing.assert_array_equal(_run(flow, learned, learned.ts, u), expected)
 
 
-_one_point = np.random.default_rng(2)
+def test_it_encodes_too():
+    process = processes["cld"]()
+    ts = gd.time_grid(process, 4, t0=process.t_min, t1=process.t_max)
+    x = jr.normal(jr.key(0), (3, *process.shape))
+    got, expected = (
+        gd.invert(_flow(process), x, solver=solver, ts=ts, check=False).latent
+        for solver in (gd.LearnedGDDIM(gd.GDDIM(), process, ts), gd.GDDIM())
+    )
+    assert max_difference(got, expected) == 0
 
 
-@pytest.mark.parametrize("solver", _solvers)
-@pytest.mark.parametrize("name", sorted(processes))
-@settings(max_examples=5, deadline=None)
+@pytest.mark.parametrize(
+    "name, solver",
+    [
+        *(("cld", "default"), ("bdm", "default"), ("cld", "noise")),
+        *slow(*((name, "default") for name in sorted(processes))),
+        *slow(*(("vp", solver) for solver in _solvers)),
+    ],
+)
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10_000), size=st.sampled_from([0.1, 1.0]))
 def test_data_from_one_point_stay_exact_whatever_was_learned(name, solver, seed, size):
     process = processes[name]()
     x = jnp.asarray(np.random.default_rng(2).normal(size=process.shape), float)
-    flow = gd.ProbabilityFlow(process, gd.GaussianMixture(x[None], 0.0).model(process))
+    if process.num_components == 1:
+        model = lambda t, u, args: jnp.broadcast_to(x, u.shape)
+        flow = gd.ProbabilityFlow(process, model, predicts="data")
+    else:
+        point = gd.GaussianMixture(x[None], 0.0)
+        flow = gd.ProbabilityFlow(process, point.model(process))
     u = prior_state(process, (2,))
     learned = _learned(process, _solvers[solver], seed=seed, size=size)
-    expected = _run(flow, _solvers[solver], learned.ts, u)
-    tolerance = 1e-11 if jax.config.read("jax_enable_x64") else 1e-4
+    expected = _run(flow, gd.GDDIM(1), learned.ts, u)
+    tolerance = 1e-12 if jax.config.read("jax_enable_x64") else 1e-5
+    # What follows from a noise prediction at the start is rounded; corrections multiply it.
+    rounded = process.decode(flow.denoised(learned.ts[0], u, None)) - x[None]
+    tolerance += 10 * size * float(jnp.abs(rounded).max())
     assert max_difference(_run(flow, learned, learned.ts, u), expected) < tolerance
 
 
@@ -93,12 +116,13 @@ def test_a_step_is_what_its_formula_says(name):
     flow, u = _flow(process), prior_state(process, (2,))
     solver = gd.GDDIM(2, corrector=0)
     learned = _learned(process, solver, steps=2)
-    change = jnp.array([[0.0, 0.0], [0.0, 0.0]]), jnp.array([[0.3, -0.2], [0.1, 0.4]])
-    learned = eqx.tree_at(lambda s: s.predictor, learned, jnp.stack(change))
+    change = jnp.array([[0.3, -0.2], [0.1, 0.4]])
+    both = jnp.stack([jnp.ones((2, 2)), change])
+    learned = eqx.tree_at(lambda s: s.predictor, learned, both)
     got, plain = (_run(flow, s, learned.ts, u) for s in (learned, solver))
     # Half the difference of the corrections, times the moments, times the difference of
     # the data predictions.
-    half = (change[1][0] - change[1][1]) / 2
+    half = (change[0] - change[1]) / 2
     c = solver.splitting.integrate(process, *learned.ts[1:], 2, solver.coordinate)
     moment = gd.BlockLinearOperator(
         half[0] * c.moments[0] + half[1] * c.moments[1], process.shape
@@ -118,14 +142,15 @@ def test_derivatives_are_those_of_finite_differences(name):
     flow, u = _flow(process), prior_state(process, (2,))
     start = _learned(process, seed=0, size=0.1)
 
-    @jax.jit
     def total(predictor, corrector, log_rates, shifts):
         solver = gd.LearnedGDDIM(
             start.solver, process, start.ts, predictor, corrector, log_rates, shifts
         )
-        return (gd.generate(flow, u, solver=solver, ts=start.ts) ** 2).sum()
+        return (_run(flow, solver, start.ts, u) ** 2).sum()
 
-    values = start.predictor, start.corrector, start.log_rates, start.shifts
+    # Smooth only while no time is moved to the end of the time axis.
+    shifts = start.shifts - 0.05
+    values = start.predictor, start.corrector, start.log_rates, shifts
     directions = [jr.normal(jr.key(i), x.shape) for i, x in enumerate(values)]
     for i, direction in enumerate(directions):
         at = lambda h, i=i, d=direction: total(
@@ -193,7 +218,7 @@ def test_other_samples_are_more_accurate(name):
     process = type(process)((2,))
     flow = gd.ProbabilityFlow(process, ring.model(process))
     draw = lambda seed, number: process.prior(jr.key(seed), (number,))
-    fitted = gd.fit_solver(flow, draw(1, 64), 5, num_iterations=60, progress=False)
+    fitted = gd.fit_solver(flow, draw(1, 64), 5, num_iterations=150, progress=False)
     assert isinstance(fitted.solver, gd.LearnedGDDIM) and fitted.ts.shape == (6,)
     assert fitted.ts[0] == process.t_max and fitted.ts[-1] == process.t_min
     assert fitted.error < 0.3 * fitted.error_before

@@ -266,7 +266,7 @@ def _objective(process, y, exact, features):
     return jax.value_and_grad(objective)(y)
 
 
-_share_of_rms = 0.25
+_share_of_rms = 0.5
 
 
 def descend(
