@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo fashion-mnist tables few-steps work-precision test test-float32 test-precision test-slow lint check clean
+.PHONY: demo fashion-mnist tables few-steps learned-solvers work-precision test test-float32 test-precision test-slow lint check clean
 
 # Installs the package with its extras once, and again when pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml
@@ -26,6 +26,10 @@ tables: $(VENV)/.installed
 # The error with few steps, in fourteen cases: a minute or two per case.
 few-steps: $(VENV)/.installed
 	$(BIN)/python benchmarks/few_steps.py
+
+# Solvers that are learned for mixtures and for the included networks: an hour.
+learned-solvers: $(VENV)/.installed
+	$(BIN)/python benchmarks/learned_solvers.py
 
 # Work-precision diagrams of all samplers: several minutes per case.
 work-precision: $(VENV)/.installed

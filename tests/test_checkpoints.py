@@ -14,6 +14,7 @@ import pytest
 
 import gddim_eqx as gd
 
+from .helpers import slow
 from .ncsnpp_oracle import authors_network, config, Oracle, write_checkpoint
 
 
@@ -441,6 +442,27 @@ def test_who_asks_for_boots_gets_boots(name):
         gd.sample(flow, jax.random.key(0), 2, 5, args=np.array([0, 11]))
     with pytest.raises(ValueError, match="needs a condition"):
         gd.sample(flow, jax.random.key(0), 2, 5)
+
+
+@pytest.mark.float32
+@pytest.mark.parametrize("name", ("vp", *slow("bdm", "cld")))
+def test_learned_solvers_are_included(name):
+    flow = gd.checkpoints.pretrained(f"fashion-mnist-{name}")
+    u = flow.process.prior(jax.random.key(5), (16,))
+    run = eqx.filter_jit(lambda solver, ts: gd.generate(flow, u, solver=solver, ts=ts))
+    exact = run(gd.GDDIM(), gd.time_grid(flow.process, 100))
+    for number in (5, 8, 10):
+        solver = gd.checkpoints.pretrained_solver(f"fashion-mnist-{name}", number)
+        errors = [
+            float(jnp.sqrt(((run(*pair) - exact) ** 2).mean((1, 2, 3))).mean())
+            for pair in (
+                (solver, solver.ts),
+                (gd.GDDIM(), gd.time_grid(flow.process, number)),
+            )
+        ]
+        assert solver.ts.shape == (number + 1,) and errors[0] < 0.8 * errors[1]
+    with pytest.raises(ValueError, match="no solver 'fashion-mnist-vp-7-steps', but"):
+        gd.checkpoints.pretrained_solver("fashion-mnist-vp", 7)
 
 
 def test_unknown_pretrained_models_are_refused(without_type_checks):

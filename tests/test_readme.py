@@ -19,13 +19,13 @@ _readme = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 @pytest.mark.parametrize(
     "number, shape",
     [
-        *((0, (64, 2)), (1, (64, 28, 28, 1)), (2, (64, 2)), (3, (64, 2))),
-        (4, (10, 28, 28, 1)),
+        *((0, (64, 2)), (1, (64, 28, 28, 1)), (2, (64, 28, 28, 1)), (3, (64, 2))),
+        *((4, (64, 2)), (5, (10, 28, 28, 1))),
     ],
 )
 def test_the_usage_examples_run_as_written(number, shape, tmp_path):
     examples = re.findall(r"```python\n(.*?)```", _readme, re.DOTALL)
-    assert len(examples) == 5
+    assert len(examples) == 6
     assert len(examples[number].strip().splitlines()) <= 21
     check = f"\nassert x.shape == {shape} and bool((abs(x) < 10).all())\n"
     program = examples[number] + check

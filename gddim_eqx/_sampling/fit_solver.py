@@ -45,7 +45,7 @@ def fit_solver(
     learn: Sequence[Learnable] = ("times", "weights", "rate"),
     *,
     ts: Times | None = None,
-    num_iterations: int = 200,
+    num_iterations: int = 120,
     learning_rate: float = 0.05,
     features: Callable | None = None,
     batch_size: int | None = None,

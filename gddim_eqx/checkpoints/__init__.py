@@ -1,3 +1,6 @@
 from ._authors import load_authors as load_authors
 from ._file import load as load, save as save
-from ._pretrained import pretrained as pretrained
+from ._pretrained import (
+    pretrained as pretrained,
+    pretrained_solver as pretrained_solver,
+)

@@ -1,7 +1,9 @@
 import importlib.resources
-from typing import Literal
+import re
+from typing import Any, Literal
 
 from .._term import ProbabilityFlow
+from ..solvers import LearnedGDDIM
 from ._file import load
 
 
@@ -40,11 +42,47 @@ def pretrained(name: Name) -> ProbabilityFlow:
 
     **Raises:** `ValueError` for an unknown name.
     """
+    return _read(name, "model", [x for x in _names() if not _solver.fullmatch(x)])
+
+
+def pretrained_solver(name: Name, num_steps: int) -> LearnedGDDIM:
+    """A solver that was learned for a pretrained model, by [`gddim_eqx.fit_solver`][].
+
+    !!! example
+
+        ```python
+        flow = gd.checkpoints.pretrained("fashion-mnist-cld")
+        solver = gd.checkpoints.pretrained_solver("fashion-mnist-cld", 5)
+        x, evaluations = gd.sample(flow, jax.random.key(0), 64, solver=solver)
+        ```
+
+    **Arguments:**
+
+    - `name`: the name of the model, for [`gddim_eqx.checkpoints.pretrained`][], without
+        `-classes`.
+    - `num_steps`: the number of steps: 5, 8 or 10.
+
+    **Returns:** the solver, which has its times.
+
+    **Raises:** `ValueError` where there is none.
+    """
+    found = [x for x in _names() if _solver.fullmatch(x)]
+    return _read(f"{name}-{num_steps}-steps", "solver", found)
+
+
+_ending = ".npz"
+_solver = re.compile(r".*-\d+-steps")
+
+
+def _names() -> list[str]:
+    files = importlib.resources.files("gddim_eqx.checkpoints").iterdir()
+    names = (path.name for path in files)
+    return sorted(x.removesuffix(_ending) for x in names if x.endswith(_ending))
+
+
+def _read(name: str, kind: str, names: list[str]) -> Any:
+    if name not in names:
+        raise ValueError(f"There is no {kind} {name!r}, but there are {', '.join(names)}.")
     files = importlib.resources.files("gddim_eqx.checkpoints")
-    ending = ".npz"
-    found = {path.name for path in files.iterdir() if path.name.endswith(ending)}
-    if f"{name}{ending}" not in found:
-        names = ", ".join(sorted(x.removesuffix(ending) for x in found))
-        raise ValueError(f"There is no model {name!r}, but there are {names}.")
-    with importlib.resources.as_file(files / f"{name}{ending}") as path:
+    with importlib.resources.as_file(files / f"{name}{_ending}") as path:
         return load(path)
