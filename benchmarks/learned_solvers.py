@@ -9,6 +9,7 @@ CLD and BDM (64, 64); and the included networks (64, 64).
 
     python benchmarks/learned_solvers.py
     python benchmarks/learned_solvers.py --cases "CLD ring" --steps 5
+    python benchmarks/learned_solvers.py --fid  # of the included solvers: half an hour
     python benchmarks/learned_solvers.py --quick  # only to see that it runs
 
 Writes a table and a picture. Needs Debian's package `dataset-fashion-mnist`, but for the
@@ -203,6 +204,43 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def fid(output: Path) -> None:
+    """Fashion-MNIST FIDs of 1,000 samples with the included learned solvers, and with
+    `GDDIM()`: the mean over three seeds, and half the range."""
+    features, seeds = gd.metrics.Classifier(), (0, 1, 2)
+    cache = Path.home() / ".cache" / "gddim_eqx"
+    reference = gd.metrics.reference(gd.datasets.fashion_mnist(), features, cache)
+    results = []
+    for process in ("vp", "cld", "bdm"):
+        name: Any = f"fashion-mnist-{process}"
+        flow, rows = _network(name), {}
+
+        def value(seed: int, **options: Any) -> float:
+            parts = []
+            for n in range(2):
+                key = jr.fold_in(jr.key(seed), n)
+                x, _ = gd.sample(flow, key, 500, **options)
+                parts.append(features(gd.to_uint8(x)))
+            return gd.metrics.frechet_distance(np.concatenate(parts), reference.moments)
+
+        for steps in (5, 8, 10, 15):
+            grid = gd.time_grid(flow.process, steps, dtype=jnp.float32)
+            chosen: dict[str, Any] = {"default": dict(ts=grid)}
+            if steps < 15:
+                solver = gd.checkpoints.pretrained_solver(name, steps)
+                chosen["learned"] = dict(solver=solver, ts=solver.ts)
+            for kind, options in chosen.items():
+                values = [value(seed, **options) for seed in seeds]
+                half = (max(values) - min(values)) / 2
+                rows.setdefault(kind, {})[steps] = f"{np.mean(values):.3g} ± {half:.1g}"
+                print(process, kind, steps, rows[kind][steps], flush=True)
+        for kind, row in rows.items():
+            cells = [row.get(n, "") for n in (5, 8, 10, 15)]
+            results.append(f"| {process.upper()}, {kind} | " + " | ".join(cells) + " |")
+    head = "| Fashion-MNIST FID | 5 | 8 | 10 | 15 |\n| --- | --- | --- | --- | --- |\n"
+    (output / "fid.md").write_text(head + "\n".join(results) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
@@ -210,6 +248,7 @@ def main() -> None:
     kinds = ["paper", "times", "all"]
     parser.add_argument("--solvers", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--output", type=Path, default=_here / "learned_solvers")
+    parser.add_argument("--fid", action="store_true", help="only measure FIDs")
     parser.add_argument("--quick", action="store_true", help="only check that it runs")
     arguments = parser.parse_args()
     cases = {name: CASES[name] for name in arguments.cases}
@@ -217,6 +256,8 @@ def main() -> None:
         make = lambda: Case(_mixture(gd.VP, ring()), jnp.float64, 9, 8, 3)
         cases, arguments.steps = {"VP ring": make}, [3]
     arguments.output.mkdir(parents=True, exist_ok=True)
+    if arguments.fid:
+        return fid(arguments.output)
     path, results = arguments.output / "results.json", []
     if path.exists():
         results = json.loads(path.read_text())

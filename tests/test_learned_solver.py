@@ -280,7 +280,6 @@ _make: Any = gd.LearnedGDDIM
             lambda f, s: _fit(f, _u, 3, gd.GDDIM(variable="time")),
             "'rate' is that of the coordinate 'clock'",
         ),
-        (lambda f, s: _fit(f, _u, 3, args=np.ones(4)), "one entry per sample"),
         (lambda f, s: _fit(f, _u, 3, num_iterations=0), "`num_iterations`"),
         (lambda f, s: _fit(f, _u, 3, features=3), "`features` must be callable"),
         (lambda f, s: _make(gd.SSCS(), f.process, s.ts), "must be a `GDDIM"),

@@ -58,7 +58,8 @@ def fit_solver(
     A few numbers per step are optimised by gradient descent through the solver, on the
     distance of a few samples, the pilots, from the endpoint of the exact flow; the network
     stays as it is. First the times are learned, then all. A third of the pilots is held
-    back, to choose between the given solver, learned times and all that was learned.
+    back, to choose between what was learned and the given solver. Whatever is learned,
+    every step stays exact if the data are a single point.
 
     !!! example
 
@@ -88,7 +89,8 @@ def fit_solver(
         ...)`, to measure distances in features in place of data.
     - `batch_size`: the number of pilots at a time, to save memory; by default all.
     - `progress`: whether to show a progress bar. Needs tqdm.
-    - `args`: passed to the model: arrays with one entry per pilot.
+    - `args`: passed to the model: for a conditional one, the condition of each pilot,
+        `(number, ...)`, or a pytree of these.
 
     **Returns:** [`gddim_eqx.FittedSolver`][]. It is not worse than the given solver, by
     the geometric mean of the errors of pilots held back, and by the root mean square of

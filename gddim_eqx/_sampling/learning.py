@@ -18,7 +18,7 @@ from jaxtyping import Array, PyTree
 
 from .._custom_types import Args, State
 from .._linear import at_least_single, batch_axes, check_state, coefficient_dtype
-from .._misc import check_args, check_count, check_per_sample, pin
+from .._misc import check_args, check_count, pin
 from .._process import as_grid
 from .._term import check_flow, ProbabilityFlow
 from ..solvers import GDDIM, LearnedGDDIM
@@ -66,8 +66,9 @@ class Pilots(NamedTuple):
             raise ValueError(f"`features` must be callable; got {features!r}.")
         batch_size = batch[0] if batch_size is None else batch_size
         check_count("batch_size", batch_size)
-        check_per_sample("`args`", args, batch)
         check_args(flow.model, args)
+        as_array = lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x
+        args = jtu.tree_map(as_array, args)
         if ts is None:
             ts = time_grid(process, num_steps, dtype=coefficient_dtype(u))
         ts = as_grid(process, ts)
@@ -83,7 +84,11 @@ class Pilots(NamedTuple):
         return pilots._replace(exact=jnp.concatenate(exact))
 
     def some(self, chosen: np.ndarray) -> "Pilots":
-        pick = lambda x: x[chosen]
+        number = self.number
+
+        def pick(x):
+            return x[chosen] if eqx.is_array(x) and x.shape[:1] == (number,) else x
+
         u, args, exact = jtu.tree_map(pick, (self.u, self.args, self.exact))
         return self._replace(u=u, args=args, exact=exact)
 
