@@ -83,8 +83,8 @@ def fit_solver(
     - `ts`: the initial grid, in place of [`gddim_eqx.time_grid`][] with `num_steps`.
     - `num_iterations`: the number of Adam steps, of which two fifths learn the times only.
         Each takes about four evaluations of the model per step and pilot.
-    - `learning_rate`: the initial learning rate for the logarithms of the step sizes, which
-        decays along a cosine, twice.
+    - `learning_rate`: the learning rate for the logarithms of the step sizes, which decays
+        along a cosine in each of three stages.
     - `features`: a function of data, `(number, *shape)`, which returns features `(number,
         ...)`, to measure distances in features in place of data.
     - `batch_size`: the number of pilots at a time, to save memory; by default all.
@@ -129,10 +129,7 @@ def fit_solver(
     index = np.arange(pilots.number)
     pilots = pilots.some(index % 3 != 2), pilots.some(index % 3 == 2)
     learned = Learned(solver, flow, pilots[0].ts, pilots[0].grid, names != ("times",))
-    stages = [(names, num_iterations, rate)]
-    if "times" in names and len(names) > 1:
-        early = max(1, round(_share_of_times * num_iterations))
-        stages = [(("times",), early, 2 * rate), (names, num_iterations - early, rate)]
+    stages = _stages(names, num_iterations, rate)
     first = best = _Candidate.of(learned, learned.zero, pilots)
     with _bar(num_iterations, progress) as bar:
         for names, steps, rate in stages:
@@ -148,7 +145,19 @@ def fit_solver(
     return FittedSolver(made, ts, *errors)
 
 
-_share_of_times = 0.4
+def _stages(names, num_iterations, rate):
+    """What is learned, for how many iterations, and how fast. Each stage begins with the
+    best so far, and the last is slow, as only small changes may still improve."""
+    times = num_iterations * 2 // 5 if "times" in names and len(names) > 1 else 0
+    late = (num_iterations - times) // 2
+    stages = [
+        (("times",), times, 2 * rate),
+        (names, num_iterations - times - late, rate),
+        (names, late, rate / 4),
+    ]
+    return [stage for stage in stages if stage[1]]
+
+
 # The number of iterations between looks at the pilots held back.
 _check_every = 10
 
