@@ -43,7 +43,7 @@ def measure(process: str, run: Path, quick: bool) -> dict[str, dict]:
     if not (run / "model.npz").exists():
         call(train, quick, preset, "--process", process, "--output", run, *options)
     found = {}
-    for scale in _scales:
+    for scale in _scales[1:2] if quick else _scales:
         output = run / f"evaluation-{scale}"
         call(
             evaluate,

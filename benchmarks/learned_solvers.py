@@ -177,7 +177,8 @@ def table(results: list[dict[str, Any]]) -> str:
                 own, base = value[case, solver, n], value[case, "default", n]
                 ratios = (own[k] / base[k] for k in ("mean", "median", "rms"))
                 row.append("{:.2g} ({:.2g}, {:.2g})".format(*ratios))
-            lines.append(f"| {case} | {solver} | " + " | ".join(row) + " |")
+            if any(row):
+                lines.append(f"| {case} | {solver} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 
@@ -254,7 +255,7 @@ def main() -> None:
     cases = {name: CASES[name] for name in arguments.cases}
     if arguments.quick:
         make = lambda: Case(_mixture(gd.VP, ring()), jnp.float64, 9, 8, 3)
-        cases, arguments.steps = {"VP ring": make}, [3]
+        cases, arguments.steps, arguments.solvers = {"VP ring": make}, [3], ["all"]
     arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.fid:
         return fid(arguments.output)
