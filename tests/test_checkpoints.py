@@ -445,7 +445,7 @@ def test_who_asks_for_boots_gets_boots(name):
 
 
 @pytest.mark.float32
-@pytest.mark.parametrize("name", ("vp", *slow("cld")))
+@pytest.mark.parametrize("name", ("vp", *slow("bdm", "cld")))
 def test_learned_solvers_are_included(name):
     flow = gd.checkpoints.pretrained(f"fashion-mnist-{name}")
     u = flow.process.prior(jax.random.key(5), (16,))

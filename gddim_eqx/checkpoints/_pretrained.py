@@ -58,8 +58,8 @@ def pretrained_solver(name: Name, num_steps: int) -> LearnedGDDIM:
 
     **Arguments:**
 
-    - `name`: the name of the model, as for [`gddim_eqx.checkpoints.pretrained`][]:
-        `"fashion-mnist-vp"` or `"fashion-mnist-cld"`.
+    - `name`: the name of the model, as for [`gddim_eqx.checkpoints.pretrained`][], without
+        `-classes`.
     - `num_steps`: the number of steps: 5, 8 or 10.
 
     **Returns:** the solver, which has its times.
