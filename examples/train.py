@@ -163,6 +163,17 @@ class Config:
 # From the paper's Table 4 and the authors' configurations.
 PAPER = Optimiser(2e-4, warmup=5000, ema_decay=0.9999, debias=False)
 
+FASHION_MNIST = Config(
+    Data("fashion_mnist"),
+    Network("small", features=16, patch=2, precondition=True),
+    "cld",
+    steps=8000,
+    batch_size=64,
+    optimiser=Optimiser(2e-3, warmup=100, cosine=True, ema_decay=0.999, debias=True),
+    times="stratified",
+    samples_every=2000,
+)
+
 PRESETS = {
     "toy": (
         "Five rings in the plane under CLD: a minute on a CPU.",
@@ -194,32 +205,12 @@ PRESETS = {
     ),
     "fashion-mnist": (
         "Fashion-MNIST, 28x28, under CLD: half an hour on one CPU core.",
-        Config(
-            Data("fashion_mnist"),
-            Network("small", features=16, patch=2, precondition=True),
-            "cld",
-            steps=8000,
-            batch_size=64,
-            optimiser=Optimiser(
-                2e-3, warmup=100, cosine=True, ema_decay=0.999, debias=True
-            ),
-            times="stratified",
-            samples_every=2000,
-        ),
+        FASHION_MNIST,
     ),
     "fashion-mnist-classes": (
         "Fashion-MNIST by class, for classifier-free guidance: the same.",
-        Config(
-            Data("fashion_mnist", labels=True),
-            Network("small", features=16, patch=2, precondition=True),
-            "cld",
-            steps=8000,
-            batch_size=64,
-            optimiser=Optimiser(
-                2e-3, warmup=100, cosine=True, ema_decay=0.999, debias=True
-            ),
-            times="stratified",
-            samples_every=2000,
+        dataclasses.replace(
+            FASHION_MNIST, data=dataclasses.replace(FASHION_MNIST.data, labels=True)
         ),
     ),
     "fashion-mnist-gpu": (
