@@ -248,10 +248,13 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", type=int, default=[5, 8, 10])
     kinds = ["paper", "times", "all"]
     parser.add_argument("--solvers", nargs="+", choices=kinds, default=kinds)
-    parser.add_argument("--output", type=Path, default=_here / "learned_solvers")
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--fid", action="store_true", help="only measure FIDs")
     parser.add_argument("--quick", action="store_true", help="only check that it runs")
     arguments = parser.parse_args()
+    if arguments.output is None:
+        quick = Path("runs") / "learned_solvers_quick"
+        arguments.output = quick if arguments.quick else _here / "learned_solvers"
     cases = {name: CASES[name] for name in arguments.cases}
     if arguments.quick:
         make = lambda: Case(_mixture(gd.VP, ring()), jnp.float64, 9, 8, 3)

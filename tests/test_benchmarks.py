@@ -14,6 +14,7 @@ _directory = pathlib.Path(__file__).parents[1] / "benchmarks"
 _with_output = {
     "fashion_mnist",
     "fashion_mnist_classes",
+    "learned_solvers",
     "paper_tables",
     "semilinear",
     "work_precision",
