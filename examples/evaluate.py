@@ -110,7 +110,7 @@ class Bench:
         self.labels = labels
         self.batch_size = -(-batch_size // len(devices)) * len(devices)
         self._evaluations = 0
-        self._tolerances: list[tuple[int, float]] = []
+        self._tolerances: list[tuple[float, float]] = []
 
     def steps(self, sampler: Sampler, budget: int) -> int:
         return sampler.steps(budget - (self.denoise is not None))
@@ -122,36 +122,45 @@ class Bench:
             return self._tolerance(budget) is not None
         return self.steps(sampler, budget) > 0
 
-    def labels_of(self, n: int) -> np.ndarray | None:
-        """The labels of batch n, which is filled up at the end."""
-        if self.labels is None:
-            return None
-        index = np.arange(n * self.batch_size, (n + 1) * self.batch_size)
-        return self.labels[index % len(self.labels)]
-
     def draw(
-        self, sampler: Sampler, budget: int, key, labels: np.ndarray | None = None
-    ) -> tuple[np.ndarray, int]:
-        """A batch of samples, and the number of evaluations of the model.
+        self, sampler: Sampler, budget: int, key, first: int, number: int
+    ) -> tuple[np.ndarray, float]:
+        """Some of all samples, and the number of evaluations of the model.
 
         **Raises:** `FloatingPointError` or `RuntimeError` if sampling fails.
         """
-        flow = self.flow
+        # Whole batches, as those of another size are compiled again.
+        rounded = -(-number // self.batch_size) * self.batch_size
+        labels = self.labels
+        if labels is not None:
+            labels = labels[np.arange(first, first + rounded) % len(labels)]
         if sampler.grid is None:
-            tolerance = self._tolerance(budget)
-            return self._adaptive(key, tolerance, self.batch_size, self.placement, labels)
+            return self._adaptive_batches(key, budget, first, number, labels)
         x, evaluations = gd.sample(
-            flow,
+            self.flow,
             key,
-            self.batch_size,
+            rounded,
             solver=sampler.solver,
             lam=sampler.lam,
             denoise=self.denoise,  # pyright: ignore[reportArgumentType]
-            ts=gd.time_grid(flow.process, self.steps(sampler, budget), sampler.grid),
+            ts=gd.time_grid(self.flow.process, self.steps(sampler, budget), sampler.grid),
             args=labels,
+            first=first,
+            batch_size=self.batch_size,
             placement=self.placement,
         )
-        return np.asarray(x), evaluations
+        return np.asarray(x[:number]), evaluations
+
+    def _adaptive_batches(
+        self, key, budget: int, first: int, number: int, labels: np.ndarray | None
+    ) -> tuple[np.ndarray, float]:
+        tolerance, size, drawn = self._tolerance(budget), self.batch_size, []
+        for start in range(0, number, size):
+            some = None if labels is None else labels[start : start + size]
+            one = jr.fold_in(key, first + start)
+            drawn.append(self._adaptive(one, tolerance, size, self.placement, some))
+        x, evaluations = zip(*drawn)
+        return np.concatenate(x)[:number], float(np.mean(evaluations))
 
     def _tolerance(self, budget: int) -> float | None:
         """The smallest tolerance that stays within the budget for a few samples. More
@@ -168,7 +177,7 @@ class Bench:
 
     def _adaptive(
         self, key, tolerance, number, placement, labels
-    ) -> tuple[np.ndarray, int]:
+    ) -> tuple[np.ndarray, float]:
         self._evaluations = 0
         # An array, so as to compile only once.
         tolerance = jnp.asarray(tolerance)
@@ -465,8 +474,15 @@ class Cell(NamedTuple):
         return f"{self.sampler}-{self.budget}-{self.seed}"
 
 
-def num_parts(config: Config, bench: Bench) -> int:
-    return -(-config.number // bench.batch_size)
+# The number of samples that are drawn, measured and saved at a time, at least.
+_per_part = 2048
+
+
+def parts_of(config: Config, bench: Bench) -> list[tuple[int, int]]:
+    """The first sample of each part, and how many it has."""
+    size = -(-_per_part // bench.batch_size) * bench.batch_size
+    starts = range(0, config.number, size)
+    return [(start, min(size, config.number - start)) for start in starts]
 
 
 def draw_parts(
@@ -477,19 +493,16 @@ def draw_parts(
     cell: Cell,
     progress: tqdm,
 ) -> list[dict[str, np.ndarray]]:
-    """Draw samples and compute their features, batch by batch; batches that are in the
+    """Draw samples and compute their features, part by part; parts that are in the
     directory are not drawn again."""
-    parts = []
-    for n in range(num_parts(config, bench)):
+    parts, sampler = [], sampler_of(config, cell.sampler)
+    for n, (first, number) in enumerate(parts_of(config, bench)):
         path = directory / f"{n:05d}.npz"
-        left = min(config.number - n * bench.batch_size, bench.batch_size)
-        part = read_part(path, left)
+        part = read_part(path, number)
         if part is None:
-            key = jr.fold_in(jr.key(cell.seed), n)
-            labels = bench.labels_of(n)
-            sampler = sampler_of(config, cell.sampler)
-            x, evaluations = bench.draw(sampler, cell.budget, key, labels)
-            images = gd.to_uint8(x[:left])
+            key = jr.key(cell.seed)
+            x, evaluations = bench.draw(sampler, cell.budget, key, first, number)
+            images = gd.to_uint8(x)
             part = {
                 "images": images,
                 "vectors": features(images),
@@ -747,8 +760,8 @@ def run_cells(
             if cell in cells and result["outcome"] == "finite" and not kept:
                 results.remove(done.pop(cell))
     cells = [cell for cell in cells if cell not in done]
-    batches = num_parts(config, bench)
-    with tqdm(total=batches * len(cells), unit=" batches", mininterval=1) as progress:
+    each = len(parts_of(config, bench))
+    with tqdm(total=each * len(cells), unit=" parts", mininterval=1) as progress:
         for n, cell in enumerate(cells):
             progress.set_description(str(cell), refresh=False)
             directory = parts / str(cell)
@@ -762,7 +775,7 @@ def run_cells(
             # Compiled programs take hundreds of memory maps, which Linux limits to 65,530.
             if n % 32 == 31:
                 jax.clear_caches()
-            progress.update((n + 1) * batches - progress.n)
+            progress.update((n + 1) * each - progress.n)
     shutil.rmtree(output / "parts", ignore_errors=True)
     draw_grid(results, output)
     print(f"{features.name} ({config.number} samples, against {wanted['against']}):\n")

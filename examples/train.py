@@ -52,9 +52,12 @@ from gddim_eqx.training import (
 class Source:
     """Where the data are read from."""
 
-    name: Literal["rings", "digits", "mnist", "fashion_mnist", "cifar10", "folder"]
+    name: Literal[
+        "rings", "digits", "mnist", "fashion_mnist", "cifar10", "folder", "packed"
+    ]
     directory: Path | None = None
-    """The location of its files. Not needed for rings and digits."""
+    """The location of its files. Not needed for rings and digits. For `packed`, a file that
+    `gddim_eqx.datasets.pack_folder` wrote, for more images than fit in memory."""
     verify: bool = True
     """Verify the files against their published checksums."""
     size: int | None = None
@@ -334,13 +337,13 @@ def check_warmup(config: Config) -> None:
 
 
 def load(data: Source, train: bool = True) -> np.ndarray:
-    if not train and data.name in ("rings", "digits", "folder"):
+    if not train and data.name in ("rings", "digits", "folder", "packed"):
         raise ValueError(f"{data.name} has no test set.")
     if data.name != "folder" and (data.size is not None or data.crop is not None):
         raise ValueError(
             f"`--data.size` and `--data.crop` are for a folder, not for {data.name}."
         )
-    if data.name in ("rings", "digits", "folder") and not data.verify:
+    if data.name in ("rings", "digits", "folder", "packed") and not data.verify:
         raise ValueError(f"{data.name} is not verified: leave out `--data.no-verify`.")
     if data.name in ("rings", "digits"):
         if data.directory is not None:
@@ -353,13 +356,15 @@ def load(data: Source, train: bool = True) -> np.ndarray:
     directory = {} if data.directory is None else {"directory": data.directory}
     if data.name == "folder":
         return gd.datasets.folder(size=data.size, crop=data.crop, **directory)
+    if data.name == "packed":
+        return gd.datasets.packed(directory["directory"])
     read = getattr(gd.datasets, data.name)
     return read(train=train, verify=data.verify, **directory)
 
 
 def load_labels(data: Source, train: bool = True) -> np.ndarray:
-    if data.name == "rings":
-        raise ValueError("rings have no labels.")
+    if data.name in ("rings", "packed"):
+        raise ValueError(f"{data.name} has no labels.")
     if data.name == "digits":
         return gd.datasets.digits_labels()
     if data.name == "folder":
@@ -423,7 +428,13 @@ def make_model(
 
 def standard_deviation(data: np.ndarray) -> float:
     """The standard deviation of the data as the model sees them."""
-    return float(data.std(dtype=np.float64)) / (127.5 if data.dtype == np.uint8 else 1)
+    # In parts, as the data may be larger than memory.
+    parts = np.array_split(data, max(1, len(data) // 1000))
+    first, second = (
+        sum(np.sum(np.asarray(part, np.float64) ** n) for part in parts) / data.size
+        for n in (1, 2)
+    )
+    return float((second - first**2) ** 0.5) / (127.5 if data.dtype == np.uint8 else 1)
 
 
 def draw(path: Path, flow: gd.ProbabilityFlow, number: int = 64, args: Any = None) -> None:

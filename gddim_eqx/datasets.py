@@ -6,17 +6,19 @@ Nothing is downloaded: where a file is missing, the error says where to get it.
 import gzip
 import hashlib
 import io
+import itertools
 import pickle
 import struct
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from ._misc import check_count
+from ._misc import check_count, write_whole
 from ._read_image import read_image
 
 
@@ -274,6 +276,80 @@ def folder(
     guessing: with transparent pixels, several frames, 16-bit colours or levels without a
     known range. Needs Pillow.
     """
+    return np.stack(list(_read_all(_image_paths(directory), size, crop)))
+
+
+def pack_folder(
+    directory: str | Path,
+    path: str | Path,
+    size: int | None = None,
+    crop: int | None = None,
+) -> UInt8[np.memmap, "number height width channels"]:
+    """Write all images of a directory to one file, to train on more than fits in memory.
+    Only one image is in memory at a time.
+
+    !!! example
+
+        ```python
+        gd.datasets.pack_folder("img_align_celeba", "celeba.npy", size=64, crop=140)
+        batches = gd.training.Batches(gd.datasets.packed("celeba.npy"), 128)
+        ```
+
+    **Arguments:**
+
+    - `path`: the file to write, in NumPy's format: `images.npy`.
+    - `directory`, `size`, `crop`: as in [`gddim_eqx.datasets.folder`][], whose images and
+        order these are.
+
+    **Returns:** [`gddim_eqx.datasets.packed`][] of the file.
+
+    **Raises:** `ValueError` as [`gddim_eqx.datasets.folder`][] does. An existing file is
+    then kept.
+    """
+    path, paths = Path(path), _image_paths(directory)
+    if path.suffix != ".npy":
+        raise ValueError(f"`path` must end in .npy; got {path}.")
+    images = _read_all(paths, size, crop)
+    first = next(images)
+
+    def write(file: BinaryIO) -> None:
+        header = {"descr": "|u1", "fortran_order": False}
+        header["shape"] = (len(paths), *first.shape)
+        np.lib.format.write_array_header_1_0(file, header)
+        for image in itertools.chain([first], images):
+            file.write(image.tobytes())
+
+    write_whole(path, write)
+    return packed(path)
+
+
+def packed(path: str | Path) -> UInt8[np.memmap, "number height width channels"]:
+    """Images in a file of [`gddim_eqx.datasets.pack_folder`][], or of `numpy.save`, as a
+    memory map: they are read when they are needed.
+
+    **Raises:** `ValueError` for a file that is missing, truncated, or holds no images.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}. `pack_folder` writes one.")
+    try:
+        images = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(
+            f"{path} is not a complete file in NumPy's format: {error}. Write it again, "
+            "by `pack_folder`."
+        ) from error
+    if images.ndim != 4 or images.dtype != np.uint8:
+        raise ValueError(
+            f"{path} must hold images, (number, height, width, channels) of uint8; got "
+            f"shape {images.shape} of {images.dtype}."
+        )
+    return images
+
+
+def _read_all(
+    paths: list[Path], size: int | None, crop: int | None
+) -> Iterator[UInt8[np.ndarray, "height width channels"]]:
     for name, value in (("size", size), ("crop", crop)):
         if value is not None:
             check_count(name, value)
@@ -281,8 +357,7 @@ def folder(
         from PIL import Image
     except ImportError as error:
         raise ImportError("To read images, install Pillow.") from error
-    paths = _image_paths(directory)
-    images = []
+    shape = None
     for path in paths:
         image = read_image(path)
         if crop is not None:
@@ -295,13 +370,14 @@ def folder(
             image = image.crop((left, top, left + crop, top + crop))
         if size is not None:
             image = image.resize((size, size), Image.Resampling.BILINEAR)
-        images.append(np.asarray(image))
-        if images[-1].shape != images[0].shape:
+        found = np.asarray(image)
+        shape = found.shape if shape is None else shape
+        if found.shape != shape:
             raise ValueError(
                 f"{path} has {image.width}x{image.height} pixels, but {paths[0]} has "
-                f"{images[0].shape[1]}x{images[0].shape[0]}. Pass a `size`."
+                f"{shape[1]}x{shape[0]}. Pass a `size`."
             )
-    return np.stack(images)
+        yield found
 
 
 def folder_labels(

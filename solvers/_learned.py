@@ -153,11 +153,10 @@ class LearnedGDDIM(dfx.AbstractItoSolver[History]):
             "with `t0=solver.ts[0], t1=solver.ts[-1]` and "
             "`stepsize_controller=diffrax.StepTo(solver.ts)`.",
         )
-        index = error_if_any(index, [fault])
         args = args, solver_state, made_jump
-        return self._at(index, dtype).step(terms, t0, t1, y0, *args)
+        return self._at(index, dtype, fault).step(terms, t0, t1, y0, *args)
 
-    def _at(self, index: Int[Array, ""], dtype) -> "_Step":
+    def _at(self, index: Int[Array, ""], dtype, fault) -> "_Step":
         pick = lambda x, i: lax.dynamic_index_in_dim(x, i, keepdims=False).astype(dtype)
         base, before = self.solver, jnp.maximum(index - 1, 0)
         coordinate, correction, rates = base.coordinate, base.correction, None
@@ -175,7 +174,7 @@ class LearnedGDDIM(dfx.AbstractItoSolver[History]):
             correction=correction,
             rates=rates,
             index=index,
-            shift=pick(self.shifts, index),
+            shift=error_if_any(pick(self.shifts, index), [fault]),
         )
 
     def func(self, terms, t0, y0, args):

@@ -73,6 +73,15 @@ def test_all_leaves_of_a_batch_are_of_the_same_samples(devices, tmp_path):
             assert label.sharding == placement.batch
 
 
+def test_data_that_change_their_length_are_refused():
+    labels = list(_labels)
+    batches = Batches((_points, _Source(labels)), 8)
+    batches[0]
+    labels.pop()
+    with pytest.raises(ValueError, match=r"had 20 samples .*now have \[20, 19\]"):
+        next(batches.iterate_from(1))
+
+
 def test_images_are_prepared_and_conditions_kept():
     images = np.array([[0, 255], [51, 102]], np.uint8)
     x, c = Augmentation()(jr.key(0), (jnp.asarray(images), jnp.array([3, 7])))

@@ -204,6 +204,42 @@ def test_a_folder_of_images(tmp_path):
     np.testing.assert_array_equal(cropped, read[:, 1:5, 2:6])
 
 
+def test_a_folder_is_packed_into_one_file(tmp_path):
+    directory, path = tmp_path / "images", tmp_path / "images.npy"
+    directory.mkdir()
+    for name in ("b.png", "a.png", "inside/c.png"):
+        _write(directory, name)
+    found = gd.datasets.pack_folder(directory, path, size=4, crop=6)
+    assert isinstance(found, np.memmap)
+    expected = gd.datasets.folder(directory, size=4, crop=6)
+    for images in (found, gd.datasets.packed(path), np.load(path)):
+        np.testing.assert_array_equal(images, expected)
+    # A failure keeps what was there, and leaves nothing else.
+    _write(directory, "d.png", 9, 7)
+    with pytest.raises(ValueError, match="d.png has 7x9 pixels"):
+        gd.datasets.pack_folder(directory, path)
+    np.testing.assert_array_equal(np.load(path), expected)
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["images", "images.npy"]
+    with pytest.raises(ValueError, match="`path` must end in .npy; got .*images.bin"):
+        gd.datasets.pack_folder(directory, tmp_path / "images.bin")
+
+
+def test_packed_files_that_do_not_do_are_refused(tmp_path):
+    path = tmp_path / "x.npy"
+    with pytest.raises(ValueError, match="no file .*x.npy. `pack_folder` writes one"):
+        gd.datasets.packed(path)
+    np.save(path, np.zeros((5, 4, 4, 1), np.uint8))
+    content = path.read_bytes()
+    for size in (len(content) - 1, 40, 0):
+        path.write_bytes(content[:size])
+        with pytest.raises(ValueError, match="x.npy is not a complete file"):
+            gd.datasets.packed(path)
+    for wrong in (np.zeros((5, 4, 4), np.uint8), np.zeros((5, 4, 4, 1))):
+        np.save(path, wrong)
+        with pytest.raises(ValueError, match="must hold images.*got shape"):
+            gd.datasets.packed(path)
+
+
 def test_the_classes_of_a_folder_are_its_subdirectories(tmp_path):
     for name in ("cat/b.png", "cat/young/a.png", "ant/z.png", "dog/a.png"):
         _write(tmp_path, name)

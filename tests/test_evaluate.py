@@ -30,7 +30,9 @@ _examples = pathlib.Path(__file__).parents[1] / "examples"
 def evaluate():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(_examples)
-        yield importlib.import_module("evaluate")
+        module = importlib.import_module("evaluate")
+        patch.setattr(module, "_per_part", 8)
+        yield module
         for name in ("evaluate", "train"):
             patch.delitem(sys.modules, name)
 
@@ -117,19 +119,19 @@ def test_the_measures_are_those_of_the_samples(run, tmp_path, model):
         "recall": recall,
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-9)
-    # The first batch, drawn by hand.
-    x, _ = _draw(gd.checkpoints.load(model), 3, jax.random.key(3))
-    difference = gd.to_uint8(x).astype(int) - images[:8]
+    # Drawn by hand.
+    x, _ = _draw(gd.checkpoints.load(model), 3, jax.random.key(3), number=20)
+    difference = gd.to_uint8(x).astype(int) - images
     assert np.abs(difference).max() <= 1
 
 
-def _draw(model, steps, key, grid="clock", **options):
+def _draw(model, steps, key, grid="clock", number=8, **options):
     process = model.process
     return gd.sample(
         process,
         model,
-        jax.random.fold_in(key, 0),
-        8,
+        key,
+        number,
         solver=importlib.import_module("evaluate").SAMPLERS["euler"].solver,
         ts=gd.time_grid(process, steps, grid),
         **options,

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import gddim_eqx as gd
 
@@ -198,3 +199,164 @@ def test_sampling_may_end_at_time_zero():
     for solver in (gd.GDDIM(), gd.GDDIM(2, variable="time"), gd.GDDIM(2, "noise")):
         x = gd.sample(process, model, key, 4, solver=solver, ts=[1.0, 0.5, 0.0]).x
         assert jnp.isfinite(x).all()
+
+
+# In batches
+
+
+@pytest.mark.precision
+@pytest.mark.parametrize("kind, lam", [(gd.VP, 1.0), (gd.CLD, 0.0)])
+def test_samples_are_the_same_whatever_the_batch_size(kind, lam):
+    process = kind((2,))
+    model, key = _data.model(process), jax.random.key(0)
+    draw = lambda number=64, **options: gd.sample(
+        process, model, key, number, 5, lam=lam, **options
+    )
+    whole = draw()
+    assert isinstance(whole.x, jax.Array)
+    for size in (1, 7, 64, 100):
+        parts = draw(batch_size=size)
+        assert isinstance(parts.x, np.ndarray) and parts.evaluations == 5
+        np.testing.assert_array_equal(parts.x, whole.x)
+    np.testing.assert_array_equal(draw(10, first=20, batch_size=7).x, whole.x[20:30])
+    none = draw(0, batch_size=4)
+    assert isinstance(none.x, np.ndarray) and none.x.shape == (0, 2)
+
+
+def test_each_sample_has_its_own_start_and_path():
+    process = gd.VP((2,))
+    model, key = _data.model(process), jax.random.key(0)
+    keys = [jax.random.fold_in(key, i) for i in range(3)]
+    u = jnp.stack([process.prior(key) for key in keys])
+    flow = gd.ProbabilityFlow(process, model)
+    expected = gd.generate(flow, u, num_steps=5, solver=gd.GDDIM())
+    np.testing.assert_allclose(gd.sample(process, model, key, 3, 5).x, expected, atol=1e-5)
+    # Zero predictions, so that all that differs is noise.
+    zero = lambda t, u, args: jnp.zeros_like(u)
+    plain, noisy = (
+        gd.sample(process, zero, key, 400, 5, lam=lam, predicts="data").x
+        for lam in (0.0, 1.0)
+    )
+    noise = np.concatenate([plain, noisy], 1)
+    correlation = np.corrcoef(noise.T) - np.eye(4)
+    assert np.abs(correlation).max() < 0.2
+    assert len(np.unique(noisy)) == noisy.size
+
+
+def test_conditions_go_with_their_samples():
+    process = gd.VP((2,))
+    model = lambda t, u, args: args["x"][:, None] * jnp.ones_like(u)
+    args = {"x": jnp.arange(10.0), "other": jnp.zeros(3)}
+    draw = lambda **options: gd.sample(
+        process, model, jax.random.key(0), 10, 3, predicts="data", args=args, **options
+    )
+    whole = draw().x
+    np.testing.assert_allclose(whole[:, 0], args["x"], atol=0.1)
+    np.testing.assert_array_equal(draw(batch_size=4).x, whole)
+
+
+def test_other_steps_keys_and_batches_are_not_compiled_again():
+    process = gd.VP((2,))
+    traced = []
+
+    def model(t, u, args):
+        traced.append(t)
+        return _data.model(process)(t, u, args)
+
+    draw = lambda seed, number, steps: gd.sample(
+        process, model, jax.random.key(seed), number, steps, batch_size=4
+    )
+    draw(0, 8, 5)
+    before = len(traced)
+    for seed, number, steps in ((1, 8, 7), (0, 30, 100), (2, 4, 1)):
+        assert draw(seed, number, steps).evaluations == steps
+    assert len(traced) == before
+
+
+def test_progress_over_batches(capfd):
+    process = gd.VP((2,))
+    meter = dfx.TextProgressMeter(minimum_increase=0.2)
+    gd.sample(
+        *(process, _data.model(process), jax.random.key(0), 20, 3),
+        batch_size=5,
+        progress_meter=meter,
+    )
+    shown = capfd.readouterr().out.split()
+    assert shown == ["0.00%", "25.00%", "50.00%", "75.00%", "100.00%"]
+
+
+@pytest.mark.float32
+def test_dtype_is_that_of_times_and_samples():
+    process = gd.VP((2,))
+    model, key = _data.model(process), jax.random.key(0)
+    for dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
+        assert gd.sample(process, model, key, 3, 5, dtype=dtype).x.dtype == dtype
+    ts = gd.time_grid(process, 5)
+    got = gd.sample(process, model, key, 3, ts=ts, dtype=jnp.float16)
+    assert got.x.dtype == jnp.float16
+
+
+def test_bad_batches_are_refused(without_type_checks):
+    process = gd.VP((2,))
+    model, key = _data.model(process), jax.random.key(0)
+    draw = lambda **options: gd.sample(process, model, key, 8, 3, **options)
+    for size in (0, -1, 2.5):
+        with pytest.raises(ValueError, match="`batch_size` must be a positive integer"):
+            draw(batch_size=size)
+    with pytest.raises(ValueError, match="`first` must be a non-negative integer"):
+        draw(first=-1)
+    with pytest.raises(ValueError, match="`dtype` must be a"):
+        draw(dtype="int32")
+
+
+@pytest.mark.parametrize(
+    "solver, lam",
+    [
+        (gd.GDDIM(), 0.0),
+        (gd.GDDIM(2, reevaluate=True), 0.0),
+        (gd.GDDIM(1), 1.0),
+        (gd.SSCS(), 1.0),
+        (dfx.Euler(), 1.0),
+    ],
+)
+def test_evaluations_are_those_that_the_model_sees(solver, lam):
+    process = gd.CLD((2,))
+    exact, seen = _data.model(process), []
+
+    def model(t, u, args):
+        jax.debug.callback(lambda: seen.append(0))
+        return exact(t, u, args)
+
+    options = dict(lam=lam, denoise="exact")
+    _, evaluations = gd.sample(process, model, jax.random.key(0), 3, 5, solver, **options)
+    jax.effects_barrier()
+    assert evaluations == len(seen)
+
+
+def test_programs_are_kept_in_the_persistent_cache(tmp_path):
+    process, names = gd.VP((3,)), lambda: [p.name for p in tmp_path.glob("jit__solve*")]
+    model = lambda t, u, args: 0.1 * u
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    try:
+        compilation_cache.reset_cache()
+        for name, value in options.items():
+            jax.config.update(name, value)
+        gd.sample(process, model, jax.random.key(0), 3, 5, predicts="data")
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+    assert names()
+
+
+def test_a_solver_says_why_samples_are_not_finite():
+    # In noise space there is no step from pure noise.
+    process = gd.RectifiedFlow((2,))
+    model = lambda t, u, args: jnp.zeros_like(u)
+    with pytest.raises(Exception, match="where there is no signal"):
+        solver = gd.GDDIM(2, "noise")
+        gd.sample(process, model, jax.random.key(0), 3, 5, solver, predicts="data")

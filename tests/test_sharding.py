@@ -62,3 +62,21 @@ def test_samples_are_the_same_on_all_devices(lam):
     np.testing.assert_allclose(one.x, eight.x, atol=tolerance)
     with pytest.raises(ValueError, match="A batch of 4 cannot be divided over 8"):
         gd.sample(process, model, jax.random.key(0), 4, 5, placement=gd.Placement())
+
+
+@pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
+@pytest.mark.parametrize("lam", (0.0, 1.0))
+def test_samples_are_the_same_in_batches_on_all_devices(lam):
+    process = gd.CLD((3,))
+    model = mixture_for(process).model(process)
+    draw = lambda **options: gd.sample(
+        process, model, jax.random.key(0), 64, 3, lam=lam, **options
+    )
+    one = draw().x
+    tolerance = 1e-5 if jax.config.jax_enable_x64 else 5e-4
+    for size in (8, 24, 64):
+        eight = draw(batch_size=size, placement=gd.Placement())
+        assert eight.evaluations == 3
+        np.testing.assert_allclose(eight.x, one, atol=tolerance)
+    with pytest.raises(ValueError, match="A batch of 7 cannot be divided over 8"):
+        draw(batch_size=7, placement=gd.Placement())

@@ -1,7 +1,9 @@
 """The loss, the steps of training, and how they are divided over devices."""
 
+import collections
 import dataclasses
 import functools as ft
+import math
 import re
 
 import equinox as eqx
@@ -513,11 +515,16 @@ def test_a_part_of_the_parameters_on_each_device():
 
 
 def _collectives(trainer, model, x):
+    """The kinds of communication in a step, and how many numbers each kind moves."""
     state = trainer.init(model, jr.key(0))
     x = jax.device_put(x, trainer.placement.batch)
     text = trainer.lower(state, x).compile().as_text()
     names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-    return re.findall(rf" ({names})(?:-start)?\(", text)
+    moved = collections.Counter()
+    for results, name in re.findall(rf"= (.*?) ({names})(?:-start)?\(", text):
+        for shape in re.findall(r"\w+\[([\d,]*)\]", results):
+            moved[name] += math.prod(int(n) for n in shape.split(",") if n)
+    return moved
 
 
 @_eight
@@ -526,7 +533,40 @@ def test_sums_over_devices_and_no_gathered_batch():
     for model, x in ((_points(), _data(16)), (_network(), jnp.zeros((8, 8, 8, 1)))):
         process = model.process
         trainer = Trainer(DenoisingLoss(process), placement=gd.Placement())
-        assert set(_collectives(trainer, model, x)) == {"all-reduce"}
+        moved = _collectives(trainer, model, x)
+        assert set(moved) == {"all-reduce"}
+        # Each gradient is as large as its parameter, and the loss is one number.
+        parameters = jtu.tree_leaves(eqx.filter(model, eqx.is_inexact_array))
+        assert moved["all-reduce"] <= sum(x.size for x in parameters) + 1
+
+
+@_eight
+def test_a_model_is_made_in_parts():
+    process = gd.VP((2,))
+    make = lambda: gd.nn.NetworkModel(
+        process, gd.nn.TimeMLP((2,), width=64, depth=2, key=jr.key(1))
+    )
+    plain = Trainer(DenoisingLoss(process)).init(make(), jr.key(0))
+    for shard in (False, True):
+        placement = gd.Placement(shard_parameters=shard)
+        trainer = Trainer(DenoisingLoss(process), placement=placement)
+        state = trainer.init(make, jr.key(0))
+        expected = placement.put(plain)
+        assert jtu.tree_structure(state) == jtu.tree_structure(expected)
+        for a, b in zip(*map(jtu.tree_leaves, (state, expected))):
+            if eqx.is_array(a):
+                assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+            if eqx.is_inexact_array(a):
+                np.testing.assert_array_equal(a, b)
+    # With the last placement, which divides parameters.
+    arrays, _ = trainer._init_compiled(make, jr.key(0))
+    used = arrays.lower(jr.key(0)).compile().memory_analysis()
+    leaves = [x for x in jtu.tree_leaves(plain) if eqx.is_inexact_array(x)]
+    total, largest = sum(x.nbytes for x in leaves), max(x.nbytes for x in leaves)
+    peak = used.output_size_in_bytes + used.temp_size_in_bytes
+    assert peak < total / 8 + 2 * largest < total / 2
+    with pytest.raises(ValueError, match="function without arguments.*which raised"):
+        trainer.init(lambda t, u, args: u, jr.key(0))
 
 
 @pytest.mark.parametrize(

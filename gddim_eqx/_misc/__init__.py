@@ -13,6 +13,7 @@ from .check import (
     check_positive as check_positive,
     constant_field as constant_field,
     error_if_any as error_if_any,
+    errors_as_nan as errors_as_nan,
 )
 from .level import as_level as as_level, level_at as level_at
 from .pin import pin as pin

@@ -1,8 +1,9 @@
+import contextlib
 import itertools
 import math
 import warnings
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import cast, Literal, NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
@@ -12,26 +13,35 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Float, PyTree, Shaped
 
 from .._custom_types import Args, FrameName, Key, Level, PredictionName, Times
 from .._linear import at_least_single
-from .._misc import as_level, check_args, check_count, check_instance, check_key
+from .._misc import (
+    as_dtype,
+    as_level,
+    check_args,
+    check_count,
+    check_instance,
+    check_key,
+    errors_as_nan,
+)
 from .._process import AbstractProcess, as_grid, log_snr_at_start
 from .._sharding import Placement
 from .._term import ProbabilityFlow, reverse_sde, takes_flow
-from ..solvers import GDDIM, LearnedGDDIM
+from ..solvers import GDDIM, LearnedGDDIM, SSCS
 from .grid import time_grid
-from .solve import check_solver, last, solve
+from .solve import check_solver, last, PaddedGrid, solve
 
 
 class Samples(NamedTuple):
     """What [`gddim_eqx.sample`][] returns."""
 
     x: Float[Array, "number *shape"]
-    """The data."""
+    """The data: a NumPy array if they were drawn in batches."""
     evaluations: int
-    """The number of model evaluations (NFE), counted at run time."""
+    """The number of model evaluations (NFE); that of the batch with the most."""
 
 
 # Counts per call, so that calls from several threads do not mix.
@@ -52,24 +62,56 @@ class _Counted(eqx.Module):
         return self.model(t, u, args)
 
 
+def _evaluations_per_step(solver: dfx.AbstractSolver) -> int | None:
+    """The number of evaluations of every step, where it is fixed. Otherwise a callback
+    counts them, which takes time, and keeps the program out of JAX's persistent cache."""
+    if isinstance(solver, GDDIM):
+        return 1 + solver.reevaluate
+    return 1 if isinstance(solver, (LearnedGDDIM, SSCS, dfx.Euler)) else None
+
+
+class _PathPerSample(dfx.AbstractBrownianPath):
+    """An `UnsafeBrownianPath` for each sample."""
+
+    shape: PyTree[jax.ShapeDtypeStruct] = eqx.field(static=True)
+    keys: Shaped[Array, "number ..."]
+    levy_area: type = eqx.field(static=True, default=dfx.BrownianIncrement)
+
+    @property
+    def t0(self):
+        return -math.inf
+
+    @property
+    def t1(self):
+        return math.inf
+
+    def evaluate(self, t0, t1=None, left=True, use_levy=False):
+        def one(key):
+            return dfx.UnsafeBrownianPath(self.shape, key).evaluate(t0, t1, left, use_levy)
+
+        return jax.vmap(one)(self.keys)
+
+
 @eqx.filter_jit
-def _solve(flow, lam, solver, denoise, ts, key, number, args, meter, placement):
-    process = flow.process
-    u = process.prior(key, (number,), ts.dtype)
+def _solve(flow, lam, solver, denoise, grid, key, index, args, meter, placement):
+    process, terms, ts = flow.process, flow, grid.ts
     if placement is not None:
-        u = placement.shard(u)
+        number, shard = len(index), placement.shard
         is_per_sample = lambda x: eqx.is_array(x) and x.ndim > 0 and len(x) == number
-        args = jtu.tree_map(lambda x: placement.shard(x) if is_per_sample(x) else x, args)
-    terms, adjoint = flow, dfx.RecursiveCheckpointAdjoint()
+        args = jtu.tree_map(lambda x: shard(x) if is_per_sample(x) else x, args)
+        index = shard(index)
+    keys = jax.vmap(jr.fold_in, (None, 0))(key, index)
+    u = jax.vmap(lambda key: process.prior(key, (), ts.dtype))(keys)
     if not isinstance(lam, float) or lam != 0:
         # Distinct from any key that the prior splits off this one.
-        key = jr.fold_in(key, 2**31 - 1)
-        leaves = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), u)
-        path = dfx.UnsafeBrownianPath(leaves, key)
-        terms = reverse_sde(flow, lam, path)
-        adjoint = dfx.DirectAdjoint()
-    options = dict(progress_meter=meter, adjoint=adjoint, throw=False)
-    sol = solve(terms, solver, ts, u, args, **options)
+        keys = jax.vmap(lambda key: jr.fold_in(key, 2**31 - 1))(keys)
+        one = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), u)
+        terms = reverse_sde(flow, lam, _PathPerSample(shape=one, keys=keys))
+    # Compiles faster than the adjoints for reverse-mode derivatives.
+    options = dict(stepsize_controller=grid, max_steps=None, adjoint=dfx.ForwardMode())
+    options |= dict(progress_meter=meter, throw=False)
+    with contextlib.nullcontext() if grid.raises else errors_as_nan():
+        sol = solve(terms, solver, ts, u, args, **options)
     u = last(sol)
     if denoise == "drift":
         drift = flow.reverse_drift(ts[-1], u, args, 1.0)
@@ -78,7 +120,8 @@ def _solve(flow, lam, solver, denoise, ts, key, number, args, meter, placement):
         u = flow.denoised(ts[-1], u, args)
     x = process.decode(u)
     finite = jnp.isfinite(x).all(range(1, x.ndim)).sum()
-    return x, sol.result, finite, jnp.sqrt((x.astype(at_least_single(x.dtype)) ** 2).mean())
+    square = (x.astype(at_least_single(x.dtype)) ** 2).mean()
+    return x, sol.result, sol.stats["num_steps"], finite, square
 
 
 @takes_flow
@@ -96,11 +139,17 @@ def sample(
     predicts: PredictionName = "noise",
     factor: FrameName = "R",
     args: Args = None,
+    dtype=None,
+    first: int = 0,
+    batch_size: int | None = None,
     placement: Placement | None = None,
     progress_meter: dfx.AbstractProgressMeter = dfx.NoProgressMeter(),
 ) -> Samples:
     """Draw samples from a diffusion model: the prior, a time grid, a solve and a check,
     in one call.
+
+    Each sample is a function of the key and its index: the first 10 of 1,000 are those of
+    `number=10`. (This needs JAX's default kind of keys.)
 
     For gradients, saved trajectories, adaptive steps or a solve inside `jax.jit` or
     `jax.vmap`, call `diffrax.diffeqsolve` on a [`gddim_eqx.ProbabilityFlow`][].
@@ -129,14 +178,21 @@ def sample(
         - `"exact"`: a step of the exponential integrator to time 0, without the noise that
             the process has there: the data prediction.
     - `ts`: a time grid in place of `num_steps`, for example from [`gddim_eqx.time_grid`][].
-        The samples have its dtype. It must start at `process.t_max`, the time of the prior.
+        It must start at `process.t_max`, the time of the prior.
     - `predicts`, `factor`: as in [`gddim_eqx.ProbabilityFlow`][].
     - `args`: passed to the model: for a conditional one, such as a
         [`gddim_eqx.nn.NetworkModel`][], the condition of each sample, `(number, ...)`, or a
         pytree of these.
+    - `dtype`: of the times, states and samples; by default that of `ts`, or JAX's default.
+        Coefficients have at least single precision. For a large model, keep float32 and let
+        the network compute in bfloat16, as by `gddim_eqx.nn.NCSNpp(dtype=jnp.bfloat16)`.
+    - `first`: the index of the first sample, to go on from earlier ones.
+    - `batch_size`: if given, the number of samples at a time, to save memory. The samples
+        are then collected in a NumPy array. They are the same whatever the batch size.
     - `placement`: how to shard the samples over devices, which does not change them; by
         default all are on the first device. The model must be on the same devices.
-    - `progress_meter`: for example `diffrax.TextProgressMeter()`.
+    - `progress_meter`: for example `diffrax.TextProgressMeter()`. With `batch_size` it
+        shows progress over all batches.
 
     **Returns:** [`gddim_eqx.Samples`][]: the data, `(number, *shape)`, and the number of
     evaluations of the model.
@@ -164,37 +220,73 @@ def sample(
         raise ValueError(f"`denoise` must be None, 'drift' or 'exact'; got {denoise!r}.")
     if isinstance(solver, LearnedGDDIM) and ts is None and num_steps is None:
         ts = solver.ts
+    dtype = None if dtype is None else as_dtype(dtype)
     if ts is None:
-        ts = time_grid(process, 50 if num_steps is None else num_steps)
+        ts = time_grid(process, 50 if num_steps is None else num_steps, dtype=dtype)
     elif num_steps is not None:
         raise ValueError("Pass `num_steps` or `ts`, not both.")
-    ts = _checked_times(process, ts)
-    if placement is not None:
-        placement.check_batch(int(number))
+    ts = _checked_times(process, ts, dtype)
+    check_count("first", first, least=0)
+    size = _size_of_batch(int(number), batch_size, placement)
     if denoise is not None and float(ts[-1]) == 0:
         raise ValueError("At time 0 nothing is left to denoise; leave out `denoise`.")
     args = jtu.tree_map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, args)
     check_args(model, args)
-    call = next(_calls)
+    given = flow, as_level(lam), solver, denoise, ts, key
+
+    def draw(start: int, meter: dfx.AbstractProgressMeter):
+        index = start + np.arange(size)
+        some = args if size == number else _rows(args, index, int(number))
+        index = jnp.asarray(first + index, jnp.uint32)
+        return _draw(*given, index, some, meter, placement)
+
+    if batch_size is None:
+        x, evaluations, square = draw(0, progress_meter)
+    else:
+        x, evaluations, square = _in_batches(draw, int(number), size, progress_meter)
+    _warn_of_size(process, model, square**0.5)
+    return Samples(cast(Array, x), evaluations)
+
+
+def _size_of_batch(number: int, size: int | None, placement: Placement | None) -> int:
+    devices = 1
+    if size is not None:
+        check_count("batch_size", size)
+    if placement is not None:
+        placement.check_batch(number if size is None else size)
+        devices = placement.mesh.size
+    return number if size is None else min(size, -(-number // devices) * devices)
+
+
+def _rows(args: Args, index: np.ndarray, number: int) -> Args:
+    """The args of some samples. Those beyond the last get the args of the last."""
+    index = np.minimum(index, number - 1)
+    is_per_sample = lambda x: eqx.is_array(x) and x.ndim > 0 and len(x) == number
+    return jtu.tree_map(lambda x: x[index] if is_per_sample(x) else x, args)
+
+
+def _draw(flow, lam, solver, denoise, ts, key, index, args, meter, placement):
+    """A batch of samples, the number of evaluations, and the mean square."""
+    number, each, call = len(index), _evaluations_per_step(solver), next(_calls)
     _evaluations[call] = 0
+    if each is None:
+        flow = eqx.tree_at(lambda flow: flow.model, flow, _Counted(flow.model))
+        args = jnp.asarray(call), args
+    given, rest = (flow, lam, solver, denoise), (key, index, args, meter, placement)
     try:
-        x, result, finite, size = _solve(
-            eqx.tree_at(lambda flow: flow.model, flow, _Counted(model)),
-            as_level(lam),
-            solver,
-            denoise,
-            ts,
-            key,
-            int(number),
-            (jnp.asarray(call), args),
-            progress_meter,
-            placement,
-        )
+        grid = PaddedGrid.of(ts, raises=False)
+        x, result, steps, finite, square = _solve(*given, grid, *rest)
         jax.block_until_ready(x)
         jax.effects_barrier()
-        evaluations = _evaluations[call]
+        if each is None:
+            evaluations = _evaluations[call]
+        else:
+            evaluations = each * int(steps) + (denoise is not None)
     finally:
         del _evaluations[call]
+    if int(finite) < number:
+        # Where the solver knows the reason, this raises it.
+        _solve(*given, PaddedGrid.of(ts, raises=True), *rest)
     if result != dfx.RESULTS.successful:
         raise RuntimeError(f"The solver failed: {dfx.RESULTS[result]}")
     if int(finite) < number:
@@ -204,18 +296,42 @@ def sample(
             "the solver diverged: take more steps, or use `GDDIM` instead of a solver that "
             "is only stable for short steps."
         )
-    if float(size) > (most := _most_expected(process, model)):
+    return x, evaluations, float(square)
+
+
+def _in_batches(draw: Callable, number: int, size: int, meter: dfx.AbstractProgressMeter):
+    """As `_draw`, for all batches, with the data on the host."""
+    parts, counts, squares = [], [], []
+    starts = range(0, number, size) if number else (0,)
+    shown = meter.init()
+    for start in starts:
+        x, evaluations, square = draw(start, dfx.NoProgressMeter())
+        parts.append(_on_host(x)[: number - start])
+        counts.append(evaluations)
+        squares.append(square)
+        shown = meter.step(shown, jnp.asarray(len(parts) / len(starts)))
+    meter.close(shown)
+    return np.concatenate(parts), max(counts), float(np.mean(squares))
+
+
+def _on_host(x: Array) -> np.ndarray:
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
+def _warn_of_size(process: AbstractProcess, model: Callable, size: float) -> None:
+    if size > (most := _most_expected(process, model)):
         warnings.warn(
-            f"The samples have a root mean square of {float(size):.1e}, but at most about "
+            f"The samples have a root mean square of {size:.1e}, but at most about "
             f"{most:.1e} is plausible for this process and model. Check `predicts`, the "
             "process, and what the network is called with in place of the time. At high "
             "noise levels, a small error of the network becomes a large one in the data: "
             "precondition it, with `gddim_eqx.nn.NetworkModel(process, network, "
             "data_std=...)`, train it for longer, and scale the data to about unit "
             "variance.",
-            stacklevel=3,
+            stacklevel=4,
         )
-    return Samples(x, evaluations)
 
 
 def _most_expected(process: AbstractProcess, model: Callable) -> float:
@@ -228,8 +344,10 @@ def _most_expected(process: AbstractProcess, model: Callable) -> float:
     return math.exp(min(-log_snr_at_start(process), math.log(1000)))
 
 
-def _checked_times(process, ts):
+def _checked_times(process, ts, dtype):
     grid = as_grid(process, ts, "decreasing")
+    if dtype not in (None, grid.dtype):
+        grid = as_grid(process, grid.astype(dtype), "decreasing")
     rounding = float(jnp.finfo(grid.dtype).eps)
     if abs(float(grid[0]) - process.t_max) > rounding * process.t_max:
         raise ValueError(

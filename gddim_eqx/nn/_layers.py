@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Inexact
 
 from .._custom_types import Key
-from .._linear import coefficient_dtype
+from .._linear import at_least_single, coefficient_dtype
 
 
 Image = Inexact[Array, "_ _ _"]
@@ -33,16 +34,21 @@ def _initialised(kind, *args, key: Key, scale: float, **options):
     out_size, size, *window = shape
     mean = (size + out_size) / 2 * math.prod(window)
     width = np.sqrt(np.asarray(3, dtype) * np.asarray((scale or 1e-10) / mean, dtype))
-    weight = _uniform(key, math.prod(shape), dtype) * width
+    weight = _uniform(key, shape, dtype) * width
     zeros = jnp.zeros(layer.bias.shape, dtype)
-    return eqx.tree_at(lambda x: (x.weight, x.bias), layer, (weight.reshape(shape), zeros))
+    return eqx.tree_at(lambda x: (x.weight, x.bias), layer, (weight, zeros))
 
 
-def _uniform(key: Key, size: int, dtype) -> Array:
-    """Uniform samples in [-1, 1). Compilation dominates for small arrays, so sizes are
-    rounded up to powers of two, and share compiled code."""
+def _uniform(key: Key, shape: tuple[int, ...], dtype) -> Array:
+    """Uniform samples in [-1, 1)."""
+    if isinstance(jnp.zeros(()), Tracer):
+        # So that XLA can shard it.
+        return jr.uniform(key, shape, dtype, -1)
+    # Compilation dominates for small arrays, so sizes are rounded up to powers of two, and
+    # share compiled code. The numbers are the same.
+    size = math.prod(shape)
     larger = 1 << (size - 1).bit_length()
-    return jr.uniform(key, (larger,), dtype, -1)[:size]
+    return jr.uniform(key, (larger,), dtype, -1)[:size].reshape(shape)
 
 
 def convolution(
@@ -91,6 +97,21 @@ def normalisation(channels: int) -> eqx.nn.GroupNorm:
             "are layers of more than 128 channels."
         )
     return eqx.nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+def normalise(layer: eqx.nn.GroupNorm, x: Image) -> Image:
+    """Apply a layer to an image. The weights are multiplied by the statistics of the image
+    before the image is: otherwise their gradient, when it is summed over devices, would be
+    as large as an image."""
+    groups, each = layer.groups, len(x) // layer.groups
+    dtype = at_least_single(x.dtype)
+    y = x.astype(dtype).reshape(groups, -1)
+    centred = (y - y.mean(1, keepdims=True)).reshape(x.shape)
+    inverse = jax.lax.rsqrt(y.var(1) + layer.eps)
+    assert layer.weight is not None and layer.bias is not None
+    scale = layer.weight.astype(dtype) * jnp.repeat(inverse, each)
+    bias = layer.bias.astype(dtype)
+    return (centred * scale[:, None, None] + bias[:, None, None]).astype(x.dtype)
 
 
 def _filtered(
@@ -232,14 +253,14 @@ class ResidualBlock(eqx.Module):
     def __call__(
         self, x: Image, embedding: Float[Array, " size"] | None, key: Key | None
     ) -> Image:
-        h = jax.nn.silu(self.first_normalisation(x))
+        h = jax.nn.silu(normalise(self.first_normalisation, x))
         if self.resample is not None:
             change = {"up": enlarge, "down": reduce}[self.resample]
             h, x = change(h, self.taps), change(x, self.taps)
         h = convolve(self.first_convolution, h)
         if self.embedding is not None and embedding is not None:
             h = h + self.embedding(jax.nn.silu(embedding))[:, None, None]
-        h = jax.nn.silu(self.second_normalisation(h))
+        h = jax.nn.silu(normalise(self.second_normalisation, h))
         h = self.dropout(h, key=key, inference=key is None)
         h = convolve(self.second_convolution, h)
         x = x if self.shortcut is None else convolve(self.shortcut, x)
@@ -266,7 +287,7 @@ class AttentionBlock(eqx.Module):
         self.rescale = rescale
 
     def __call__(self, x: Image) -> Image:
-        h = self.normalisation(x)
+        h = normalise(self.normalisation, x)
         query, key, value = (
             convolve(layer, h).reshape(h.shape[0], -1)
             for layer in (self.query, self.key, self.value)

@@ -23,6 +23,7 @@ from ._layers import (
     dense,
     Downsample,
     normalisation,
+    normalise,
     ResidualBlock,
     Upsample,
 )
@@ -371,7 +372,7 @@ class NCSNpp(AbstractConditionalNetwork):
                 h = through_attention(h)
             if level > 0:
                 h = through_block(h) if biggan else next(upsamples)(h)
-        return convolve(self.last, jax.nn.silu(self.normalisation(h)))
+        return convolve(self.last, jax.nn.silu(normalise(self.normalisation, h)))
 
 
 _known = {

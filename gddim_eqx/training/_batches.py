@@ -124,6 +124,12 @@ class Batches:
 
     def _read(self, indices: np.ndarray) -> PyTree[np.ndarray]:
         with self._lock:
+            lengths = [len(source) for source in self.sources]
+            if set(lengths) != {self.number}:
+                raise ValueError(
+                    f"`data` had {self.number} samples when `Batches` was made, but its "
+                    f"leaves now have {lengths}. Make new `Batches` for data that changed."
+                )
             rows = [_rows(x, indices) for x in self.sources]
         return jtu.tree_unflatten(self._treedef, rows)
 

@@ -140,12 +140,42 @@ class Trainer(eqx.Module):
 
         **Arguments:**
 
-        - `model`: the model, whose floating-point arrays are the parameters.
+        - `model`: the model, whose floating-point arrays are the parameters. Or a function
+            without arguments that returns it: it is then made in a compiled program. With
+            `Placement(shard_parameters=True)` no device ever holds the whole model.
         - `key`: a random key, for all of training.
 
         **Raises:** `ValueError` for a model without parameters, or an invalid key.
         """
         check_key(key)
+        if callable(model) and not jtu.tree_leaves(_parameters(model)):
+            arrays, rest = self._init_compiled(model, key)
+            return eqx.combine(arrays(key), rest)
+        state = self._init(model, key)
+        return state if self.placement is None else self.placement.put(state)
+
+    def _init_compiled(self, make_model: Callable[[], Any], key: Key):
+        """A compiled function of the key that returns the arrays of the first state, and
+        the rest of the state."""
+
+        def make(key):
+            return self._init(make_model(), key)
+
+        try:
+            shapes = eqx.filter_eval_shape(make, key)
+        except TypeError as error:
+            raise ValueError(
+                "`model` must be a model with parameters, that is, floating-point JAX "
+                "arrays, or a function without arguments that returns one; got "
+                f"{make_model!r}, which raised: {error}"
+            ) from error
+        is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)
+        shapes, rest = eqx.partition(shapes, is_shape)
+        sharding = None if self.placement is None else self.placement.of(shapes)
+        arrays = lambda key: eqx.filter(make(key), eqx.is_array)
+        return jax.jit(arrays, out_shardings=sharding), rest
+
+    def _init(self, model: PyTree, key: Key) -> TrainState:
         if not jtu.tree_leaves(_parameters(model)):
             raise ValueError(
                 "`model` has no parameters, that is, no floating-point JAX arrays; got "
@@ -157,8 +187,7 @@ class Trainer(eqx.Module):
         precise = copy(_where_changed(ema, _parameters(model)))
         lost = jtu.tree_map(lambda x: jnp.zeros_like(x) if self._rounds(x) else None, ema)
         step = jnp.zeros((), jnp.int32)
-        state = TrainState(copied, ema, optimiser, step, copy(key), precise, lost)
-        return state if self.placement is None else self.placement.put(state)
+        return TrainState(copied, ema, optimiser, step, copy(key), precise, lost)
 
     def step(
         self, state: TrainState, batch: PyTree, args: Any = None

@@ -1,0 +1,102 @@
+"""Programs for accelerators: that nothing in them is for CPUs only, and that what must be
+precise stays so where networks compute in bfloat16."""
+
+import diffrax as dfx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import pytest
+
+import gddim_eqx as gd
+from gddim_eqx._sampling.sample import _solve
+from gddim_eqx._sampling.solve import PaddedGrid
+from gddim_eqx.training import DenoisingLoss, Trainer
+
+from .helpers import slow
+
+
+_platforms = ("cuda", "tpu")
+
+
+def _small(dtype=None):
+    shape = (8, 8, 1)
+    make = lambda: gd.nn.presets.small((8, 8, 2), key=jr.key(0), features=8, dtype=dtype)
+    return gd.CLD(shape), make
+
+
+_presets = {
+    "small": _small,
+    "cifar10_cld": lambda: (
+        gd.CLD((32, 32, 3)),
+        lambda: gd.nn.presets.cifar10_cld(key=jr.key(0), dtype=jnp.bfloat16),
+    ),
+    "cifar10_bdm": lambda: (
+        gd.BDM((32, 32, 3)),
+        lambda: gd.nn.presets.cifar10_bdm(key=jr.key(0), dtype=jnp.bfloat16),
+    ),
+    "dit": lambda: (
+        gd.VP((16, 16, 3)),
+        lambda: gd.nn.DiT((16, 16, 3), width=32, depth=2, num_heads=2, key=jr.key(0)),
+    ),
+}
+
+
+def _exported(run, *args):
+    """A program that is lowered for accelerators, of a function of arrays."""
+    arrays, static = eqx.partition(args, lambda x: isinstance(x, jax.ShapeDtypeStruct))
+    merged = lambda arrays: eqx.filter(run(*eqx.combine(arrays, static)), eqx.is_array)
+    return jax.export.export(jax.jit(merged), platforms=_platforms)(arrays)
+
+
+@pytest.mark.float32
+@pytest.mark.parametrize("name", ["small", *slow("cifar10_cld", "cifar10_bdm", "dit")])
+def test_sampling_and_training_are_lowered_for_accelerators(name):
+    process, make = _presets[name]()
+    shapes = eqx.filter_eval_shape(lambda: gd.nn.NetworkModel(process, make()))
+    key = eqx.filter_eval_shape(jr.key, 0)
+    flow = gd.ProbabilityFlow(process, shapes)
+    grid = PaddedGrid.of(gd.time_grid(process, 10), raises=False)
+    index = jnp.arange(4, dtype=jnp.uint32)
+    for lam, solver in ((0.0, gd.GDDIM()), (1.0, gd.GDDIM(1))):
+        rest = index, None, dfx.NoProgressMeter(), None
+        solve = lambda flow, key: _solve(flow, lam, solver, None, grid, key, *rest)
+        assert _exported(solve, flow, key).platforms == _platforms
+    trainer = Trainer(DenoisingLoss(process))
+    state = eqx.filter_eval_shape(trainer._init, shapes, key)
+    batch = jax.ShapeDtypeStruct((4, *process.shape), jnp.uint8)
+    step = lambda state, batch: trainer._step(state, batch, None)
+    assert _exported(step, state, batch).platforms == _platforms
+
+
+def _precisions(jaxpr, found):
+    """The shapes of all bfloat16 values of a program."""
+    for equation in jaxpr.eqns:
+        for value in equation.outvars:
+            if value.aval.dtype == jnp.bfloat16:
+                found.add(value.aval.shape)
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                _precisions(inner, found)
+    return found
+
+
+@pytest.mark.parametrize("lam", (0.0, 1.0))
+def test_coefficients_and_times_are_never_in_bfloat16(lam):
+    process = gd.CLD((3,))
+
+    def model(t, u, args):
+        assert t.dtype != jnp.bfloat16
+        half = jax.tree.map(lambda x: jnp.tanh(x.astype(jnp.bfloat16)), u)
+        return jax.tree.map(lambda a, b: a.astype(b.dtype), half, u)
+
+    flow = gd.ProbabilityFlow(process, model)
+    grid = PaddedGrid.of(gd.time_grid(process, 10), raises=False)
+    index = jnp.arange(4, dtype=jnp.uint32)
+    rest = jr.key(0), index, None, dfx.NoProgressMeter(), None
+    solver = gd.GDDIM() if lam == 0 else gd.GDDIM(2)
+    solve = lambda: _solve(flow, lam, solver, None, grid, *rest)
+    # Only what the model computes, which has the shape of a batch.
+    assert _precisions(jax.make_jaxpr(solve)().jaxpr, set()) == {(4, 3)}
+    assert jax.eval_shape(solve)[0].dtype == jnp.zeros(()).dtype
