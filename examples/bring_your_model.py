@@ -11,6 +11,8 @@ Takes less than a minute on two CPU cores.
 """
 
 import argparse
+import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -164,4 +166,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # Programs that were compiled before are read from a file.
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jax"))
     main()

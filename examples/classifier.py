@@ -7,6 +7,7 @@ Takes five minutes on two CPU cores. Writes `gddim_eqx/metrics/fashion_mnist.npz
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import equinox as eqx
@@ -84,4 +85,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # Programs that were compiled before are read from a file.
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jax"))
     main()

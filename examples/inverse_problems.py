@@ -11,8 +11,10 @@ Prints the error of single samples and of their means, and draws
 """
 
 import argparse
+import os
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import matplotlib
@@ -131,4 +133,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # Programs that were compiled before are read from a file.
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jax"))
     main()

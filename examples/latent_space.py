@@ -13,6 +13,7 @@ Draws `docs/latent_space.png`. Takes one minute on two CPU cores.
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import equinox as eqx
@@ -124,4 +125,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # Programs that were compiled before are read from a file.
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jax"))
     main()

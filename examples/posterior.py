@@ -17,11 +17,13 @@ Takes less than two minutes on two CPU cores, half of them training.
 """
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import diffrax as dfx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import matplotlib
@@ -157,4 +159,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # Programs that were compiled before are read from a file.
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jax"))
     main()

@@ -13,6 +13,7 @@ two CPU cores. `--quick` is a smoke test: too short to give good samples.
 import argparse
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -369,4 +370,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # Programs that were compiled before are read from a file.
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jax"))
     main()

@@ -19,6 +19,7 @@ import dataclasses
 import functools as ft
 import importlib.util
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -640,4 +641,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    # Programs that were compiled before are read from a file.
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jax"))
     main()
