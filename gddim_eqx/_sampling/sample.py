@@ -62,6 +62,16 @@ class _Counted(eqx.Module):
         return self.model(t, u, args)
 
 
+class _TracedOnce(eqx.Module):
+    """A model that is traced once, not every time that Diffrax traces a step."""
+
+    model: Callable
+
+    @eqx.filter_jit
+    def __call__(self, t, u, args):
+        return self.model(t, u, args)
+
+
 def _evaluations_per_step(solver: dfx.AbstractSolver) -> int | None:
     """The number of evaluations of every step, where it is fixed. Otherwise a callback
     counts them, which takes time, and keeps the program out of JAX's persistent cache."""
@@ -94,6 +104,7 @@ class _PathPerSample(dfx.AbstractBrownianPath):
 
 @eqx.filter_jit
 def _solve(flow, lam, solver, denoise, grid, key, index, args, meter, placement):
+    flow = eqx.tree_at(lambda flow: flow.model, flow, _TracedOnce(flow.model))
     process, terms, ts = flow.process, flow, grid.ts
     if placement is not None:
         number, shard = len(index), placement.shard
