@@ -89,8 +89,9 @@ def _diffeqsolve(flow, solver, u, ts):
 
 
 def by_diffeqsolve(flow, solver, steps: int, seed: int) -> None:
-    u = flow.process.prior(jr.key(seed), (2,))
-    jax.block_until_ready(_diffeqsolve(flow, solver, u, gd.time_grid(flow.process, steps)))
+    u, ts = flow.process.prior(jr.key(seed), (2,)), gd.time_grid(flow.process, steps)
+    _seconds.clear()
+    jax.block_until_ready(_diffeqsolve(flow, solver, u, ts))
 
 
 def by_sample(flow, solver, steps: int, seed: int) -> None:
@@ -125,9 +126,6 @@ def main() -> None:
 
 
 def compare(name, label, flow, run, solvers, rounds: int) -> None:
-    # What every solver needs, such as the grid, is compiled before.
-    for steps in (10, 12):
-        gd.time_grid(flow.process, steps)
     found: dict[str, list[dict[str, float]]] = {key: [] for key in solvers}
     again: dict[str, list[float]] = {key: [] for key in solvers}
     for _ in range(rounds):

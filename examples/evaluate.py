@@ -474,7 +474,7 @@ class Cell(NamedTuple):
         return f"{self.sampler}-{self.budget}-{self.seed}"
 
 
-# The number of samples that are drawn, measured and saved at a time, at least.
+# The minimum number of samples that are drawn, measured and saved at a time.
 _per_part = 2048
 
 

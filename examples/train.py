@@ -365,7 +365,7 @@ def load(data: Source, train: bool = True) -> np.ndarray:
 
 def load_labels(data: Source, train: bool = True) -> np.ndarray:
     if data.name in ("rings", "packed"):
-        raise ValueError(f"{data.name} has no labels.")
+        raise ValueError(f"The data {data.name!r} have no labels.")
     if data.name == "digits":
         return gd.datasets.digits_labels()
     if data.name == "folder":
@@ -430,12 +430,13 @@ def make_model(
 def standard_deviation(data: np.ndarray) -> float:
     """The standard deviation of the data as the model sees them."""
     # In parts, as the data may be larger than memory.
-    parts = np.array_split(data, max(1, len(data) // 1000))
-    first, second = (
-        sum(np.sum(np.asarray(part, np.float64) ** n) for part in parts) / data.size
-        for n in (1, 2)
-    )
-    return float((second - first**2) ** 0.5) / (127.5 if data.dtype == np.uint8 else 1)
+    sums = np.zeros(2)
+    for part in np.array_split(data, max(1, len(data) // 1000)):
+        part = np.asarray(part, np.float64)
+        sums += part.sum(), (part**2).sum()
+    mean, square = sums / data.size
+    std = max(square - mean**2, 0.0) ** 0.5
+    return std / (127.5 if data.dtype == np.uint8 else 1)
 
 
 def draw(path: Path, flow: gd.ProbabilityFlow, number: int = 64, args: Any = None) -> None:

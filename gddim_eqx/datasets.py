@@ -285,8 +285,8 @@ def pack_folder(
     size: int | None = None,
     crop: int | None = None,
 ) -> UInt8[np.memmap, "number height width channels"]:
-    """Write all images of a directory to one file, to train on more than fits in memory.
-    Only one image is in memory at a time.
+    """Write all images of a directory to one file, for training on data sets larger than
+    memory. Only one image is in memory at a time.
 
     !!! example
 

@@ -5,7 +5,7 @@ import diffrax as dfx
 import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Real
+from jaxtyping import Array, Bool, Float, Int, Real
 
 from gddim_eqx._custom_types import RealScalarLike
 from gddim_eqx._exponential import (
@@ -16,7 +16,6 @@ from gddim_eqx._exponential import (
     slowing,
 )
 from gddim_eqx._linear import coefficient_dtype
-from gddim_eqx._misc import error_if_any
 from gddim_eqx._process import AbstractProcess, require_process
 from gddim_eqx._term import ProbabilityFlow, real_time
 
@@ -143,20 +142,16 @@ class LearnedGDDIM(dfx.AbstractItoSolver[History]):
         problem = self._check(terms, y0)
         dtype, t_end = coefficient_dtype(y0), self.process.t_end
         s, t = (real_time(t_end, x, problem.direction, dtype) for x in (t0, t1))
-        ts = self.ts.astype(dtype)
+        # As the solve has rounded them.
+        ts = self.ts.astype(jnp.result_type(t0)).astype(dtype)
         index = jnp.argmin(jnp.abs(ts[:-1] - s)).astype(jnp.int32)
         near = lambda a, b: jnp.abs(a - b) <= 8 * jnp.finfo(dtype).eps * ts.max()
         right = near(ts[index], s) & near(ts[index + 1], t)
-        fault = (
-            ~right & (s != t),
-            "A learned solver was asked for a step between other times than its own. Solve "
-            "with `t0=solver.ts[0], t1=solver.ts[-1]` and "
-            "`stepsize_controller=diffrax.StepTo(solver.ts)`.",
-        )
         args = args, solver_state, made_jump
-        return self._at(index, dtype, fault).step(terms, t0, t1, y0, *args)
+        made = self._at(index, dtype, ~right & (s != t))
+        return made.step(terms, t0, t1, y0, *args)
 
-    def _at(self, index: Int[Array, ""], dtype, fault) -> "_Step":
+    def _at(self, index: Int[Array, ""], dtype, elsewhere: Bool[Array, ""]) -> "_Step":
         pick = lambda x, i: lax.dynamic_index_in_dim(x, i, keepdims=False).astype(dtype)
         base, before = self.solver, jnp.maximum(index - 1, 0)
         coordinate, correction, rates = base.coordinate, base.correction, None
@@ -174,7 +169,8 @@ class LearnedGDDIM(dfx.AbstractItoSolver[History]):
             correction=correction,
             rates=rates,
             index=index,
-            shift=error_if_any(pick(self.shifts, index), [fault]),
+            shift=pick(self.shifts, index),
+            elsewhere=elsewhere,
         )
 
     def func(self, terms, t0, y0, args):
@@ -229,6 +225,13 @@ class _Shifted(eqx.Module):
         return self.model(t, u, args)
 
 
+_elsewhere = (
+    "A learned solver was asked for a step between other times than its own. Solve with "
+    "`t0=solver.ts[0], t1=solver.ts[-1]` and "
+    "`stepsize_controller=diffrax.StepTo(solver.ts)`."
+)
+
+
 class _Step(AbstractExponentialMultistep):
     """One step of a learned solver."""
 
@@ -240,6 +243,8 @@ class _Step(AbstractExponentialMultistep):
     rates: Float[Array, " steps"] | None
     index: Int[Array, ""]
     shift: Array
+    elsewhere: Bool[Array, ""]
+    """Whether this is a step between other times than those of the solver."""
 
     term_structure: ClassVar = dfx.AbstractTerm
 
@@ -249,6 +254,9 @@ class _Step(AbstractExponentialMultistep):
         model = _Shifted(flow.model, process, self.shift)
         flow = ProbabilityFlow(process, model, flow.predicts, flow.factor)
         return problem._replace(term=flow)
+
+    def faults(self, equation, c, s, stochastic):
+        return [*super().faults(equation, c, s, stochastic), (self.elsewhere, _elsewhere)]
 
     def coordinates(self, nodes: Nodes):
         if self.rates is None:

@@ -159,7 +159,7 @@ class AbstractExponentialMultistep(
         dtype = coefficient_dtype(y0)
         s, t = (real_time(equation.t_end, x, direction, dtype) for x in (t0, t1))
         c = self._integrate(equation, s, t, lam)
-        faults = self.splitting.faults(equation, c, s, lam is not None)
+        faults = self.faults(equation, c, s, lam is not None)
         linear = error_if_any(c.linear, faults)
         value = self.splitting.evaluate(term, s, y0, args, c.root)
         count, forcing, residual = history.length(t0, made_jump), [], None
@@ -200,6 +200,10 @@ class AbstractExponentialMultistep(
         nodes = eqx.tree_at(lambda n: n.values[0], nodes, _after(y1, nodes.values[0]))
         history = history.push(nodes, c, s == t, t1, base, residual)
         return y1, y_error, dense_info, history, dfx.RESULTS.successful
+
+    def faults(self, equation, c: StepCoefficients, s: Array, stochastic: bool):
+        """What can be wrong with a step from `s`, for `error_if_any`."""
+        return self.splitting.faults(equation, c, s, stochastic)
 
     def coordinates(self, nodes: Nodes) -> tuple[Array, Array]:
         """The nodes in the coordinate of the step, and in that of the previous step."""

@@ -189,14 +189,18 @@ class _Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", (1, 4, 7))
-def test_a_run_that_is_interrupted_comes_to_the_same(tmp_path, finished, at):
+@pytest.mark.parametrize("at, mapped", ((1, False), (4, False), (7, False), (7, True)))
+def test_a_run_that_is_interrupted_comes_to_the_same(tmp_path, finished, at, mapped):
     def die(state):
         raise _Killed
 
+    data = _points
+    if mapped:
+        np.save(tmp_path / "points.npy", _points)
+        data = np.load(tmp_path / "points.npy", mmap_mode="r")
     with pytest.raises(_Killed):
-        _fit(tmp_path, 10, callbacks=[(at, die)])
-    _assert_equal(_fit(tmp_path, 10), finished[0])
+        _fit(tmp_path / "run", 10, data=data, callbacks=[(at, die)])
+    _assert_equal(_fit(tmp_path / "run", 10, data=data), finished[0])
 
 
 def test_a_finished_run_is_not_trained_on(finished):

@@ -309,5 +309,14 @@ def test_other_times_are_refused():
     solver = _learned(process)
     # With the right beginning, for the first step.
     ts = solver.ts.at[1].multiply(0.99)
-    with pytest.raises(Exception, match="other times than its own"):
-        gd.sample(_flow(process), jr.key(0), 2, solver=solver, ts=ts)
+    # Also where the model ignores the time.
+    for model in (_flow(process).model, lambda t, u, args: 0.1 * u):
+        with pytest.raises(Exception, match="other times than its own"):
+            gd.sample(process, model, jr.key(0), 2, solver=solver, ts=ts)
+
+
+def test_its_times_may_be_rounded():
+    process = gd.VP((2,))
+    solver = _learned(process)
+    x = gd.sample(_flow(process), jr.key(0), 2, solver=solver, dtype=jnp.float16).x
+    assert x.dtype == jnp.float16 and jnp.isfinite(x).all()

@@ -59,7 +59,7 @@ def test_sampling_and_training_are_lowered_for_accelerators(name):
     grid = PaddedGrid.of(gd.time_grid(process, 10), raises=False)
     index = jnp.arange(4, dtype=jnp.uint32)
     for lam, solver in ((0.0, gd.GDDIM()), (1.0, gd.GDDIM(1))):
-        rest = index, None, dfx.NoProgressMeter(), None
+        rest = index, jnp.uint32(4), None, dfx.NoProgressMeter(), None
         solve = lambda flow, key: _solve(flow, lam, solver, None, grid, key, *rest)
         assert _exported(solve, flow, key).platforms == _platforms
     trainer = Trainer(DenoisingLoss(process))
@@ -82,19 +82,19 @@ def _precisions(jaxpr, found):
     return found
 
 
-@pytest.mark.parametrize("lam", (0.0, 1.0))
-def test_coefficients_and_times_are_never_in_bfloat16(lam):
+@pytest.mark.parametrize("lam, casts", ((0.0, True), (1.0, True), (0.0, False)))
+def test_coefficients_and_times_are_not_in_bfloat16_where_the_network_is(lam, casts):
     process = gd.CLD((3,))
 
     def model(t, u, args):
         assert t.dtype != jnp.bfloat16
         half = jax.tree.map(lambda x: jnp.tanh(x.astype(jnp.bfloat16)), u)
-        return jax.tree.map(lambda a, b: a.astype(b.dtype), half, u)
+        return jax.tree.map(lambda a, b: a.astype(b.dtype), half, u) if casts else half
 
     flow = gd.ProbabilityFlow(process, model)
     grid = PaddedGrid.of(gd.time_grid(process, 10), raises=False)
     index = jnp.arange(4, dtype=jnp.uint32)
-    rest = jr.key(0), index, None, dfx.NoProgressMeter(), None
+    rest = jr.key(0), index, jnp.uint32(4), None, dfx.NoProgressMeter(), None
     solver = gd.GDDIM() if lam == 0 else gd.GDDIM(2)
     solve = lambda: _solve(flow, lam, solver, None, grid, *rest)
     # Only what the model computes, which has the shape of a batch.

@@ -116,10 +116,20 @@ def test_no_samples():
     assert x.shape == (0, 2)
 
 
-def test_what_is_not_finite_is_never_returned():
+@pytest.mark.parametrize("solver, number", [(gd.GDDIM(), 3), (dfx.Heun(), 6)])
+def test_what_is_not_finite_is_never_returned(solver, number):
     process = gd.VP((2,))
-    with pytest.raises(FloatingPointError, match="4 of 4 samples are not finite after 3"):
-        gd.sample(process, lambda t, u, args: u / 0, jax.random.key(0), 4, 3)
+    draw = lambda model, **options: gd.sample(
+        process, model, jax.random.key(0), 6, 3, solver, **options
+    )
+    message = f"6 of 6 samples are not finite after {number}"
+    with pytest.raises(FloatingPointError, match=message):
+        draw(lambda t, u, args: u / 0)
+    # The last sample, which is in the second batch. Those that fill it up do not count.
+    model = lambda t, u, args: jnp.where(args[:, None] == 5, jnp.nan, jnp.zeros_like(u))
+    options = dict(args=jnp.arange(6), batch_size=4, predicts="data")
+    with pytest.raises(FloatingPointError, match="1 of 2 samples, from index 4, are not"):
+        draw(model, **options)
 
 
 def test_bad_arguments_are_refused():
@@ -245,32 +255,33 @@ def test_each_sample_has_its_own_start_and_path():
 
 def test_conditions_go_with_their_samples():
     process = gd.VP((2,))
-    model = lambda t, u, args: args["x"][:, None] * jnp.ones_like(u)
-    args = {"x": jnp.arange(10.0), "other": jnp.zeros(3)}
+    model = lambda t, u, args: args["x"].astype(u.dtype)[:, None] * jnp.ones_like(u)
+    args = {"x": np.arange(10.0, dtype=np.float32), "other": jnp.asarray(0.0)}
     draw = lambda **options: gd.sample(
         process, model, jax.random.key(0), 10, 3, predicts="data", args=args, **options
     )
     whole = draw().x
     np.testing.assert_allclose(whole[:, 0], args["x"], atol=0.1)
     np.testing.assert_array_equal(draw(batch_size=4).x, whole)
+    # A table of another length could not be told from conditions of as many samples.
+    args["other"] = jnp.zeros(3)
+    with pytest.raises(ValueError, match="every array in `args` must have one entry per"):
+        draw(batch_size=4)
 
 
-def test_other_steps_keys_and_batches_are_not_compiled_again():
+def test_other_steps_keys_and_batches_are_not_compiled_again(caplog):
     process = gd.VP((2,))
-    traced = []
-
-    def model(t, u, args):
-        traced.append(t)
-        return _data.model(process)(t, u, args)
-
+    model = _data.model(process)
     draw = lambda seed, number, steps: gd.sample(
         process, model, jax.random.key(seed), number, steps, batch_size=4
     )
-    draw(0, 8, 5)
-    before = len(traced)
-    for seed, number, steps in ((1, 8, 7), (0, 30, 100), (2, 4, 1)):
-        assert draw(seed, number, steps).evaluations == steps
-    assert len(traced) == before
+    compiled = lambda: sum("Compiling jit(_solve)" in x for x in caplog.messages)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        for seed, number, steps in ((0, 8, 5), (1, 8, 7), (0, 30, 100), (2, 4, 1)):
+            assert draw(seed, number, steps).evaluations == steps
+            assert compiled() == 1
+        # More than 127 steps.
+        assert draw(0, 4, 200).evaluations == 200 and compiled() == 2
 
 
 def test_progress_over_batches(capfd):
@@ -300,6 +311,10 @@ def test_bad_batches_are_refused(without_type_checks):
     process = gd.VP((2,))
     model, key = _data.model(process), jax.random.key(0)
     draw = lambda **options: gd.sample(process, model, key, 8, 3, **options)
+    np.testing.assert_array_equal(draw(batch_size=2.0).x, draw().x)
+    with pytest.raises(ValueError, match="numbered up to 2.*first=4294967289 and number=8"):
+        draw(first=2**32 - 7)
+    assert draw(first=2**32 - 8).x.shape == (8, 2)
     for size in (0, -1, 2.5):
         with pytest.raises(ValueError, match="`batch_size` must be a positive integer"):
             draw(batch_size=size)
@@ -333,24 +348,38 @@ def test_evaluations_are_those_that_the_model_sees(solver, lam):
     assert evaluations == len(seen)
 
 
-def test_programs_are_kept_in_the_persistent_cache(tmp_path):
-    process, names = gd.VP((3,)), lambda: [p.name for p in tmp_path.glob("jit__solve*")]
-    model = lambda t, u, args: 0.1 * u
-    options = {
+@pytest.mark.parametrize(
+    "make, options",
+    [
+        (lambda p: gd.GDDIM(), {"denoise": "exact"}),
+        (lambda p: gd.GDDIM(1), {"lam": 1.0}),
+        (lambda p: gd.LearnedGDDIM(gd.GDDIM(2), p, gd.time_grid(p, 5)), {}),
+        (lambda p: gd.SSCS(), {"lam": 1.0}),
+        (lambda p: dfx.Euler(), {"lam": 1.0, "denoise": "drift"}),
+    ],
+)
+def test_programs_are_kept_in_the_persistent_cache(tmp_path, make, options):
+    process = gd.CLD((3,))
+    zero = gd.GaussianMixture(jnp.zeros((1, 3)), 1.0)
+    draw = lambda: gd.sample(
+        *(process, zero.model(process), jax.random.key(0), 3),
+        **dict(ts=gd.time_grid(process, 5), solver=make(process), **options),
+    )
+    settings = {
         "jax_compilation_cache_dir": str(tmp_path),
         "jax_persistent_cache_min_compile_time_secs": 0,
     }
-    before = {name: getattr(jax.config, name) for name in options}
+    before = {name: getattr(jax.config, name) for name in settings}
     try:
         compilation_cache.reset_cache()
-        for name, value in options.items():
+        for name, value in settings.items():
             jax.config.update(name, value)
-        gd.sample(process, model, jax.random.key(0), 3, 5, predicts="data")
+        draw()
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
-    assert names()
+    assert list(tmp_path.glob("jit__solve*"))
 
 
 def test_a_solver_says_why_samples_are_not_finite():

@@ -121,7 +121,7 @@ _refused = [
     ),
     (("toy", "--processes.number", 2), "need `--processes.coordinator`"),
     (("toy", "--seed", -1), "`--seed` must be at least 0"),
-    (("toy", "--data.labels"), "rings has no labels"),
+    (("toy", "--data.labels"), "The data 'rings' have no labels"),
     (("toy", "--label-dropout", 1), r"`--label-dropout` must be in \[0, 1\); got 1"),
     (("cifar10-cld", "--data.labels"), "cifar10 is read from files"),
     (("toy", "--data.size", 8), "`--data.size` and `--data.crop` are for a folder"),

@@ -25,6 +25,7 @@ from .._misc import (
     check_count,
     check_instance,
     check_key,
+    check_per_sample,
     errors_as_nan,
 )
 from .._process import AbstractProcess, as_grid, log_snr_at_start
@@ -41,7 +42,8 @@ class Samples(NamedTuple):
     x: Float[Array, "number *shape"]
     """The data: a NumPy array if they were drawn in batches."""
     evaluations: int
-    """The number of model evaluations (NFE); that of the batch with the most."""
+    """The number of model evaluations per sample (NFE); over several batches, the
+    largest."""
 
 
 # Counts per call, so that calls from several threads do not mix.
@@ -103,7 +105,7 @@ class _PathPerSample(dfx.AbstractBrownianPath):
 
 
 @eqx.filter_jit
-def _solve(flow, lam, solver, denoise, grid, key, index, args, meter, placement):
+def _solve(flow, lam, solver, denoise, grid, key, index, stop, args, meter, placement):
     flow = eqx.tree_at(lambda flow: flow.model, flow, _TracedOnce(flow.model))
     process, terms, ts = flow.process, flow, grid.ts
     if placement is not None:
@@ -130,9 +132,11 @@ def _solve(flow, lam, solver, denoise, grid, key, index, args, meter, placement)
     elif denoise == "exact":
         u = flow.denoised(ts[-1], u, args)
     x = process.decode(u)
-    finite = jnp.isfinite(x).all(range(1, x.ndim)).sum()
-    square = (x.astype(at_least_single(x.dtype)) ** 2).mean()
-    return x, sol.result, sol.stats["num_steps"], finite, square
+    axes, wanted = tuple(range(1, x.ndim)), index < stop
+    bad = (wanted & ~jnp.isfinite(x).all(axes)).sum()
+    squares = (x.astype(at_least_single(x.dtype)) ** 2).mean(axes)
+    total = jnp.where(wanted, squares, 0).sum()
+    return x, sol.result, sol.stats["num_steps"], bad, total
 
 
 @takes_flow
@@ -159,8 +163,8 @@ def sample(
     """Draw samples from a diffusion model: the prior, a time grid, a solve and a check,
     in one call.
 
-    Each sample is a function of the key and its index: the first 10 of 1,000 are those of
-    `number=10`. (This needs JAX's default kind of keys.)
+    Each sample depends only on the key and on its index: the first 10 of 1,000 are those
+    of `number=10`. (This holds for JAX's default kind of keys, threefry.)
 
     For gradients, saved trajectories, adaptive steps or a solve inside `jax.jit` or
     `jax.vmap`, call `diffrax.diffeqsolve` on a [`gddim_eqx.ProbabilityFlow`][].
@@ -197,9 +201,10 @@ def sample(
     - `dtype`: of the times, states and samples; by default that of `ts`, or JAX's default.
         Coefficients have at least single precision. For a large model, keep float32 and let
         the network compute in bfloat16, as by `gddim_eqx.nn.NCSNpp(dtype=jnp.bfloat16)`.
-    - `first`: the index of the first sample, to go on from earlier ones.
-    - `batch_size`: if given, the number of samples at a time, to save memory. The samples
-        are then collected in a NumPy array. They are the same whatever the batch size.
+    - `first`: the index of the first sample, to continue an earlier call.
+    - `batch_size`: if given, samples are drawn in batches of this size, to save memory, and
+        collected in a NumPy array. They are the same whatever the batch size, up to
+        rounding. All arrays in `args` must then have one row per sample.
     - `placement`: how to shard the samples over devices, which does not change them; by
         default all are on the first device. The model must be on the same devices.
     - `progress_meter`: for example `diffrax.TextProgressMeter()`. With `batch_size` it
@@ -238,7 +243,13 @@ def sample(
         raise ValueError("Pass `num_steps` or `ts`, not both.")
     ts = _checked_times(process, ts, dtype)
     check_count("first", first, least=0)
-    size = _size_of_batch(int(number), batch_size, placement)
+    number, first = int(number), int(first)
+    if first + number > 2**32:
+        raise ValueError(
+            f"Samples are numbered up to 2**32; got first={first} and number={number}. "
+            "Use another key."
+        )
+    size = _size_of_batch(number, batch_size, placement)
     if denoise is not None and float(ts[-1]) == 0:
         raise ValueError("At time 0 nothing is left to denoise; leave out `denoise`.")
     args = jtu.tree_map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, args)
@@ -246,16 +257,17 @@ def sample(
     given = flow, as_level(lam), solver, denoise, ts, key
 
     def draw(start: int, meter: dfx.AbstractProgressMeter):
-        index = start + np.arange(size)
-        some = args if size == number else _rows(args, index, int(number))
-        index = jnp.asarray(first + index, jnp.uint32)
-        return _draw(*given, index, some, meter, placement)
+        some = args if batch_size is None else _rows(args, start + np.arange(size), number)
+        # 2**32 only as the end of all.
+        ends = first + start, min(first + number, 2**32 - 1)
+        index = jnp.uint32(ends[0]) + jnp.arange(size, dtype=jnp.uint32)
+        return _draw(*given, index, jnp.uint32(ends[1]), some, meter, placement)
 
     if batch_size is None:
-        x, evaluations, square = draw(0, progress_meter)
+        x, evaluations, total = draw(0, progress_meter)
     else:
-        x, evaluations, square = _in_batches(draw, int(number), size, progress_meter)
-    _warn_of_size(process, model, square**0.5)
+        x, evaluations, total = _in_batches(draw, number, size, progress_meter)
+    _warn_of_size(process, model, (total / max(number, 1)) ** 0.5)
     return Samples(cast(Array, x), evaluations)
 
 
@@ -266,27 +278,28 @@ def _size_of_batch(number: int, size: int | None, placement: Placement | None) -
     if placement is not None:
         placement.check_batch(number if size is None else size)
         devices = placement.mesh.size
-    return number if size is None else min(size, -(-number // devices) * devices)
+    return number if size is None else min(int(size), -(-number // devices) * devices)
 
 
 def _rows(args: Args, index: np.ndarray, number: int) -> Args:
     """The args of some samples. Those beyond the last get the args of the last."""
-    index = np.minimum(index, number - 1)
-    is_per_sample = lambda x: eqx.is_array(x) and x.ndim > 0 and len(x) == number
-    return jtu.tree_map(lambda x: x[index] if is_per_sample(x) else x, args)
+    arrays, rest = eqx.partition(args, lambda x: eqx.is_array(x) and x.ndim > 0)
+    check_per_sample("With `batch_size`, every array in `args`", arrays, (number,))
+    index = np.minimum(index, max(number - 1, 0))
+    return eqx.combine(jtu.tree_map(lambda x: x[index[: len(x)]], arrays), rest)
 
 
-def _draw(flow, lam, solver, denoise, ts, key, index, args, meter, placement):
-    """A batch of samples, the number of evaluations, and the mean square."""
-    number, each, call = len(index), _evaluations_per_step(solver), next(_calls)
+def _draw(flow, lam, solver, denoise, ts, key, index, stop, args, meter, placement):
+    """A batch of samples, the number of evaluations, and the sum of mean squares."""
+    each, call = _evaluations_per_step(solver), next(_calls)
     _evaluations[call] = 0
     if each is None:
         flow = eqx.tree_at(lambda flow: flow.model, flow, _Counted(flow.model))
         args = jnp.asarray(call), args
-    given, rest = (flow, lam, solver, denoise), (key, index, args, meter, placement)
+    given, rest = (flow, lam, solver, denoise), (key, index, stop, args)
     try:
         grid = PaddedGrid.of(ts, raises=False)
-        x, result, steps, finite, square = _solve(*given, grid, *rest)
+        x, result, steps, bad, total = _solve(*given, grid, *rest, meter, placement)
         jax.block_until_ready(x)
         jax.effects_barrier()
         if each is None:
@@ -295,34 +308,39 @@ def _draw(flow, lam, solver, denoise, ts, key, index, args, meter, placement):
             evaluations = each * int(steps) + (denoise is not None)
     finally:
         del _evaluations[call]
-    if int(finite) < number:
-        # Where the solver knows the reason, this raises it.
-        _solve(*given, PaddedGrid.of(ts, raises=True), *rest)
+    if int(bad) and each is not None:
+        # If there was a step that the solver cannot take, this raises the reason.
+        grid = PaddedGrid.of(ts, raises=True)
+        _solve(*given, grid, *rest, dfx.NoProgressMeter(), placement)
     if result != dfx.RESULTS.successful:
         raise RuntimeError(f"The solver failed: {dfx.RESULTS[result]}")
-    if int(finite) < number:
+    if int(bad):
+        begin, end = int(index[0]), min(int(index[-1]) + 1, int(stop))
+        where = f", from index {begin}," if begin else ""
         raise FloatingPointError(
-            f"{number - int(finite)} of {number} samples are not finite after "
+            f"{int(bad)} of {end - begin} samples{where} are not finite after "
             f"{evaluations} evaluations. Either the model returned non-finite values, or "
             "the solver diverged: take more steps, or use `GDDIM` instead of a solver that "
             "is only stable for short steps."
         )
-    return x, evaluations, float(square)
+    return x, evaluations, float(total)
 
 
 def _in_batches(draw: Callable, number: int, size: int, meter: dfx.AbstractProgressMeter):
     """As `_draw`, for all batches, with the data on the host."""
-    parts, counts, squares = [], [], []
     starts = range(0, number, size) if number else (0,)
-    shown = meter.init()
-    for start in starts:
-        x, evaluations, square = draw(start, dfx.NoProgressMeter())
-        parts.append(_on_host(x)[: number - start])
-        counts.append(evaluations)
-        squares.append(square)
-        shown = meter.step(shown, jnp.asarray(len(parts) / len(starts)))
-    meter.close(shown)
-    return np.concatenate(parts), max(counts), float(np.mean(squares))
+    whole, most, total, shown = None, 0, 0.0, meter.init()
+    try:
+        for n, start in enumerate(starts, 1):
+            x, evaluations, square = draw(start, dfx.NoProgressMeter())
+            x = _on_host(x)[: number - start]
+            whole = np.empty((number, *x.shape[1:]), x.dtype) if whole is None else whole
+            whole[start : start + size] = x
+            most, total = max(most, evaluations), total + square
+            shown = meter.step(shown, jnp.asarray(n / len(starts)))
+    finally:
+        meter.close(shown)
+    return whole, most, total
 
 
 def _on_host(x: Array) -> np.ndarray:

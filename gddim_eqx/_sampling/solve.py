@@ -29,7 +29,7 @@ class PaddedGrid(dfx.AbstractStepSizeController[int, None]):
     that other numbers of steps have the same shape, and need no other program."""
 
     ts: Real[Array, " times"]
-    # Here so that Diffrax does not take the program of one for that of the other.
+    # Static, so that the compiled solves of both kinds are kept apart.
     raises: bool = eqx.field(static=True)
     """Whether a step that cannot be taken is an error, or gives NaN."""
 

@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from .._custom_types import FrameName, PredictionName, State
 from .._linear import add, apply, BlockLinearOperator, subtract
+from .._misc import error_if_any
 from .._process import AbstractDiagonalProcess, AbstractProcess
 
 
@@ -264,11 +265,11 @@ def _change_frame(at, noise, frame, other):
 def _without_noise(at, u, root, noise):
     mean, process, t = subtract(u, apply(root, noise)), at.process, at.t
     if process.t_zero_signal <= process.t_end:
-        t = eqx.error_if(
-            t,
+        fault = (
             t >= process.t_zero_signal,
             f"At t = {process.t_zero_signal} there is no signal, so a noise or score "
             "prediction does not determine the data. Use a model that predicts "
             "'data', 'v' or 'flow', or a process with a smaller `t_end`.",
         )
+        t = error_if_any(t, [fault])
     return apply(process.transition(jnp.zeros_like(t), t), mean)

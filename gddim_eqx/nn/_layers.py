@@ -100,18 +100,19 @@ def normalisation(channels: int) -> eqx.nn.GroupNorm:
 
 
 def normalise(layer: eqx.nn.GroupNorm, x: Image) -> Image:
-    """Apply a layer to an image. The weights are multiplied by the statistics of the image
-    before the image is: otherwise their gradient, when it is summed over devices, would be
-    as large as an image."""
+    """Apply a layer to an image. The weights first multiply the scale of each group: if
+    they multiplied the image, devices would exchange their gradient before it is summed
+    over pixels."""
     groups, each = layer.groups, len(x) // layer.groups
     dtype = at_least_single(x.dtype)
     y = x.astype(dtype).reshape(groups, -1)
-    centred = (y - y.mean(1, keepdims=True)).reshape(x.shape)
-    inverse = jax.lax.rsqrt(y.var(1) + layer.eps)
+    centred = y - y.mean(1, keepdims=True)
+    inverse = jax.lax.rsqrt((centred**2).mean(1) + layer.eps)
     assert layer.weight is not None and layer.bias is not None
     scale = layer.weight.astype(dtype) * jnp.repeat(inverse, each)
     bias = layer.bias.astype(dtype)
-    return (centred * scale[:, None, None] + bias[:, None, None]).astype(x.dtype)
+    y = centred.reshape(x.shape) * scale[:, None, None] + bias[:, None, None]
+    return y.astype(x.dtype)
 
 
 def _filtered(
