@@ -453,14 +453,17 @@ def test_learned_solvers_are_included(name):
     exact = run(gd.GDDIM(), gd.time_grid(flow.process, 100))
     for number in (5, 8, 10):
         solver = gd.checkpoints.pretrained_solver(f"fashion-mnist-{name}", number)
+        # Geometric means over samples: of 16, one that ends elsewhere decides any other.
         errors = [
-            float(jnp.sqrt(((run(*pair) - exact) ** 2).mean((1, 2, 3))).mean())
+            float(
+                jnp.exp(0.5 * jnp.log(((run(*pair) - exact) ** 2).mean((1, 2, 3))).mean())
+            )
             for pair in (
                 (solver, solver.ts),
                 (gd.GDDIM(), gd.time_grid(flow.process, number)),
             )
         ]
-        assert solver.ts.shape == (number + 1,) and errors[0] < 0.8 * errors[1]
+        assert solver.ts.shape == (number + 1,) and errors[0] < 0.7 * errors[1]
     with pytest.raises(ValueError, match="no solver 'fashion-mnist-vp-7-steps', but"):
         gd.checkpoints.pretrained_solver("fashion-mnist-vp", 7)
 
