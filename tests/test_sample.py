@@ -272,16 +272,17 @@ def test_conditions_go_with_their_samples():
 def test_other_steps_keys_and_batches_are_not_compiled_again(caplog):
     process = gd.VP((2,))
     model = _data.model(process)
+    # A size of batches that no other test compiles.
     draw = lambda seed, number, steps: gd.sample(
-        process, model, jax.random.key(seed), number, steps, batch_size=4
+        process, model, jax.random.key(seed), number, steps, batch_size=9
     )
     compiled = lambda: sum("Compiling jit(_solve)" in x for x in caplog.messages)
     with jax.log_compiles(), caplog.at_level("WARNING"):
-        for seed, number, steps in ((0, 8, 5), (1, 8, 7), (0, 30, 100), (2, 4, 1)):
+        for seed, number, steps in ((0, 18, 5), (1, 18, 7), (0, 30, 100), (2, 9, 1)):
             assert draw(seed, number, steps).evaluations == steps
             assert compiled() == 1
         # More than 127 steps.
-        assert draw(0, 4, 200).evaluations == 200 and compiled() == 2
+        assert draw(0, 9, 200).evaluations == 200 and compiled() == 2
 
 
 def test_progress_over_batches(capfd):
