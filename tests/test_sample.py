@@ -130,6 +130,9 @@ def test_what_is_not_finite_is_never_returned(solver, number):
     options = dict(args=jnp.arange(6), batch_size=4, predicts="data")
     with pytest.raises(FloatingPointError, match="1 of 2 samples, from index 4, are not"):
         draw(model, **options)
+    # Also where it is the last of all that there are.
+    with pytest.raises(FloatingPointError, match="1 of 2 samples, from index 4294967294"):
+        draw(model, first=2**32 - 6, **options)
 
 
 def test_bad_arguments_are_refused():

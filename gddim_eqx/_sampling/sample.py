@@ -105,7 +105,7 @@ class _PathPerSample(dfx.AbstractBrownianPath):
 
 
 @eqx.filter_jit
-def _solve(flow, lam, solver, denoise, grid, key, index, stop, args, meter, placement):
+def _solve(flow, lam, solver, denoise, grid, key, index, wanted, args, meter, placement):
     flow = eqx.tree_at(lambda flow: flow.model, flow, _TracedOnce(flow.model))
     process, terms, ts = flow.process, flow, grid.ts
     if placement is not None:
@@ -132,10 +132,11 @@ def _solve(flow, lam, solver, denoise, grid, key, index, stop, args, meter, plac
     elif denoise == "exact":
         u = flow.denoised(ts[-1], u, args)
     x = process.decode(u)
-    axes, wanted = tuple(range(1, x.ndim)), index < stop
-    bad = (wanted & ~jnp.isfinite(x).all(axes)).sum()
+    axes = tuple(range(1, x.ndim))
+    counts = jnp.arange(len(x), dtype=jnp.uint32) < wanted
+    bad = (counts & ~jnp.isfinite(x).all(axes)).sum()
     squares = (x.astype(at_least_single(x.dtype)) ** 2).mean(axes)
-    total = jnp.where(wanted, squares, 0).sum()
+    total = jnp.where(counts, squares, 0).sum()
     return x, sol.result, sol.stats["num_steps"], bad, total
 
 
@@ -258,10 +259,10 @@ def sample(
 
     def draw(start: int, meter: dfx.AbstractProgressMeter):
         some = args if batch_size is None else _rows(args, start + np.arange(size), number)
-        # 2**32 only as the end of all.
-        ends = first + start, min(first + number, 2**32 - 1)
-        index = jnp.uint32(ends[0]) + jnp.arange(size, dtype=jnp.uint32)
-        return _draw(*given, index, jnp.uint32(ends[1]), some, meter, placement)
+        index = jnp.uint32(first + start) + jnp.arange(size, dtype=jnp.uint32)
+        # The last batch is filled up.
+        wanted = jnp.uint32(min(size, number - start))
+        return _draw(*given, index, wanted, some, meter, placement)
 
     if batch_size is None:
         x, evaluations, total = draw(0, progress_meter)
@@ -289,14 +290,14 @@ def _rows(args: Args, index: np.ndarray, number: int) -> Args:
     return eqx.combine(jtu.tree_map(lambda x: x[index[: len(x)]], arrays), rest)
 
 
-def _draw(flow, lam, solver, denoise, ts, key, index, stop, args, meter, placement):
+def _draw(flow, lam, solver, denoise, ts, key, index, wanted, args, meter, placement):
     """A batch of samples, the number of evaluations, and the sum of mean squares."""
     each, call = _evaluations_per_step(solver), next(_calls)
     _evaluations[call] = 0
     if each is None:
         flow = eqx.tree_at(lambda flow: flow.model, flow, _Counted(flow.model))
         args = jnp.asarray(call), args
-    given, rest = (flow, lam, solver, denoise), (key, index, stop, args)
+    given, rest = (flow, lam, solver, denoise), (key, index, wanted, args)
     try:
         grid = PaddedGrid.of(ts, raises=False)
         x, result, steps, bad, total = _solve(*given, grid, *rest, meter, placement)
@@ -315,10 +316,9 @@ def _draw(flow, lam, solver, denoise, ts, key, index, stop, args, meter, placeme
     if result != dfx.RESULTS.successful:
         raise RuntimeError(f"The solver failed: {dfx.RESULTS[result]}")
     if int(bad):
-        begin, end = int(index[0]), min(int(index[-1]) + 1, int(stop))
-        where = f", from index {begin}," if begin else ""
+        where = f", from index {index[0]}," if index[0] else ""
         raise FloatingPointError(
-            f"{int(bad)} of {end - begin} samples{where} are not finite after "
+            f"{bad} of {wanted} samples{where} are not finite after "
             f"{evaluations} evaluations. Either the model returned non-finite values, or "
             "the solver diverged: take more steps, or use `GDDIM` instead of a solver that "
             "is only stable for short steps."
