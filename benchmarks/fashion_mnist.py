@@ -2,7 +2,7 @@
 all samplers evaluated at the same numbers of network evaluations.
 
     python benchmarks/fashion_mnist.py          # hours on two CPU cores
-    python benchmarks/fashion_mnist.py --gpu    # a larger network, for a GPU
+    python benchmarks/fashion_mnist.py --gpu    # a larger network, minutes on a GPU
     python benchmarks/fashion_mnist.py --quick  # digits, only to see that it runs
 
 It trains with `examples/train.py` and evaluates with `examples/evaluate.py`. If
@@ -40,7 +40,8 @@ _processes = ("vp", "bdm", "cld")
 _samplers = [name for name in SAMPLERS if name != "ddim"]
 _budgets = (5, 8, 10, 15, 20, 30, 50, 100, 200)
 _repeated = (5, 10, 20, 50)  # with several seeds
-_other_grid = [name for name in _samplers if SAMPLERS[name].grid == "clock"]
+# With --gpu, minutes in place of hours.
+_samplers_gpu = ["gddim", "gddim-paper", "heun", "tsit5", "euler", "ancestral"]
 
 
 def call(example: ModuleType, quick: bool, *arguments: Any) -> None:
@@ -56,6 +57,8 @@ def train_model(process: str, output: Path, arguments: argparse.Namespace) -> No
         return
     preset = "fashion-mnist-gpu" if arguments.gpu else "fashion-mnist"
     options = []
+    if arguments.steps is not None:
+        options = ["--steps", arguments.steps]
     if arguments.quick:
         preset = "digits"
         options = ["--steps", 2, "--batch-size", 4, "--optimiser.warmup", 1]
@@ -68,15 +71,17 @@ def measure(
     process: str, run: Path, arguments: argparse.Namespace
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The results, and those on the quadratic grid."""
+    samplers = _samplers_gpu if arguments.gpu else _samplers
     kinds = [run / "evaluation", run / "evaluation-quadratic"]
 
-    def evaluate_some(seeds, budgets, samplers=_samplers, output=kinds[0], options=()):
+    def evaluate_some(seeds, budgets, samplers=samplers, output=kinds[0], options=()):
         call(
             evaluate,
             arguments.quick,
             run / "model.npz",
             *("--data.name", "digits" if arguments.quick else "fashion_mnist"),
-            *("--number", arguments.number, "--batch-size", 500),
+            *("--number", arguments.number),
+            *("--batch-size", 2500 if arguments.gpu else 500),
             *("--samplers", *samplers, "--evaluations", *budgets, "--seeds", *seeds),
             *("--output", output, *options),
         )
@@ -87,12 +92,13 @@ def measure(
             evaluate_some([0], [3], ["gddim", "euler"])
             evaluate_some([0], [3], ["euler"], kinds[1], options)
             return
-        evaluate_some([0], _budgets)
+        evaluate_some([0], _repeated if arguments.gpu else _budgets)
         if arguments.seeds > 1:
             evaluate_some(range(1, arguments.seeds), _repeated)
-        if process == "bdm":
+        if process == "bdm" and not arguments.gpu:
             evaluate_some([0], [1000], ["ancestral"])
-        evaluate_some([0], [10, 20], _other_grid, kinds[1], options)
+        other_grid = [name for name in samplers if SAMPLERS[name].grid == "clock"]
+        evaluate_some([0], [10, 20], other_grid, kinds[1], options)
 
     if not arguments.tables:
         evaluate_all()
@@ -159,7 +165,11 @@ def main() -> None:
     parser.add_argument("--runs", type=Path)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--number", type=int, help="samples; 1000, or 10,000 with --gpu")
-    parser.add_argument("--seeds", type=int, help="number of seeds; by default 3")
+    parser.add_argument(
+        "--seeds", type=int, help="number of seeds; by default 3, or 1 with --gpu"
+    )
+    parser.add_argument("--processes", nargs="+", default=_processes, choices=_processes)
+    parser.add_argument("--steps", type=int, help="training steps; by default the preset's")
     parser.add_argument("--gpu", action="store_true", help="train a larger network")
     parser.add_argument("--tables", action="store_true", help="only show results so far")
     parser.add_argument("--quick", action="store_true", help="only check that it runs")
@@ -168,7 +178,7 @@ def main() -> None:
         default = 10_000 if arguments.gpu else 1000
         arguments.number = 16 if arguments.quick else default
     if arguments.seeds is None:
-        arguments.seeds = 3
+        arguments.seeds = 1 if arguments.gpu else 3
     kind = "_gpu" if arguments.gpu else "_quick" if arguments.quick else ""
     runs = arguments.runs or Path("runs") / f"fashion_mnist{kind}"
     output = arguments.output
@@ -176,7 +186,7 @@ def main() -> None:
         output = runs if arguments.quick else _root / "benchmarks" / f"fashion_mnist{kind}"
     output.mkdir(parents=True, exist_ok=True)
     found, text = {}, []
-    for process in _processes[-1:] if arguments.quick else _processes:
+    for process in _processes[-1:] if arguments.quick else arguments.processes:
         run = runs / process
         if not arguments.tables:
             train_model(process, run, arguments)

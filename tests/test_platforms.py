@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
+from jax import lax
 
 import gddim_eqx as gd
+from gddim_eqx._exponential import SemilinearSplitting
 from gddim_eqx._sampling.sample import _solve
 from gddim_eqx._sampling.solve import PaddedGrid
 from gddim_eqx.training import DenoisingLoss, Trainer
 
-from .helpers import slow
+from .helpers import every_process, mixture_for, processes, slow
 
 
 _platforms = ("cuda", "tpu")
@@ -69,17 +71,51 @@ def test_sampling_and_training_are_lowered_for_accelerators(name):
     assert _exported(step, state, batch).platforms == _platforms
 
 
-def _precisions(jaxpr, found):
-    """The shapes of all bfloat16 values of a program."""
+def _equations(jaxpr):
+    """All equations of a program, those of inner programs included."""
     for equation in jaxpr.eqns:
-        for value in equation.outvars:
-            if value.aval.dtype == jnp.bfloat16:
-                found.add(value.aval.shape)
+        yield equation
         for inner in jax.tree.leaves(list(equation.params.values())):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
-                _precisions(inner, found)
-    return found
+                yield from _equations(inner)
+
+
+def _solved(flow, solver, lam, num_steps=10):
+    """The program that `sample` compiles, and what it returns."""
+    grid = PaddedGrid.of(gd.time_grid(flow.process, num_steps), raises=False)
+    index = jnp.arange(4, dtype=jnp.uint32)
+    rest = jr.key(0), index, jnp.uint32(4), None, dfx.NoProgressMeter(), None
+    solve = lambda: _solve(flow, lam, solver, None, grid, *rest)
+    return jax.make_jaxpr(solve)().jaxpr, jax.eval_shape(solve)
+
+
+def _rounded(jaxpr):
+    """The matrix products whose factors GPUs and TPUs round, to TF32 or bfloat16."""
+    full = lax.Precision.HIGHEST, (lax.Precision.HIGHEST,) * 2
+    products = ("dot_general", "conv_general_dilated")
+    return [
+        equation
+        for equation in _equations(jaxpr)
+        if equation.primitive.name in products and equation.params["precision"] not in full
+    ]
+
+
+@every_process
+def test_accelerators_round_no_factors_of_matrix_products(name):
+    process = processes[name]()
+    flow = gd.ProbabilityFlow(process, mixture_for(process).model(process))
+    for solver, lam in ((gd.GDDIM(), 0.0), (gd.GDDIM(2), 1.0), (dfx.Euler(), 1.0)):
+        assert not _rounded(_solved(flow, solver, lam)[0])
+
+
+def test_accelerators_round_no_factors_in_semilinear_equations():
+    blocks = jnp.array([[-1.0, 3.0], [-2.0, 0.5]])
+    linear = lambda t: gd.BlockLinearOperator(blocks * t, (3,))
+    term = gd.Semilinear(linear, lambda t, u, args: u)
+    t0, t1, u = jnp.asarray(0.0), jnp.asarray(1.0), gd.Phase(jnp.ones(3), jnp.zeros(3))
+    integrate = lambda: SemilinearSplitting().integrate(term.linear_part(u), t0, t1, 4)
+    assert not _rounded(jax.make_jaxpr(integrate)().jaxpr)
 
 
 @pytest.mark.parametrize("lam, casts", ((0.0, True), (1.0, True), (0.0, False)))
@@ -91,12 +127,9 @@ def test_coefficients_and_times_are_not_in_bfloat16_where_the_network_is(lam, ca
         half = jax.tree.map(lambda x: jnp.tanh(x.astype(jnp.bfloat16)), u)
         return jax.tree.map(lambda a, b: a.astype(b.dtype), half, u) if casts else half
 
-    flow = gd.ProbabilityFlow(process, model)
-    grid = PaddedGrid.of(gd.time_grid(process, 10), raises=False)
-    index = jnp.arange(4, dtype=jnp.uint32)
-    rest = jr.key(0), index, jnp.uint32(4), None, dfx.NoProgressMeter(), None
     solver = gd.GDDIM() if lam == 0 else gd.GDDIM(2)
-    solve = lambda: _solve(flow, lam, solver, None, grid, *rest)
+    jaxpr, results = _solved(gd.ProbabilityFlow(process, model), solver, lam)
+    values = [value.aval for equation in _equations(jaxpr) for value in equation.outvars]
     # Only what the model computes, which has the shape of a batch.
-    assert _precisions(jax.make_jaxpr(solve)().jaxpr, set()) == {(4, 3)}
-    assert jax.eval_shape(solve)[0].dtype == jnp.zeros(()).dtype
+    assert {x.shape for x in values if x.dtype == jnp.bfloat16} == {(4, 3)}
+    assert results[0].dtype == jnp.zeros(()).dtype

@@ -135,7 +135,9 @@ def _exponents(nodes, whitened, step_weights, levels):
     over_step = jnp.where(at_nodes[0] < -0.1, at_nodes[0], -rate.sum(0))
     at_end, excess = levels[-1] ** 2, rate * (levels[:-1] ** 2 - levels[-1:] ** 2)
     within = excess / append_axes(jnp.asarray(WEIGHTS, excess.dtype), excess.ndim)
-    within = jnp.einsum("ij,j...->i...", jnp.asarray(_BACKWARD, excess.dtype), within)
+    within = jnp.tensordot(
+        jnp.asarray(_BACKWARD, excess.dtype), within, 1, precision="highest"
+    )
     over_step = at_end * over_step - excess.sum(0)
     over_step = jnp.where(over_step < 0, over_step, 0)
     return at_end[None] * at_nodes[1:] + within, over_step
@@ -153,7 +155,8 @@ def _collocate(whitened, step_weights, level):
     change = 0.5 * level**2 * step_weights * squares
     generator = change / append_axes(jnp.asarray(WEIGHTS, change.dtype), change.ndim)
     last = jnp.moveaxis(generator, (1, 2), (-2, -1))
-    system = jnp.einsum("ij,j...ab->...iajb", jnp.asarray(_BACKWARD, last.dtype), last)
+    backward = jnp.asarray(_BACKWARD, last.dtype)
+    system = jnp.einsum("ij,j...ab->...iajb", backward, last, precision="highest")
     system = system.reshape(*system.shape[:-4], number * n, number * n)
     eye = jnp.eye(n, dtype=last.dtype)
     right = jnp.broadcast_to(jnp.tile(eye, (number, 1)), (*system.shape[:-1], n))

@@ -132,7 +132,8 @@ def _by_collocation(equation, s, t, number):
     a = jnp.moveaxis(a, (0, 1, 2), (-3, -2, -1))
     n = a.shape[-1]
     # Maps component a of the row at node k to component b of the row at node j.
-    system = jnp.einsum("jk,...kab->...jbka", h * jnp.asarray(integrals, h.dtype), a)
+    integrals = h * jnp.asarray(integrals, h.dtype)
+    system = jnp.einsum("jk,...kab->...jbka", integrals, a, precision="highest")
     system = system.reshape(*a.shape[:-3], m * n, m * n)
     right = jnp.tile(jnp.eye(n, dtype=h.dtype), (m, 1))
     system = jnp.broadcast_to(jnp.eye(m * n, dtype=h.dtype), system.shape) - system

@@ -94,7 +94,9 @@ class Classifier(AbstractFeatures):
 @eqx.filter_jit
 def _embed(classifier, images):
     x = jnp.asarray(images, jnp.float32) / 127.5 - 1
-    return jax.vmap(classifier.embed)(x)
+    # Distances must not depend on the device: GPUs and TPUs round factors by default.
+    with jax.default_matmul_precision("highest"):
+        return jax.vmap(classifier.embed)(x)
 
 
 class Inception(AbstractFeatures):
