@@ -41,7 +41,8 @@ _samplers = [name for name in SAMPLERS if name != "ddim"]
 _budgets = (5, 8, 10, 15, 20, 30, 50, 100, 200)
 _repeated = (5, 10, 20, 50)  # with several seeds
 # With --gpu, minutes in place of hours.
-_samplers_gpu = ["gddim", "gddim-paper", "heun", "tsit5", "euler", "ancestral"]
+_samplers_gpu = ["gddim", "gddim-paper", "heun", "euler", "ancestral"]
+_budgets_gpu = (5, 10, 20)
 
 
 def call(example: ModuleType, quick: bool, *arguments: Any) -> None:
@@ -92,13 +93,13 @@ def measure(
             evaluate_some([0], [3], ["gddim", "euler"])
             evaluate_some([0], [3], ["euler"], kinds[1], options)
             return
-        evaluate_some([0], _repeated if arguments.gpu else _budgets)
+        evaluate_some([0], _budgets_gpu if arguments.gpu else _budgets)
         if arguments.seeds > 1:
             evaluate_some(range(1, arguments.seeds), _repeated)
         if process == "bdm" and not arguments.gpu:
             evaluate_some([0], [1000], ["ancestral"])
         other_grid = [name for name in samplers if SAMPLERS[name].grid == "clock"]
-        evaluate_some([0], [10, 20], other_grid, kinds[1], options)
+        evaluate_some([0], _budgets_gpu[1:], other_grid, kinds[1], options)
 
     if not arguments.tables:
         evaluate_all()

@@ -40,6 +40,16 @@ def peak_bytes() -> int:
     return (device.memory_stats() or {})["peak_bytes_in_use"]
 
 
+def count_flops(run, *args) -> float:
+    """The floating-point operations of a function of arrays, before compiler
+    optimisations."""
+    shapes = eqx.filter_eval_shape(lambda: args)
+    # Not all backends count them, but the CPU's does.
+    with jax.default_device(jax.devices("cpu")[0]):
+        cost = jax.jit(run).lower(*shapes).cost_analysis()
+    return (cost or {}).get("flops", float("nan"))
+
+
 def measure(mode: str, dtype: str, checkpoint: str, repeats: int, quick: bool) -> str:
     key = jax.random.key(0)
     make = gd.nn.presets.cifar10_cld

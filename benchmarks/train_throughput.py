@@ -3,8 +3,9 @@
 The loop has the same network, loss, optimiser and EMA, and nothing else: no shuffling,
 checks, logging or sharding. `fit` has all of these. For the speed, the two alternate in one
 process, so that other load on the machine affects both; for the peak memory, each runs in
-its own process before. "From disk" is `fit` on a memory-mapped file of the same images, which the
-operating system has in its cache.
+its own process before. "From disk" is `fit` on a memory-mapped file of the same images,
+which the operating system has in its cache. Each round calls `fit` anew, so that short ones
+measure how long it takes to start.
 
     python benchmarks/train_throughput.py
     python benchmarks/train_throughput.py --cases cifar10 --dtypes float32 bfloat16
@@ -29,7 +30,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import optax
-from network import peak_bytes
+from network import count_flops, peak_bytes
 
 import gddim_eqx as gd
 from gddim_eqx.training import Batches, DenoisingLoss, fit, Trainer
@@ -129,10 +130,9 @@ def seconds(way, steps: int) -> float:
     return time.perf_counter() - begin
 
 
-def operations(ours: Ours) -> float:
-    """The number of floating-point operations of a step, before compiler optimisations."""
-    lowered = ours.trainer.lower(ours.state, ours.batches[0])
-    return (lowered.cost_analysis() or {}).get("flops", float("nan"))
+def operations(loop: ByHand) -> float:
+    """The FLOPs of a step."""
+    return count_flops(loop.step, *loop.state, loop.images[: loop.batch], jr.key(0))
 
 
 def peaks(options: argparse.Namespace) -> dict[tuple[str, ...], float]:
@@ -196,7 +196,7 @@ def main() -> None:
                 name: batch * steps / statistics.median(r[name] for r in rounds)
                 for name in ways
             }
-            work = operations(ways["fit"]) * rate["fit"] / batch / 1e12
+            work = operations(ways["by hand"]) * rate["fit"] / batch / 1e12
             print(
                 f"| {case}, batch {batch} | {dtype} | {rate['fit']:.0f} | "
                 f"{rate['by hand']:.0f} | {ratio:.3f} | {disk:.3f} | "
