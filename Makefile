@@ -2,7 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo fashion-mnist tables few-steps learned-solvers work-precision test test-float32 test-precision test-slow lint check clean
+.PHONY: check clean demo docs docs-serve few-steps fashion-mnist learned-solvers lint release
+.PHONY: tables test test-float32 test-newest test-oldest test-precision test-slow
+.PHONY: work-precision
 
 # Installs the package with its extras once, and again when pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml
@@ -65,5 +67,28 @@ lint: $(VENV)/.installed
 # Formatting, lint, types, and the test suite in both precisions.
 check: lint test test-float32
 
+# The site, in site/. Executes its tutorials.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -W error::SyntaxWarning -m mkdocs build --quiet
+
+docs-serve: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
+	touch $@
+
+# Builds the distributions, and tests the wheel in a clean environment.
+release: $(VENV)/.installed
+	PATH="$(abspath $(BIN)):$$PATH" .ci/release
+
+# The test suite with the oldest versions of all dependencies that pyproject.toml allows.
+test-oldest:
+	.ci/test-versions lowest-direct 3.11
+
+# With the newest, on the newest Python that is installed of those that are supported.
+test-newest:
+	.ci/test-versions highest 3.13 3.12 3.11
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-* build dist site *.egg-info

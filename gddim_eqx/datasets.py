@@ -29,7 +29,15 @@ _image_endings = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 def rings(number: int = 12_800, seed: int = 0) -> Float[np.ndarray, "number 2"]:
-    """The authors' two-dimensional toy data: five rings, scaled to unit variance."""
+    """The authors' two-dimensional toy data: five rings, scaled to unit variance.
+
+    **Arguments:**
+
+    - `number`: the number of points.
+    - `seed`: the seed of NumPy's random numbers.
+
+    **Returns:** the points, `(number, 2)`, in single precision.
+    """
     check_count("number", number)
     check_count("seed", seed, least=0)
     random = np.random.default_rng(seed)
@@ -124,14 +132,15 @@ def fashion_mnist(
 
 
 def mnist_labels(directory: str | Path, train: bool = True, verify: bool = True) -> Labels:
-    """The digit on each image of [`gddim_eqx.datasets.mnist`][]."""
+    """The digit on each image of [`gddim_eqx.datasets.mnist`][]. Arguments as there."""
     return _idx("MNIST", directory, train, "labels-idx1", verify)
 
 
 def fashion_mnist_labels(
     directory: str | Path = _debian, train: bool = True, verify: bool = True
 ) -> Labels:
-    """The class of each image of [`gddim_eqx.datasets.fashion_mnist`][], from 0 to 9."""
+    """The class of each image of [`gddim_eqx.datasets.fashion_mnist`][], from 0 to 9.
+    Arguments as there."""
     return _idx("Fashion-MNIST", directory, train, "labels-idx1", verify)
 
 
@@ -205,7 +214,8 @@ def cifar10(directory: str | Path, train: bool = True, verify: bool = True) -> I
 def cifar10_labels(
     directory: str | Path, train: bool = True, verify: bool = True
 ) -> Labels:
-    """The class of each image of [`gddim_eqx.datasets.cifar10`][], from 0 to 9."""
+    """The class of each image of [`gddim_eqx.datasets.cifar10`][], from 0 to 9. Arguments as
+    there."""
     return _cifar10(directory, train, verify, b"labels", (-1,))
 
 
@@ -326,6 +336,12 @@ def pack_folder(
 def packed(path: str | Path) -> UInt8[np.memmap, "number height width channels"]:
     """Images in a file of [`gddim_eqx.datasets.pack_folder`][], or of `numpy.save`, as a
     memory map: they are read when they are needed.
+
+    **Arguments:**
+
+    - `path`: the path of the file.
+
+    **Returns:** the images, `(number, height, width, channels)`.
 
     **Raises:** `ValueError` for a file that is missing, truncated, or holds no images.
     """

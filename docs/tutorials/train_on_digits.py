@@ -1,0 +1,135 @@
+# %% [markdown]
+# # Train on digits
+#
+# [`gddim_eqx.training`](../../api/training/) has a loss for all processes, shuffled batches
+# and a loop. Here it trains a small network on scikit-learn's scans of digits, 8x8 pixels.
+
+# %%
+import time
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+
+import gddim_eqx as gd
+from gddim_eqx.training import adam, Batches, DenoisingLoss, fit, StratifiedTimes, Trainer
+
+
+plt.rcParams["figure.facecolor"] = "white"
+
+images = gd.datasets.digits()  # uint8, (1797, 8, 8, 1)
+
+
+def show(rows):
+    figure, axes = plt.subplots(
+        len(rows), 1, figsize=(8, 0.75 * len(rows)), layout="constrained"
+    )
+    for axis, (name, x) in zip(np.atleast_1d(axes), rows.items(), strict=True):
+        x = np.pad(x[:16, ..., 0], ((0, 0), (1, 1), (1, 1)))
+        axis.imshow(np.hstack(x), cmap="gray", vmin=0, vmax=255)
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+
+
+show({"data": images})
+
+# %% [markdown]
+# ## Network and model
+#
+# A network is called on single samples, `network(t, x)`; [`gddim_eqx.nn.NetworkModel`][]
+# makes it a model of the process. With `data_std`, the standard deviation of the data, the
+# network is preconditioned: its output is of order 1 at all times. Always pass this. Without
+# it training takes far longer, above all for CLD.
+#
+# `Trainer` scales integer images to [-1, 1], and samples have that range too.
+
+# %%
+process = gd.VP((8, 8, 1))
+network = gd.nn.presets.mlp((8, 8, 1), key=jax.random.key(0), width=256)
+data_std = float(np.std(images / 127.5 - 1))
+model = gd.nn.NetworkModel(process, network, data_std=data_std)
+
+# %% [markdown]
+# For CLD, change the first two lines: the network's input has two channels, those of the
+# data and of the velocity, and its output still one.
+#
+# ```python
+# process = gd.CLD((8, 8, 1))
+# network = gd.nn.presets.mlp((8, 8, 2), 1, key=jax.random.key(0), width=256)
+# ```
+
+# %% [markdown]
+# ## Train
+
+# %%
+num_steps = 2000
+loss = DenoisingLoss(process, times=StratifiedTimes())
+trainer = Trainer(loss, adam(2e-3, warmup=100, num_steps=num_steps), ema_decay=0.99)
+losses = []
+begin = time.perf_counter()
+state = fit(
+    trainer,
+    trainer.init(model, jax.random.key(1)),
+    Batches(images, 128),
+    num_steps,
+    logs=[lambda step, metrics: losses.append(metrics["loss"])],
+    log_every=500,
+    progress=False,
+)
+print(f"{num_steps} steps in {time.perf_counter() - begin:.0f} s")
+print("loss:", np.round(losses, 3))
+
+# %% [markdown]
+# ## Sample
+#
+# `state.averaged` is the model with the average of its recent parameters. It predicts noise,
+# as the loss does; to train another prediction, pass the same `predicts` to
+# `DenoisingLoss` and to [`gddim_eqx.ProbabilityFlow`][].
+
+# %%
+flow = gd.ProbabilityFlow(process, state.averaged)
+numbers = (5, 10, 20, 50)
+samples = {n: gd.to_uint8(gd.sample(flow, jax.random.key(2), 800, n).x) for n in numbers}
+show({f"{n} evaluations": x for n, x in samples.items()} | {"data": images})
+
+# %% [markdown]
+# These look roughly like digits, after a few seconds of training. `make demo` trains for
+# longer, and `python examples/train.py digits` for five minutes:
+#
+# ![Samples after four minutes of training](../../digits.png)
+
+# %% [markdown]
+# ## Measure
+#
+# The Frechet distance of pixels, with as many samples as real images. (For larger images
+# use features: [`gddim_eqx.metrics.Inception`][], or a classifier of your own.) The last line
+# is the distance between two halves of the data, the least to expect.
+
+# %%
+flat = lambda x: x.reshape(len(x), -1) / 127.5 - 1
+order = np.random.default_rng(0).permutation(len(images))
+one, other = images[order[:800]], images[order[800:1600]]
+for n, x in samples.items():
+    distance = gd.metrics.frechet_distance(flat(x), flat(one))
+    print(f"{n:4} evaluations: {distance:.2f}")
+print(f"  other digits: {gd.metrics.frechet_distance(flat(other), flat(one)):.2f}")
+
+# %% [markdown]
+# ## Save and load
+#
+# The file describes the network and the process, so nothing else is needed to load it.
+
+# %%
+gd.checkpoints.save("digits.npz", flow)
+loaded = gd.checkpoints.load("digits.npz")
+x, _ = gd.sample(loaded, jax.random.key(2), 800, 20)
+print("same samples:", bool((gd.to_uint8(x) == samples[20]).all()))
+
+# %% [markdown]
+# ## Next
+#
+# - [`gddim_eqx.training.fit`][] also writes checkpoints, from which an interrupted run
+#   resumes, and metrics; `examples/train.py` uses all of it.
+# - `examples/quickstart.py` writes the training loop by hand, with Equinox and Optax only:
+#   `process.perturb(key, x, t)` returns a noised state and the noise to predict.
+# - [Conditional models](../conditional_model/).
