@@ -1,5 +1,6 @@
 """What the documentation says, runs, and all that is public is in it."""
 
+import ast
 import inspect
 import pathlib
 import re
@@ -119,6 +120,37 @@ def test_all_public_names_are_documented():
         # Shapes, ranges and errors are said argument by argument.
         if inspect.isfunction(value) and inspect.signature(value).parameters:
             assert "**Arguments:**" in value.__doc__ or "rguments as" in value.__doc__, name
+
+
+def _messages():
+    """All strings of the library, with `...` for what is filled in."""
+    paths = [*_root.glob("gddim_eqx/**/*.py"), *_root.glob("solvers/*.py")]
+    for path in (*paths, _root / "examples" / "train.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+            elif isinstance(node, ast.JoinedStr):
+                parts = [getattr(part, "value", None) for part in node.values]
+                yield "".join(x if isinstance(x, str) else "..." for x in parts)
+
+
+def test_error_messages_are_quoted_literally():
+    text = "\n".join(_messages())
+    rows = re.findall(
+        r"^\| (`+) ?(.+?) ?\1 (.*?)\|",
+        (_root / "docs" / "reference" / "errors.md").read_text(),
+        re.MULTILINE,
+    )
+    assert len(rows) > 30
+    for _, message, remark in rows:
+        if "Diffrax" not in remark:
+            for part in message.split("..."):
+                # A message may begin with the name of what it is about.
+                words = part.split()
+                ends = (" ".join(words[n:]) for n in range(min(3, len(words)) + 1))
+                assert any(
+                    end in text for end in ends if len(end) > 5 or end == part.strip()
+                ), message
 
 
 def test_tutorials_are_in_the_format_of_the_site():
