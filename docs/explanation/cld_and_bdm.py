@@ -11,6 +11,7 @@
 
 # %%
 import diffrax as dfx
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -24,12 +25,13 @@ plt.rcParams["figure.facecolor"] = "white"
 # %% [markdown]
 # ## Position and velocity
 #
-# Data points near -1 and 1, along Brownian paths. The forward diffusion is an SDE for
-# Diffrax, with the coefficients `process.drift` and `process.diffusion`.
+# Points near -1 and 1, along Brownian paths, and the density of a mixture of two Gaussians
+# around -1 and 1. The forward diffusion is an SDE for Diffrax, with coefficients
+# `process.drift` and `process.diffusion`.
 
 # %%
-points = jnp.array([[-1.0], [-1.0], [-1.0], [1.0], [1.0], [1.0]])
-width = 0.1  # of the two Gaussians
+points = jnp.array([[-1.0], [-1.0], [1.0], [1.0]])
+width = 0.1  # of the Gaussians
 ts = jnp.linspace(0, 1, 501)
 
 
@@ -37,15 +39,26 @@ def forward(process, key):
     """The paths of the points, at times ts."""
     start, _ = process.perturb(key, points, 0.0)  # CLD draws a velocity
     shape = jax.eval_shape(lambda: start)
-    brownian = dfx.VirtualBrownianTree(0.0, 1.0, 1e-4, shape, key)
+    brownian = dfx.UnsafeBrownianPath(shape, key)
     terms = dfx.MultiTerm(
         dfx.ODETerm(lambda t, u, args: process.drift(t).mv(u)),
         dfx.ControlTerm(lambda t, u, args: process.diffusion(t), brownian),
     )
-    saved = dfx.SaveAt(ts=ts)
-    return dfx.diffeqsolve(terms, dfx.Euler(), 0.0, 1.0, 1e-3, start, saveat=saved).ys
+    sol = dfx.diffeqsolve(
+        terms,
+        dfx.Euler(),
+        0.0,
+        1.0,
+        None,
+        start,
+        saveat=dfx.SaveAt(ts=ts),
+        stepsize_controller=dfx.StepTo(ts),
+        adjoint=dfx.ForwardMode(),
+    )
+    return sol.ys
 
 
+@eqx.filter_jit
 def density(process, component, values):
     """The marginal density of position (component 0) or velocity (1) at times ts."""
 
@@ -60,63 +73,72 @@ def density(process, component, values):
 
 
 vp, cld = gd.VP((1,)), gd.CLD((1,))
-of_vp, of_cld = (forward(process, jax.random.key(2)) for process in (vp, cld))
 
 
 def draw_paths():
+    of_vp, of_cld = (forward(process, jax.random.key(1)) for process in (vp, cld))
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
     panels = [
-        ("VP: $x$", vp, 0, of_vp),
-        ("CLD: position $x$", cld, 0, of_cld.x),
-        ("CLD: velocity $v$", cld, 1, of_cld.v),
+        ("VP: $x$", vp, 0, of_vp, 3.0),
+        ("CLD: position $x$", cld, 0, of_cld.x, 3.0),
+        ("CLD: velocity $v$", cld, 1, of_cld.v, 1.5),
     ]
-    for axis, (title, process, component, paths) in zip(axes, panels, strict=True):
-        values = jnp.linspace(-2.5, 2.5, 301) * (1 if component == 0 else 0.6)
-        shade = density(process, component, values)
-        axis.pcolormesh(ts, values, shade**0.5, cmap="Greys", vmax=1.6, rasterized=True)
+    for axis, (title, process, component, paths, limit) in zip(axes, panels, strict=True):
+        values = jnp.linspace(-limit, limit, 301)
+        shade = density(process, component, values) ** 0.5
+        axis.pcolormesh(ts, values, shade, cmap="Greys", vmax=1.6, rasterized=True)
         axis.plot(ts, paths[..., 0], linewidth=1)
-        axis.set(title=title, xlabel="$t$")
+        axis.set(title=title, xlabel="$t$", ylim=(-limit, limit))
 
 
 draw_paths()
 
 # %% [markdown]
-# Sampling runs from right to left. Under CLD the score is needed for the velocity only, and
-# it is the score of the velocity given the position. The initial velocity, with variance
-# $\gamma M$, belongs to the noise: networks are trained on it as on the rest.
+# Sampling runs from right to left. Under CLD only the velocity is driven by noise, so only
+# its equation contains a score: that of the velocity given the position, which is Gaussian
+# at both ends. The random initial velocity, of variance $\gamma M$, is part of the noise
+# that a network predicts.
 #
 # ## Blurring
 #
-# One image under VP and under BDM; below, BDM's mean alone, at the contrast of the data. States
-# of [`gddim_eqx.BDM`][] are cosine coefficients, and `to_data` makes images of them.
+# A test image under VP and under BDM; below, the mean of BDM alone, at the contrast of the
+# image. Fine rings fade first. States of [`gddim_eqx.BDM`][] are cosine coefficients;
+# `process.to_data` makes images of them.
 
 # %%
-pretrained = gd.checkpoints.pretrained("fashion-mnist-bdm")
-image = gd.sample(pretrained, jax.random.key(3), 1, 20).x[0]  # any image would do
-times = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
+radius = jnp.hypot(*jnp.meshgrid(jnp.arange(64) - 31.5, jnp.arange(64) - 31.5))
+image = jnp.cos(radius**2 / 26)[..., None]  # rings, the finer the farther out
+times = jnp.array([0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6])
 
 
-def noised(process, t):
-    u, _ = process.perturb(jax.random.key(0), image, t)
-    return process.to_data(u)
+@eqx.filter_jit
+def noised(process):
+    """The image at each of the times, with the same noise."""
+    perturb = lambda t: process.perturb(jax.random.key(0), image, t)[0]
+    return process.to_data(jax.vmap(perturb)(times))
 
 
-def blurred(process, t):
-    mean = process.transition(t, 0.0).mv(process.encode(image))
-    contrast = process.transition(t, 0.0).blocks[0, 0, 0, 0]  # of frequency 0
-    return process.to_data(mean / contrast)
+@eqx.filter_jit
+def blurred(process):
+    def mean(t):
+        transition = process.transition(t, 0.0)
+        contrast = transition.blocks[0, 0, 0, 0]  # of frequency 0
+        return transition.mv(process.encode(image)) / contrast
+
+    return process.to_data(jax.vmap(mean)(times))
 
 
 def draw_images():
     vp, bdm = gd.VP(image.shape), gd.BDM(image.shape)
-    rows = [("VP", noised, vp), ("BDM", noised, bdm), ("mean of BDM", blurred, bdm)]
+    rows = {"VP": noised(vp), "BDM": noised(bdm), "mean of BDM": blurred(bdm)}
     figure, axes = plt.subplots(3, len(times), figsize=(10, 4), layout="constrained")
-    for row, (name, function, process) in zip(axes, rows, strict=True):
-        for axis, t in zip(row, times, strict=True):
-            axis.imshow(function(process, t)[..., 0], cmap="gray", vmin=-1.5, vmax=1.5)
+    for row, (name, images) in zip(axes, rows.items(), strict=True):
+        for axis, x in zip(row, images, strict=True):
+            axis.imshow(x[..., 0], cmap="gray", vmin=-1.5, vmax=1.5)
             axis.set(xticks=[], yticks=[])
-            axis.set_title(f"$t={t}$" if process is vp else "", fontsize=9)
         row[0].set_ylabel(name)
+    for axis, t in zip(axes[0], times, strict=True):
+        axis.set_title(f"$t={t:.2f}$", fontsize=9)
 
 
 draw_images()
@@ -125,23 +147,23 @@ draw_images()
 # ## R against L
 #
 # A network predicts noise: $\epsilon$ in $u_t = \Psi(t, 0)\,x_0 + K_t\,\epsilon$, where
-# $\Psi$ is the transition and $K_t K_t^\top = \Sigma_t$ the covariance. If noise is added to
-# one component only, $K_t$ is a number per coordinate, and unique. For CLD it is a 2 by 2
-# matrix, and any $K_t$ times a rotation is another. The Cholesky factor $L_t$ is the usual
-# choice, and a bad one.
+# $\Psi$ is the transition and $K_t K_t^\top = \Sigma_t$ the covariance. For VP and BDM
+# $K_t$ is a positive number per coordinate, and unique. For CLD it is a 2 by 2 matrix, and
+# that times any rotation will do as well. The Cholesky factor $L_t$ is the obvious choice,
+# and a bad one.
 #
 # For data at one point, the score is $-\Sigma_t^{-1} (u - \Psi(t, 0)\,x_0)$. So along the
 # probability flow the deviation from the mean, $d_t$, satisfies
 #
 # $$\dot d_t = \left(F_t + \tfrac{1}{2} G_t G_t^\top \Sigma_t^{-1}\right) d_t.$$
 #
-# Let $R_t$ be the square root of $\Sigma_t$ that satisfies the same equation (gDDIM, equation
-# 17). Then $R_t^{-1} d_t$ is constant: the noise prediction does not change, a step that
-# extrapolates it is exact, whatever its length. In the frame $L_t = R_t Q_t$ it is multiplied
-# by the rotation $Q_t^\top$, which turns the faster the closer $t$ is to 0.
+# Let $R_t$ be the square root of $\Sigma_t$ that satisfies the same equation (gDDIM,
+# equation 17). Then the noise prediction $R_t^{-1} d_t$ is constant, and a step that
+# extrapolates it is exact, whatever its length. In the frame $L_t = R_t Q_t$ it is
+# multiplied by a rotation, $Q_t^\top$.
 #
-# Here is the noise prediction along the flow of two data points, from five initial states,
-# position solid and velocity dashed:
+# Here are noise predictions along the flow for two data points, from five initial states,
+# with position solid and velocity dashed:
 
 # %%
 data = gd.GaussianMixture([[-1.0], [1.0]])
@@ -161,12 +183,12 @@ states = dfx.diffeqsolve(
 
 
 @jax.jit
-def predictions(frame):
-    return jax.vmap(lambda t, u: flow.noise(t, u, None, frame))(grid, states)
+def predictions(states):
+    frame = lambda name: jax.vmap(lambda t, u: flow.noise(t, u, None, name))
+    return frame("R")(grid, states), frame("cholesky")(grid, states)
 
 
-in_r = jax.vmap(lambda t, u: flow.noise(t, u, None, "R"))(grid, states)
-in_l = jax.vmap(lambda t, u: flow.noise(t, u, None, "cholesky"))(grid, states)
+in_r, in_l = predictions(states)
 
 
 def draw_noise():
@@ -186,39 +208,50 @@ def draw_noise():
 draw_noise()
 
 # %% [markdown]
-# In $R_t$ predictions change only while the flow chooses between the two points, and are
-# constant before and after. In $L_t$ they keep turning.
+# In $R_t$ predictions change only while the flow chooses between the two points; before and
+# after, they are constant. In $L_t$ they keep turning: about once until $t = 0.2$, and then
+# at a rate proportional to $1 / t$.
 #
 # ## What it means for samples
 #
-# The same solver, of order 2, in both frames, with 20 evaluations. The model is the same, and
-# the frame in which it predicts does not matter: a prediction in one is converted to the
-# other.
+# The same solver, of order 2, extrapolates in both frames. The model is the same too: the
+# frame in which a model predicts (`factor` of [`gddim_eqx.ProbabilityFlow`][]) need not be
+# the solver's.
 
 # %%
 angles = jnp.arange(8) * jnp.pi / 4
 centres = jnp.stack([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 process = gd.CLD((2,))
 ring = gd.ProbabilityFlow(process, gd.GaussianMixture(centres, 0.05).model(process))
-draw = lambda solver, n: gd.sample(ring, jax.random.key(0), 1000, n, solver).x
-exact = draw(gd.GDDIM(), 500)
-samples = {
-    "$R_t$": draw(gd.GDDIM(2, "noise"), 20),
-    "$L_t$": draw(gd.GDDIM(2, "noise", factor="cholesky"), 20),
-}
+
+
+def draw(solver, n):
+    ts = gd.time_grid(process, n, "quadratic")
+    return np.asarray(gd.sample(ring, jax.random.key(0), 500, solver=solver, ts=ts).x)
+
+
+in_r, in_l = gd.GDDIM(2, "noise"), gd.GDDIM(2, "noise", factor="cholesky")
+exact = draw(in_r, 500)
+error = lambda x: np.median(np.linalg.norm(x - exact, axis=1))
+print("steps     R_t     L_t")
+for n in (10, 20, 50, 100):
+    print(f"{n:5} {error(draw(in_r, n)):7.1e} {error(draw(in_l, n)):7.1e}")
 
 
 def draw_samples():
+    samples = {"$R_t$, 20 steps": draw(in_r, 20), "$L_t$, 20 steps": draw(in_l, 20)}
     figure, axes = plt.subplots(1, 3, figsize=(9.5, 3.4), layout="constrained")
-    for axis, (title, x) in zip(axes, {"exact flow": exact, **samples}.items()):
-        error = np.median(np.linalg.norm(x - exact, axis=1))
-        axis.scatter(*np.asarray(x).T, s=3, alpha=0.5, linewidths=0)
+    for axis, (title, x) in zip(axes, {"exact": exact, **samples}.items(), strict=True):
+        axis.scatter(*x.T, s=4, alpha=0.5, linewidths=0)
         axis.set(xlim=(-2, 2), ylim=(-2, 2), aspect="equal", title=title)
-        axis.set(xticks=[], yticks=[], xlabel=f"median error {error:.1e}")
+        axis.set(xticks=[], yticks=[])
 
 
 draw_samples()
 
 # %% [markdown]
-# `GDDIM()`, the default, extrapolates the prediction of the *data*, which needs no frame. For
-# data at one point it too is constant.
+# In $L_t$, 10 steps diverge, and later errors are two to three times as large.
+#
+# `GDDIM()`, the default, extrapolates the prediction of the *data*, which needs no frame,
+# and is constant too for data at one point. VP and BDM have $R_t = L_t$: a number per
+# coordinate.

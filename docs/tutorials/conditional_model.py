@@ -34,8 +34,8 @@ points = points.astype(np.float32)
 # ## Train
 #
 # `num_classes` gives the network an embedding of labels, from 0 to 2; the label 3,
-# `network.no_condition`, stands for none. `condition_dropout` replaces a tenth of the labels
-# by it.
+# `network.no_condition`, stands for none. `condition_dropout` replaces a tenth of the
+# labels by it.
 
 # %%
 process = gd.VP((2,))
@@ -47,10 +47,10 @@ loss = DenoisingLoss(
     condition_dropout=0.1,
     no_condition=network.no_condition,
 )
-trainer = Trainer(loss, adam(2e-3, num_steps=2000), ema_decay=0.99)
-batches = Batches((points, labels), 256)
+trainer = Trainer(loss, adam(2e-3, num_steps=1200), ema_decay=0.99)
+batches = Batches((points, labels), 128)
 start = trainer.init(model, jax.random.key(1))
-state = fit(trainer, start, batches, 2000, progress=False)
+state = fit(trainer, start, batches, 1200, progress=False)
 
 # %% [markdown]
 # ## Guide
@@ -63,16 +63,18 @@ state = fit(trainer, start, batches, 2000, progress=False)
 # A guided step takes two evaluations of the network.
 
 # %%
-args = np.arange(600) % 3
+args, key = np.arange(600) % 3, jax.random.key(2)
 samples = {"data": points[:600]}
 for scale in (1.0, 2.0, 4.0):
     guided = gd.ClassifierFreeGuidance(state.averaged, scale=scale)
-    x, _ = gd.sample(process, guided, jax.random.key(2), 600, 20, args=args)
+    x, _ = gd.sample(process, guided, key, 600, 20, args=args)
     samples[f"scale {scale:.0f}"] = x
 
 
 def scatter(samples, args):
-    figure, axes = plt.subplots(1, len(samples), figsize=(12, 3.3), layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(samples), figsize=(3 * len(samples), 3.3), layout="constrained"
+    )
     for axis, (title, x) in zip(axes, samples.items(), strict=True):
         axis.scatter(*np.asarray(x).T, s=4, c=colours[args], alpha=0.6, linewidths=0)
         axis.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal", title=title)
@@ -82,18 +84,21 @@ def scatter(samples, args):
 scatter(samples, args)
 
 # %% [markdown]
-# Guidance trades diversity for agreement with the label. It does not sample from a
-# distribution that we could name, and large scales need more steps: the predictions no
-# longer belong to any data. If samples overshoot, guide only in the middle, by
+# With scale 1 samples have the distribution of their class. Larger scales trade diversity
+# for agreement with the label. If samples overshoot, guide only in between, by
 # `interval=(0.1, 0.8)`, or use `rescale`.
 #
-# ## Without labels, and several at once
+# ## Other conditions
 #
-# Pass `no_condition` for samples of all classes, or [`gddim_eqx.WithArgs`][] for the same
-# condition for every sample:
-
-# %%
-nothing = np.full(600, network.no_condition)
-anything, _ = gd.sample(process, state.averaged, jax.random.key(2), 600, 20, args=nothing)
-second = gd.WithArgs(state.averaged, 1)
-x, _ = gd.sample(process, second, jax.random.key(2), 600, 20)
+# Without labels, for samples of all classes: `args=np.full(600, network.no_condition)`. For
+# the same label in every sample without `args`: [`gddim_eqx.WithArgs`][]. To lead samples
+# away from one class, pass `WithArgs(model, 0)` as the `unconditional` of
+# [`gddim_eqx.ClassifierFreeGuidance`][].
+#
+# ## Next
+#
+# - Two of the included models have classes: `fashion-mnist-cld-classes` and
+#   `fashion-mnist-vp-classes`; see [`gddim_eqx.checkpoints.pretrained`][].
+# - For context vectors rather than labels make the network with `context_size`.
+# - Without training for it: [`gddim_eqx.PosteriorGuidance`][] conditions on a measurement,
+#   [`gddim_eqx.ClassifierGuidance`][] on the gradient of a classifier.

@@ -66,8 +66,9 @@ x_tsit5 = solve(dfx.Tsit5(), ts)
 #
 # Tsit5 evaluates the model six times per step, so equal numbers of steps are not a fair
 # comparison. [`gddim_eqx.sample`][] does all of the above in one call (noise, grid and
-# solve), checks that all samples are finite, and counts evaluations. The same key gives every
-# solver the same noise. So samples can be compared one by one with an accurate solution.
+# solve), checks that all samples are finite, and counts evaluations. The same key gives
+# every solver the same noise. So samples can be compared one by one with an accurate
+# solution.
 #
 # No solver is accurate for all samples: a few begin near the boundary between two basins of
 # attraction, and end in another mode. So we report the median error, and how many samples
@@ -87,7 +88,9 @@ def compare(flow):
             samples[f"{name}, {evaluations} evaluations"] = x
             error = np.linalg.norm(x - exact, axis=1)
             astray = np.mean(error > 0.5)
-            print(f"{name}  {n:5}  {evaluations:11}  {np.median(error):12.1e}  {astray:6.1%}")
+            print(
+                f"{name}  {n:5}  {evaluations:11}  {np.median(error):12.1e}  {astray:6.1%}"
+            )
     return samples
 
 
@@ -109,8 +112,8 @@ scatter({"noise": noise.x} | {name: samples[name] for name in names})
 # ## Log likelihood
 #
 # Under a process with a velocity the density of the data alone is not known.
-# [`gddim_eqx.log_likelihood_bound`][] estimates a lower bound, from random velocities. For an
-# exact model the bound is tight, and what is left is the error of the estimate.
+# [`gddim_eqx.log_likelihood_bound`][] estimates a lower bound, from random velocities. For
+# an exact model the bound is tight, and what is left is the error of the estimate.
 
 # %%
 points = data.sample(jax.random.key(2), 6)
@@ -143,9 +146,9 @@ term = gd.ProbabilityFlow(process, model)
 _ = compare(term)
 
 # %% [markdown]
-# Without a velocity, [`gddim_eqx.log_likelihood`][] computes the density: that of the data with
-# the little noise that is left at `process.t_min`, where sampling ends. The mixture with
-# that noise is known too:
+# Without a velocity, [`gddim_eqx.log_likelihood`][] computes the density: that of the data
+# with the little noise that is left at `process.t_min`, where sampling ends. The mixture
+# with that noise is known too:
 
 # %%
 report("flow", gd.log_likelihood(term, points).value)

@@ -114,7 +114,8 @@ def _radau(number):
     """The nodes and weights of the left Radau rule on [0, 1], with a node at 0, and the
     matrix that maps values at the nodes to the integrals from each node to 1."""
     basis = np.eye(number + 1)
-    nodes = np.sort(legendre.legroots(basis[-1] + basis[-2]))
+    # Complex since NumPy 2.5, though all are real.
+    nodes = np.sort(legendre.legroots(basis[-1] + basis[-2]).real)
     nodes[0] = -1
     nodes = (nodes + 1) / 2
     matrix = -integrals_from_the_end(nodes)
