@@ -62,9 +62,11 @@ class Source:
     verify: bool = True
     """Verify the files against their published checksums."""
     size: int | None = None
-    """For a folder of images: the size to resize them to."""
+    """For a folder of images: the size to resize them to. For packed images: their size,
+    which is checked."""
     crop: int | None = None
-    """For a folder of images: the size of a centre crop before resizing; CELEBA: 140."""
+    """For a folder of images: the size of a centre crop before resizing; CELEBA: 140.
+    Packed images have been cropped before."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,7 +342,8 @@ def check_warmup(config: Config) -> None:
 def load(data: Source, train: bool = True) -> np.ndarray:
     if not train and data.name in ("rings", "digits", "folder", "packed"):
         raise ValueError(f"{data.name} has no test set.")
-    if data.name != "folder" and (data.size is not None or data.crop is not None):
+    sized = data.size is not None or data.crop is not None
+    if data.name not in ("folder", "packed") and sized:
         raise ValueError(
             f"`--data.size` and `--data.crop` are for a folder, not for {data.name}."
         )
@@ -358,7 +361,13 @@ def load(data: Source, train: bool = True) -> np.ndarray:
     if data.name == "folder":
         return gd.datasets.folder(size=data.size, crop=data.crop, **directory)
     if data.name == "packed":
-        return gd.datasets.packed(directory["directory"])
+        images = gd.datasets.packed(directory["directory"])
+        if data.size is not None and images.shape[1:3] != (data.size, data.size):
+            raise ValueError(
+                f"{data.directory} holds images of {images.shape[1]} x {images.shape[2]}, "
+                f"and `--data.size` is {data.size}: pack them with this size."
+            )
+        return images
     read = getattr(gd.datasets, data.name)
     return read(train=train, verify=data.verify, **directory)
 

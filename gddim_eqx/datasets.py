@@ -214,8 +214,8 @@ def cifar10(directory: str | Path, train: bool = True, verify: bool = True) -> I
 def cifar10_labels(
     directory: str | Path, train: bool = True, verify: bool = True
 ) -> Labels:
-    """The class of each image of [`gddim_eqx.datasets.cifar10`][], from 0 to 9. Arguments as
-    there."""
+    """The class of each image of [`gddim_eqx.datasets.cifar10`][], from 0 to 9.
+    Arguments as there."""
     return _cifar10(directory, train, verify, b"labels", (-1,))
 
 

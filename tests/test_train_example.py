@@ -308,3 +308,15 @@ def test_one_process_that_dies_ends_the_other(tmp_path):
     outs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outs
     assert f"Resuming from step {done}" in outs[0]
+
+
+def test_the_size_of_packed_images_is_checked(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(_script.parent))
+    from train import load, Source
+
+    path = tmp_path / "images.npy"
+    np.save(path, np.zeros((4, 8, 8, 3), np.uint8))
+    # As by the preset for CELEBA, which has both.
+    assert load(Source("packed", path, size=8, crop=140)).shape == (4, 8, 8, 3)
+    with pytest.raises(ValueError, match="images of 8 x 8, and `--data.size` is 64"):
+        load(Source("packed", path, size=64))

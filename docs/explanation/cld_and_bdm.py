@@ -233,9 +233,10 @@ def draw(solver, n):
 in_r, in_l = gd.GDDIM(2, "noise"), gd.GDDIM(2, "noise", factor="cholesky")
 exact = draw(in_r, 500)
 error = lambda x: np.median(np.linalg.norm(x - exact, axis=1))
-print("steps     R_t     L_t")
+lines = ["steps     R_t     L_t"]
 for n in (10, 20, 50, 100):
-    print(f"{n:5} {error(draw(in_r, n)):7.1e} {error(draw(in_l, n)):7.1e}")
+    lines += [f"{n:5} {error(draw(in_r, n)):7.1e} {error(draw(in_l, n)):7.1e}"]
+print("\n".join(lines))
 
 
 def draw_samples():

@@ -80,17 +80,17 @@ def compare(flow):
     draw = lambda solver, n: gd.sample(flow, jax.random.key(1), 500, n, solver)
     exact = draw(gd.GDDIM(), 200).x
     samples = {}
-    print(f"{type(flow.process).__name__:5}  steps  evaluations  median error  astray")
+    name = type(flow.process).__name__
+    lines = [f"{name:5}  steps  evaluations  median error  astray"]
     for solver, numbers in [(gd.GDDIM(), (10, 20, 50)), (dfx.Tsit5(), (3, 8, 20))]:
         for n in numbers:
             x, evaluations = draw(solver, n)
             name = type(solver).__name__
             samples[f"{name}, {evaluations} evaluations"] = x
             error = np.linalg.norm(x - exact, axis=1)
-            astray = np.mean(error > 0.5)
-            print(
-                f"{name}  {n:5}  {evaluations:11}  {np.median(error):12.1e}  {astray:6.1%}"
-            )
+            median, astray = np.median(error), np.mean(error > 0.5)
+            lines += [f"{name}  {n:5}  {evaluations:11}  {median:12.1e}  {astray:6.1%}"]
+    print("\n".join(lines))
     return samples
 
 
@@ -125,13 +125,14 @@ def exact_log_density(x, shrink=1.0, noise=0.0):
     return jax.nn.logsumexp(-squares / 2, axis=1) - jnp.log(8 * 2 * jnp.pi * variance)
 
 
-def report(name, values):
-    print(f"{name:6}", *(f"{value:6.2f}" for value in values))
+def report(**rows):
+    values = lambda row: " ".join(f"{value:6.2f}" for value in row)
+    print("\n".join(f"{name:6} {values(row)}" for name, row in rows.items()))
 
 
 key = jax.random.key(3)
-report("bound", gd.log_likelihood_bound(term, points, key, num_draws=100).value)
-report("exact", exact_log_density(points))
+bound = gd.log_likelihood_bound(term, points, key, num_draws=100).value
+report(bound=bound, exact=exact_log_density(points))
 
 # %% [markdown]
 # ## Another process
@@ -151,10 +152,10 @@ _ = compare(term)
 # with that noise is known too:
 
 # %%
-report("flow", gd.log_likelihood(term, points).value)
 shrink = process.transition(process.t_min, 0.0).blocks[0, 0]
 noise = process.covariance(process.t_min).blocks[0, 0]
-report("exact", exact_log_density(points, shrink, noise))
+flow = gd.log_likelihood(term, points).value
+report(flow=flow, exact=exact_log_density(points, shrink, noise))
 
 # %% [markdown]
 # ## Next

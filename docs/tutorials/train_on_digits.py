@@ -89,8 +89,8 @@ state = fit(
     log_every=300,
     progress=False,
 )
-print(f"{num_steps} steps in {time.perf_counter() - begin:.0f} s")
-print("loss:", *(f"{value:.2f}" for value in losses))
+seconds = time.perf_counter() - begin
+print(f"{seconds:.0f} s; loss", ", ".join(f"{value:.2f}" for value in losses))
 
 # %% [markdown]
 # ## Sample
@@ -123,10 +123,9 @@ show({f"{n} evaluations": x for n, x in samples.items()} | {"data": images})
 flat = lambda x: x.reshape(len(x), -1) / 127.5 - 1
 order = np.random.default_rng(0).permutation(len(images))
 one, other = images[order[:800]], images[order[800:1600]]
-for n, x in samples.items():
-    distance = gd.metrics.frechet_distance(flat(x), flat(one))
-    print(f"{n:4} evaluations: {distance:.2f}")
-print(f"  other digits: {gd.metrics.frechet_distance(flat(other), flat(one)):.2f}")
+rows = {f"{n} evaluations": x for n, x in samples.items()} | {"other digits": other}
+distance = lambda x: gd.metrics.frechet_distance(flat(x), flat(one))
+print("\n".join(f"{name:>14}: {distance(x):.2f}" for name, x in rows.items()))
 
 # %% [markdown]
 # From 10 evaluations on it no longer falls: what remains is the error of the network. This

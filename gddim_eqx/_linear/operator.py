@@ -111,6 +111,8 @@ class BlockLinearOperator(lx.AbstractLinearOperator):
         return jtu.tree_unflatten(treedef, out)
 
     def as_matrix(self) -> Inexact[Array, "size size"]:
+        """The dense matrix. Rows and columns are first all coordinates of the first
+        component, in C order, then those of the second, and so on."""
         n, size = self.num_components, math.prod(self.shape)
         spectrum = self.blocks.shape[2:] or (1,) * len(self.shape)
         blocks = self.blocks.reshape(n, n, *spectrum)

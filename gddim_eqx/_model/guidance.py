@@ -56,7 +56,8 @@ class WithArgs(eqx.Module):
 
 class ClassifierFreeGuidance(eqx.Module):
     r"""A model that extrapolates from an unconditional prediction through a conditional
-    one: `unconditional + scale * (conditional - unconditional)`.
+    one: `unconditional + scale * (conditional - unconditional)`. It evaluates the network
+    twice, which [`gddim_eqx.sample`][] counts as one evaluation of the model.
 
     Predictions are combined as the models return them, in the data's coordinates. Given the
     state, all kinds of prediction are affine functions of the score. So the guidance is the
@@ -95,10 +96,12 @@ class ClassifierFreeGuidance(eqx.Module):
             [`gddim_eqx.WithArgs`][]. With another condition in its place, samples are led
             away from that.
         - `scale`: the guidance scale: 0 is unconditional, 1 conditional, and larger values
-            extrapolate. A number, or one per sample, `(*batch,)`; or a function of time.
-            Changing the number does not recompile.
+            extrapolate. A number, or one per sample, `(*batch,)`, though not with
+            `batch_size` of [`gddim_eqx.sample`][]; or a function of time. Changing the
+            number does not recompile.
         - `interval`: the times, from the earlier to the later, between which to guide;
-            outside the model is the conditional one. By default always.
+            outside the model is the conditional one, but both are evaluated. By default
+            always.
         - `rescale`: how far to bring the standard deviation of each guided prediction back
             to that of the conditional one, which large scales exceed: from 0, not at all,
             to 1. Needs a conditional model with a `process`, such as a

@@ -14,8 +14,11 @@ class AbstractSchedule(eqx.Module):
     quantities, without loss of precision at either end of the time axis."""
 
     t_min: eqx.AbstractVar[float]
+    """Where sampling ends."""
     t_end: eqx.AbstractVar[float]
+    """The end of the time axis, where sampling starts."""
     t_zero_signal: eqx.AbstractVar[float]
+    """Where the signal vanishes, or would if time went on; infinity if never."""
 
     @abc.abstractmethod
     def rate(self, t: Array) -> Array:

@@ -26,8 +26,9 @@ def save(path: str | Path, model: Any) -> None:
     The file is a NumPy `.npz` of the parameters and a `header` that describes the model as
     JSON. It is written under another name first, so that `path` is never incomplete.
 
-    Networks and processes of your own, and a `LinearSDE`, cannot be described: only their
-    arrays are saved, and `load` needs a `like`.
+    Networks, processes and schedules of your own, a `LinearSDE`, a `GaussianPath`, and
+    wrappers such as `WithTime` and guidance, cannot be described: only their arrays are
+    saved, and `load` needs a `like`.
 
     **Arguments:**
 
@@ -61,10 +62,10 @@ def load(path: str | Path, like: Any = None) -> Any:
 
     - `path`: the path of the file.
     - `like`: for a file with the arrays of a network or process of your own: one of the
-        same structure, or a model that contains it. Its arrays are replaced, and may be
-        just shapes, from `eqx.filter_eval_shape`. Other leaves, such as activation
-        functions or the functions of a `LinearSDE`, are kept, and not compared with what
-        was saved.
+        same structure, or a model that contains it. If only the process is yours, the
+        process is enough. Its arrays are replaced, and may be just shapes, from
+        `eqx.filter_eval_shape`. Other leaves, such as activation functions or the functions
+        of a `LinearSDE`, are kept, and not compared with what was saved.
 
     **Returns:** the model.
 
