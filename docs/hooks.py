@@ -1,11 +1,16 @@
 """What MkDocs does beyond its plugins when it builds the site."""
 
+import base64
+import hashlib
 import re
 from html import unescape
 from pathlib import Path
 
+import jupytext
+import nbclient
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
+from nbconvert import MarkdownExporter
 
 
 _root = Path(__file__).parent.parent
@@ -13,16 +18,41 @@ _others = ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/**/*.md", "benchmarks/
 
 
 def on_files(files, config):
-    """Add pages and pictures from outside `docs/`."""
+    """Add pages and pictures from outside `docs/`, and what the tutorials show."""
     for pattern in _others:
         for path in _root.glob(pattern):
             name = path.relative_to(_root).as_posix()
             files.append(File.generated(config, name, abs_src_path=str(path)))
+    for file in [file for file in files if re.match(r"(?!hooks).*\.py$", file.src_uri)]:
+        files.remove(file)
+        name = file.src_uri.replace(".py", ".md")
+        files.append(File.generated(config, name, content=_executed(file.abs_src_path)))
     return files
+
+
+def _executed(path):
+    """A tutorial as Markdown, with its output. Kept until the script changes."""
+    script = Path(path).read_text()
+    kept = _root / ".cache" / f"{hashlib.sha256(script.encode()).hexdigest()}.md"
+    if not kept.exists():
+        notebook = jupytext.reads(script, fmt="py:percent")
+        client = nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3")
+        client.create_kernel_manager().transport = "ipc"  # No ports are opened.
+        client.execute()
+        markdown, resources = MarkdownExporter().from_notebook_node(notebook)
+        for name, picture in resources["outputs"].items():
+            data = base64.b64encode(picture).decode()
+            markdown = markdown.replace(f"({name})", f"(data:image/png;base64,{data})")
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text(markdown)
+    return kept.read_text()
 
 
 def on_page_markdown(markdown, page, **_):
     """Links between files of the repository become links between pages."""
+    markdown = re.sub(
+        r"(\]\([\w./]*(?:tutorials|explanation)/\w+)\.py\)", r"\1.md)", markdown
+    )
     if page.file.src_uri.startswith("benchmarks/"):
         return markdown.replace("](../docs/", "](../")
     if "/" not in page.file.src_uri:

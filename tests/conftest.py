@@ -3,6 +3,7 @@ import itertools
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 
@@ -31,6 +32,13 @@ if "XLA_FLAGS" not in os.environ:
     )
     known = _fast if are_known(*_fast) else filter(are_known, _fast)
     os.environ["XLA_FLAGS"] = " ".join(known)
+
+# Workers, and the processes that they start, share what they compile, for one session.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="gddim_eqx-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import equinox.internal as eqxi
 import hypothesis

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import tomllib
-import warnings
 
 import pytest
 
@@ -159,5 +158,5 @@ def test_tutorials_are_in_the_format_of_the_site():
     for path in scripts:
         text = path.read_text()
         assert text.startswith("# %% [markdown]\n# # "), path
-        with warnings.catch_warnings():
-            compile(text, str(path), "exec")
+        assert "```" not in text, "Code that would not run."
+        compile(text, str(path), "exec")

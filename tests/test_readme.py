@@ -33,8 +33,8 @@ def test_the_usage_examples_run_as_written(tmp_path):
 
 
 def test_everything_that_is_named_exists():
-    names = re.findall(r"`gd\.([A-Za-z_.]+)", _readme)
-    assert {"GDDIM", "process_from_config", "checkpoints.save"} < set(names)
+    names = re.findall(r"`gd\.([A-Za-z0-9_.]+)", _readme)
+    assert {"GDDIM", "to_uint8", "checkpoints.save"} < set(names)
     for name in names:
         assert operator.attrgetter(name)(gd), name
 

@@ -77,7 +77,7 @@ vp, cld = gd.VP((1,)), gd.CLD((1,))
 
 def draw_paths():
     of_vp, of_cld = (forward(process, jax.random.key(1)) for process in (vp, cld))
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(8.8, 2.8), layout="constrained")
     panels = [
         ("VP: $x$", vp, 0, of_vp, 3.0),
         ("CLD: position $x$", cld, 0, of_cld.x, 3.0),
@@ -131,7 +131,7 @@ def blurred(process):
 def draw_images():
     vp, bdm = gd.VP(image.shape), gd.BDM(image.shape)
     rows = {"VP": noised(vp), "BDM": noised(bdm), "mean of BDM": blurred(bdm)}
-    figure, axes = plt.subplots(3, len(times), figsize=(10, 4), layout="constrained")
+    figure, axes = plt.subplots(3, len(times), figsize=(8.4, 3.4), layout="constrained")
     for row, (name, images) in zip(axes, rows.items(), strict=True):
         for axis, x in zip(row, images, strict=True):
             axis.imshow(x[..., 0], cmap="gray", vmin=-1.5, vmax=1.5)
@@ -192,7 +192,7 @@ in_r, in_l = predictions(states)
 
 
 def draw_noise():
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(8.8, 2.8), layout="constrained")
     panels = [
         ("position and velocity", states),
         ("noise prediction in $R_t$", in_r),
@@ -231,7 +231,7 @@ def draw(solver, n):
 
 
 in_r, in_l = gd.GDDIM(2, "noise"), gd.GDDIM(2, "noise", factor="cholesky")
-exact = draw(in_r, 500)
+exact = np.asarray(gd.sample(ring, jax.random.key(0), 500, 120).x)
 error = lambda x: np.median(np.linalg.norm(x - exact, axis=1))
 lines = ["steps     R_t     L_t"]
 for n in (10, 20, 50, 100):
@@ -241,7 +241,7 @@ print("\n".join(lines))
 
 def draw_samples():
     samples = {"$R_t$, 20 steps": draw(in_r, 20), "$L_t$, 20 steps": draw(in_l, 20)}
-    figure, axes = plt.subplots(1, 3, figsize=(9.5, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.7), layout="constrained")
     for axis, (title, x) in zip(axes, {"exact": exact, **samples}.items(), strict=True):
         axis.scatter(*x.T, s=4, alpha=0.5, linewidths=0)
         axis.set(xlim=(-2, 2), ylim=(-2, 2), aspect="equal", title=title)

@@ -73,7 +73,7 @@ for scale in (1.0, 2.0, 4.0):
 
 def scatter(samples, args):
     figure, axes = plt.subplots(
-        1, len(samples), figsize=(3 * len(samples), 3.3), layout="constrained"
+        1, len(samples), figsize=(2.3 * len(samples), 2.7), layout="constrained"
     )
     for axis, (title, x) in zip(axes, samples.items(), strict=True):
         axis.scatter(*np.asarray(x).T, s=4, c=colours[args], alpha=0.6, linewidths=0)

@@ -39,7 +39,7 @@ def draw(**options):
     return np.asarray(gd.sample(flow, jax.random.key(0), 256, **options).x)
 
 
-exact = draw(num_steps=200)
+exact = draw(num_steps=120)
 
 
 def error(**options):
@@ -77,19 +77,15 @@ orders = {
 
 # %%
 pilots = process.prior(jax.random.key(1), (64,))
-adapted = {n: error(ts=gd.adapted_grid(flow, pilots, n).ts) for n in (5, 10)}
-lines = [
-    f"{n:2} steps: {error(num_steps=n):.1e}; on an adapted grid: {value:.1e}"
-    for n, value in adapted.items()
-]
-print("\n".join(lines))
+adapted = error(ts=gd.adapted_grid(flow, pilots, 8).ts)
+print(f"error in 8 steps: {error(num_steps=8):.1e}; on an adapted grid: {adapted:.1e}")
 
 
 # %%
 def plot(axis, curves, title):
     for name, values in curves.items():
         axis.loglog(numbers, values, "o-", markersize=4, label=name)
-    axis.loglog(*zip(*adapted.items()), "k*--", markersize=9, label="GDDIM(), adapted grid")
+    axis.loglog(8, adapted, "k*", markersize=11, label="GDDIM(), adapted grid")
     axis.set(xlabel="evaluations", title=title)
     axis.set_xticks(numbers, [str(n) for n in numbers])
     axis.minorticks_off()
@@ -98,7 +94,7 @@ def plot(axis, curves, title):
 
 
 def plot_both():
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.8), sharey=True, layout="constrained")
     plot(axes[0], grids, "GDDIM(), four grids")
     plot(axes[1], orders, "three solvers")
     axes[0].set_ylabel("median error")
@@ -107,20 +103,16 @@ def plot_both():
 plot_both()
 
 # %% [markdown]
-# Here an adapted grid halves the number of evaluations. With many steps the defaults are
-# accurate, and adapting a grid is not worth the time.
+# Here 8 steps on an adapted grid are as accurate as 20 on the default grid. For many steps
+# adapting a grid is not worth the time.
 #
 # ## A learned solver
 #
 # [`gddim_eqx.fit_solver`][] also learns corrections of the solver's coefficients. Whatever
-# is learned, a step remains exact if the data are a single point. A third of the pilots is
-# held back, to choose between what was learned and `GDDIM()`.
-#
-# ```python
-# fitted = gd.fit_solver(flow, flow.process.prior(key, (64,)), num_steps=5)
-# fitted.held_back_error_before, fitted.held_back_error
-# gd.checkpoints.save("solver.npz", fitted.solver)  # it has its times
-# ```
+# is learned, a step remains exact if the data are a single point:
+# `gd.fit_solver(flow, flow.process.prior(key, (64,)), num_steps=5).solver`. A third of the
+# pilots is held back, to choose between what was learned and `GDDIM()`.
+# [`gddim_eqx.checkpoints.save`][] keeps the solver, which has its times.
 #
 # It costs, once per model, about `4 * 120 * num_steps` evaluations on two thirds of the
 # pilots, and 200 for their accurate solutions: with 64 pilots and 5 steps as much as
@@ -140,7 +132,7 @@ rows = {
 
 def show(rows):
     exact = np.asarray(rows["GDDIM(), 100 evaluations"].x)
-    figure, axes = plt.subplots(3, 1, figsize=(9, 2.8), layout="constrained")
+    figure, axes = plt.subplots(3, 1, figsize=(8, 2.4), layout="constrained")
     for axis, (name, (x, _)) in zip(axes, rows.items(), strict=True):
         distance = np.sqrt(((np.asarray(x) - exact) ** 2).mean((1, 2, 3)))
         axis.imshow(np.hstack(gd.to_uint8(x))[..., 0], cmap="gray")

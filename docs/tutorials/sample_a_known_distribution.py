@@ -78,7 +78,7 @@ x_tsit5 = solve(dfx.Tsit5(), ts)
 # %%
 def compare(flow):
     draw = lambda solver, n: gd.sample(flow, jax.random.key(1), 500, n, solver)
-    exact = draw(gd.GDDIM(), 200).x
+    exact = draw(dfx.Tsit5(), 120).x
     samples = {}
     name = type(flow.process).__name__
     lines = [f"{name:5}  steps  evaluations  median error  astray"]
@@ -96,7 +96,9 @@ def compare(flow):
 
 def scatter(samples):
     number = len(samples)
-    figure, axes = plt.subplots(1, number, figsize=(3 * number, 3.3), layout="constrained")
+    figure, axes = plt.subplots(
+        1, number, figsize=(2.3 * number, 2.8), layout="constrained"
+    )
     for axis, (title, points) in zip(axes, samples.items(), strict=True):
         axis.scatter(*np.asarray(points).T, s=5, alpha=0.5, linewidths=0)
         axis.set(xlim=(-2, 2), ylim=(-2, 2), aspect="equal", title=title)
@@ -160,5 +162,5 @@ report(flow=flow, exact=exact_log_density(points, shrink, noise))
 # %% [markdown]
 # ## Next
 #
-# - [Accuracy in few steps](../few_good_steps/): grids, orders and learned solvers.
-# - [Train on digits](../train_on_digits/): a network in place of the exact model.
+# - [Accuracy in few steps](few_good_steps.md): grids, orders and learned solvers.
+# - [Train on digits](train_on_digits.md): a network in place of the exact model.

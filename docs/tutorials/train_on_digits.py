@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Train on digits
 #
-# [`gddim_eqx.training`](../../api/training/) has a loss for all processes, shuffled batches
+# [`gddim_eqx.training`](../api/training.md) has a loss for all processes, shuffled batches
 # and a loop. Here it trains a small network on scikit-learn's scans of digits, 8x8 pixels.
 
 # %%
@@ -69,9 +69,9 @@ model = gd.nn.NetworkModel(process, network, data_std=data_std)
 # %% [markdown]
 # ## Train
 #
-# `DataWeighting` gives errors of the data prediction equal weight at all times. By default
-# errors of the noise prediction have equal weight, and late times, which decide what a
-# sample looks like as a whole, hardly count.
+# [`gddim_eqx.training.DataWeighting`][] gives errors of the data prediction equal weight at
+# all times. By default errors of the noise prediction have equal weight, and late times,
+# which decide what a sample looks like as a whole, hardly count.
 
 # %%
 num_steps = 1200
@@ -110,7 +110,7 @@ show({f"{n} evaluations": x for n, x in samples.items()} | {"data": images})
 # a wider network improve them: `make demo`, or `python examples/train.py digits`, whose
 # samples these are after four minutes:
 #
-# ![Samples after four minutes of training](../../digits.png)
+# ![Samples after four minutes of training](../digits.png)
 
 # %% [markdown]
 # ## Measure
@@ -148,4 +148,4 @@ print("same samples:", bool((gd.to_uint8(x) == samples[20]).all()))
 #   resumes, and metrics; `examples/train.py` uses all of it.
 # - `examples/quickstart.py` writes the training loop by hand, with Equinox and Optax only:
 #   `process.perturb(key, x, t)` returns a noised state and the noise to predict.
-# - [Conditional models](../conditional_model/).
+# - [Conditional models](conditional_model.md).
