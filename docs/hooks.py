@@ -14,6 +14,7 @@ from nbconvert import MarkdownExporter
 
 
 _root = Path(__file__).parent.parent
+_tutorial = re.compile(r"(tutorials|explanation)/\w+\.py$")
 _others = ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/**/*.md", "benchmarks/**/*.png")
 
 
@@ -23,7 +24,7 @@ def on_files(files, config):
         for path in _root.glob(pattern):
             name = path.relative_to(_root).as_posix()
             files.append(File.generated(config, name, abs_src_path=str(path)))
-    for file in [file for file in files if re.match(r"(?!hooks).*\.py$", file.src_uri)]:
+    for file in [file for file in files if _tutorial.match(file.src_uri)]:
         files.remove(file)
         name = file.src_uri.replace(".py", ".md")
         files.append(File.generated(config, name, content=_executed(file.abs_src_path)))
@@ -50,9 +51,8 @@ def _executed(path):
 
 def on_page_markdown(markdown, page, **_):
     """Links between files of the repository become links between pages."""
-    markdown = re.sub(
-        r"(\]\([\w./]*(?:tutorials|explanation)/\w+)\.py\)", r"\1.md)", markdown
-    )
+    script = r"(\]\([\w./]*(?:tutorials|explanation)/\w+)\.py\)"
+    markdown = re.sub(script, r"\1.md)", markdown)
     if page.file.src_uri.startswith("benchmarks/"):
         return markdown.replace("](../docs/", "](../")
     if "/" not in page.file.src_uri:
