@@ -58,13 +58,9 @@ data_std = float(np.std(images / 127.5 - 1))
 model = gd.nn.NetworkModel(process, network, data_std=data_std)
 
 # %% [markdown]
-# For CLD, change the first two lines: the network's input has two channels, those of the
-# data and of the velocity, and its output still one.
-#
-# ```python
-# process = gd.CLD((8, 8, 1))
-# network = gd.nn.presets.mlp((8, 8, 2), 1, key=jax.random.key(0), width=384)
-# ```
+# For CLD, replace `gd.VP` by `gd.CLD`, and make the network by
+# `gd.nn.presets.mlp((8, 8, 2), 1, key=jax.random.key(0), width=384)`: its input has two
+# channels, those of the data and of the velocity, and its output still one.
 
 # %% [markdown]
 # ## Train
