@@ -152,6 +152,11 @@ def test_error_messages_are_quoted_literally():
                 ), message
 
 
+def test_the_version_to_cite_is_this_one():
+    text = (_root / "CITATION.cff").read_text()
+    assert re.findall(r"^version: (.*)$", text, re.MULTILINE) == [gd.__version__]
+
+
 def test_tutorials_are_in_the_format_of_the_site():
     scripts = [*(_root / "docs").glob("*/*.py")]
     assert len(scripts) > 4
