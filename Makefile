@@ -69,7 +69,7 @@ check: lint test test-float32
 
 # The site, in site/. Executes its tutorials.
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -W error::SyntaxWarning -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 docs-serve: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
@@ -91,4 +91,4 @@ test-newest:
 	.ci/test-versions highest 3.13 3.12 3.11
 
 clean:
-	rm -rf $(VENV) .venv-* build dist site *.egg-info
+	rm -rf $(VENV) .venv-* .cache build dist site *.egg-info

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import re
+import tempfile
 from html import unescape
 from pathlib import Path
 
@@ -37,9 +38,7 @@ def _executed(path):
     kept = _root / ".cache" / f"{hashlib.sha256(script.encode()).hexdigest()}.md"
     if not kept.exists():
         notebook = jupytext.reads(script, fmt="py:percent")
-        client = nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3")
-        client.create_kernel_manager().transport = "ipc"  # No ports are opened.
-        client.execute()
+        _execute(notebook)
         markdown, resources = MarkdownExporter().from_notebook_node(notebook)
         for name, picture in resources["outputs"].items():
             data = base64.b64encode(picture).decode()
@@ -47,6 +46,15 @@ def _executed(path):
         kept.parent.mkdir(exist_ok=True)
         kept.write_text(markdown)
     return kept.read_text()
+
+
+def _execute(notebook):
+    # Elsewhere, as it may write files.
+    with tempfile.TemporaryDirectory() as directory:
+        resources = {"metadata": {"path": directory}}
+        client = nbclient.NotebookClient(notebook, timeout=600, resources=resources)
+        client.create_kernel_manager().transport = "ipc"  # No ports are opened.
+        client.execute()
 
 
 def on_page_markdown(markdown, page, **_):

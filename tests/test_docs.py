@@ -87,8 +87,7 @@ def test_commands_exist():
                 if script not in options:
                     options[script] = _options(script)
                 for option in re.findall(r"--[a-z][a-z.-]*", line):
-                    if not option.startswith("--processes"):
-                        assert option in options[script], where
+                    assert option in options[script], where
             else:
                 assert words[0] in ("cd", "git", "pre-commit", "export"), where
 
