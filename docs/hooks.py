@@ -53,7 +53,9 @@ def _execute(notebook):
     with tempfile.TemporaryDirectory() as directory:
         resources = {"metadata": {"path": directory}}
         client = nbclient.NotebookClient(notebook, timeout=600, resources=resources)
-        client.create_kernel_manager().transport = "ipc"  # No ports are opened.
+        manager = client.create_kernel_manager()
+        # Sockets in this directory; no ports are opened.
+        manager.transport, manager.ip = "ipc", f"{directory}/kernel"
         client.execute()
 
 
