@@ -80,7 +80,7 @@ $(VENV)/.docs: $(VENV)/.installed
 
 # Builds the distributions, and tests the wheel in a clean environment.
 release: $(VENV)/.installed
-	PATH="$(abspath $(BIN)):$$PATH" .ci/release
+	ADDRESS="$(ADDRESS)" PATH="$(abspath $(BIN)):$$PATH" .ci/release
 
 # The test suite with the oldest versions of all dependencies that pyproject.toml allows.
 test-oldest:

@@ -238,8 +238,8 @@ def _as_user_model(process, network):
 
 
 @pytest.mark.parametrize("shapes_only", (False, True))
-@pytest.mark.parametrize("whole", (False, True))
-def test_networks_of_ones_own(tmp_path, shapes_only, whole):
+@pytest.mark.parametrize("part", ("network", "model", "flow"))
+def test_networks_of_ones_own(tmp_path, shapes_only, part):
     process = gd.VP((2,), gd.LinearSchedule(beta_max=15.0))
     flow = _as_user_model(process, _Own(8, key=jax.random.key(0)))
     flow = eqx.tree_at(lambda f: f.model.network.frequencies, flow, np.float32([3, 4]))
@@ -248,7 +248,9 @@ def test_networks_of_ones_own(tmp_path, shapes_only, whole):
     if shapes_only:
         make = functools.partial(eqx.filter_eval_shape, make)
     like = make(jax.random.key(1))
-    like = _as_user_model(process, like) if whole else like
+    if part != "network":
+        like = _as_user_model(process, like)
+    like = like.model if part == "model" else like
     loaded = gd.checkpoints.load(tmp_path / "model", like=like)
     assert loaded.process == process and loaded.predicts == "data"
     t, x = jnp.array(0.3), jnp.array([0.1, -0.2])
@@ -267,6 +269,9 @@ def test_models_of_ones_own_without_a_network_model(tmp_path):
     gd.checkpoints.save(tmp_path / "alone", _Own(8, key=jax.random.key(0)))
     alone = gd.checkpoints.load(tmp_path / "alone", like=_Own(8, key=jax.random.key(1)))
     assert eqx.tree_equal(alone, _Own(8, key=jax.random.key(0)))
+    match = "holds a _Own: `like` must be one, .* that contains it; got a ProbabilityFlow"
+    with pytest.raises(ValueError, match=match):
+        gd.checkpoints.load(tmp_path / "alone", like=_as_user_model(process, alone))
 
 
 def test_processes_of_ones_own(tmp_path):

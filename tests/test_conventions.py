@@ -14,7 +14,7 @@ from hypothesis import given, strategies as st
 import gddim_eqx as gd
 from gddim_eqx._term import make_prediction, Marginal
 
-from .helpers import max_difference, processes, solve
+from .helpers import forward, max_difference, processes, solve
 
 
 _every = ("noise", "data", "score", "v", "flow")
@@ -171,6 +171,7 @@ def test_bad_conventions(without_type_checks):
         gd.nn.EDMPreconditioned(network, 0.0)
 
 
+@pytest.mark.filterwarnings("ignore:The samples have a root mean square")  # Untrained.
 def test_networks_of_flax(as_users_have_it):
     nnx = pytest.importorskip("flax.nnx")
     linen = pytest.importorskip("flax.linen")
@@ -229,7 +230,14 @@ def test_variable_log_snr():
     u = process.prior(jax.random.key(0), (4,))
     solver = gd.GDDIM(2, corrector=0, variable="log_snr")
     found = dfx.diffeqsolve(
-        flow, solver, ts[0], ts[-1], None, u, stepsize_controller=dfx.StepTo(ts)
+        flow,
+        solver,
+        ts[0],
+        ts[-1],
+        None,
+        u,
+        stepsize_controller=dfx.StepTo(ts),
+        adjoint=forward,
     ).ys[0]
     x, last = u, None
     logs = [float(process.log_snr(t)) for t in ts]

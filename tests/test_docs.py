@@ -105,6 +105,9 @@ def _public():
                     yield f"{module.__name__}.{name}", value
 
 
+_results = ("Metrics", "Moments", "NoisedBatch", "TrainState")
+
+
 def test_all_public_names_are_documented():
     documented = re.findall(
         r"^::: (\S+)", "\n".join(path.read_text() for path in _api), re.MULTILINE
@@ -118,6 +121,12 @@ def test_all_public_names_are_documented():
         # Shapes, ranges and errors are said argument by argument.
         if inspect.isfunction(value) and inspect.signature(value).parameters:
             assert "**Arguments:**" in value.__doc__ or "rguments as" in value.__doc__, name
+        if inspect.isclass(value) and not inspect.isabstract(value):
+            arguments = inspect.signature(value.__init__).parameters.keys() - {"self"}
+            # Results describe their fields instead.
+            if arguments - {"args", "kwargs"} and value.__name__ not in _results:
+                docs = f"{value.__doc__}{value.__init__.__doc__}"
+                assert "**Arguments:**" in docs, name
 
 
 def _messages():

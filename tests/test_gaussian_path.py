@@ -160,6 +160,13 @@ def test_noise_says_nothing_about_data_without_signal(predicts):
     assert jnp.isfinite(gd.sample(flow, jax.random.key(0), 2, 5).x).all()
 
 
+def test_reverse_drift_is_infinite_without_signal():
+    process = _flows["rectified"]
+    flow = gd.ProbabilityFlow(process, mixture_for(process).model(process, "flow"), "flow")
+    with pytest.raises(Exception, match="the drift of the reverse diffusion is infinite"):
+        gd.sample(flow, jax.random.key(0), 2, 5, dfx.Euler(), lam=1.0)
+
+
 def test_noise_space_cannot_start_without_signal():
     process = _flows["rectified"]
     model = mixture_for(process).model(process, "data")

@@ -13,14 +13,15 @@ import gddim_eqx as gd
 from .helpers import (
     accurate,
     CountedModel,
+    diffrax_solve,
     every_kind_of_saving,
+    forward,
     last,
     max_difference,
     mixture_for,
     prior_state,
     processes,
     slow,
-    solve,
 )
 
 
@@ -50,8 +51,8 @@ def test_encoding_and_sampling_undo_each_other(name):
     term = _term(name, scale=0.5)
     y0 = prior_state(term.process, (2,))
     down = gd.time_grid(term.process, 400, t1=0.02)
-    x = solve(term, gd.GDDIM(4), down, y0)
-    back = solve(term, gd.GDDIM(4), down[::-1], x)
+    x = diffrax_solve(term, gd.GDDIM(4), down, y0)
+    back = diffrax_solve(term, gd.GDDIM(4), down[::-1], x)
     assert max_difference(back, y0) < 2e-3
 
 
@@ -62,7 +63,7 @@ def test_agrees_with_a_runge_kutta_method_on_the_same_term(name):
     ts = gd.time_grid(term.process, 400)
     rtol = 1e-10 if jax.config.jax_enable_x64 else 1e-5
     expected = accurate(term, ts[0], ts[-1], y0, rtol=rtol)
-    assert max_difference(solve(term, gd.GDDIM(4), ts, y0), expected) < 1e-3
+    assert max_difference(diffrax_solve(term, gd.GDDIM(4), ts, y0), expected) < 1e-3
 
 
 # Saving
@@ -108,7 +109,14 @@ def test_no_time_passes_between_equal_times():
     term = _term()
     y0 = prior_state(term.process)
     sol = dfx.diffeqsolve(
-        term, gd.GDDIM(), 0.5, 0.5, -0.1, y0, saveat=dfx.SaveAt(t0=True, t1=True)
+        term,
+        gd.GDDIM(),
+        0.5,
+        0.5,
+        -0.1,
+        y0,
+        saveat=dfx.SaveAt(t0=True, t1=True),
+        adjoint=forward,
     )
     assert max_difference(sol.ys, jnp.stack([y0, y0])) == 0
 
@@ -119,13 +127,13 @@ def test_a_resumed_solve_equals_an_unbroken_one(name):
     term = _term(name)
     y0 = prior_state(term.process)
     ts = gd.time_grid(term.process, 20)
-    whole = solve(term, gd.GDDIM(4), ts, y0)
+    whole = diffrax_solve(term, gd.GDDIM(4), ts, y0)
     saveat = dfx.SaveAt(t1=True, solver_state=True)
     first = _go(term, gd.GDDIM(4), ts[:11], y0, saveat=saveat)
     kwargs = dict(solver_state=first.solver_state, made_jump=first.made_jump)
-    second = solve(term, gd.GDDIM(4), ts[10:], last(first.ys), **kwargs)
+    second = diffrax_solve(term, gd.GDDIM(4), ts[10:], last(first.ys), **kwargs)
     assert max_difference(second, whole) < _tight()
-    without = solve(term, gd.GDDIM(4), ts[10:], last(first.ys))
+    without = diffrax_solve(term, gd.GDDIM(4), ts[10:], last(first.ys))
     assert max_difference(without, whole) > 100 * max_difference(second, whole)
 
 
@@ -137,8 +145,8 @@ def test_the_state_of_a_solve_that_ended_elsewhere_is_not_used():
     saveat = dfx.SaveAt(t1=True, solver_state=True)
     first = _go(term, gd.GDDIM(), ts, y0, saveat=saveat)
     for grid in (ts[::-1], ts):
-        fresh = solve(term, gd.GDDIM(), grid, y0)
-        given = solve(term, gd.GDDIM(), grid, y0, solver_state=first.solver_state)
+        fresh = diffrax_solve(term, gd.GDDIM(), grid, y0)
+        given = diffrax_solve(term, gd.GDDIM(), grid, y0, solver_state=first.solver_state)
         # Other slots of the history, hence another order of sums.
         assert max_difference(fresh, given) < _tight()
 
@@ -163,13 +171,14 @@ def test_history_is_dropped_at_a_jump():
         stepsize_controller=controller,
         saveat=dfx.SaveAt(steps=True, t0=True),
         max_steps=64,
+        adjoint=forward,
     )
     assert sol.ts is not None
     taken = sol.ts[np.isfinite(sol.ts)]
     at_jump = int(np.argmin(np.abs(taken - 0.6)))
     y = y0
     for ts in (taken[: at_jump + 1], taken[at_jump:]):
-        y = solve(term, gd.GDDIM(3), ts, y)
+        y = diffrax_solve(term, gd.GDDIM(3), ts, y)
     reached = jtu.tree_map(lambda ys: ys[len(taken) - 1], sol.ys)
     assert max_difference(y, reached) < _tight()
 
@@ -190,11 +199,12 @@ def test_a_fixed_grid_reproduces_the_adaptive_solve():
         stepsize_controller=dfx.PIDController(rtol=1e-3, atol=1e-3, factormax=2.0),
         saveat=dfx.SaveAt(t0=True, steps=True),
         max_steps=256,
+        adjoint=forward,
     )
     assert sol.stats["num_rejected_steps"] > 0 and sol.ts is not None
     taken = sol.ts[np.isfinite(sol.ts)]
     reached = jtu.tree_map(lambda ys: ys[len(taken) - 1], sol.ys)
-    again = solve(term, gd.GDDIM(3), taken, y0)
+    again = diffrax_solve(term, gd.GDDIM(3), taken, y0)
     assert max_difference(again, reached) < _tight()
 
 
@@ -219,6 +229,7 @@ def test_the_error_of_adaptive_steps_follows_the_tolerance(name, order):
             y0,
             stepsize_controller=dfx.PIDController(rtol=tolerance, atol=tolerance),
             max_steps=100_000,
+            adjoint=forward,
         )
         return last(sol.ys)
 
@@ -244,6 +255,7 @@ def test_wrapped_in_a_half_solver():
         None,
         y0,
         stepsize_controller=dfx.PIDController(rtol=1e-4, atol=1e-4),
+        adjoint=forward,
     )
     rtol = 1e-9 if jax.config.jax_enable_x64 else 1e-6
     expected = accurate(term, 1.0, 0.2, y0, rtol=rtol)
@@ -254,7 +266,14 @@ def test_constant_step_size_whose_last_steps_are_uneven():
     term = _term("vp", scale=0.5)
     y0 = prior_state(term.process)
     sol = dfx.diffeqsolve(
-        term, gd.GDDIM(4), 1.0, 0.1, -0.007, y0, saveat=dfx.SaveAt(t1=True)
+        term,
+        gd.GDDIM(4),
+        1.0,
+        0.1,
+        -0.007,
+        y0,
+        saveat=dfx.SaveAt(t1=True),
+        adjoint=forward,
     )
     rtol = 1e-9 if jax.config.jax_enable_x64 else 1e-6
     expected = accurate(term, 1.0, 0.1, y0, rtol=rtol)
@@ -291,6 +310,7 @@ def test_one_evaluation_an_attempted_step():
         -0.3,
         y0,
         stepsize_controller=dfx.PIDController(rtol=1e-3, atol=1e-3),
+        adjoint=forward,
     )
     jax.block_until_ready(sol)
     jax.effects_barrier()
@@ -314,6 +334,7 @@ def test_no_evaluation_is_wasted_under_vmap(adaptive):
             -0.3,
             y,
             stepsize_controller=dfx.PIDController(rtol=1e-3, atol=1e-3),
+            adjoint=forward,
         )
 
     sol = jax.vmap(one)(y0)
@@ -339,6 +360,7 @@ def test_vmap_equals_a_loop_even_when_step_counts_differ():
             stepsize_controller=dfx.PIDController(rtol=1e-3, atol=1e-3),
             saveat=dfx.SaveAt(t1=True, dense=True),
             max_steps=128,
+            adjoint=forward,
         )
 
     batched = jax.vmap(one)(y0)
@@ -354,9 +376,9 @@ def test_vmap_over_grids():
     term = _term()
     y0 = prior_state(term.process)
     ts = jnp.stack([gd.time_grid(term.process, 8, p) for p in (1.0, 2.0, 5.0)])
-    together = jax.vmap(lambda t: solve(term, gd.GDDIM(), t, y0))(ts)
+    together = jax.vmap(lambda t: diffrax_solve(term, gd.GDDIM(), t, y0))(ts)
     for i in range(3):
-        alone = solve(term, gd.GDDIM(), ts[i], y0)
+        alone = diffrax_solve(term, gd.GDDIM(), ts[i], y0)
         np.testing.assert_allclose(together[i], alone, atol=_tight())
 
 
@@ -386,9 +408,9 @@ def test_runs_without_jit():
     term = _term()
     y0 = prior_state(term.process)
     ts = gd.time_grid(term.process, 2)
-    compiled = solve(term, gd.GDDIM(2), ts, y0)
+    compiled = diffrax_solve(term, gd.GDDIM(2), ts, y0)
     with jax.disable_jit():
-        plain = solve(term, gd.GDDIM(2), ts, y0)
+        plain = diffrax_solve(term, gd.GDDIM(2), ts, y0)
     np.testing.assert_allclose(plain, compiled, atol=_tight())
 
 
@@ -440,12 +462,12 @@ def test_a_state_that_does_not_fit_is_refused():
     ts = gd.time_grid(gd.CLD((3,)), 4)
     cld, vp = _term("cld"), _term("vp")
     with pytest.raises(ValueError, match=r"Phase.*\(\*batch, 3\)"):
-        solve(cld, gd.GDDIM(), ts, jnp.ones(3))
+        diffrax_solve(cld, gd.GDDIM(), ts, jnp.ones(3))
     with pytest.raises(ValueError, match=r"\(\*batch, 3\).*it has shape \(2,\)"):
-        solve(vp, gd.GDDIM(), ts, jnp.ones(2))
+        diffrax_solve(vp, gd.GDDIM(), ts, jnp.ones(2))
     with pytest.raises(ValueError, match=r"it has shape \(1, 3\) and \(2, 3\)"):
         phase = gd.Phase(jnp.ones((1, 3)), jnp.ones((2, 3)))
-        solve(cld, gd.GDDIM(), ts, phase)
+        diffrax_solve(cld, gd.GDDIM(), ts, phase)
 
 
 def test_a_model_that_returns_something_else_is_refused():
@@ -453,10 +475,10 @@ def test_a_model_that_returns_something_else_is_refused():
     ts, y0 = gd.time_grid(process, 4), prior_state(process)
     term = gd.ProbabilityFlow(process, lambda t, u, args: u.v)
     with pytest.raises(ValueError, match="must return the structure of its state"):
-        solve(term, gd.GDDIM(), ts, y0)
+        diffrax_solve(term, gd.GDDIM(), ts, y0)
     model = lambda t, u, args: gd.Phase(u.x, u.v[:2])
     with pytest.raises(ValueError, match="must return the shape of its state"):
-        solve(gd.ProbabilityFlow(process, model), gd.GDDIM(), ts, y0)
+        diffrax_solve(gd.ProbabilityFlow(process, model), gd.GDDIM(), ts, y0)
 
 
 def test_errors_of_the_model_come_through():
@@ -469,7 +491,7 @@ def test_errors_of_the_model_come_through():
     process = gd.VP((3,))
     term = gd.ProbabilityFlow(process, model)
     with pytest.raises(Oops):
-        solve(term, gd.GDDIM(), gd.time_grid(process, 3), prior_state(process))
+        diffrax_solve(term, gd.GDDIM(), gd.time_grid(process, 3), prior_state(process))
 
 
 @pytest.mark.parametrize("t0,t1", ((1.2, 0.5), (0.5, -0.1)))
@@ -477,11 +499,11 @@ def test_times_outside_are_refused(t0, t1):
     term = _term("vp")
     ts = jnp.linspace(t0, t1, 4)
     with pytest.raises(RuntimeError, match=r"outside \[0, 1.0\]"):
-        solve(term, gd.GDDIM(), ts, prior_state(term.process))
+        diffrax_solve(term, gd.GDDIM(), ts, prior_state(term.process))
 
 
 def test_a_grid_that_is_not_monotone_is_refused():
     term = _term("vp")
     ts = jnp.array([1.0, 0.5, 0.7, 0.1])
     with pytest.raises(RuntimeError, match="strictly increasing"):
-        solve(term, gd.GDDIM(), ts, prior_state(term.process))
+        diffrax_solve(term, gd.GDDIM(), ts, prior_state(term.process))

@@ -14,7 +14,8 @@ import gddim_eqx as gd
 from .helpers import (
     accurate,
     CountedModel,
-    every_process,
+    every_family,
+    forward,
     max_difference,
     mixture_for,
     NoNoise,
@@ -22,7 +23,6 @@ from .helpers import (
     processes,
     slow,
     solve,
-    step_through,
 )
 
 
@@ -160,7 +160,7 @@ def test_reevaluation_is_the_corrector_with_a_second_evaluation():
     np.testing.assert_allclose(got, y, atol=1e-8)
 
 
-@every_process
+@every_family
 def test_all_predictions_of_one_model_give_the_same_initial_state(name):
     process = processes[name]()
     u, t = prior_state(process, (2,)), jnp.asarray(0.4 * process.t_max)
@@ -201,7 +201,7 @@ def test_samples_are_more_accurate_than_the_papers():
 
         def draw(solver, number, grid):
             ts = gd.time_grid(process, number, grid)
-            return process.decode(step_through(term, solver, ts, u))
+            return process.decode(solve(term, solver, ts, u))
 
         exact = draw(gd.GDDIM(), 300, "clock")
         error = lambda x: float(jnp.median(jnp.linalg.norm(x - exact, axis=-1)))
@@ -216,7 +216,7 @@ def test_three_steps_do_not_diverge():
         u = process.prior(jax.random.key(0), (64,))
         term = gd.ProbabilityFlow(process, data.model(process))
         ts = gd.time_grid(process, 3)
-        x = process.decode(step_through(term, gd.GDDIM(), ts, u))
+        x = process.decode(solve(term, gd.GDDIM(), ts, u))
         assert float(jnp.abs(x).max()) < 2 * float(jnp.abs(data.means).max())
 
 
@@ -235,6 +235,7 @@ def test_dense_output_is_continuous_across_corrections():
         stepsize_controller=dfx.StepTo(ts),
         saveat=dfx.SaveAt(dense=True),
         max_steps=8,
+        adjoint=forward,
     )
     for t in ts[1:-1]:
         jump = max_difference(sol.evaluate(t * (1 + 1e-9)), sol.evaluate(t * (1 - 1e-9)))
@@ -273,12 +274,12 @@ def test_several_steps_below_t_min(variable):
     ts = np.append(gd.time_grid(process, 40), process.t_min * np.array([0.5, 0.2, 0.05]))
     exact = accurate(term, ts[0], ts[-1], y0)
     solver = gd.GDDIM(variable=variable)
-    assert max_difference(step_through(term, solver, ts, y0), exact) < 0.01
+    assert max_difference(solve(term, solver, ts, y0), exact) < 0.01
     # One long step to time 0 does not extrapolate in a logarithm.
     ts = np.linspace(1, 0, 11)
     if variable != "clock":
-        found = step_through(term, gd.GDDIM(4, "data", 0, variable=variable), ts, y0)
-        before = step_through(term, gd.GDDIM(4, "data", 0, variable=variable), ts[:-1], y0)
+        found = solve(term, gd.GDDIM(4, "data", 0, variable=variable), ts, y0)
+        before = solve(term, gd.GDDIM(4, "data", 0, variable=variable), ts[:-1], y0)
         data = term.denoised(0.1, before, None)
         assert max_difference(found, data) < 1e-9
 

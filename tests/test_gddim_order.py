@@ -12,7 +12,7 @@ import pytest
 
 import gddim_eqx as gd
 
-from .helpers import accurate, mixture_for, slow
+from .helpers import accurate, forward, mixture_for, slow
 
 
 # Where the flow bends, away from either end.
@@ -59,6 +59,7 @@ def _flow(name, backward):
         stepsize_controller=controller,
         saveat=dfx.SaveAt(dense=True),
         max_steps=4096,
+        adjoint=forward,
     )
     return term, t0, t1, sol
 

@@ -12,7 +12,7 @@ from gddim_eqx._exponential import COORDINATES, DataSplitting
 
 from .helpers import (
     accurate,
-    every_process,
+    every_family,
     last,
     max_difference,
     mixture_for,
@@ -20,7 +20,6 @@ from .helpers import (
     processes,
     slow,
     solve,
-    step_through,
 )
 
 
@@ -46,7 +45,7 @@ def test_medians_of_the_error_on_a_mixture_under_cld():
     }
     for (order, steps), median in expected.items():
         ts = gd.time_grid(process, steps, "quadratic")
-        y = step_through(term, gd.GDDIM(order, "noise"), ts, u)
+        y = solve(term, gd.GDDIM(order, "noise"), ts, u)
         assert abs(np.median(np.abs(y.x - exact)) / median - 1) < 0.1
 
 
@@ -69,7 +68,7 @@ def test_single_precision_agrees_with_double(name, steps, solver):
         cast = lambda tree: jtu.tree_map(lambda x: x.astype(dtype), tree)
         term = gd.ProbabilityFlow(process, cast(data).model(process))
         ts = gd.time_grid(process, steps, dtype=dtype)
-        return step_through(term, solver, ts, cast(y0))
+        return solve(term, solver, ts, cast(y0))
 
     single, double = run(jnp.float32), run(jnp.float64)
     assert all(x.dtype == jnp.float32 for x in jtu.tree_leaves(single))
@@ -140,7 +139,7 @@ def test_any_batch_axes(batch):
 
 
 @pytest.mark.x64
-@every_process
+@every_family
 def test_coefficients_in_single_precision_survive_the_compiler(name):
     """`make test-precision` runs this under XLA's default flags, and with most of its
     optimisations off, where it once took a term out of the clock's derivative."""

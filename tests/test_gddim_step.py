@@ -15,7 +15,8 @@ from gddim_eqx import BlockLinearOperator
 from gddim_eqx._process import AbstractLangevin
 
 from .helpers import (
-    every_process,
+    every_family,
+    forward,
     last,
     max_difference,
     mixture_for,
@@ -23,7 +24,6 @@ from .helpers import (
     processes,
     slow,
     solve,
-    step_through,
 )
 
 
@@ -93,7 +93,7 @@ def _first_step(term, solver, s, t, y):
     return solver.step(term, s, t, y, None, state, False)[0]
 
 
-@every_process
+@every_family
 def test_one_step_is_exact_for_one_data_point(name):
     process = processes[name]()
     rng = np.random.default_rng(0)
@@ -196,6 +196,7 @@ def test_solves_nonlinear_problems_adaptively(order):
         jnp.array([1.0, 1.0]),
         stepsize_controller=controller,
         max_steps=200_000,
+        adjoint=forward,
     )
     exact = [1 / np.sqrt(6.0), np.exp(np.sin(5.0))]
     np.testing.assert_allclose(last(sol.ys), exact, rtol=1e-5)
@@ -210,7 +211,7 @@ def test_the_cholesky_frame_is_the_same_without_a_velocity_and_far_worse_with_on
         u = process.prior(jax.random.key(0), (128,))
 
         def draw(solver, ts):
-            return process.decode(step_through(term, solver, ts, u))
+            return process.decode(solve(term, solver, ts, u))
 
         ts = gd.time_grid(process, 10, "quadratic")
         ys = [draw(gd.GDDIM(3, "noise", factor=f), ts) for f in ("R", "cholesky")]

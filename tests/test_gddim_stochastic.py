@@ -10,10 +10,9 @@ import pytest
 
 import gddim_eqx as gd
 
-from .helpers import max_difference, mixture_for, NoNoise, processes, slow, solve
+from .helpers import forward, max_difference, mixture_for, NoNoise, processes, slow, solve
 
 
-_solve = eqx.filter_jit(lambda terms, solver, ts, y: solve(terms, solver, ts, y))
 _solve_once = eqx.filter_jit(
     lambda *args: solve(*args, adjoint=dfx.DirectAdjoint())  # for `UnsafeBrownianPath`
 )
@@ -39,7 +38,7 @@ def test_without_noise_it_is_the_probability_flow(name, order, space):
     model = mixture_for(process, scale=0.6).model(process)
     u, ts = process.prior(jax.random.key(1), (3,)), gd.time_grid(process, 10)
     solver = gd.GDDIM(order, space)
-    flow = _solve(gd.ProbabilityFlow(process, model), solver, ts, u)
+    flow = solve(gd.ProbabilityFlow(process, model), solver, ts, u)
 
     def change(lam):
         terms = gd.reverse_sde(process, model, lam, _unsafe_path(u))
@@ -157,6 +156,7 @@ def test_extrapolates_polynomials_exactly(name, order, lam):
         start,
         stepsize_controller=controller,
         saveat=dfx.SaveAt(ts=ts),
+        adjoint=forward,
     ).ys
 
     def model(t, u, args):
@@ -186,6 +186,7 @@ def test_extrapolates_polynomials_exactly(name, order, lam):
         None,
         (before, jtu.tree_map(lambda x: x[-2], noise)),
         stepsize_controller=controller,
+        adjoint=forward,
     ).ys
     exact = jtu.tree_map(lambda x: x[-1], exact)
     size = max(float(jnp.abs(x).max()) for x in jtu.tree_leaves(exact))
@@ -202,7 +203,7 @@ def test_converges_along_the_path_to_the_limit_of_euler(name):
     terms = _terms(process, 0.5, (number,))
 
     def run(solver, steps):
-        return _solve(terms, solver, jnp.linspace(0.7, 0.3, steps + 1), u)
+        return solve(terms, solver, jnp.linspace(0.7, 0.3, steps + 1), u)
 
     def distance(a, b):
         squares = jtu.tree_map(lambda a, b: ((a - b) ** 2).mean(), a, b)
@@ -230,7 +231,7 @@ def test_one_path_gives_one_sample_in_both_precisions(name):
             ts = gd.time_grid(process, 20, dtype=dtype)
             start = jtu.tree_map(lambda x: x.astype(dtype), u)
             level = jnp.asarray(lam, dtype)
-            y = _solve(_terms(process, level, (4,)), gd.GDDIM(2), ts, start)
+            y = solve(_terms(process, level, (4,)), gd.GDDIM(2), ts, start)
             assert all(x.dtype == dtype for x in jtu.tree_leaves(y))
             samples.append(process.decode(y).astype(jnp.float64))
         assert float(jnp.abs(samples[0] - samples[1]).max()) < 1e-4
@@ -265,7 +266,8 @@ def test_gradients():
     def loss(scale):
         scaled = lambda t, u, args: jtu.tree_map(lambda e: args * e, model(t, u, None))
         terms = gd.reverse_sde(process, scaled, 0.8, jax.random.key(0), (3,))
-        return (solve(terms, gd.GDDIM(2), ts, u, args=scale) ** 2).sum()
+        adjoint = dfx.RecursiveCheckpointAdjoint()
+        return (solve(terms, gd.GDDIM(2), ts, u, args=scale, adjoint=adjoint) ** 2).sum()
 
     one, h = jnp.ones(()), 1e-7
     difference = (loss(one + h) - loss(one - h)) / (2 * h)
@@ -277,7 +279,7 @@ def test_gradients():
 def test_adaptive_steps_converge_along_the_path(solver):
     process = gd.VP((2,))
     u, terms = process.prior(jax.random.key(1)), _terms(process, 0.3)
-    accurate = _solve(terms, gd.GDDIM(1), gd.time_grid(process, 1000, t1=0.1), u)
+    accurate = solve(terms, gd.GDDIM(1), gd.time_grid(process, 1000, t1=0.1), u)
     errors = []
     for tolerance in (1e-2, 1e-3):
         sol = dfx.diffeqsolve(
@@ -288,6 +290,7 @@ def test_adaptive_steps_converge_along_the_path(solver):
             -0.05,
             u,
             stepsize_controller=dfx.PIDController(rtol=0, atol=tolerance, dtmin=1e-5),
+            adjoint=forward,
         )
         errors.append(max_difference(sol.ys[-1], accurate))
     assert errors[1] < 0.05 and errors[1] < errors[0]

@@ -1,5 +1,6 @@
 """Models that wrap models: guidance, and changes of the predicted data."""
 
+import diffrax as dfx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -188,9 +189,8 @@ def test_wrappers_nest_and_are_differentiated():
     model = gd.DataGuidance(process, model, gd.Clip())
     model = gd.ClassifierGuidance(process, model, lambda t, u, args: -(u**2).sum(-1), 0.1)
     ts, u = gd.time_grid(process, 4), prior_state(process, (3,))
-    loss = lambda u: (
-        solve(gd.ProbabilityFlow(process, model), gd.GDDIM(), ts, u) ** 2
-    ).sum()
+    flow, backward = gd.ProbabilityFlow(process, model), dfx.RecursiveCheckpointAdjoint()
+    loss = lambda u: (solve(flow, gd.GDDIM(), ts, u, adjoint=backward) ** 2).sum()
     assert jnp.isfinite(jax.grad(loss)(u)).all()
 
 

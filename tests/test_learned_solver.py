@@ -1,5 +1,6 @@
 """Solvers with learned corrections, and how they are learned."""
 
+import functools as ft
 from typing import Any
 
 import diffrax as dfx
@@ -14,12 +15,13 @@ from hypothesis import given, settings, strategies as st
 import gddim_eqx as gd
 
 from .helpers import (
+    forward,
     max_difference,
     mixture_for,
     prior_state,
     processes,
     slow,
-    step_through,
+    solve,
 )
 
 
@@ -129,7 +131,7 @@ def test_a_step_is_what_its_formula_says(name):
     )
     first = flow.denoised(learned.ts[0], u, None)
     # The state after the first step, in which corrections have no effect.
-    middle = step_through(flow, solver, learned.ts[:2], u)
+    middle = solve(flow, solver, learned.ts[:2], u)
     second = flow.denoised(learned.ts[1], middle, None)
     shift = moment.mv(jax.tree.map(lambda a, b: a - b, second, first))
     np.testing.assert_allclose(got - plain, process.decode(shift), atol=1e-12)
@@ -176,6 +178,7 @@ def test_jit_vmap_dense_output_and_sample():
             u,
             stepsize_controller=dfx.StepTo(solver.ts),
             saveat=saveat,
+            adjoint=forward,
         )
 
     whole = solve(u).ys[-1]
@@ -260,6 +263,12 @@ def test_pilots_in_parts_with_conditions_and_features():
     assert isinstance(only.solver, gd.GDDIM)
 
 
+@ft.cache
+def _good():
+    process = gd.VP((2,))
+    return _flow(process), _learned(process)
+
+
 _u = np.ones((9, 2), np.float32)
 # Arguments are wrong on purpose.
 _fit: Any = gd.fit_solver
@@ -299,9 +308,8 @@ _make: Any = gd.LearnedGDDIM
     ],
 )
 def test_bad_input_is_refused(case, message, without_type_checks):
-    process = gd.VP((2,))
     with pytest.raises(ValueError, match=message):
-        case(_flow(process), _learned(process))
+        case(*_good())
 
 
 def test_other_times_are_refused():

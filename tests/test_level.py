@@ -10,7 +10,7 @@ import scipy.integrate
 
 import gddim_eqx as gd
 
-from .helpers import processes, slow, step_through
+from .helpers import processes, slow, solve
 
 
 def _end(process, solver, lam, model):
@@ -109,7 +109,7 @@ def test_samples_of_one_point_are_exact_if_noise_is_added_in_an_interval(name):
     terms = gd.reverse_sde(process, model, level, key[0], (20_000,))
     # The true distribution at the start, and a grid that does not know of the jumps.
     u, _ = process.perturb(key[1], jnp.ones((20_000, 3)), 1.0)
-    y = step_through(terms, gd.GDDIM(), jnp.array([1.0, 0.7, 0.35, 0.2]), u)
+    y = solve(terms, gd.GDDIM(), jnp.array([1.0, 0.7, 0.35, 0.2]), u)
     mean, covariance = process.transition(0.2, 0.0), process.covariance(0.2)
     n = process.num_components
     leaves = jnp.stack(jtu.tree_leaves(y))
@@ -125,9 +125,9 @@ def test_solvers_converge_to_one_sample_for_a_level_that_depends_on_time():
     model = gd.GaussianMixture([[-1.0, 0.0], [1.0, 0.5]], 0.3).model(process)
     terms = gd.reverse_sde(process, model, jnp.sqrt, jax.random.key(0), (8,))
     u = process.prior(jax.random.key(1), (8,))
-    fine = step_through(terms, dfx.Euler(), gd.time_grid(process, 500, 1.0), u)
+    fine = solve(terms, dfx.Euler(), gd.time_grid(process, 500, 1.0), u)
     errors = [
-        float(jnp.abs(step_through(terms, gd.GDDIM(), ts, u) - fine).mean())
+        float(jnp.abs(solve(terms, gd.GDDIM(), ts, u) - fine).mean())
         for ts in (gd.time_grid(process, 25, 1.0), gd.time_grid(process, 200, 1.0))
     ]
     assert errors[1] < 0.4 * errors[0] < 0.1

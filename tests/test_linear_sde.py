@@ -29,6 +29,11 @@ def _like(process):
     )
 
 
+def _methods(t, s):
+    one = dict.fromkeys(("covariance", "factor", "cholesky"), (t,))
+    return one | {"transition": (t, s)}
+
+
 @pytest.mark.x64
 @every_process
 def test_closed_forms_agree_with_the_differential_equations(name):
@@ -44,14 +49,21 @@ def test_closed_forms_agree_with_the_differential_equations(name):
         if dtype == jnp.float64 and not jax.config.jax_enable_x64:
             continue
         t, s = jnp.clip(jnp.asarray(times, dtype), max=process.t_max)
-        for method in ("covariance", "factor", "cholesky", "transition"):
-            arguments = (t, s) if method == "transition" else (t,)
 
-            def blocks(which):
-                fn = lambda *a: getattr(which, method)(*a).blocks
-                return np.asarray(jax.jit(jax.vmap(fn))(*arguments), np.float64)
+        @jax.jit
+        @jax.vmap
+        def blocks(t, s):
+            return [
+                {
+                    method: getattr(which, method)(*times).blocks
+                    for method, times in _methods(t, s).items()
+                }
+                for which in (solved, process)
+            ]
 
-            got, expected = blocks(solved), blocks(process)
+        both = blocks(t, s)
+        for method in both[0]:
+            got, expected = (np.asarray(values[method], np.float64) for values in both)
             expected = expected.reshape(expected.shape + (1,) * (got.ndim - expected.ndim))
             scale = np.abs(expected).max(axis=2, keepdims=True)
             assert (np.abs(got - expected) / scale).max() < 2 * tolerance, method

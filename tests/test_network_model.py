@@ -10,7 +10,7 @@ import pytest
 import gddim_eqx as gd
 
 from .helpers import (
-    every_process,
+    every_family,
     max_difference,
     processes,
 )
@@ -89,7 +89,7 @@ def test_a_mixed_score_adds_the_noise_of_the_velocity_alone():
     np.testing.assert_allclose(back.v, u.v, atol=1e-5)
 
 
-@every_process
+@every_family
 def test_preconditioned_networks_only_add_to_normal_data(name):
     process, std = processes[name](), 0.4
     exact = gd.GaussianMixture(jnp.zeros((1, *process.shape)), std).model(process)
@@ -102,7 +102,7 @@ def test_preconditioned_networks_only_add_to_normal_data(name):
         assert max_difference(model(t, u), exact(t, u, None)) < 1e-4
 
 
-@every_process
+@every_family
 def test_preconditioned_networks_predict_any_noise(name):
     process, std = processes[name](), 0.4
     x = jnp.asarray(np.random.default_rng(0).normal(size=process.shape))
@@ -148,3 +148,16 @@ def test_bad_input_is_refused(without_type_checks):
         model(jnp.asarray(0.5), jnp.zeros((3, 2)))
     with pytest.raises(ValueError, match=r"must be an array of shape \(\*batch, 2\)"):
         eqx.filter_jit(model)(jnp.asarray(0.5), jnp.zeros((3, 3)))
+
+
+@pytest.mark.parametrize("dropout", (False, True))
+def test_a_preconditioned_network_predicts_noise_only(dropout):
+    process = gd.RectifiedFlow((2,))
+    model = gd.nn.NetworkModel(process, _network, data_std=0.5)
+    with pytest.raises(
+        ValueError, match="With `data_std`, a NetworkModel predicts 'noise'"
+    ):
+        gd.ProbabilityFlow(process, model, "flow")
+    loss = gd.training.DenoisingLoss(process, predicts="flow", dropout=dropout)
+    with pytest.raises(ValueError, match="Leave out `data_std`, or predict 'noise'"):
+        loss(model, loss.noised(jax.random.key(0), jnp.zeros((4, 2))))

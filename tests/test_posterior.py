@@ -52,7 +52,8 @@ def test_normal_data_have_their_posterior(name):
     with_std = gd.PosteriorGuidance(
         flow, y, _measure, noise, "pigdm", num_iterations=3, data_std=std
     )
-    one, other = exact(t, u, None), with_std(t, u, None)
+    both = eqx.filter_jit(lambda models, u: [model(t, u, None) for model in models])
+    one, other = both((exact, with_std), u)
     assert max_difference(one, other) < 1e-8
     if name not in ("vp", "cld", "bdm"):
         return
@@ -77,7 +78,8 @@ def test_every_prediction_is_guided_alike(predicts):
     assert max_difference(*found) < 1e-9
     # A measurement for each sample: that of the other does not matter.
     alone = gd.PosteriorGuidance(flow, y[0], _measure, 0.1)
-    alone = gd.ProbabilityFlow(process, alone, kind).denoised(jnp.asarray(0.4), u[0], None)
+    alone = gd.ProbabilityFlow(process, alone, kind).denoised
+    alone = eqx.filter_jit(alone)(jnp.asarray(0.4), u[0], None)
     assert max_difference(alone, found[1][0]) < 1e-9
 
 
@@ -150,6 +152,7 @@ def test_derivatives_are_finite_after_convergence():
     model = gd.GaussianMixture(np.zeros((1, 2)), 1.0).model(process)
     u = jnp.ones((4, 2))
 
+    @jax.jit
     def total(y):
         guided = gd.PosteriorGuidance(process, model, y, lambda x: x, 0.1, num_iterations=9)
         return guided(0.5, u, None).sum()

@@ -15,7 +15,8 @@ from gddim_eqx._exponential import noise_transition, step_nodes
 from gddim_eqx._linear import align, join_components
 
 from .helpers import (
-    every_process,
+    every_family,
+    forward,
     last,
     max_difference,
     processes,
@@ -62,7 +63,7 @@ def test_reference_covariances(process, s, t, lam, expected):
 
 
 @pytest.mark.x64
-@every_process
+@every_family
 def test_marginals_are_kept(name):
     process = processes[name]()
     span = process.t_max - process.t_min
@@ -111,6 +112,7 @@ def test_solves_the_differential_equation_of_the_paper(name):
             columns,
             jnp.asarray(lam),
             stepsize_controller=dfx.PIDController(rtol=1e-12, atol=1e-12),
+            adjoint=forward,
         )
         mean, _ = _transition(process, jnp.asarray(t), jnp.asarray(s), jnp.asarray(lam))
         got = [mean.mv(column) for column in columns]
@@ -118,7 +120,7 @@ def test_solves_the_differential_equation_of_the_paper(name):
 
 
 @pytest.mark.x64
-@every_process
+@every_family
 def test_special_levels_of_noise(name):
     process = processes[name]()
     zero, one = jnp.zeros(()), jnp.ones(())
@@ -138,7 +140,7 @@ def test_special_levels_of_noise(name):
         np.testing.assert_allclose(added.blocks - _blocks(left, added), 0, atol=atol)
 
 
-@every_process
+@every_family
 def test_covariance_is_semidefinite_at_the_shortest_steps(name):
     process = processes[name]()
     f32 = jnp.float32
@@ -162,7 +164,7 @@ def test_covariance_is_semidefinite_at_the_shortest_steps(name):
 
 
 @pytest.mark.x64
-@every_process
+@every_family
 def test_single_precision(name):
     process = processes[name]()
     for s, t in ((process.t_max, process.t_min), (0.5, 0.3), (0.02, 0.01), (0.6, 0.599)):
@@ -184,7 +186,7 @@ def test_single_precision(name):
 
 
 @pytest.mark.x64
-@every_process
+@every_family
 def test_noise_of_a_short_step_is_that_of_the_equation(name):
     process, lam, s, length = processes[name](), 0.8, 0.4, 1e-7
     times = jnp.array([s, s - length])
@@ -222,7 +224,7 @@ def test_aligning_finds_the_target():
         np.testing.assert_allclose(got, root @ turn, rtol=1e-3, atol=1e-3)
 
 
-@every_process
+@every_family
 def test_a_step_of_no_length(name):
     process = processes[name]()
     for t in (0.0, process.t_min, 0.5):

@@ -14,7 +14,7 @@ import scipy.linalg
 import gddim_eqx as gd
 from gddim_eqx._exponential import SemilinearSplitting
 
-from .helpers import accurate, every_kind_of_saving, max_difference, step_through
+from .helpers import accurate, every_kind_of_saving, forward, max_difference, solve
 
 
 pytestmark = pytest.mark.x64
@@ -52,7 +52,8 @@ _equations = {
 
 def _solve(term, solver, y0, t0=0.0, t1=1.0, number=10, **kwargs):
     ts = jnp.linspace(t0, t1, number + 1)
-    kwargs = dict(stepsize_controller=dfx.StepTo(ts), max_steps=number) | kwargs
+    options = dict(stepsize_controller=dfx.StepTo(ts), max_steps=number, adjoint=forward)
+    kwargs = options | kwargs
     y1 = dfx.diffeqsolve(term, solver, t0, t1, None, y0, **kwargs).ys
     return jtu.tree_map(lambda y: y[-1], y1)
 
@@ -67,9 +68,7 @@ def test_orders(name):
         for order in (1, 2, 3, 4) if name == "blocks" else (4,):
             solver = gd.ExponentialAdams(order)
             errors = [
-                max_difference(
-                    step_through(term, solver, np.linspace(t0, t1, n + 1), y0), exact
-                )
+                max_difference(solve(term, solver, np.linspace(t0, t1, n + 1), y0), exact)
                 for n in (80, 160)
             ]
             observed = np.log2(errors[0] / errors[1])
@@ -87,6 +86,7 @@ def test_a_stiff_equation():
         None,
         y0,
         stepsize_controller=dfx.PIDController(rtol=1e-12, atol=1e-12),
+        adjoint=forward,
     ).ys[0]
     # The formula's own errors, to which the first step adds nothing.
     for number, most in ((5, 4.3e-3), (20, 6e-5), (80, 7e-7)):
@@ -168,6 +168,7 @@ def test_adaptive_steps(order):
             y0,
             stepsize_controller=dfx.PIDController(rtol=tolerance, atol=tolerance),
             max_steps=20_000,
+            adjoint=forward,
         )
         errors.append(max_difference(jtu.tree_map(lambda y: y[0], sol.ys), exact))
     assert errors[0] < 0.2 and errors[1] < errors[0] / 20, errors
@@ -187,6 +188,7 @@ def test_a_first_step_that_is_too_long_is_forgotten():
         0.1,
         y0,
         stepsize_controller=dfx.PIDController(rtol=1e-6, atol=1e-8),
+        adjoint=forward,
     ).ys[0]
     assert abs(float(found - accurate(term, 0.0, 0.1, y0))) < 1e-5
 
@@ -195,7 +197,14 @@ def test_dense_output():
     linear, nonlinear, y0 = _equations["blocks"]
     term = gd.Semilinear(linear, nonlinear)
     sol = dfx.diffeqsolve(
-        term, gd.ExponentialAdams(), 0.0, 1.0, 0.02, y0, saveat=dfx.SaveAt(dense=True)
+        term,
+        gd.ExponentialAdams(),
+        0.0,
+        1.0,
+        0.02,
+        y0,
+        saveat=dfx.SaveAt(dense=True),
+        adjoint=forward,
     )
     for t in (0.0, 0.01, 0.333, 1.0):
         exact = accurate(term, 0.0, t, y0) if t else y0
@@ -229,7 +238,8 @@ def test_gradients_with_respect_to_the_operator():
     @jax.jit
     def end(linear):
         term = gd.Semilinear(linear, lambda t, u, args: jnp.sin(u + t))
-        return _solve(term, gd.ExponentialAdams(), jnp.array([1.0, 0.5])).sum()
+        y0, adjoint = jnp.array([1.0, 0.5]), dfx.RecursiveCheckpointAdjoint()
+        return _solve(term, gd.ExponentialAdams(), y0, adjoint=adjoint).sum()
 
     linear = jnp.array([-3.0, 0.0])
     found = jax.grad(end)(linear)
@@ -261,6 +271,7 @@ def test_saved_states_of_all_kinds_agree():
         stepsize_controller=dfx.StepTo(ts),
         saveat=saveat,
         max_steps=8,
+        adjoint=forward,
     )
     assert sol.ys is not None
     steps, at_ts, between, final, skipped = sol.ys

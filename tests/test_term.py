@@ -15,7 +15,8 @@ import pytest
 import gddim_eqx as gd
 
 from .helpers import (
-    every_process,
+    every_family,
+    forward,
     last,
     max_difference,
     mixture_for,
@@ -86,7 +87,7 @@ def _evaluated(name):
 
 
 @pytest.mark.x64
-@every_process
+@every_family
 def test_every_kind_of_prediction_gives_the_same_probability_flow(name):
     process = processes[name]()
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4, *process.shape)))
@@ -153,7 +154,7 @@ def test_product_with_the_control():
     assert max_difference(product, jtu.tree_map(lambda v: control * v, vf)) == 0
 
 
-@every_process
+@every_family
 def test_vf_has_the_structure_and_shape_of_the_state(name):
     process = processes[name]()
     term = gd.ProbabilityFlow(process, mixture_for(process).model(process))
@@ -218,6 +219,7 @@ def test_noise_prediction_is_constant_along_the_flow_of_one_point(name):
             flow(ts[0]),
             saveat=dfx.SaveAt(ts=ts),
             stepsize_controller=dfx.PIDController(rtol=tolerance, atol=tolerance),
+            adjoint=forward,
         ).ys
         return jax.vmap(lambda t, u: term.noise(t, u, None))(ts, states)
 
@@ -245,7 +247,14 @@ def test_solvers_of_diffrax_follow_the_flow(solver, dt0, controller, tolerance):
     @jax.jit
     def solved_and_exact(t0, t1):
         sol = dfx.diffeqsolve(
-            term, solver, t0, t1, dt0, flow(t0), stepsize_controller=controller
+            term,
+            solver,
+            t0,
+            t1,
+            dt0,
+            flow(t0),
+            stepsize_controller=controller,
+            adjoint=forward,
         )
         return last(sol.ys), flow(t1)
 

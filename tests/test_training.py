@@ -32,7 +32,7 @@ from gddim_eqx.training import (
 )
 
 from .helpers import (
-    every_process,
+    every_family,
     max_difference,
     processes,
 )
@@ -74,7 +74,7 @@ def _state(process, vector):
 
 
 @pytest.mark.x64
-@every_process
+@every_family
 def test_loss_is_of_the_difference_to_what_should_be_predicted(name):
     process = processes[name]()
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, *process.shape)))

@@ -9,7 +9,7 @@ import pytest
 
 import gddim_eqx as gd
 
-from .helpers import max_difference, mixture_for, slow
+from .helpers import forward, max_difference, mixture_for, slow
 
 
 pytestmark = pytest.mark.precision
@@ -45,7 +45,14 @@ def test_it_is_the_probability_flow(name, space):
     def solve(term, solver):
         controller = dfx.StepTo(ts)
         return dfx.diffeqsolve(
-            term, solver, ts[0], ts[-1], None, y0, stepsize_controller=controller
+            term,
+            solver,
+            ts[0],
+            ts[-1],
+            None,
+            y0,
+            stepsize_controller=controller,
+            adjoint=forward,
         ).ys
 
     ode = dfx.ODETerm(lambda t, y, args: flow.vf(t, y, args))
@@ -68,7 +75,16 @@ def test_from_zero_signal_and_forward_and_adaptively():
     ):
         y1 = dfx.diffeqsolve(velocity, solver, 1.0, 1e-3, y0=y0, args=point, **kwargs).ys[0]
         assert max_difference(y1, 0.999 * point[None] + 1e-3 * y0) < 2e-6
-        back = dfx.diffeqsolve(velocity, solver, 1e-3, 1.0, 0.333, y1, args=point).ys[0]
+        back = dfx.diffeqsolve(
+            velocity,
+            solver,
+            1e-3,
+            1.0,
+            0.333,
+            y1,
+            args=point,
+            adjoint=forward,
+        ).ys[0]
         assert max_difference(back, y0) < 2e-3
 
 

@@ -86,7 +86,7 @@ scatter(samples, args)
 # %% [markdown]
 # With scale 1 samples have the distribution of their class. Larger scales trade diversity
 # for agreement with the label. If samples overshoot, guide only in between, by
-# `interval=(0.1, 0.8)`, or use `rescale`.
+# `interval=(0.1, 0.8)`.
 #
 # ## Other conditions
 #

@@ -95,6 +95,14 @@ class FourierBasis(AbstractBasis):
         return x
 
 
+FourierBasis.__init__.__doc__ = """**Arguments:**
+
+- `axes`: negative integers, which count from the last axis.
+
+**Raises:** `ValueError` for other axes.
+"""
+
+
 def _fourier_scale(n, x):
     """What makes the transform orthonormal, for the coefficients along the last axis."""
     once = (FourierBasis.frequencies(n) * 2) % n == 0

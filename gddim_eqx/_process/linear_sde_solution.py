@@ -162,7 +162,8 @@ def _solve_panel(coefficients, left, right, covariance, rotation, *, early) -> _
         raise _Unresolved(
             "The covariance must be positive definite after time 0, but it is not near "
             f"t = {near}: through `diffusion` and `drift`, noise must reach every "
-            "component."
+            "component. If it does, give those that it reaches last some variance at time "
+            "0, such as 1e-6, by `initial_covariance`."
         )
     if rotation is None:
         # No polynomials for the square roots here: see `Solution.cholesky`.

@@ -76,6 +76,15 @@ class LinearSchedule(AbstractSchedule):
         return -jnp.expm1(-self._integral(t, jnp.zeros_like(t)))
 
 
+LinearSchedule.__init__.__doc__ = """**Arguments:**
+
+- `beta_min`, `beta_max`: the rates at times 0 and 1.
+- `t_min`, `t_end`: times at the end and the start of sampling.
+
+**Raises:** `ValueError` for numbers out of range.
+"""
+
+
 class CosineSchedule(AbstractSchedule):
     r"""$\exp(-\int_0^t \beta) = \cos^2(\phi_t) / \cos^2(\phi_0)$ with
     $\phi_t = \frac{\pi}{2} \frac{t + o}{1 + o}$ (Nichol & Dhariwal 2021).
@@ -115,6 +124,15 @@ class CosineSchedule(AbstractSchedule):
         unit = 0.5 * np.pi / (1 + self.offset)
         start = math.cos(unit * self.offset)
         return jnp.sin(unit * t) * jnp.sin(unit * (t + 2 * self.offset)) / start**2
+
+
+CosineSchedule.__init__.__doc__ = """**Arguments:**
+
+- `offset`: positive; keeps the rate of noise from vanishing at time 0.
+- `t_min`, `t_end`: times at the end and the start of sampling, below 1.
+
+**Raises:** `ValueError` for numbers out of range.
+"""
 
 
 def as_schedule(schedule: "str | AbstractSchedule") -> AbstractSchedule:

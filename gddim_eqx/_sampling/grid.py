@@ -51,8 +51,8 @@ def time_grid(
         - `"log"`: the logarithm of time.
         - `"log_snr"`: the logarithm of the signal-to-noise ratio, `process.log_snr`.
         - `"karras"`: $\sigma^{1/7}$, where $\sigma$ is the noise-to-signal ratio (Karras
-            et al. 2022; [`gddim_eqx.EDM`][]). To end without noise, as they do, append
-            time 0.
+            et al. 2022; [`gddim_eqx.EDM`][]). To end without noise, as they do, pass
+            `denoise="exact"` to [`gddim_eqx.sample`][].
         - `"leading"`, `"trailing"`, `"linspace"`: for a [`gddim_eqx.DiscreteVP`][] only,
             the times of `num_steps` indices (Lin et al. 2024, table 2), and time 0.
     - `t0`, `t1`: the first and last time; by default `process.t_max` and `process.t_min`.

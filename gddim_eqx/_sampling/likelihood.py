@@ -11,12 +11,12 @@ from jaxtyping import Array, Inexact
 
 from .._custom_types import Args, Key, RealScalarLike, State
 from .._linear import (
-    add,
     apply,
     batch_axes,
     check_state,
     coefficient_dtype,
     join_components,
+    subtract,
 )
 from .._misc import check_count, check_key
 from .._process import normal_like, on_time_axis
@@ -72,7 +72,7 @@ def log_density(
         precision is converted to single.
     - `key`: a random key, for the probes.
     - `divergence`: how to compute the model's part of the divergence; that of the drift is
-        always exact.
+        exact where it is finite.
         - `"exact"`: one JVP of the model per coordinate of the state.
         - `"rademacher"`, `"gaussian"`: Hutchinson's unbiased estimator, with Rademacher or
             Gaussian probes, and one JVP for each of `num_probes`. Rademacher probes are
@@ -84,7 +84,8 @@ def log_density(
         norm that weights the log density per coordinate as much as the whole state.
     - `t0`, `t1`: the times of the states and of the latent codes; by default
         `process.t_min` and `process.t_max`. `t0=0` needs a model that predicts the score,
-        as without noise the score does not follow from a noise prediction.
+        or the flow of a rectified flow: without noise, neither follows from a noise
+        prediction.
     - `dt0`, `max_steps`, `adjoint`: as in `diffrax.diffeqsolve`.
     - `prior_log_density`: a function that maps states at `t1` to their log density; by
         default that of `process.prior`.
@@ -185,16 +186,17 @@ def log_likelihood_bound(
     key: Key,
     *,
     num_draws: int = 1,
+    t0: float | None = None,
     args: Args = None,
     **kwargs,
 ) -> Likelihood:
     r"""An estimate of a lower bound on the log density of data under a process with a
     velocity,
 
-    $$\log p(x) \geq \mathbb{E}_{v \sim q}[\log p(x, v)] + H(q),$$
+    $$\log p(x) \geq \mathbb{E}_{v \sim q}[\log p(x, v) - \log q(v)],$$
 
-    where $q$ is the distribution of the initial velocity, given data, and $H$ its
-    entropy. The gap is the KL divergence of $q$ from the model's distribution of the
+    where $q$ is the distribution of the velocity at `t0` in the forward process, given
+    `x` at time 0. The gap is the KL divergence of $q$ from the model's distribution of the
     velocity given `x`.
 
     **Arguments:**
@@ -203,6 +205,7 @@ def log_likelihood_bound(
     - `x`: data, `(*batch, *shape)`.
     - `key`: a random key, for the velocities and the probes.
     - `num_draws`: the number of velocities per sample to average over.
+    - `t0`: the time of the states; by default `process.t_min`.
     - `args`: passed to the model. Arrays with the batch axes of `x` are taken to be
         conditions, and repeated for every draw.
     - `**kwargs`: as in [`gddim_eqx.log_density`][], from `divergence` on.
@@ -210,8 +213,8 @@ def log_likelihood_bound(
     **Returns:** [`gddim_eqx.Likelihood`][]: unbiased estimates of the bound, `(*batch,)`,
     and latent codes, `(num_draws, *batch, *shape)`.
 
-    **Raises:** `ValueError` for invalid arguments, or a process without a velocity, or with
-    a deterministic initial velocity.
+    **Raises:** `ValueError` for invalid arguments, or a process without a velocity. When
+    evaluated: if the velocity at `t0` is deterministic.
 
     ??? cite "Reference"
 
@@ -227,18 +230,22 @@ def log_likelihood_bound(
             "known. Use `log_likelihood`."
         )
     check_count("num_draws", num_draws)
+    t0 = on_time_axis(process, "t0", process.t_min if t0 is None else t0)
     x = jnp.asarray(x)
-    mean = process.encode(jnp.broadcast_to(x[None], (num_draws, *x.shape)))
-    initial = process.covariance(jnp.zeros((), coefficient_dtype(mean))).blocks[1:, 1:]
-    root = jnp.linalg.cholesky(jnp.moveaxis(initial, (0, 1), (-2, -1)))
+    initial = process.encode(jnp.broadcast_to(x[None], (num_draws, *x.shape)))
+    position = jtu.tree_leaves(initial)[0]
+    t = jnp.asarray(t0, coefficient_dtype(initial))
+    mean = apply(process.transition(t, jnp.zeros_like(t)), initial)
+    covariance = process.covariance(t).blocks[1:, 1:]
+    root = jnp.linalg.cholesky(jnp.moveaxis(covariance, (0, 1), (-2, -1)))
     logarithms = jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1)).sum(-1)
     logarithms = eqx.error_if(
         logarithms,
         ~jnp.isfinite(logarithms).all(),
-        "The bound needs a random initial velocity; that of this process is deterministic.",
+        "The bound needs a random velocity; at `t0` that of this process is deterministic.",
     )
     velocity_key, probe_key = jr.split(key)
-    position, *means = jtu.tree_leaves(mean)
+    _, *means = jtu.tree_leaves(mean)
     normal = jtu.tree_leaves(normal_like(velocity_key, tuple(means)))
     spread = jnp.moveaxis(root, (-2, -1), (0, 1)).astype(position.dtype)
     velocities = [
@@ -246,11 +253,14 @@ def log_likelihood_bound(
     ]
     u = join_components([position, *velocities])
     args = _repeated(args, num_draws, batch_axes(u, process.shape)[1:])
-    joint = log_density(flow, u, probe_key, args=args, **kwargs)
+    joint = log_density(flow, u, probe_key, t0=t0, args=args, **kwargs)
+    # Minus the log density of the velocities, which varies with that of the model.
     rest = _size(process) - math.prod(process.shape)
-    entropy = _sum(logarithms, process) + 0.5 * rest * math.log(2 * math.pi * math.e)
-    bound = joint.value.mean(0) + entropy.astype(joint.value.dtype) + _log_volume(process)
-    return joint._replace(value=bound)
+    constant = _sum(logarithms, process) + 0.5 * rest * math.log(2 * math.pi)
+    axes = tuple(range(-len(process.shape), 0))
+    squares = sum((x.astype(joint.value.dtype) ** 2).sum(axes) for x in normal)
+    values = joint.value + 0.5 * squares + constant.astype(joint.value.dtype)
+    return joint._replace(value=values.mean(0) + _log_volume(process))
 
 
 def _repeated(args, number, batch):
@@ -273,14 +283,15 @@ class _Augmented(eqx.Module):
         (u, _), (args, probes) = y, args
         process = self.flow.process
         t = jnp.asarray(t, coefficient_dtype(u))
-        drift, diffusion = process.drift(t), process.diffusion(t)
-        strength = diffusion @ diffusion.T * -0.5
-        forcing, push = jax.linearize(
-            lambda u: apply(strength, self.flow.score(t, u, args)), u
-        )
+        velocity, push = jax.linearize(lambda u: self.flow.vf(t, u, args), u)
+        # The divergence of the drift is known, but infinite where there is no signal.
+        drift = process.drift(t) if process.t_end < process.t_zero_signal else None
 
         def quadratic(probe):
-            products = jtu.tree_map(lambda a, b: a * b, probe, push(probe))
+            pushed = push(probe)
+            if drift is not None:
+                pushed = subtract(pushed, apply(drift, probe))
+            products = jtu.tree_map(lambda a, b: a * b, probe, pushed)
             axes = tuple(range(-len(process.shape), 0))
             return jnp.stack([x.sum(axes) for x in jtu.tree_leaves(products)]).sum(0)
 
@@ -288,9 +299,9 @@ class _Augmented(eqx.Module):
             trace = _over_coordinates(quadratic, u, process.shape)
         else:
             trace = jax.vmap(quadratic)(probes).mean(0)
-        diagonal = jnp.diagonal(drift.blocks).sum(-1)
-        trace = trace + _sum(diagonal, process).astype(trace.dtype)
-        velocity = add(apply(drift, u), forcing)
+        if drift is not None:
+            diagonal = jnp.diagonal(drift.blocks).sum(-1)
+            trace = trace + _sum(diagonal, process).astype(trace.dtype)
         return velocity, trace / _size(process)
 
 

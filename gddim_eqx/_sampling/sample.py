@@ -366,11 +366,11 @@ def _warn_of_size(process: AbstractProcess, model: Callable, size: float) -> Non
 def _most_expected(process: AbstractProcess, model: Callable) -> float:
     """The root mean square above which samples are implausibly large: a hundred times the
     `data_std` of the model; or, if it has none, that of data whose signal-to-noise ratio at
-    `t_max` would be 1, but at most a thousand."""
+    `t_max` would be 0.01, but at most a hundred."""
     data_std = getattr(model, "data_std", None)
     if isinstance(data_std, (float, int)):
         return 100.0 * data_std
-    return math.exp(min(-log_snr_at_start(process), math.log(1000)))
+    return 0.1 * math.exp(min(-log_snr_at_start(process), math.log(1000)))
 
 
 def _checked_times(process, ts, dtype):

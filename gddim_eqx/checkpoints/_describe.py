@@ -111,6 +111,11 @@ class _Builder:
 
     def __call__(self, value: Any, like: Any, where: str) -> Any:
         if isinstance(value, dict) and "other" in value:
+            if not self.whole and type(like) in _classes.values():
+                raise ValueError(
+                    f"{self.path} holds a {value['other']}: `like` must be one, or a part "
+                    f"of what was saved that contains it; got a {type(like).__name__}."
+                )
             return like
         if isinstance(value, dict) and "class" in value:
             return self._make(value, like, where)
@@ -133,6 +138,8 @@ class _Builder:
                 f"{self.path} has a {value['class']}, which this version of the library "
                 "does not know. Update `gddim_eqx`."
             )
+        if type(like) is cls and not self.whole:
+            return _Builder(self.path, True)(value, like, where)
         known = inspect.signature(cls).parameters
         unknown = set(value["arguments"]) - set(known)
         if unknown:

@@ -62,10 +62,10 @@ def load(path: str | Path, like: Any = None) -> Any:
 
     - `path`: the path of the file.
     - `like`: for a file with the arrays of a network or process of your own: one of the
-        same structure, or a model that contains it. If only the process is yours, the
-        process is enough. Its arrays are replaced, and may be just shapes, from
-        `eqx.filter_eval_shape`. Other leaves, such as activation functions or the functions
-        of a `LinearSDE`, are kept, and not compared with what was saved.
+        same structure, or a part of what was saved that contains it. Its arrays are
+        replaced, and may be just shapes, from `eqx.filter_eval_shape`. Other leaves, such
+        as activation functions or the functions of a `LinearSDE`, are kept, and not
+        compared with what was saved.
 
     **Returns:** the model.
 

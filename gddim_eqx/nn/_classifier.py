@@ -75,9 +75,9 @@ class ImageClassifier(eqx.Module):
         **Raises:** `ValueError` for an image of another shape.
         """
         if x.shape != self.shape:
+            hint = " For a batch, use `jax.vmap`." if x.ndim > len(self.shape) else ""
             raise ValueError(
-                f"This classifier is for images of shape {self.shape}; got {x.shape}. For "
-                "a batch, use `jax.vmap`."
+                f"This classifier is for images of shape {self.shape}; got {x.shape}.{hint}"
             )
         h = jnp.moveaxis(x, -1, 0)
         for convolve, normalise in zip(self.convolutions, self.normalisations):

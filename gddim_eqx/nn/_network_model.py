@@ -62,7 +62,7 @@ class NetworkModel(eqx.Module):
             network's output is then the data minus their posterior mean given the state,
             divided by their posterior standard deviation, both as if the data were normal
             with mean 0: of order 1 at all times. The noise prediction for all components
-            follows from it, in the frame $R_t$. (Karras et al. 2022 for VE; here for every
+            follows from it, in the frame $R_t$: use `predicts="noise"`. (Karras et al. 2022 for VE; here for every
             process.) This speeds up learning, as a small error at high noise levels does
             not become a large one in the data.
 
@@ -89,6 +89,12 @@ class NetworkModel(eqx.Module):
                 raise ValueError("Pass `mixed_score` or `data_std`, not both.")
         self.process, self.network, self.mixed_score = process, network, mixed_score
         self.data_std = data_std
+
+    @property
+    def preconditioned_for(self) -> str | None:
+        """What a preconditioned network predicts: `"noise"`. `None` without `data_std`,
+        when it is what the network was trained for."""
+        return None if self.data_std is None else "noise"
 
     def __call__(
         self, t: RealScalarLike, u: State, args: Args = None, *, key: Key | None = None
