@@ -62,9 +62,9 @@ class NetworkModel(eqx.Module):
             network's output is then the data minus their posterior mean given the state,
             divided by their posterior standard deviation, both as if the data were normal
             with mean 0: of order 1 at all times. The noise prediction for all components
-            follows from it, in the frame $R_t$: use `predicts="noise"`. (Karras et al. 2022 for VE; here for every
-            process.) This speeds up learning, as a small error at high noise levels does
-            not become a large one in the data.
+            follows from it, in the frame $R_t$: use `predicts="noise"`. (Karras et al. 2022
+            for VE; here for every process.) This speeds up learning, as a small error at
+            high noise levels does not become a large one in the data.
 
         **Raises:** `ValueError` for `mixed_score` with a process without velocity, or with
         `data_std`.
