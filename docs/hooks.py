@@ -57,6 +57,10 @@ def _execute(notebook):
         # Sockets in this directory; no ports are opened.
         manager.transport, manager.ip = "ipc", f"{directory}/kernel"
         client.execute()
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            if "Warning: " in output.get("text", ""):
+                raise ValueError(f"A tutorial warns: {output['text']}")
 
 
 def on_page_markdown(markdown, page, **_):

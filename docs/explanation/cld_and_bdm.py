@@ -10,6 +10,8 @@
 #   added.
 
 # %%
+import warnings
+
 import diffrax as dfx
 import equinox as eqx
 import jax
@@ -21,6 +23,8 @@ import gddim_eqx as gd
 
 
 plt.rcParams["figure.facecolor"] = "white"
+# Below, one solver diverges.
+warnings.filterwarnings("ignore", "The samples have a root mean square")
 
 # %% [markdown]
 # ## Position and velocity

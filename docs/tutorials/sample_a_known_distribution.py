@@ -6,6 +6,8 @@
 # alone. To use a network of your own, replace `data.model(process)`.
 
 # %%
+import warnings
+
 import diffrax as dfx
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,8 @@ import gddim_eqx as gd
 
 
 plt.rcParams["figure.facecolor"] = "white"
+# Below, Tsit5 diverges with few steps.
+warnings.filterwarnings("ignore", "The samples have a root mean square")
 
 # %% [markdown]
 # ## Process, model, term
