@@ -430,10 +430,13 @@ def test_the_paper_s_optimiser():
 
 @pytest.mark.float32
 def test_parts_of_a_batch_give_the_same_gradient():
-    make = lambda n: Trainer(DenoisingLoss(gd.VP((2,))), adam(1e-2, 0), accumulate=n)
+    # Not Adam, which enlarges rounding errors of small gradients.
+    make = lambda n: Trainer(DenoisingLoss(gd.VP((2,))), optax.sgd(1e-1), accumulate=n)
     (one, first), (four, second) = (_train(make(n), _points(), 5) for n in (1, 4))
     np.testing.assert_allclose(first, second, rtol=1e-5)
-    assert max_difference(one.ema, four.ema) < 1e-5
+    assert max_difference(one.ema, four.ema) < 1e-6
+    start = _train(make(1), _points(), 0)[0]
+    assert max_difference(one.ema, start.ema) > 1e-3
 
 
 class _Forgetful(eqx.Module):
