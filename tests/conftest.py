@@ -34,8 +34,8 @@ if "XLA_FLAGS" not in os.environ:
     known = _fast if are_known(*_fast) else filter(are_known, _fast)
     os.environ["XLA_FLAGS"] = " ".join(known)
 
-# Workers, and the processes that they start, share what they compile, for one session. With
-# jax 0.10.0, to load a program sometimes takes for ever.
+# Workers, and the processes that they start, share what they compile, for one session. jax
+# 0.10.0 sometimes hangs when it loads a program.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ and version("jax") != "0.10.0":
     _cache = tempfile.TemporaryDirectory(prefix="gddim_eqx-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name

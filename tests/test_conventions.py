@@ -3,7 +3,6 @@
 import importlib.util
 import pathlib
 
-import diffrax as dfx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -14,7 +13,7 @@ from hypothesis import given, strategies as st
 import gddim_eqx as gd
 from gddim_eqx._term import make_prediction, Marginal
 
-from .helpers import forward, max_difference, processes, solve
+from .helpers import diffrax_solve, max_difference, processes, solve
 
 
 _every = ("noise", "data", "score", "v", "flow")
@@ -229,16 +228,7 @@ def test_variable_log_snr():
     ts = gd.time_grid(process, 6, "log_snr")
     u = process.prior(jax.random.key(0), (4,))
     solver = gd.GDDIM(2, corrector=0, variable="log_snr")
-    found = dfx.diffeqsolve(
-        flow,
-        solver,
-        ts[0],
-        ts[-1],
-        None,
-        u,
-        stepsize_controller=dfx.StepTo(ts),
-        adjoint=forward,
-    ).ys[0]
+    found = diffrax_solve(flow, solver, ts, u)
     x, last = u, None
     logs = [float(process.log_snr(t)) for t in ts]
     for i, t in enumerate(ts[:-1]):

@@ -9,7 +9,7 @@ import pytest
 
 import gddim_eqx as gd
 
-from .helpers import forward, max_difference, mixture_for, slow
+from .helpers import diffrax_solve, forward, max_difference, mixture_for, slow
 
 
 pytestmark = pytest.mark.precision
@@ -42,22 +42,9 @@ def test_it_is_the_probability_flow(name, space):
     ts = gd.time_grid(process, 8, t0=0.98 * process.t_max)
     y0 = process.prior(jax.random.key(0), (5,))
 
-    def solve(term, solver):
-        controller = dfx.StepTo(ts)
-        return dfx.diffeqsolve(
-            term,
-            solver,
-            ts[0],
-            ts[-1],
-            None,
-            y0,
-            stepsize_controller=controller,
-            adjoint=forward,
-        ).ys
-
     ode = dfx.ODETerm(lambda t, y, args: flow.vf(t, y, args))
-    found = solve(ode, gd.GDDIM(3, space, process=process))
-    wanted = solve(flow, gd.GDDIM(3, space))
+    found = diffrax_solve(ode, gd.GDDIM(3, space, process=process), ts, y0)
+    wanted = diffrax_solve(flow, gd.GDDIM(3, space), ts, y0)
     tolerance = 1e-10 if jax.config.jax_enable_x64 else 1e-4
     scale = float(jnp.abs(wanted).max())
     assert max_difference(found, wanted) < tolerance * scale

@@ -245,7 +245,7 @@ def log_likelihood_bound(
         "The bound needs a random velocity; at `t0` that of this process is deterministic.",
     )
     velocity_key, probe_key = jr.split(key)
-    _, *means = jtu.tree_leaves(mean)
+    means = jtu.tree_leaves(mean)[1:]
     normal = jtu.tree_leaves(normal_like(velocity_key, tuple(means)))
     spread = jnp.moveaxis(root, (-2, -1), (0, 1)).astype(position.dtype)
     velocities = [
@@ -257,8 +257,8 @@ def log_likelihood_bound(
     # Minus the log density of the velocities, which varies with that of the model.
     rest = _size(process) - math.prod(process.shape)
     constant = _sum(logarithms, process) + 0.5 * rest * math.log(2 * math.pi)
-    axes = tuple(range(-len(process.shape), 0))
-    squares = sum((x.astype(joint.value.dtype) ** 2).sum(axes) for x in normal)
+    normal = [x.astype(joint.value.dtype) for x in normal]
+    squares = _inner(normal, normal, process)
     values = joint.value + 0.5 * squares + constant.astype(joint.value.dtype)
     return joint._replace(value=values.mean(0) + _log_volume(process))
 
@@ -291,9 +291,7 @@ class _Augmented(eqx.Module):
             pushed = push(probe)
             if drift is not None:
                 pushed = subtract(pushed, apply(drift, probe))
-            products = jtu.tree_map(lambda a, b: a * b, probe, pushed)
-            axes = tuple(range(-len(process.shape), 0))
-            return jnp.stack([x.sum(axes) for x in jtu.tree_leaves(products)]).sum(0)
+            return _inner(probe, pushed, process)
 
         if probes is None:
             trace = _over_coordinates(quadratic, u, process.shape)
@@ -351,6 +349,13 @@ def _norm(y):
         return jnp.sqrt((values**2).sum() / max(values.size, 1))
 
     return jnp.maximum(root_mean_square(y[0]), root_mean_square(y[1]))
+
+
+def _inner(a, b, process):
+    """The inner product of two states, over all components and coordinates."""
+    axes = tuple(range(-len(process.shape), 0))
+    products = jtu.tree_map(lambda x, y: (x * y).sum(axes), a, b)
+    return jnp.stack(jtu.tree_leaves(products)).sum(0)
 
 
 def _size(process) -> int:

@@ -251,6 +251,13 @@ def _has_singular_diffusion(process: AbstractProcess) -> bool:
         return bool((jnp.linalg.det(blocks) == 0).any())
 
 
+def error_without_signal(at: Marginal, message: str) -> Array:
+    """The time, with a run-time error if there is no signal at it."""
+    if at.process.t_end < at.process.t_zero_signal:
+        return at.t
+    return error_if_any(at.t, [(at.t >= at.process.t_zero_signal, message)])
+
+
 def _to_score(at, noise):
     return apply((-at.root().inverse()).transpose(), noise)
 
@@ -263,13 +270,11 @@ def _change_frame(at, noise, frame, other):
 
 
 def _without_noise(at, u, root, noise):
-    mean, process, t = subtract(u, apply(root, noise)), at.process, at.t
-    if process.t_zero_signal <= process.t_end:
-        fault = (
-            t >= process.t_zero_signal,
-            f"At t = {process.t_zero_signal} there is no signal, so a noise or score "
-            "prediction does not determine the data. Use a model that predicts "
-            "'data', 'v' or 'flow', or a process with a smaller `t_end`.",
-        )
-        t = error_if_any(t, [fault])
+    mean, process = subtract(u, apply(root, noise)), at.process
+    t = error_without_signal(
+        at,
+        f"At t = {process.t_zero_signal} there is no signal, so a noise or score "
+        "prediction does not determine the data. Use a model that predicts "
+        "'data', 'v' or 'flow', or a process with a smaller `t_end`.",
+    )
     return apply(process.transition(jnp.zeros_like(t), t), mean)

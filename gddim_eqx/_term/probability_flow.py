@@ -8,12 +8,13 @@ import jax.tree_util as jtu
 
 from .._custom_types import Args, FrameName, Level, PredictionName, RealScalarLike, State
 from .._linear import add, apply, BlockLinearOperator, check_state
-from .._misc import as_level, error_if_any, level_at
+from .._misc import as_level, level_at
 from .._process import AbstractProcess, require_process, time_for
 from .prediction import (
     AbstractPrediction,
     check_frame,
     check_prediction,
+    error_without_signal,
     make_prediction,
     Marginal,
     Noise,
@@ -217,16 +218,13 @@ class ProbabilityFlow(AbstractReverseTerm):
         flow = self._prediction.flow(at, u, value)
         if isinstance(lam, float) and lam == 0:
             return flow
-        process, t = self.process, at.t
-        if process.t_zero_signal <= process.t_end:
-            fault = (
-                t >= process.t_zero_signal,
-                f"At t = {process.t_zero_signal} there is no signal, and the drift of the "
-                "reverse diffusion is infinite. Use `GDDIM`, which needs no drift, or a "
-                "process with a smaller `t_end`.",
-            )
-            t = error_if_any(t, [fault])
-        diffusion = process.diffusion(t)
+        t = error_without_signal(
+            at,
+            f"At t = {self.process.t_zero_signal} there is no signal, and the drift of the "
+            "reverse diffusion is infinite. Use `GDDIM`, which needs no drift, or a "
+            "process with a smaller `t_end`.",
+        )
+        diffusion = self.process.diffusion(t)
         strength = -0.5 * level_at(lam, at.t) ** 2
         score = self._prediction.score(at, u, value)
         return add(flow, apply(diffusion @ diffusion.T * strength, score))
@@ -272,11 +270,12 @@ def check_flow(flow: object) -> ProbabilityFlow:
 def _check_same_kind(model: Callable, predicts: str, factor: str) -> None:
     """A preconditioned network predicts noise; a model that guides another predicts the
     same."""
-    network = model.func if isinstance(model, ft.partial) else model
-    kind = getattr(network, "preconditioned_for", None)
+    # In training with dropout, the model has its key.
+    model = model.func if isinstance(model, ft.partial) else model
+    kind = getattr(model, "preconditioned_for", None)
     if kind is not None and kind != predicts:
         raise ValueError(
-            f"With `data_std`, a {type(network).__name__} predicts {kind!r}; got "
+            f"With `data_std`, a {type(model).__name__} predicts {kind!r}; got "
             f"predicts={predicts!r}. Leave out `data_std`, or predict {kind!r}."
         )
     other = getattr(model, "flow", None)
