@@ -1,9 +1,7 @@
 from typing import ClassVar
 
 import equinox as eqx
-from jaxtyping import Array, Inexact
-
-from ._history import Nodes
+from jaxtyping import Array, Inexact, Int
 
 
 class AbstractCorrector(eqx.Module):
@@ -16,9 +14,12 @@ class AbstractCorrector(eqx.Module):
     reevaluates: eqx.AbstractClassVar[bool]
     """Whether the model is evaluated at the end of every step; otherwise the evaluation
     that begins the next step is used, and the last step is not corrected."""
+    closest: eqx.AbstractClassVar[float]
+    """How close a newer node may be to one where the state is corrected after the
+    evaluation; see `Nodes.rank`."""
 
     def __call__(
-        self, polynomials: Inexact[Array, "nodes nodes"], nodes: Nodes
+        self, polynomials: Inexact[Array, "nodes nodes"], rank: Int[Array, " nodes"]
     ) -> Inexact[Array, "nodes nodes"]:
         """As `AbstractPredictor.__call__`."""
         return polynomials
@@ -29,14 +30,20 @@ class NoCorrector(AbstractCorrector):
 
     num_older: int = eqx.field(static=True, default=0, init=False)
     reevaluates: ClassVar[bool] = False
+    closest: ClassVar[float] = 0.0
 
 
 class FreeCorrector(AbstractCorrector):
     """Corrects the end of a step with the evaluation that begins the next step, as UniC
-    does. It costs no NFE, but the last step is not corrected."""
+    does. It costs no NFE, but the last step is not corrected.
+
+    The evaluations are at uncorrected states. Their differences over a short distance say
+    more about the corrections than about the derivative.
+    """
 
     num_older: int = eqx.field(static=True)
     reevaluates: ClassVar[bool] = False
+    closest: ClassVar[float] = 0.4
 
 
 class Reevaluate(AbstractCorrector):
@@ -44,3 +51,4 @@ class Reevaluate(AbstractCorrector):
 
     num_older: int = eqx.field(static=True)
     reevaluates: ClassVar[bool] = True
+    closest: ClassVar[float] = 0.0

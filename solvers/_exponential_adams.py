@@ -20,6 +20,7 @@ from gddim_eqx._linear import add, coefficient_dtype, combine
 from gddim_eqx._term import real_time, Semilinear, unwrap
 
 from ._corrector import AbstractCorrector, NoCorrector
+from ._history import Places
 from ._multistep import AbstractExponentialMultistep, check_order, Problem
 from ._predictor import AdamsBashforth
 
@@ -81,12 +82,24 @@ class ExponentialAdams(AbstractExponentialMultistep):
         return COORDINATES["time"]
 
     @property
+    def error_coordinate(self) -> AbstractCoordinate:
+        return COORDINATES["time"]
+
+    @property
     def predictor(self) -> AdamsBashforth:
         return AdamsBashforth(self.num_nodes)
 
     @property
     def correction(self) -> AbstractCorrector:
         return NoCorrector()
+
+    def is_too_long(self, c, nodes):
+        # The values cannot tell what changes long after them. Less than 6 steps of equal
+        # length, and a controller could propose and reject the same steps for ever.
+        lengths = jnp.abs(nodes.places.time - nodes.places.time[0])
+        span = jnp.where(nodes.stored, lengths, 0).max()
+        most = 6 * span / max(self.num_nodes - 1, 1)
+        return (span > 0) & (jnp.abs(c.t - nodes.places.time[0]) > most)
 
     def unwrap(self, terms, y):
         term, direction = unwrap(terms)
@@ -100,9 +113,11 @@ class ExponentialAdams(AbstractExponentialMultistep):
         y0 = jtu.tree_map(jnp.asarray, y0)
         times, values, contracts = self._start(self.unwrap(terms, y0), t0, t1, y0, args)
         older = jtu.tree_map(lambda x: x[1:], values)
-        count = jnp.where(contracts, history.times.size, 0).astype(jnp.int32)
-        fields = lambda h: (h.times, h.coordinate, h.values, h.count)
-        return eqx.tree_at(fields, history, (times[1:], times[1:], older, count))
+        stored = jnp.broadcast_to(contracts, history.stored.shape)
+        fields = lambda h: (h.places, h.values, h.stored)
+        later = times[1:]
+        places = Places(later, later, later, jnp.zeros_like(later))
+        return eqx.tree_at(fields, history, (places, older, stored))
 
     def _start(self, problem, t0, t1, y0, args):
         """Nodes within the first step, beginning at its start; the nonlinear part at the

@@ -2,6 +2,7 @@ from typing import ClassVar, Literal
 
 import diffrax as dfx
 import equinox as eqx
+import jax.numpy as jnp
 
 from gddim_eqx._custom_types import FrameName, Level
 from gddim_eqx._exponential import (
@@ -11,6 +12,7 @@ from gddim_eqx._exponential import (
     COORDINATES,
     DataSplitting,
     NoiseSplitting,
+    SoftLogSNR,
 )
 from gddim_eqx._process import AbstractProcess, require_process
 from gddim_eqx._term import (
@@ -32,6 +34,11 @@ from ._multistep import (
 )
 from ._predictor import AdamsBashforth
 
+
+# The longest step for which error estimates are valid, in log-SNR. Over longer ones, the
+# prediction may change much more than past values show, and any state at their end may be
+# consistent with the prediction there.
+_LONGEST = 2.0
 
 _default_variables: dict[str, CoordinateName] = {"data": "clock", "noise": "time"}
 
@@ -202,6 +209,10 @@ class GDDIM(AbstractExponentialMultistep):
         return COORDINATES[self.variable or _default_variables[self.space]]
 
     @property
+    def error_coordinate(self) -> AbstractCoordinate:
+        return SoftLogSNR()
+
+    @property
     def predictor(self) -> AdamsBashforth:
         return AdamsBashforth(self.num_nodes)
 
@@ -213,6 +224,9 @@ class GDDIM(AbstractExponentialMultistep):
         if number == 0:
             return NoCorrector()
         return Reevaluate(number) if self.reevaluate else FreeCorrector(number)
+
+    def is_too_long(self, c, nodes):
+        return jnp.abs(c.error_end - c.error_start) > _LONGEST
 
     def unwrap(self, terms, y):
         term = terms if isinstance(terms, ReverseSDE) else unwrap(terms)[0]

@@ -3,6 +3,7 @@ from typing import NamedTuple
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Inexact, Int, PyTree, Real
 
@@ -11,32 +12,57 @@ from gddim_eqx._exponential import Residual, StepCoefficients
 from gddim_eqx._linear import coefficient_dtype
 
 
+# Nodes that are closer, relative to the step, hardly differ but for rounding errors.
+_RESOLVED = 1e-3
+
+
+class Places(NamedTuple):
+    """Where evaluations lie."""
+
+    time: Real[Array, " *nodes"]
+    coordinate: Real[Array, " *nodes"]
+    error_coordinate: Real[Array, " *nodes"]
+    # The length in time of the step that ended there, whose error the value contains.
+    corrected: Real[Array, " *nodes"]
+
+
 class Nodes(eqx.Module):
-    """The new evaluation and the history as interpolation nodes: node 0 is the new
-    evaluation, and node k + 1 is slot k."""
+    """Evaluations as interpolation nodes: node 0 is the new one, and node k + 1 is slot k
+    of the history."""
 
     values: list[State]
-    times: Real[Array, " nodes"]
-    coordinate: Real[Array, " nodes"]
-    # 0 for the new evaluation, 1 for the previous one, and so on.
-    age: Int[Array, " nodes"]
-    # How many are stored.
-    count: Int[Array, ""]
+    places: Places
+    stored: Bool[Array, " nodes"]
 
-    def valid(self, number: int) -> Bool[Array, " nodes"]:
-        """A mask of the newest `number` nodes, or of all if there are fewer."""
-        return self.age < jnp.minimum(self.count + 1, number)
+    def rank(
+        self,
+        x: Inexact[Array, " nodes"],
+        moves: Bool[Array, ""],
+        closest: float,
+    ) -> Int[Array, " nodes"]:
+        """The position of each node among those to use, by the distance from node 0.
 
-    def with_end(self, t: Array, end: Array) -> "Nodes":
-        """The times and coordinates with another evaluation at the end of the step."""
-        zero = jnp.zeros(1, jnp.int32)
-        return Nodes(
-            [],
-            jnp.append(t, self.times),
-            jnp.append(end, self.coordinate),
-            jnp.append(zero, self.age + 1),
-            self.count + 1,
-        )
+        Of two nodes that are too close, only the first is used: the difference of their
+        values would say more about their errors than about the derivative. Its rank is the
+        number of nodes.
+
+        **Arguments:**
+
+        - `x`: the nodes in the coordinate of a step of length 1.
+        - `moves`: whether it is a step; otherwise only equal nodes are too close.
+        - `closest`: where the state was corrected after the evaluation, how close a newer
+            node may be, as a fraction of the step and of the step that was corrected.
+        """
+        number, between = len(x), lambda a: jnp.abs(a[:, None] - a[None])
+        distance, gaps = jnp.abs(x - x[0]), between(x)
+        this, other = distance[:, None], distance[None]
+        precedes = (other < this) | (other == this) & np.tri(number, k=-1, dtype=bool)
+        precedes &= self.stored[None]
+        close = between(self.places.time) < closest * self.places.corrected[:, None]
+        close = gaps <= jnp.where(moves, jnp.where(close, closest, _RESOLVED), 0)
+        used = self.stored & ~(precedes & close).any(1)
+        rank = (precedes & used[None]).sum(1, dtype=jnp.int32)
+        return jnp.where(used, rank, number)
 
 
 class LastStep(NamedTuple):
@@ -49,15 +75,12 @@ class LastStep(NamedTuple):
 
 
 class History(eqx.Module):
-    """A ring buffer of the most recent evaluations."""
+    """The most recent evaluations that are useful for interpolation."""
 
-    times: Real[Array, " slots"]
-    coordinate: Real[Array, " slots"]
+    places: Places
     values: PyTree[Inexact[Array, "slots ..."]]
-    # How many of the slots hold evaluations along the current solution.
-    count: Int[Array, ""]
-    # The slot that is overwritten next.
-    slot: Int[Array, ""]
+    # Which of the slots hold evaluations along the current solution.
+    stored: Bool[Array, " slots"]
     # Where the previous step ended, in the time of `diffeqsolve`.
     end: Real[Array, ""]
     # Only for correctors that need it.
@@ -74,58 +97,68 @@ class History(eqx.Module):
         residual: Residual | None,
     ) -> "History":
         """An empty history."""
-        times, zero = jnp.zeros(slots, coefficient_dtype(y0)), jnp.zeros((), jnp.int32)
+        zeros = jnp.zeros(slots, coefficient_dtype(y0))
         values = jtu.tree_map(lambda y: jnp.zeros((slots, *y.shape), y.dtype), y0)
-        end = jnp.asarray(t0)
-        return History(times, times, values, zero, zero, end, last, residual)
+        stored, end = jnp.zeros(slots, bool), jnp.asarray(t0)
+        return History(
+            Places(zeros, zeros, zeros, zeros), values, stored, end, last, residual
+        )
 
-    def length(self, t0: RealScalarLike, made_jump: BoolScalarLike) -> Int[Array, ""]:
-        """The number of stored evaluations that a step from `t0` may use: none if they
-        precede a jump, or belong to a solution that ended elsewhere."""
-        count = jnp.where(self.end == t0, self.count, 0)
-        return count if made_jump is False else jnp.where(made_jump, 0, count)
+    def known(self, t0: RealScalarLike, made_jump: BoolScalarLike) -> Bool[Array, " slots"]:
+        """Which stored evaluations a step from `t0` may use: none if they precede a jump,
+        or belong to a solution that ended elsewhere."""
+        return self.stored & (self.end == t0) & ~jnp.asarray(made_jump)
 
-    def nodes(self, value: State, s: Array, start: Array, count: Int[Array, ""]) -> Nodes:
-        """The nodes of a step from `s`, at which the coordinate is `start`."""
-        slots = self.times.shape[0]
-        age = self.slot - jnp.arange(slots, dtype=jnp.int32)
-        age = jnp.where(age > 0, age, age + slots)
+    def nodes(
+        self, value: State, s: Array, c: StepCoefficients, known: Bool[Array, " slots"]
+    ) -> Nodes:
+        """The nodes of a step from `s` that starts with a new evaluation."""
+        if c.noise is None:
+            length = jnp.where(known, jnp.abs(self.places.time - s), jnp.inf).min()
+            length = jnp.where(known.any(), length, 0)
+        else:
+            # Values contain the noise of all steps, which makes them rough.
+            length = jnp.full_like(s, jnp.inf)
+        place = Places(s, c.start, c.error_start, length)
         pick = lambda k: lambda x: lax.index_in_dim(x, k, keepdims=False)
-        stored = [jtu.tree_map(pick(k), self.values) for k in range(slots)]
+        stored = [jtu.tree_map(pick(k), self.values) for k in range(known.shape[0])]
 
-        def all_times(new, old):
-            return jnp.concatenate([new[None], jnp.where(age <= count, old, new)])
+        def all_places(new, old):
+            return jnp.concatenate([new[None], jnp.where(known, old, new)])
 
         return Nodes(
             [value, *stored],
-            all_times(s, self.times),
-            all_times(start, self.coordinate),
-            jnp.concatenate([jnp.zeros(1, jnp.int32), age]),
-            count,
+            jtu.tree_map(all_places, place, self.places),
+            jnp.concatenate([jnp.ones(1, bool), known]),
         )
 
     def push(
         self,
         nodes: Nodes,
-        c: StepCoefficients,
-        still: Bool[Array, ""],
+        rank: Int[Array, " nodes"],
+        t: Array,
         t1: RealScalarLike,
-        base: State,
+        last: LastStep | None,
         residual: Residual | None,
     ) -> "History":
-        """The history after a step. A step of size zero does not keep its evaluation: the
-        next step overwrites the same slot."""
-        slots, slot, kept = self.times.shape[0], self.slot, (~still).astype(jnp.int32)
+        """The history after a step to `t`, which has used the nodes of these ranks.
+
+        The new evaluation replaces one that is too close to others; or else takes an empty
+        slot; or else replaces the farthest. So the history still spans several steps after
+        a very short one.
+        """
+        known = nodes.stored[1:]
+        close = known & (rank[1:] == len(rank))
+        span = jnp.abs(nodes.places.time[1:] - t)
+        # Compared in this order.
+        preference = jnp.where(close, 2, jnp.where(known, 0, 1))
+        least = preference == preference.max()
+        slot = jnp.argmax(jnp.where(least, span, -1)).astype(jnp.int32)
         replace = lambda x, y: lax.dynamic_update_index_in_dim(x, y, slot, 0)
-        following = slot + kept
-        last = None if self.last is None else LastStep(base, c.moments, c.start)
         return History(
-            replace(self.times, nodes.times[0]),
-            replace(self.coordinate, c.start),
+            jtu.tree_map(lambda x, y: replace(x, y[0]), self.places, nodes.places),
             jtu.tree_map(replace, self.values, nodes.values[0]),
-            # A full history loses its oldest value, unless the slot stays free.
-            jnp.minimum(nodes.count + kept, slots - 1 + kept),
-            jnp.where(following == slots, 0, following),
+            replace(known, True),
             jnp.asarray(t1),
             last,
             residual,

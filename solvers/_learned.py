@@ -19,7 +19,7 @@ from gddim_eqx._linear import coefficient_dtype
 from gddim_eqx._process import AbstractProcess, require_process
 from gddim_eqx._term import ProbabilityFlow, real_time
 
-from ._corrector import AbstractCorrector
+from ._corrector import AbstractCorrector, FreeCorrector
 from ._gddim import GDDIM
 from ._history import History, Nodes
 from ._multistep import AbstractExponentialMultistep, Problem
@@ -165,9 +165,11 @@ class LearnedGDDIM(dfx.AbstractItoSolver[History]):
             solver=base,
             splitting=base.splitting,
             coordinate=coordinate,
+            error_coordinate=base.error_coordinate,
             predictor=_Predictor(base.num_nodes, pick(self.predictor, index)),
             correction=correction,
             rates=rates,
+            ts=self.ts.astype(dtype),
             index=index,
             shift=pick(self.shifts, index),
             elsewhere=elsewhere,
@@ -187,11 +189,11 @@ class _Clock(AbstractCoordinate):
         return slowing(process, t, log_snr, forward, self.rate)
 
 
-def _corrected(polynomials, change, nodes: Nodes, number: int):
+def _corrected(polynomials, change, rank: Int[Array, " nodes"], number: int):
     """Polynomials with corrections of the constant and linear coefficients, whose sum over
     the nodes is zero."""
-    valid = nodes.valid(number)[:, None]
-    change = jnp.where(valid, change[jnp.clip(nodes.age, 0, number - 1)], 0)
+    valid = rank[:, None] < number
+    change = jnp.where(valid, change[jnp.clip(rank, 0, number - 1)], 0)
     mean = change.sum(0, keepdims=True) / valid.sum().astype(change.dtype)
     change = jnp.where(valid, change - mean, 0)
     powers = min(2, polynomials.shape[1])
@@ -202,17 +204,18 @@ class _Predictor(AbstractPredictor):
     num_nodes: int = eqx.field(static=True)
     change: Float[Array, "nodes powers"]
 
-    def __call__(self, polynomials, nodes):
-        return _corrected(polynomials, self.change, nodes, self.num_nodes)
+    def __call__(self, polynomials, rank):
+        return _corrected(polynomials, self.change, rank, self.num_nodes)
 
 
 class _Corrector(AbstractCorrector):
     num_older: int = eqx.field(static=True)
     change: Float[Array, "older powers"]
     reevaluates: ClassVar[bool] = False
+    closest: ClassVar[float] = FreeCorrector.closest
 
-    def __call__(self, polynomials, nodes):
-        return _corrected(polynomials, self.change, nodes, self.num_older + 1)
+    def __call__(self, polynomials, rank):
+        return _corrected(polynomials, self.change, rank, self.num_older + 1)
 
 
 class _Shifted(eqx.Module):
@@ -238,9 +241,11 @@ class _Step(AbstractExponentialMultistep):
     solver: GDDIM
     splitting: AbstractSplitting
     coordinate: AbstractCoordinate
+    error_coordinate: AbstractCoordinate
     predictor: AbstractPredictor
     correction: AbstractCorrector
     rates: Float[Array, " steps"] | None
+    ts: Real[Array, " times"]
     index: Int[Array, ""]
     shift: Array
     elsewhere: Bool[Array, ""]
@@ -255,17 +260,22 @@ class _Step(AbstractExponentialMultistep):
         flow = ProbabilityFlow(process, model, flow.predicts, flow.factor)
         return problem._replace(term=flow)
 
+    def is_too_long(self, c, nodes):
+        return jnp.asarray(False)
+
     def faults(self, equation, c, s, stochastic):
         return [*super().faults(equation, c, s, stochastic), (self.elsewhere, _elsewhere)]
 
     def coordinates(self, nodes: Nodes):
         if self.rates is None:
             return super().coordinates(nodes)
-        own = self.rates[jnp.clip(self.index - nodes.age, 0)]
+        distances = jnp.abs(self.ts[None, :-1] - nodes.places.time[:, None])
+        own = self.rates[jnp.argmin(distances, axis=1)]
+        coordinate = nodes.places.coordinate
 
         def at_rate(rate: RealScalarLike):
             ratio = rate / own
-            return jnp.where(ratio == 1, nodes.coordinate, nodes.coordinate**ratio)
+            return jnp.where(ratio == 1, coordinate, coordinate**ratio)
 
         before = jnp.maximum(self.index - 1, 0)
         return at_rate(self.rates[self.index]), at_rate(self.rates[before])

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from gddim_eqx._custom_types import (
     Args,
@@ -43,7 +43,7 @@ from gddim_eqx._misc import error_if_any
 from gddim_eqx._term import real_time, ReverseSDE, unwrap_reverse
 
 from ._corrector import AbstractCorrector
-from ._history import History, LastStep, Nodes
+from ._history import History, LastStep, Nodes, Places
 from ._predictor import AbstractPredictor
 
 
@@ -69,12 +69,13 @@ class AbstractExponentialMultistep(
     A step solves the linear part of the equation exactly, and replaces the remainder by a
     polynomial through past evaluations of the model. Subclasses specify the linear part
     and the interpolated quantity (`splitting`), the coordinate of the polynomials
-    (`coordinate`), the polynomials (`predictor`), and how the end of a step is corrected
-    (`correction`).
+    (`coordinate`; `error_coordinate` for the error estimate), the polynomials
+    (`predictor`), and how the end of a step is corrected (`correction`).
     """
 
     splitting: eqx.AbstractVar[AbstractSplitting]
     coordinate: eqx.AbstractVar[AbstractCoordinate]
+    error_coordinate: eqx.AbstractVar[AbstractCoordinate]
     predictor: eqx.AbstractVar[AbstractPredictor]
     correction: eqx.AbstractVar[AbstractCorrector]
 
@@ -113,7 +114,7 @@ class AbstractExponentialMultistep(
         return self._slots + 1 if corrects else self.predictor.num_nodes
 
     @property
-    def _num_moments_in_time(self) -> int:
+    def _num_for_error(self) -> int:
         """The number of moments that the error estimate needs."""
         return max(self.predictor.num_nodes, 2)
 
@@ -162,13 +163,15 @@ class AbstractExponentialMultistep(
         faults = self.faults(equation, c, s, lam is not None)
         linear = error_if_any(c.linear, faults)
         value = self.splitting.evaluate(term, s, y0, args, c.root)
-        count, forcing, residual = history.length(t0, made_jump), [], None
+        known, forcing, residual = history.known(t0, made_jump), [], None
         if lam is not None:
             assert isinstance(terms, ReverseSDE)
             normal = terms.normal(t0, t1, y0)
-            value, forcing, residual = _forcing(shape, history, count, c, value, normal)
-        nodes = history.nodes(value, s, c.start, count)
-        corrector, predictor, estimate = self._polynomials(nodes, history.last, c, equation)
+            value, forcing, residual = _forcing(shape, history, known, c, value, normal)
+        nodes = history.nodes(value, s, c, known)
+        rank, corrector, predictor, error = self._polynomials(
+            nodes, history.last, c, equation
+        )
         start = before = y0
         if history.last is not None:
             before, change, moved = _corrected(
@@ -188,7 +191,9 @@ class AbstractExponentialMultistep(
             y1 = add(base, integral(shape, polynomials, c.moments, values))
             y_error = subtract(y1, predicted)
         else:
-            y_error = integral(shape, estimate, c.moments_in_time, nodes.values)
+            y_error = self._error(shape, c, predictor, error, y0, nodes.values)
+        reckless = self.is_too_long(c, nodes)
+        y_error = jtu.tree_map(lambda x: jnp.where(reckless, jnp.inf, x), y_error)
 
         dense_info = dict(y0=y0, y1=y1)
         if lam is None:
@@ -198,8 +203,14 @@ class AbstractExponentialMultistep(
                 start, values, polynomials, c.end, direction, *method
             )
         nodes = eqx.tree_at(lambda n: n.values[0], nodes, _after(y1, nodes.values[0]))
-        history = history.push(nodes, c, s == t, t1, base, residual)
+        last = history.last and LastStep(base, c.moments, c.start)
+        history = history.push(nodes, rank, t, t1, last, residual)
         return y1, y_error, dense_info, history, dfx.RESULTS.successful
+
+    @abc.abstractmethod
+    def is_too_long(self, c: StepCoefficients, nodes: Nodes) -> Bool[Array, ""]:
+        """Whether a step is longer than an error estimate from these nodes is valid for.
+        Adaptive step size controllers reject it."""
 
     def faults(self, equation, c: StepCoefficients, s: Array, stochastic: bool):
         """What can be wrong with a step from `s`, for `error_if_any`."""
@@ -207,7 +218,7 @@ class AbstractExponentialMultistep(
 
     def coordinates(self, nodes: Nodes) -> tuple[Array, Array]:
         """The nodes in the coordinate of the step, and in that of the previous step."""
-        return nodes.coordinate, nodes.coordinate
+        return nodes.places.coordinate, nodes.places.coordinate
 
     def _integrate(self, equation, s, t, lam) -> StepCoefficients:
         return self.splitting.integrate(
@@ -216,44 +227,69 @@ class AbstractExponentialMultistep(
             t,
             self._num_moments,
             self.coordinate,
-            self._num_moments_in_time,
+            self.error_coordinate,
+            self._num_for_error,
             lam,
         )
 
     def _polynomials(
         self, nodes: Nodes, last: LastStep | None, c: StepCoefficients, equation
     ):
-        """For each node, the polynomials of the previous step's corrector, of the
-        predictor, and of the error estimate."""
-        number = self._num_moments_in_time
+        """The ranks of the nodes in this step; and for each node, the polynomials of the
+        previous step's corrector, of the predictor, and of the error estimate."""
+        number, closest = self._num_for_error, self.correction.closest
+        closest = closest if c.noise is None else 0.25
         coordinate, last_coordinate = self.coordinates(nodes)
         x = scaled(coordinate, c.start, c.end)
-        # The error estimate uses polynomials in time: in a coordinate that slows down, it
-        # would be too small for large steps.
-        times = scaled(nodes.times, nodes.times[0], c.t)
-        narrower = nodes.age < jnp.minimum(nodes.count, number - 1)
-        valid = nodes.valid(self.predictor.num_nodes)
+        rank = nodes.rank(x, c.start != c.end, closest)
+        usable = rank < len(rank)
         if self.coordinate.is_logarithm:
-            valid &= (nodes.age == 0) | (c.t >= equation.t_min)
-        cases = [(x, valid)]
-        cases += [(times, nodes.valid(number)), (times, narrower)]
+            usable &= (np.arange(len(rank)) == 0) | (c.t >= equation.t_min)
+        cases = [(x, usable & (rank < self.predictor.num_nodes))]
+
+        y = scaled(nodes.places.error_coordinate, c.error_start, c.error_end)
+        # The error estimate may use no other nodes.
+        for_error = Nodes(nodes.values, nodes.places, usable)
+        for_error = for_error.rank(y, c.error_start != c.error_end, 0.0)
+        found = (for_error < len(rank)).sum(dtype=jnp.int32)
+        # Order 1 is compared with order 2, and the others with the next lower.
+        few = jnp.minimum(found, number) - int(self.predictor.num_nodes > 1)
+        fewer = for_error < jnp.where(found > 1, few, 0)
+        cases.append((y, fewer))
+        last_rank = rank
         if last is not None:
-            x = scaled(last_coordinate, last.start, last_coordinate[0])
-            cases.append((x, nodes.valid(self.correction.num_older + 1)))
+            end = last_coordinate[0]
+            z = scaled(last_coordinate, last.start, end)
+            last_rank = nodes.rank(z, last.start != end, closest)
+            cases.append((z, last_rank <= self.correction.num_older))
         # Batched, so that they are compiled once.
         every = lagrange(*(jnp.stack(x) for x in zip(*cases)))
-        corrector = None if last is None else self.correction(every[3], nodes)
-        predictor = self.predictor(every[0], nodes)[:, : self._num_moments]
-        return corrector, predictor, (every[1] - every[2])[:, :number]
+        corrector = None if last is None else self.correction(every[2], last_rank)
+        predictor = self.predictor(every[0], rank)[:, : self._num_moments]
+        return rank, corrector, predictor, every[1][:, :number]
+
+    def _error(self, shape, c: StepCoefficients, predictor, lower, y0: State, values):
+        """The error estimate: the difference from polynomials of lower degree in another
+        coordinate; or an a priori bound if there is only one value."""
+        change = self.splitting.first_change(shape, c, y0, values[0])
+        bound = combine(shape, [(jnp.abs(c.error_moments[0]), change)])
+        blocks = weights(predictor, c.moments) - weights(lower, c.error_moments)
+        estimate = combine(shape, list(zip(blocks, values, strict=True)))
+        alone = (lower == 0).all()
+        return jtu.tree_map(lambda x, y: jnp.where(alone, x, y), bound, estimate)
 
     def _reevaluated(self, nodes: Nodes, c: StepCoefficients):
         """The corrector's polynomials, for the evaluation at the end of the step and for
         each node."""
-        nodes = nodes.with_end(c.t, c.end)
+        x = scaled(nodes.places.coordinate, c.start, c.end)
+        end = Places(c.t, c.end, c.error_end, jnp.zeros_like(c.error_end))
         # The end is at 1 even if the step has size zero.
-        x = scaled(nodes.coordinate, c.start, c.end).at[0].set(1)
-        polynomials = lagrange(x, nodes.valid(self.correction.num_older + 1))
-        return self.correction(polynomials, nodes)[:, : self._num_moments]
+        x = jnp.append(jnp.ones(1, x.dtype), x)
+        places = jtu.tree_map(lambda a, b: jnp.append(a, b), end, nodes.places)
+        nodes = Nodes([], places, jnp.append(True, nodes.stored))
+        rank = nodes.rank(x, c.start != c.end, self.correction.closest)
+        polynomials = lagrange(x, rank <= self.correction.num_older)
+        return self.correction(polynomials, rank)[:, : self._num_moments]
 
     def func(
         self, terms: dfx.AbstractTerm, t0: RealScalarLike, y0: State, args: Args
@@ -261,13 +297,13 @@ class AbstractExponentialMultistep(
         return terms.vf(t0, y0, args)
 
 
-def _forcing(shape, history: History, count, c: StepCoefficients, value, normal):
+def _forcing(shape, history: History, known, c: StepCoefficients, value, normal):
     """For a step of a reverse diffusion: the value to interpolate; the terms added to the
     linear part, as pairs of blocks and states; and the next residual, if any."""
     forcing = [(c.noise, normal)]
     if history.residual is None:
         return value, forcing, None
-    residual = history.residual(value, count)
+    residual = history.residual(value, known.any())
     # The zeroth moment multiplies the prediction; only the residual's change is
     # interpolated.
     forcing.append((c.moments[0], subtract(value, residual)))
@@ -280,7 +316,7 @@ def _corrected(shape, linear, last: LastStep, polynomials, nodes: Nodes, y0: Sta
     and the noise made of its start, and the integral over it. And the product of this
     step's linear part with that integral, as pairs of blocks and states: multiplying
     blocks takes less time than multiplying states."""
-    known = nodes.count > 0
+    known = nodes.stored[1:].any()
     polynomials = jnp.where(known, polynomials, 0)
     before = jtu.tree_map(lambda a, y: jnp.where(known, a, y), last.base, y0)
     change = integral(shape, polynomials, last.moments, nodes.values)

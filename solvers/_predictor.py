@@ -1,9 +1,7 @@
 import abc
 
 import equinox as eqx
-from jaxtyping import Array, Inexact
-
-from ._history import Nodes
+from jaxtyping import Array, Inexact, Int
 
 
 class AbstractPredictor(eqx.Module):
@@ -14,10 +12,11 @@ class AbstractPredictor(eqx.Module):
 
     @abc.abstractmethod
     def __call__(
-        self, polynomials: Inexact[Array, "nodes nodes"], nodes: Nodes
+        self, polynomials: Inexact[Array, "nodes nodes"], rank: Int[Array, " nodes"]
     ) -> Inexact[Array, "nodes nodes"]:
         """For each node, the coefficients of the polynomial that multiplies its value,
-        lowest power first, given those of the Lagrange polynomials."""
+        lowest power first, given those of the Lagrange polynomials and its rank, the
+        newest first."""
 
 
 class AdamsBashforth(AbstractPredictor):
@@ -25,5 +24,5 @@ class AdamsBashforth(AbstractPredictor):
 
     num_nodes: int = eqx.field(static=True)
 
-    def __call__(self, polynomials, nodes):
+    def __call__(self, polynomials, rank):
         return polynomials

@@ -233,14 +233,15 @@ def test_the_error_of_adaptive_steps_follows_the_tolerance(name, order):
         )
         return last(sol.ys)
 
-    # The error of a step is kept at the tolerance. Order 1 estimates its own error, of
-    # second order, so that of the whole goes with the root of it; the others estimate
-    # that of one order less.
+    # The error of a step is kept at the tolerance. That of order 1 is of second order in the
+    # step size, so that the error of the solution goes with the root of the tolerance.
     tolerances = np.array([1e-4, 1e-5, 1e-6])
     errors = [max_difference(error(jnp.asarray(tol)), exact) for tol in tolerances]
-    slope = np.polyfit(np.log(tolerances), np.log(errors), 1)[0]
-    assert slope > (0.4 if order == 1 else 0.8), errors
-    assert errors[-1] < (1e-2 if order == 1 else 1e-4), errors
+    if order == 1:
+        slope = np.polyfit(np.log(tolerances), np.log(errors), 1)[0]
+        assert slope > 0.4 and errors[-1] < 1e-2, errors
+    else:
+        assert (np.array(errors) < 10 * tolerances).all(), errors
 
 
 @pytest.mark.x64

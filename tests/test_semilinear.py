@@ -89,7 +89,7 @@ def test_a_stiff_equation():
         adjoint=forward,
     ).ys[0]
     # The formula's own errors, to which the first step adds nothing.
-    for number, most in ((5, 4.3e-3), (20, 6e-5), (80, 7e-7)):
+    for number, most in ((5, 4.4e-3), (20, 6e-5), (80, 7e-7)):
         found = _solve(term, gd.ExponentialAdams(3), y0, number=number)
         assert max_difference(found, exact) < most
 
@@ -120,7 +120,7 @@ def test_moments_are_the_phi_functions():
         jnp.asarray(0.2),
         jnp.asarray(0.7),
         4,
-        number_in_time=4,
+        number_for_error=4,
     )
     constant = integrate(_blocks(2.0), _phase)
     collocated = integrate(lambda t: _blocks(2.0), _phase)
@@ -178,8 +178,8 @@ def test_a_first_step_that_is_too_long_is_forgotten():
     term = gd.Semilinear(-1.0, lambda t, u, args: 30 * jnp.sin(20 * u))
     solver, y0 = gd.ExponentialAdams(4), jnp.asarray(0.3)
     state = solver.init(term, 0.0, 1.0, y0, None)
-    assert state.count == 0
-    assert solver.init(term, 0.0, 1e-6, y0, None).count == 3
+    assert not state.stored.any()
+    assert solver.init(term, 0.0, 1e-6, y0, None).stored.all()
     found = dfx.diffeqsolve(
         term,
         solver,

@@ -71,9 +71,24 @@ class LogSNR(AbstractCoordinate):
     is_logarithm: ClassVar[bool] = True
 
     def __call__(self, process, t, log_snr, forward):
+        return bounded_log_snr(process, self.unbounded(process, t, log_snr))
+
+    @staticmethod
+    def unbounded(process, t, log_snr):
         last = float(log_snr_table(process)[1][0])
-        log_snr = jnp.where(t < process.t_min, last + _share_below(process, t), log_snr)
-        return bounded_log_snr(process, log_snr)
+        return jnp.where(t < process.t_min, last + _share_below(process, t), log_snr)
+
+
+class SoftLogSNR(AbstractCoordinate):
+    r"""$\log(1 + e^{1 + \lambda})$ for a log-SNR $\lambda$; below `t_min`, linear in time.
+    Data predictions change evenly in it: at high noise in proportion to the signal,
+    and elsewhere with the logarithm of the signal-to-noise ratio."""
+
+    uses_log_snr: ClassVar[bool] = True
+    is_logarithm: ClassVar[bool] = True
+
+    def __call__(self, process, t, log_snr, forward):
+        return jnp.logaddexp(1 + LogSNR.unbounded(process, t, log_snr), 0)
 
 
 def _share_below(process, t):

@@ -20,21 +20,22 @@ def lagrange(
     node `j`; zero if the node is not valid.
     """
     number = nodes.shape[-1]
-    zero, one = jnp.zeros_like(nodes), jnp.ones_like(nodes)
-    # Vectors over the nodes, one per power, and a single division: XLA compiles this faster
-    # than matrices and separate divisions.
-    numerators, denominator = [one, *[zero] * (number - 1)], one
-    index = np.arange(number).reshape(*[1] * (nodes.ndim - 1), number)
+    others = valid[..., :, None] & valid[..., None, :]
+    others &= ~np.broadcast_to(np.eye(number, dtype=bool), others.shape)
+    gaps = jnp.where(others, nodes[..., :, None] - nodes[..., None, :], 1)
+    # A single division. Products of gaps could overflow.
+    slopes = 1 / gaps
+    # Vectors over the nodes, one per power: XLA compiles this faster than matrices.
+    zero, one = jnp.zeros_like(nodes), valid.astype(nodes.dtype)
+    coefficients = [one, *[zero] * (number - 1)]
     for k in range(number):
-        node = nodes[..., k, None]
-        use = valid & valid[..., k, None] & (index != k)
-        denominator = jnp.where(use, denominator * (nodes - node), denominator)
-        lower = [zero, *numerators[:-1]]
-        numerators = [
-            jnp.where(use, below - node * c, c) for below, c in zip(lower, numerators)
+        use, slope, node = others[..., k], slopes[..., k], nodes[..., k, None]
+        lower = [zero, *coefficients[:-1]]
+        coefficients = [
+            jnp.where(use, slope * below - (slope * node) * c, c)
+            for below, c in zip(lower, coefficients)
         ]
-    scale = jnp.where(valid, 1 / denominator, 0)
-    return scale[..., None] * jnp.stack(numerators, axis=-1)
+    return jnp.stack(coefficients, axis=-1)
 
 
 def weights(

@@ -86,8 +86,12 @@ def _nodes_at(process, s, t, nodes, weights):
     fractions, weights = _fractions(process, s, t, nodes, weights)
     first, last = nodes == 0, nodes == 1
     tau = s + (t - s) * fractions
-    # Rounding may move a node to time 0, where without noise there is no inverse.
-    tau = jnp.where(tau > 0, tau, 1e-6 * process.t_min)
+    # Rounding may move a node to an end of the time axis: to time 0, where without noise
+    # there is no inverse, or to where there is no signal and the diffusion is infinite.
+    inside = jnp.nextafter(
+        jnp.asarray(min(process.t_zero_signal, process.t_end), s.dtype), 0
+    )
+    tau = jnp.clip(tau, 1e-6 * process.t_min, inside)
     times = jnp.where(first, s, jnp.where(last, t, tau))
     roots, signals = jax.vmap(values)(times)
     noiseless = (roots[-1, 0] == 0).all()
@@ -95,9 +99,8 @@ def _nodes_at(process, s, t, nodes, weights):
     regular = jnp.where(append_axes(last & noiseless, roots.ndim), eye[None], roots)
     inverse = lambda root: BlockLinearOperator(root, process.shape).inverse().blocks
     inverses = jax.vmap(inverse)(regular)
-    # The diffusion may be infinite at the ends of the time axis.
-    inner = jnp.where(first | last, 0.5 * (s + t), times)
-    whitened = jax.vmap(whiten)(inner, inverses)
+    # The diffusion may be infinite at the ends of the time axis, so not there.
+    whitened = jax.vmap(whiten)(tau, inverses)
     return StepNodes(
         process,
         times,

@@ -1,7 +1,7 @@
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool
 
 from .._custom_types import State
 from .._linear import apply, BlockLinearOperator
@@ -23,11 +23,11 @@ class Residual(eqx.Module):
     offset: State
     r"""The term added to $W \epsilon_t$."""
 
-    def __call__(self, noise: State, count: Int[Array, ""]) -> State:
-        """The residual at a new noise prediction, for a history of length `count`."""
+    def __call__(self, noise: State, known: Bool[Array, ""]) -> State:
+        """The residual at a new noise prediction, if that of the previous step is known."""
         grown = apply(self.gain, noise)
         return jtu.tree_map(
-            lambda x, g, o: jnp.where(count > 0, g + o, x), noise, grown, self.offset
+            lambda x, g, o: jnp.where(known, g + o, x), noise, grown, self.offset
         )
 
 

@@ -19,6 +19,7 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 from jax.scipy.linalg import expm
 from jaxtyping import Array
@@ -39,6 +40,9 @@ class SemilinearSplitting(AbstractSplitting):
     def evaluate(self, term, t, y, args, root=None):
         return term.force(t, y, args)
 
+    def first_change(self, shape, c, y, value):
+        return jtu.tree_map(jnp.abs, value)
+
     def faults(self, equation, c, s, stochastic):
         return []
 
@@ -50,10 +54,11 @@ class SemilinearSplitting(AbstractSplitting):
         t: Array,
         number: int,
         coordinate: AbstractCoordinate = Time(),
-        number_in_time: int = 1,
+        error_coordinate: AbstractCoordinate = Time(),
+        number_for_error: int = 1,
         lam=None,
     ) -> StepCoefficients:
-        most = max(number, number_in_time)
+        most = max(number, number_for_error)
         if not equation.is_constant:
             linear, moments = _by_collocation(equation, s, t, most)
         elif equation.is_diagonal:
@@ -61,8 +66,9 @@ class SemilinearSplitting(AbstractSplitting):
         else:
             linear, moments = _of_blocks(equation(s).blocks, t - s, most)
         moments = zero_if_still(s, t, moments)
+        moments, error_moments = moments[:number], moments[:number_for_error]
         return StepCoefficients(
-            linear, moments[:number], moments[:number_in_time], None, t, s, t, None, None
+            linear, moments, error_moments, None, t, s, t, s, t, None, None
         )
 
 

@@ -1,16 +1,18 @@
 import abc
 import functools as ft
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Inexact
 
 from .._custom_types import Args, FrameName, Level, State
-from .._linear import append_axes, BlockLinearOperator
+from .._linear import append_axes, apply, BlockLinearOperator, subtract
 from .._misc import pin
 from .._process import AbstractDiagonalProcess, AbstractProcess
 from .._term import step_faults
@@ -35,15 +37,17 @@ class StepCoefficients(NamedTuple):
     # Multiplies the state.
     linear: Inexact[Array, "n n *factors"]
     # Multiply the coefficients of the interpolation polynomials, lowest power first: the
-    # one in the coordinate, and the one in time for the error estimate.
+    # one in the coordinate, and the one in the coordinate of the error estimate.
     moments: Inexact[Array, "number n n *spectrum"]
-    moments_in_time: Inexact[Array, "number_in_time n n *spectrum"]
+    error_moments: Inexact[Array, "number_for_error n n *spectrum"]
     # The square root R of the covariance at the start; `None` without a process.
     root: Any
-    # The end of the step; and the coordinate at its start and end.
+    # The end of the step; and the coordinates at its start and end.
     t: Inexact[Array, ""]
     start: Inexact[Array, ""]
     end: Inexact[Array, ""]
+    error_start: Inexact[Array, ""]
+    error_end: Inexact[Array, ""]
     # On reverse diffusions: the multiplier of standard normals, `(n, n, *spectrum)`, and
     # the `NoiseTransition` it is computed from. Otherwise `None`.
     noise: Any
@@ -78,7 +82,8 @@ class AbstractSplitting(eqx.Module):
         t: Array,
         number: int,
         coordinate: AbstractCoordinate = Time(),
-        number_in_time: int = 1,
+        error_coordinate: AbstractCoordinate = Time(),
+        number_for_error: int = 1,
         lam: Level | None = None,
     ) -> StepCoefficients:
         """The coefficients of a step.
@@ -89,9 +94,16 @@ class AbstractSplitting(eqx.Module):
         - `s`, `t`: the start and end of the step. They may be equal.
         - `number`: the number of moments.
         - `coordinate`: the coordinate of the interpolation polynomial.
-        - `number_in_time`: the number of moments in time, for the error estimate.
+        - `error_coordinate`, `number_for_error`: the same for the error estimate.
         - `lam`: the stochasticity of a reverse diffusion; `None` for the probability flow.
         """
+
+    @abc.abstractmethod
+    def first_change(
+        self, shape: tuple[int, ...], c: StepCoefficients, y: State, value: State
+    ) -> State:
+        """How much the interpolated quantity may change over a step from `y`, if only its
+        value there is known. For error estimates."""
 
     @abc.abstractmethod
     def faults(
@@ -121,6 +133,30 @@ class AbstractProcessSplitting(AbstractSplitting):
         singular = ~jnp.isfinite(c.linear).all(), self.singular
         return [singular, *step_faults(equation, s, c.t, stochastic)]
 
+    def first_change(self, shape, c, y, value):
+        before, after = (jnp.expm1(x) / math.e for x in (c.error_start, c.error_end))
+        # Where the signal is weak, the data prediction minus its mean is proportional to
+        # it. The mean is not known.
+        relative = jnp.abs(after - before) / (before + 0.01)
+        # The change of the data prediction for normal data of variance 1, over noise.
+        share = lambda x: x / jnp.sqrt(1 + x**2)
+        normal = jnp.abs(share(after) - share(before)) / jnp.sqrt(1 + before**2)
+        whitened = apply(BlockLinearOperator(c.root, shape).inverse(), y)
+        signal, scale = self.signal(whitened, value, before)
+
+        def total(value, whitened, signal):
+            change = relative * jnp.abs(signal) + normal * scale * jnp.abs(whitened)
+            # Without noise at the start, nothing is known.
+            return jnp.where(jnp.isfinite(change), change, jnp.abs(value))
+
+        return jtu.tree_map(total, value, whitened, signal)
+
+    @abc.abstractmethod
+    def signal(self, whitened: State, value: State, ratio: Array) -> tuple[State, Array]:
+        """The data prediction in the units of the interpolated quantity, and the factor to
+        these units, given the state divided by the noise, the interpolated quantity, and
+        the signal-to-noise ratio."""
+
     # Jitted so that it is traced once, not every time Diffrax traces a step.
     @eqx.filter_jit
     def integrate(
@@ -130,7 +166,8 @@ class AbstractProcessSplitting(AbstractSplitting):
         t: Array,
         number: int,
         coordinate: AbstractCoordinate = Time(),
-        number_in_time: int = 1,
+        error_coordinate: AbstractCoordinate = Time(),
+        number_for_error: int = 1,
         lam: Level | None = None,
     ) -> StepCoefficients:
         process = equation
@@ -140,20 +177,24 @@ class AbstractProcessSplitting(AbstractSplitting):
         nodes = step_nodes(process, start, end)
         transition = None if lam is None else noise_transition(nodes, lam)
         linear, moments = self.prepare(nodes, transition)
-        in_time = moments(step_coordinate(nodes, Time()), number_in_time)
+        for_error = step_coordinate(nodes, error_coordinate)
+        error_moments = moments(for_error, number_for_error)
         if number == 1 and lam is None and not self.needs_nodes(process):
             # Then XLA drops the nodes if the error estimate goes unused.
             nodes = step_ends(process, start, end)
             linear, moments = self.prepare(nodes, None)
         at = step_coordinate(nodes, coordinate)
-        in_coordinate = moments(at, number)
+        step_moments = moments(at, number)
         noise = None
         if transition is not None:
             noise = _product(process, nodes.roots[-1], transition.noise_root)
         root = nodes.roots[0]
-        in_coordinate, in_time = (zero_if_still(s, t, x) for x in (in_coordinate, in_time))
+        step_moments, error_moments = (
+            zero_if_still(s, t, x) for x in (step_moments, error_moments)
+        )
+        ends = at.start, at.end, for_error.start, for_error.end
         return StepCoefficients(
-            linear, in_coordinate, in_time, root, t, at.start, at.end, noise, transition
+            linear, step_moments, error_moments, root, t, *ends, noise, transition
         )
 
 
@@ -172,6 +213,9 @@ class DataSplitting(AbstractProcessSplitting):
 
     def evaluate(self, term, t, y, args, root=None):
         return term.denoised(t, y, args, root=_root(term.process, root))
+
+    def signal(self, whitened, value, ratio):
+        return value, jnp.ones_like(ratio)
 
     def prepare(self, nodes, transition):
         process, root = nodes.process, nodes.roots[-1]
@@ -217,6 +261,9 @@ class NoiseSplitting(AbstractProcessSplitting):
 
     def evaluate(self, term, t, y, args, root=None):
         return term.noise(t, y, args, self.frame, root=_root(term.process, root))
+
+    def signal(self, whitened, value, ratio):
+        return subtract(whitened, value), ratio
 
     def prepare(self, nodes, transition):
         process, end = nodes.process, nodes.times[-1]

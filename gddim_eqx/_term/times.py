@@ -18,7 +18,11 @@ def step_faults(
     process: AbstractProcess, s: Array, t: Array, stochastic: bool
 ) -> list[tuple[Bool[Array, ""], str]]:
     """What can be wrong with the times of a step from `s` to `t`, for `error_if_any`."""
-    inside = (jnp.minimum(s, t) >= 0) & (jnp.maximum(s, t) <= process.t_end)
+    outside = (jnp.minimum(s, t) < 0) | (jnp.maximum(s, t) > process.t_end)
+    undefined = jnp.isnan(s) | jnp.isnan(t)
+    cure = (
+        "The step size is NaN. Check that the initial state and the predictions are finite."
+    )
     message = (
         f"The solver was asked to step to a time outside [0, {process.t_end}], the time "
         f"axis of {type(process).__name__}. Use times from `gddim_eqx.time_grid`."
@@ -27,4 +31,5 @@ def step_faults(
         "`reverse_sde` must be solved backward in time, from `process.t_max` down. To "
         "encode data, solve `ProbabilityFlow` forward."
     )
-    return [(~inside, message), *([(t > s, forward)] if stochastic else [])]
+    faults = [(undefined, cure), (outside, message)]
+    return [*faults, *([(t > s, forward)] if stochastic else [])]
