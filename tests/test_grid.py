@@ -263,6 +263,67 @@ def test_a_signal_that_underflows_is_no_reason_to_refuse_a_grid():
     assert (jnp.diff(ts) < 0).all() and ts[0] == 40 and jnp.isfinite(ts).all()
 
 
+def _cosine_betas(number):
+    squares = np.cos((np.linspace(0, 1, number + 1) + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - squares[1:] / squares[:-1], 0.999)
+
+
+# Their signal-to-noise ratio falls many-fold within a thousandth of the time axis.
+_fast_ends = {
+    "discrete": lambda: gd.VP.from_betas((2,), _cosine_betas(1000)),
+    "path": lambda: gd.GaussianPath((2,), lambda t: 1.0001 - t, lambda t: t),
+    "steep": lambda: gd.GaussianPath(
+        (2,), lambda t: jnp.exp(-9 * t**200), lambda t: 1.0 * t
+    ),
+    "linear": lambda: gd.LinearSDE(
+        (2,), lambda t: -5 * t - 30 / (1.003 - t), lambda t: (10 * t) ** 0.5
+    ),
+}
+
+
+@pytest.mark.precision
+@pytest.mark.parametrize("name", _fast_ends)
+def test_spacing_is_uniform_where_the_signal_falls_fast(name):
+    process = _fast_ends[name]()
+    grids = {grid: gd.time_grid(process, 20, grid) for grid in ("karras", "log_snr")}
+    grids["clock"] = gd.time_grid(process, 20)
+    with jax.enable_x64(True):
+        at = jax.jit(jax.vmap(lambda t: process.log_snr(t)))
+        log_snr = {
+            k: np.asarray(at(jnp.asarray(np.float64(ts)))) for k, ts in grids.items()
+        }
+    root = np.log1p(np.exp(-2 * np.minimum(log_snr["clock"], 40))) ** 0.25
+    if name == "linear":
+        root = np.sqrt(np.float64(grids["clock"]))
+    rescaled = lambda x: (x - x[0]) / (x[-1] - x[0])
+    clocks = {
+        "karras": rescaled(np.exp(-log_snr["karras"] / 7)),
+        "log_snr": rescaled(log_snr["log_snr"]),
+        "clock": 0.5 * (rescaled(log_snr["clock"]) + rescaled(root)),
+    }
+    for clock in clocks.values():
+        # In single precision, times close to 1 are rounded.
+        tolerance = 2e-5 if X64 else 2e-3
+        np.testing.assert_allclose(clock, np.linspace(0, 1, 21), atol=tolerance)
+
+
+@pytest.mark.parametrize("ends", [(80.0, 1e-4), (1e-3, 1e-5), (2e-5, 0.3)])
+def test_grids_of_noise_levels_may_go_below_t_min(ends):
+    process = gd.EDM((2,))
+    grid = lambda name: gd.time_grid(process, 7, name, t0=ends[0], t1=ends[1])
+    first, last = ends
+    expected = np.linspace(first ** (1 / 7), last ** (1 / 7), 8) ** 7
+    np.testing.assert_allclose(grid("karras"), expected, rtol=EXACT)
+    # Its table is interpolated.
+    np.testing.assert_allclose(grid("log_snr"), np.geomspace(first, last, 8), rtol=1e-4)
+
+
+def test_a_signal_may_vanish_with_its_derivative():
+    process = gd.GaussianPath((2,), lambda t: (1 - t) ** 2, lambda t: t)
+    assert process.t_zero_signal == 1
+    assert (jnp.diff(gd.time_grid(process, 10)) < 0).all()
+
+
 def test_a_process_that_holds_arrays_is_refused():
     class Own(gd.VP):
         extra: jax.Array = eqx.field(default_factory=lambda: jnp.ones(2))

@@ -28,6 +28,7 @@ from .progress import (
     clock_table as clock_table,
     log_snr_at_start as log_snr_at_start,
     log_snr_table as log_snr_table,
+    log_snr_table_from as log_snr_table_from,
 )
 from .psld import PSLD as PSLD
 from .schedule import (

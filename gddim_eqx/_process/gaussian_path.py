@@ -136,8 +136,8 @@ class GaussianPath(AbstractGaussianPath):
         check_positive(prior_std=self.prior_std)
         self._data_scale = signals[0]
         # By linear extrapolation from the end.
-        end = times[-1] - signals[-1] / rates[-1] if rates[-1] < 0 else math.inf
-        self._t_zero_signal = float(end)
+        rest = -signals[-1] / rates[-1] if rates[-1] < 0 else math.inf
+        self._t_zero_signal = float(times[-1] + (rest if signals[-1] > 0 else 0))
 
     @property
     def data_scale(self) -> float:

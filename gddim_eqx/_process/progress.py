@@ -1,4 +1,5 @@
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -103,11 +104,61 @@ def log_snr_table(
         times[0], times[-1] = process.t_min, process.t_max
         late = np.linspace(process.t_max, process.t_end, 401)[1:]
         late = late[late > process.t_max]
-        with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-            # A new function for each call: with a shared one, JAX's cache would keep the
-            # process alive.
-            log_snr = jax.jit(jax.vmap(lambda t: process.log_snr(t)))
-            table = np.asarray(log_snr(jnp.asarray(np.append(times, late), np.float64)))
+        times, table = _refined(process, np.append(times, late))
         table = np.concatenate([np.full(len(early), table[0]), table])
-        _tables[process] = np.concatenate([early, times, late]), table
+        _tables[process] = np.concatenate([early, times]), table
     return _tables[process]
+
+
+def log_snr_table_from(
+    process: AbstractProcess, start: float
+) -> tuple[Float[np.ndarray, " times"], Float[np.ndarray, " times"]]:
+    """The same, but if it starts after time 0, with the log-SNR before `t_min`."""
+    times, table = log_snr_table(process)
+    if not 0 < start < process.t_min:
+        return times, table
+    early, kept = np.geomspace(start, process.t_min, 1025)[:-1], times >= process.t_min
+    table = np.append(_on_host(process)(early), table[kept])
+    return np.append(early, times[kept]), table
+
+
+def _on_host(process) -> Callable[[np.ndarray], np.ndarray]:
+    """`process.log_snr` at many times, in double precision."""
+    # A new function for each call: with a shared one, JAX's cache would keep the process
+    # alive.
+    fn = jax.jit(jax.vmap(lambda t: process.log_snr(t)))
+
+    def log_snr(ts):
+        # Compiled once, for one number of times.
+        chunks = np.pad(ts, (0, -len(ts) % 1024), mode="edge").reshape(-1, 1024)
+        with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+            values = [np.asarray(fn(jnp.asarray(x, np.float64))) for x in chunks]
+        return np.concatenate(values)[: len(ts)]
+
+    return log_snr
+
+
+def _refined(process, times) -> tuple[np.ndarray, np.ndarray]:
+    """Times and the log-SNR at each. Where it changes fast, as at the last indices of a
+    discrete model, intervals are halved until it is linear on each."""
+    log_snr = _on_host(process)
+    values = log_snr(times)
+    found = [np.stack([times, values])]
+    left, right = found[0][:, :-1], found[0][:, 1:]
+    for iteration in range(50):
+        t = 0.5 * (left[0] + right[0])
+        middle = np.stack([t, log_snr(t)])
+        a, b, c = (bounded_log_snr(process, x[1]) for x in (left, middle, right))
+        with np.errstate(invalid="ignore"):  # of two infinite values
+            bend, rise = np.abs(b - 0.5 * (a + c)), np.abs(c - a)
+        if iteration == 0 and not ((bend > 3e-3) | (rise > 0.2)).any():
+            return times, values
+        coarse = (bend > 1e-5) | (rise > 0.02)
+        if not coarse.any():
+            break
+        left, middle, right = (x[:, coarse] for x in (left, middle, right))
+        found.append(middle)
+        left, right = np.append(left, middle, axis=1), np.append(middle, right, axis=1)
+    table = np.concatenate(found, axis=1)
+    times, values = table[:, np.argsort(table[0], kind="stable")]
+    return times, values

@@ -10,7 +10,7 @@ from .._process import (
     bounded_log_snr,
     clock_table,
     DiscreteVP,
-    log_snr_table,
+    log_snr_table_from,
     on_time_axis,
     require_process,
 )
@@ -84,7 +84,7 @@ def time_grid(
     if grid == "clock":
         times = _by_table(clock_table(process), start, end, fraction)
     elif grid in ("log_snr", "karras"):
-        table, values = log_snr_table(process)
+        table, values = log_snr_table_from(process, min(start, end))
         values = bounded_log_snr(process, values)
         if grid == "karras":
             # Powers of the times are interpolated: exact where time is the noise level.
