@@ -56,6 +56,23 @@ def test_it_is_exact_at_every_index_and_monotone_between(name):
         assert (np.diff(mean) < 0).all() and (np.diff(std) > 0).all()
 
 
+@pytest.mark.parametrize("name", _schedules)
+def test_the_time_of_a_noise_level(name):
+    alphas = _schedules[name]()
+    process = gd.VP.from_alphas_cumprod((2,), alphas)
+    with np.errstate(divide="ignore"):
+        levels = np.sqrt(1 / alphas - 1)
+    times = process.time_of_sigma(levels)
+    np.testing.assert_allclose(times, np.arange(1, len(alphas) + 1) / len(alphas), 1e-12)
+    assert times[-1] == 1
+    # Between indices, and before the first.
+    finite = levels[np.isfinite(levels)]
+    between = np.geomspace(finite[0] / 10, finite[-1], 30)
+    with jax.enable_x64(True):
+        log_snr = jax.vmap(process.log_snr)(jnp.asarray(process.time_of_sigma(between)))
+    np.testing.assert_allclose(np.exp(-log_snr), between, rtol=1e-9)
+
+
 @pytest.mark.x64
 @pytest.mark.parametrize("name", ["ddpm", "cosine", "zero_terminal"])
 def test_it_obeys_the_laws(name):

@@ -1,6 +1,7 @@
-"""Configurations of schedulers, against numbers of diffusers 0.42.1."""
+"""Configurations of schedulers, against numbers of diffusers 0.42.1 and against NumPy."""
 
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,37 @@ def _read(name="DDIMScheduler", **entries):
 
 
 _scaled = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+X64 = jnp.result_type(float) == np.float64
+
+
+def _levels(found, ts) -> np.ndarray:
+    """The noise level at each time."""
+    if found.predicts == "flow":
+        return np.asarray(found.process.sigma(ts))
+    levels = np.exp(-np.asarray(jax.vmap(found.process.log_snr)(ts[ts > 0])))
+    return np.append(levels, np.zeros(int(ts[-1] == 0)))
+
+
+def _of_betas(betas) -> np.ndarray:
+    """The noise-to-signal ratio at every index."""
+    return np.sqrt(1 / np.cumprod(1 - betas) - 1)
+
+
+def _cosine() -> np.ndarray:
+    at = np.cos((np.linspace(0, 1, 1001) + 0.008) / 1.008 * np.pi / 2) ** 2
+    return _of_betas(np.minimum(1 - at[1:] / at[:-1], 0.999))
+
+
+def _karras(first, last, number) -> np.ndarray:
+    return np.linspace(first ** (1 / 7), last ** (1 / 7), number) ** 7
+
+
+def _shift(s, shift):
+    return shift * s / (1 + (shift - 1) * s)
+
+
+_LDM = _of_betas(np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+_LINEAR = _of_betas(np.linspace(1e-4, 0.02, 1000))
 
 
 @pytest.mark.parametrize(
@@ -140,12 +172,468 @@ def test_sampling_a_flow_matching_network_as_its_scheduler_does(shift):
     assert jnp.median(nearest) < 0.5
 
 
+# Public files: Stable Diffusion and its relatives, DDPMs, latent diffusion, PixArt, Wan.
+_sd = _scaled | dict(num_train_timesteps=1000, trained_betas=None)
+_sd_kept = dict(set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1)
+_ddpm = dict(
+    beta_end=0.02,
+    beta_schedule="linear",
+    beta_start=0.0001,
+    num_train_timesteps=1000,
+    trained_betas=None,
+)
+_ldm = dict(
+    beta_end=0.0195,
+    beta_schedule="scaled_linear",
+    beta_start=0.0015,
+    num_train_timesteps=1000,
+)
+_sdxl = (_sd | _sd_kept) | dict(
+    clip_sample=False,
+    interpolation_type="linear",
+    prediction_type="epsilon",
+    sample_max_value=1.0,
+)
+_unipc = _ddpm | dict(
+    disable_corrector=[],
+    dynamic_thresholding_ratio=0.995,
+    final_sigmas_type="zero",
+    lower_order_final=True,
+    predict_x0=True,
+    rescale_betas_zero_snr=False,
+    sample_max_value=1.0,
+    solver_order=2,
+    solver_p=None,
+    solver_type="bh2",
+    steps_offset=0,
+    thresholding=False,
+    timestep_spacing="linspace",
+)
+_offset, _plain = [751, 501, 251, 1], [750, 500, 250, 0]
+# The class, the entries, the indices of 4 steps, the last time, and what else is returned.
+_files = {
+    "stable-diffusion-xl": (
+        "EulerDiscrete",
+        _sdxl | dict(timestep_spacing="leading", use_karras_sigmas=False),
+        (_offset, 0, "noise", None),
+    ),
+    "stable-diffusion-xl, more entries": (
+        "EulerDiscrete",
+        _sdxl
+        | dict(timestep_spacing="leading", use_karras_sigmas=False)
+        | dict(clip_sample_range=1.0, thresholding=False, rescale_betas_zero_snr=False),
+        (_offset, 0, "noise", None),
+    ),
+    "sdxl-turbo": (
+        "EulerAncestralDiscrete",
+        _sdxl | dict(timestep_spacing="trailing"),
+        ([999, 749, 499, 249], 0, "noise", None),
+    ),
+    "ssd-1b": (
+        "EulerAncestralDiscrete",
+        _sdxl | dict(timestep_spacing="linspace"),
+        ([999, 666, 333, 0], 0, "noise", None),
+    ),
+    "zero123plus": (
+        "EulerAncestralDiscrete",
+        (_sd | _sd_kept)
+        | dict(beta_schedule="linear", prediction_type="v_prediction", clip_sample=False),
+        ([999, 666, 333, 0], 0, "v", None),
+    ),
+    "stable-diffusion-v1-5": (
+        "PNDM",
+        (_sd | _sd_kept) | dict(clip_sample=False, timestep_spacing="leading"),
+        (_offset, 0.001, "noise", None),
+    ),
+    "sd-image-variations": (
+        "PNDM",
+        _sd | dict(skip_prk_steps=True),
+        (_plain, 0.001, "noise", None),
+    ),
+    "stable-diffusion-2-1": (
+        "DDIM",
+        (_sd | _sd_kept) | dict(clip_sample=False, prediction_type="v_prediction"),
+        (_offset, 0.001, "v", None),
+    ),
+    "stable-diffusion-inpainting": (
+        "DDIM",
+        (_sd | _sd_kept) | dict(clip_sample=False),
+        (_offset, 0.001, "noise", None),
+    ),
+    "hunyuan3d-paint": (
+        "DDIM",
+        _sd
+        | dict(prediction_type="v_prediction", set_alpha_to_one=True, steps_offset=1)
+        | dict(timestep_spacing="trailing", rescale_betas_zero_snr=True, clip_sample=False),
+        ([999, 749, 499, 249], 0, "v", None),
+    ),
+    "audioldm2": (
+        "DDIM",
+        _ldm
+        | dict(prediction_type="epsilon", clip_sample=False, set_alpha_to_one=False)
+        | dict(steps_offset=1, timestep_spacing="leading", thresholding=False),
+        (_offset, 0.001, "noise", None),
+    ),
+    "ldm-celebahq": (
+        "DDIM",
+        _ldm | dict(clip_sample=False, trained_betas=None),
+        (_plain, 0, "noise", None),
+    ),
+    "dit-xl": (
+        "DDIM",
+        _ddpm
+        | dict(clip_sample=False, set_alpha_to_one=True, steps_offset=0)
+        | dict(prediction_type="epsilon"),
+        (_plain, 0, "noise", None),
+    ),
+    "ddpm-butterflies": (
+        "DDPM",
+        _ddpm
+        | dict(clip_sample=True, prediction_type="epsilon", variance_type="fixed_small"),
+        (_plain, 0, "noise", 1.0),
+    ),
+    "ddpm-cifar10": (
+        "DDPM",
+        _ddpm | dict(clip_sample=True, variance_type="fixed_large"),
+        (_plain, 0, "noise", 1.0),
+    ),
+    "dreambooth": (
+        "DDPM",
+        _sd
+        | dict(clip_sample=False, clip_sample_range=1.0, set_alpha_to_one=False)
+        | dict(steps_offset=1, variance_type="fixed_small"),
+        (_offset, 0, "noise", None),
+    ),
+    "fit": (
+        "DDPM",
+        _ddpm
+        | dict(clip_sample=False, clip_sample_range=1.0, steps_offset=0)
+        | dict(variance_type="learned_range", timestep_spacing="linspace"),
+        ([999, 666, 333, 0], 0, "noise", None),
+    ),
+    "pixart": (
+        "DPMSolverMultistep",
+        _ddpm
+        | dict(algorithm_type="dpmsolver++", dynamic_thresholding_ratio=0.995)
+        | dict(euler_at_final=False, lambda_min_clipped=-math.inf, solver_order=2)
+        | dict(lower_order_final=True, sample_max_value=1.0, solver_type="midpoint")
+        | dict(steps_offset=0, thresholding=False, timestep_spacing="linspace")
+        | dict(use_karras_sigmas=False, use_lu_lambdas=False, variance_type=None),
+        ([999, 749, 500, 250], 0, "noise", None),
+    ),
+    "illustrious": (
+        "DPMSolverMultistep",
+        _sd
+        | dict(prediction_type="epsilon", solver_order=2, solver_type="midpoint")
+        | dict(thresholding=False, timestep_spacing="leading", use_karras_sigmas=True),
+        (_karras(_LDM[-1], _LDM[0], 4), 0, "noise", None),
+    ),
+    "wan2.1": (
+        "UniPCMultistep",
+        _unipc
+        | dict(flow_shift=3.0, prediction_type="flow_prediction", use_flow_sigmas=True)
+        | dict(use_beta_sigmas=False, use_karras_sigmas=False),
+        (_shift(np.array([1, 0.75025, 0.5005, 0.25075]), 3), 0, "flow", None),
+    ),
+    "wan-animate": (
+        "DPMSolverMultistep",
+        dict(algorithm_type="dpmsolver++", prediction_type="flow_prediction")
+        | dict(use_flow_sigmas=True, flow_shift=5.0, final_sigmas_type="zero")
+        | dict(solver_order=2),
+        (_shift(np.array([0.999, 0.74925, 0.4995, 0.24975]), 5), 0, "flow", None),
+    ),
+    "stable-diffusion-3.5": (
+        "FlowMatchEulerDiscrete",
+        dict(num_train_timesteps=1000, shift=3.0),
+        (_shift(np.linspace(1, _shift(0.001, 3), 4), 3), 0, "flow", None),
+    ),
+    "flux-schnell": (
+        "FlowMatchEulerDiscrete",
+        dict(base_image_seq_len=256, base_shift=0.5, max_image_seq_len=4096)
+        | dict(max_shift=1.15, num_train_timesteps=1000, shift=1.0)
+        | dict(use_dynamic_shifting=False),
+        (np.linspace(1, 0.001, 4), 0, "flow", None),
+    ),
+}
+
+
+@pytest.mark.precision
+@pytest.mark.parametrize("file", _files)
+def test_public_files(file, tmp_path):
+    name, entries, (expected, last, predicts, clip) = _files[file]
+    entries = {"_class_name": f"{name}Scheduler", "_diffusers_version": "0.1"} | entries
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(entries))
+    found = gd.process_from_config(tmp_path, (2,))
+    assert (found.predicts, found.clip) == (predicts, clip)
+    ts = found.grid(4)
+    assert (jnp.diff(ts) < 0).all()
+    if isinstance(expected, list):
+        # Without a last step from index 0 to itself.
+        times = [(index + 1) / 1000 for index in expected]
+        times = times if times[-1] == last else [*times, last]
+        np.testing.assert_allclose(ts, times, rtol=1e-6)
+    else:
+        levels = np.append(expected, last)
+        np.testing.assert_allclose(_levels(found, ts), levels, rtol=1e-8 if X64 else 1e-3)
+
+
+# The classes that have an entry, in diffusers 0.42.1, and a value that they would obey.
+_owners = {
+    "rescale_betas_zero_snr": (True, "DDPM DDIM Euler Ancestral DPM++ UniPC"),
+    "set_alpha_to_one": (False, "DDIM PNDM"),
+    "clip_sample": (True, "DDPM DDIM Heun"),
+    "clip_sample_range": (3.0, "DDPM DDIM Heun"),
+    "thresholding": (True, "DDPM DDIM DEIS DPM++ UniPC"),
+    "final_sigmas_type": ("sigma_min", "Euler DPM++ UniPC"),
+    "use_karras_sigmas": (True, "Euler Heun LMS DEIS DPM++ UniPC FlowEuler"),
+    "use_exponential_sigmas": (True, "Euler Heun LMS DEIS DPM++ UniPC FlowEuler"),
+    "use_beta_sigmas": (True, "Euler Heun LMS DEIS DPM++ UniPC FlowEuler"),
+    "use_lu_lambdas": (True, "DPM++"),
+    "lambda_min_clipped": (-1.0, "DPM++"),
+    "interpolation_type": ("log_linear", "Euler"),
+    "timestep_type": ("continuous", "Euler"),
+    "use_flow_sigmas": (True, "DEIS DPM++ UniPC"),
+    "flow_shift": (3.0, "DEIS DPM++ UniPC"),
+    "shift": (3.0, "FlowEuler FlowHeun"),
+    "shift_terminal": (0.1, "UniPC FlowEuler"),
+    "use_dynamic_shifting": (True, "DEIS DPM++ UniPC FlowEuler"),
+    "invert_sigmas": (True, "FlowEuler"),
+    "stochastic_sampling": (True, "FlowEuler"),
+    # Of schedulers that are not supported, and of samplers.
+    "timestep_scaling": (3.0, ""),
+    "solver_order": (3, "DEIS DPM++ UniPC"),
+    "algorithm_type": ("sde-dpmsolver++", "DEIS DPM++"),
+}
+_classes = {
+    "DDPM": "DDPM",
+    "DDIM": "DDIM",
+    "PNDM": "PNDM",
+    "Euler": "EulerDiscrete",
+    "Ancestral": "EulerAncestralDiscrete",
+    "Heun": "HeunDiscrete",
+    "LMS": "LMSDiscrete",
+    "DEIS": "DEISMultistep",
+    "DPM++": "DPMSolverMultistep",
+    "UniPC": "UniPCMultistep",
+    "FlowEuler": "FlowMatchEulerDiscrete",
+    "FlowHeun": "FlowMatchHeunDiscrete",
+}
+
+
+@pytest.mark.parametrize("name", _classes)
+def test_entries_of_other_classes_are_ignored(name):
+    others = {k: x for k, (x, owners) in _owners.items() if name not in owners.split()}
+    if name.startswith("Flow"):
+        others |= dict(prediction_type="epsilon", beta_schedule="none", steps_offset=7)
+    alone, given = (_read(f"{_classes[name]}Scheduler", **x) for x in ({}, others))
+    assert given.process == alone.process
+    assert (given.predicts, given.clip) == (alone.predicts, alone.clip)
+    np.testing.assert_array_equal(given.grid(5), alone.grid(5))
+
+
+_refused = """
+thresholding use_beta_sigmas use_dynamic_shifting invert_sigmas stochastic_sampling
+""".split()
+
+
+@pytest.mark.parametrize(
+    "name, key", [(name, key) for key in _refused for name in _owners[key][1].split()]
+)
+def test_what_a_class_would_obey_is_refused(name, key):
+    with pytest.raises(ValueError, match=f"`{key}=True` is not supported"):
+        _read(f"{_classes[name]}Scheduler", **{key: True})
+
+
+_flow = dict(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+_leading = _scaled | dict(timestep_spacing="leading", steps_offset=1)
+_squares = dict(beta_schedule="squaredcos_cap_v2")
+_uniform = np.array([1, 0.75025, 0.5005, 0.25075])
+_zero = _karras((2**24 - 1) ** 0.5, _LDM[0], 5)
+
+
+@pytest.mark.precision
+@pytest.mark.parametrize(
+    "name, entries, expected",
+    [
+        # Those of Euler's kind respace the levels of their indices; the others, all.
+        *(
+            (name, _leading | dict(use_karras_sigmas=True), [*_karras(*x, 5), 0])
+            for name, x in [
+                ("Euler", _LDM[[801, 1]]),
+                ("Heun", _LDM[[801, 1]]),
+                ("LMS", _LDM[[801, 1]]),
+                ("DPM++", _LDM[[999, 0]]),
+                ("UniPC", _LDM[[999, 0]]),
+                # Without a last step from a level to itself.
+                ("DEIS", _LDM[[999, 0]]),
+            ]
+        ),
+        (
+            "Euler",
+            _scaled | dict(timestep_spacing="trailing", use_exponential_sigmas=True),
+            [*np.geomspace(_LDM[999], _LDM[199], 5), 0],
+        ),
+        (
+            "Euler",
+            _leading | dict(use_karras_sigmas=True, interpolation_type="log_linear"),
+            [*_karras(_LDM[-1], _LDM[0], 5), 0],
+        ),
+        (
+            "Euler",
+            _leading | dict(use_karras_sigmas=True, final_sigmas_type="sigma_min"),
+            [*_karras(_LDM[801], _LDM[1], 5), _LDM[0]],
+        ),
+        (
+            "Euler",
+            _leading | dict(use_karras_sigmas=True, sigma_min=0.01, sigma_max=7.0),
+            [*_karras(7.0, 0.01, 5), 0],
+        ),
+        (
+            "DPM++",
+            _scaled | dict(use_karras_sigmas=True, sigma_min=0.1, sigma_max=7.0),
+            [*_karras(7.0, 0.1, 5), 0],
+        ),
+        (
+            "UniPC",
+            _scaled | dict(use_exponential_sigmas=True, final_sigmas_type="sigma_min"),
+            np.geomspace(_LDM[-1], _LDM[0], 5),
+        ),
+        (
+            "DPM++",
+            dict(use_lu_lambdas=True, sigma_min=0.1),
+            [*np.geomspace(_LINEAR[-1], _LINEAR[0], 5), 0],
+        ),
+        (
+            "Euler",
+            _squares | dict(use_karras_sigmas=True),
+            [*_karras(_cosine()[-1], _cosine()[0], 5), 0],
+        ),
+        (
+            "Euler",
+            _scaled | dict(use_karras_sigmas=True, rescale_betas_zero_snr=True),
+            [*_zero, 0],
+        ),
+        ("DEIS", {}, _LINEAR[[999, 799, 599, 400, 200, 0]]),
+        (
+            "DPM++",
+            dict(final_sigmas_type="sigma_min"),
+            _LINEAR[[999, 799, 599, 400, 200, 0]],
+        ),
+        # Linear between indices.
+        (
+            "Euler",
+            {},
+            [
+                *_LINEAR[[999]],
+                *(_LINEAR[[749, 750]] @ [0.75, 0.25],),
+                *(_LINEAR[[499, 500]] @ [0.5, 0.5],),
+                *(_LINEAR[[249, 250]] @ [0.25, 0.75],),
+                _LINEAR[0],
+                0,
+            ],
+        ),
+        # Indices 995 and less have more signal.
+        (
+            "DPM++",
+            _squares | dict(lambda_min_clipped=-5.1),
+            [*_cosine()[[995, 796, 597, 398, 199]], 0],
+        ),
+        (
+            "DPM++",
+            _squares | dict(lambda_min_clipped=-5.1, timestep_spacing="trailing"),
+            [*_cosine()[[995, 795, 595, 395, 195]], 0],
+        ),
+        (
+            "DPM++",
+            _squares | dict(lambda_min_clipped=-5.1, timestep_spacing="leading"),
+            [*_cosine()[[830, 664, 498, 332, 166]], 0],
+        ),
+        ("DPM++", _flow, [*_shift(np.arange(5, 0, -1) * 0.1998, 3), 0]),
+        ("DEIS", _flow, _shift(np.arange(5, 0, -1) * 0.1998, 3)),
+        (
+            "DPM++",
+            _flow | dict(final_sigmas_type="sigma_min"),
+            [*_shift(np.arange(5, 0, -1) * 0.1998, 3), _LINEAR[0]],
+        ),
+        (
+            "UniPC",
+            _flow | dict(use_karras_sigmas=True),
+            [*(lambda s: s / (1 + s))(_karras(_LINEAR[-1], _LINEAR[0], 5)), 0],
+        ),
+        (
+            "FlowEuler",
+            dict(shift_terminal=0.1),
+            [*(1 - (1 - np.linspace(1, 0.001, 5)) * 0.9 / 0.999), 0],
+        ),
+        (
+            "FlowEuler",
+            dict(shift=3.0, use_karras_sigmas=True),
+            [*_karras(1, _shift(_shift(0.001, 3), 3), 5), 0],
+        ),
+    ],
+)
+def test_grids_are_those_of_the_class(name, entries, expected):
+    found = _read(f"{_classes[name]}Scheduler", **entries)
+    levels = _levels(found, ts := found.grid(5))
+    expected = np.asarray(expected)
+    if name == "DEIS" and "use_karras_sigmas" in entries:
+        expected = expected[:-1]
+    # In single precision, times close to 1 are rounded.
+    rtol, atol = (1e-8, 1e-12) if X64 else (5e-3, 1e-6)
+    np.testing.assert_allclose(levels, expected, rtol=rtol, atol=atol)
+    assert (found.network_time(ts) >= 0).all()
+
+
+@pytest.mark.parametrize("number", [27, 48, 61, 112, 199])
+def test_halves_are_rounded_as_by_the_schedulers(number):
+    trailing = np.round(np.arange(1000, 0, -1000 / number)) - 1
+    linspace = np.linspace(0, 999, number).round()[::-1]
+    for spacing, expected in (
+        ("trailing", trailing[trailing >= 0]),
+        ("linspace", linspace),
+    ):
+        ts = _read(timestep_spacing=spacing).grid(number)
+        np.testing.assert_allclose(ts[:-1], (expected + 1) / 1000, rtol=1e-6)
+
+
+def test_schedules_of_a_class():
+    heun = np.asarray(_read("HeunDiscreteScheduler").process.alphas_cumprod)
+    np.testing.assert_allclose(heun, np.cumprod(1 - np.linspace(0.00085, 0.012, 1000)))
+    falling = _read("HeunDiscreteScheduler", beta_schedule="exp").process.alphas_cumprod
+    np.testing.assert_allclose(falling, np.exp(-12 * np.arange(1, 1001) / 1000), rtol=1e-9)
+    # Zero-terminal SNR: those that divide by the signal keep 2**-24 of its variance.
+    ends = {
+        name: _read(f"{_classes[name]}Scheduler", rescale_betas_zero_snr=True, **_scaled)
+        for name in ("DDIM", "Euler", "DPM++", "UniPC")
+    }
+    last = {name: found.process.alphas_cumprod[-1] for name, found in ends.items()}
+    assert last.pop("DDIM") == 0
+    np.testing.assert_allclose(list(last.values()), 2.0**-24, rtol=1e-6)
+
+
 def test_where_a_grid_ends():
     # Without `set_alpha_to_one` the last step is to the first index, if it is one.
     ts = _read(set_alpha_to_one=False, steps_offset=1).grid(4)
     np.testing.assert_allclose(ts, [0.752, 0.502, 0.252, 0.002, 0.001], rtol=1e-6)
     ts = _read("PNDMScheduler").grid(4)
     np.testing.assert_allclose(ts, [0.751, 0.501, 0.251, 0.001], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, entries",
+    [
+        ("DDIM", dict(set_alpha_to_one=False)),
+        ("PNDM", {}),
+        ("DEIS", dict(use_karras_sigmas=True)),
+        ("DEIS", _flow),
+        ("UniPC", dict(use_exponential_sigmas=True, final_sigmas_type="sigma_min")),
+    ],
+)
+def test_a_grid_without_a_step_is_refused(name, entries):
+    with pytest.raises(
+        ValueError, match="With `num_steps=1`, the times .* not two or more"
+    ):
+        _read(f"{_classes[name]}Scheduler", **entries).grid(1)
 
 
 def test_what_else_is_returned():
@@ -160,7 +648,11 @@ def test_files(tmp_path):
     config = {"_class_name": "DDIMScheduler", "num_train_timesteps": 10}
     path = tmp_path / "scheduler_config.json"
     path.write_text(json.dumps(config))
-    for given in (path, str(path), tmp_path):
+    pipeline = tmp_path / "pipeline"
+    (pipeline / "scheduler").mkdir(parents=True)
+    (pipeline / "model_index.json").write_text("{}")
+    (pipeline / "scheduler" / path.name).write_text(path.read_text())
+    for given in (path, str(path), tmp_path, pipeline, str(pipeline)):
         process = gd.process_from_config(given, 2).process
         assert len(process.alphas_cumprod) == 10
     for text, match in (("[]", "must be a dictionary"), ("{", "Cannot read")):
@@ -177,15 +669,44 @@ def test_files(tmp_path):
         (dict(_class_name="Mine"), "`_class_name` must be one of DDIMScheduler, .*'Mine'"),
         (dict(sample_maximum=1.0), "Unknown entries .* DDIMScheduler: sample_maximum"),
         (dict(thresholding=True), "`thresholding=True` is not supported.*DynamicThreshold"),
+        (dict(_class_name=["DDIMScheduler"]), "`_class_name` must be one of"),
+        (dict(_class_name="EDMEulerScheduler"), "EDM model.*sigma. / 4.*`gddim_eqx.EDM`"),
         (dict(beta_schedule="laplace"), "`beta_schedule` must be one of .*'laplace'"),
+        (dict(beta_schedule=["linear"]), "`beta_schedule` must be one of"),
+        (dict(beta_start="0.1"), "`beta_start` must be a number; got '0.1'"),
+        (dict(num_train_timesteps=None), "`num_train_timesteps` must be a positive int"),
+        (dict(steps_offset=0.5), "`steps_offset` must be a non-negative int"),
+        (dict(trained_betas=[0.1]), "`num_train_timesteps=1000` numbers.*shape .1,"),
+        (dict(predict_epsilon=False), "set `prediction_type='sample'`"),
+        (
+            dict(_class_name="EulerDiscreteScheduler", interpolation_type="log_linear"),
+            "`interpolation_type='log_linear'`.*`use_exponential_sigmas`",
+        ),
+        (
+            dict(_class_name="LMSDiscreteScheduler")
+            | dict(use_karras_sigmas=True, use_exponential_sigmas=True),
+            "Only one of `use_karras_sigmas`",
+        ),
+        (
+            dict(_class_name="DPMSolverMultistepScheduler", use_karras_sigmas=True) | _flow,
+            "`use_karras_sigmas` is not for flow sigmas",
+        ),
         (dict(prediction_type="x"), "`prediction_type` must be one of 'epsilon'.*'x'"),
         (
-            dict(_class_name="EulerDiscreteScheduler", timestep_type="continuous"),
-            "`timestep_type` must be one of 'discrete'; got 'continuous'",
+            # Stable Video Diffusion.
+            _sdxl
+            | dict(_class_name="EulerDiscreteScheduler", prediction_type="v_prediction")
+            | dict(sigma_max=700.0, sigma_min=0.002, timestep_spacing="leading")
+            | dict(timestep_type="continuous", use_karras_sigmas=True),
+            "`timestep_type='continuous'`.*\"log.sigma. / 4\".*`gddim_eqx.EDM`",
         ),
         (dict(timestep_spacing="x"), "`timestep_spacing` must be one of 'leading'"),
-        (dict(trained_betas=[0.1, 1.2]), "`betas` must be between 0 and 1.*1.2"),
         (
+            dict(trained_betas=[0.1, 1.2], num_train_timesteps=2),
+            "`betas` must be between 0 and 1.*1.2",
+        ),
+        (
+            # FLUX.1, Krea, BRIA and others.
             dict(_class_name="FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True),
             "`use_dynamic_shifting=True` is not supported.*exponential of `mu`",
         ),
@@ -199,7 +720,7 @@ def test_files(tmp_path):
         ),
     ],
 )
-def test_what_is_not_supported_is_named(entries, match):
+def test_what_is_not_supported_is_named(entries, match, without_type_checks):
     with pytest.raises(ValueError, match=match):
         gd.process_from_config({"_class_name": "DDIMScheduler"} | entries, (2,))
 

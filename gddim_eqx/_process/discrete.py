@@ -83,6 +83,22 @@ class DiscreteVP(AbstractGaussianPath):
         tolerance = 4 * len(self.alphas_cumprod) * jnp.finfo(index.dtype).eps
         return pin(jnp.abs(index - whole) < tolerance, whole, index)
 
+    def time_of_sigma(
+        self, sigma: Float[np.ndarray, " levels"]
+    ) -> Float[np.ndarray, " levels"]:
+        """The time at which the noise-to-signal ratio has a given value, on the host and
+        in double precision; the nearest end of the time axis if there is none."""
+        table, target = _squared_angle(self.alphas_cumprod), np.arctan(sigma) ** 2
+        low, high = np.zeros_like(target), np.ones_like(target)
+        for _ in range(60):
+            middle = 0.5 * (low + high)
+            later = table.on_host(middle)[..., 0] < target
+            low, high = np.where(later, middle, low), np.where(later, high, middle)
+        # Exactly the time of an index where it is that up to rounding.
+        scaled, number = high * len(self.alphas_cumprod), len(self.alphas_cumprod)
+        whole = np.round(scaled)
+        return np.where(np.abs(scaled - whole) < 1e-9, whole / number, high)
+
     def _squares(self, t):
         """The square of the angle, and its difference from that of pure noise."""
         angle, rest = _squared_angle(self.alphas_cumprod)(t)

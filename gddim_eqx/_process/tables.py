@@ -37,6 +37,15 @@ class PiecewisePolynomial:
         coarse, rest = _two_parts(self.edges[1:-1], x.dtype)
         return (_distance(x, jnp.asarray(coarse), jnp.asarray(rest)) >= 0).sum()
 
+    def on_host(self, x: np.ndarray) -> np.ndarray:
+        """The function at many arguments, in double precision."""
+        panel = np.clip(np.searchsorted(self.edges, x, "right") - 1, 0, len(self.edges) - 2)
+        left, right = self.edges[panel], self.edges[panel + 1]
+        coefficients = np.moveaxis(self.coefficients[panel], np.ndim(x), 0)
+        u = ((x - left) - (right - x)) / (right - left)
+        u = u.reshape(u.shape + (1,) * (coefficients.ndim - 1 - u.ndim))
+        return chebyshev.chebval(u, coefficients, tensor=False)
+
     def __call__(self, x: Inexact[Array, ""]) -> Inexact[Array, "*value"]:
         # Overflow gives a huge number rather than `nan`.
         largest = float(jnp.finfo(x.dtype).max) / 256

@@ -75,7 +75,7 @@ def time_grid(
             raise ValueError(
                 f"The indices determine the grid {grid!r}; leave out `t0` and `t1`."
             )
-        return index_grid(process, num_steps, cast(IndexGridName, grid), dtype=dtype)
+        return index_grid(process, num_steps, cast(IndexGridName, grid), dtype)
     start = on_time_axis(process, "t0", process.t_max if t0 is None else t0, dtype)
     end = on_time_axis(process, "t1", process.t_min if t1 is None else t1, dtype)
     if start == end:
@@ -144,52 +144,58 @@ def _by_table(table, start, end, fraction):
 
 
 def index_grid(
-    process: AbstractProcess,
+    process: AbstractProcess, num_steps: int, grid: IndexGridName, dtype=None
+) -> Real[Array, " times"]:
+    """The times of `num_steps` indices of a discrete-time model, and time 0."""
+    if not isinstance(process, DiscreteVP):
+        raise ValueError(
+            f"The grid {grid!r} is for discrete-time models; got {type(process).__name__}. "
+            "Use `VP.from_betas` or `VP.from_alphas_cumprod`, or another grid."
+        )
+    total = len(process.alphas_cumprod)
+    times = np.append((indices(total, num_steps, grid) + 1) / total, 0.0)
+    return jnp.asarray(times, as_dtype(float if dtype is None else dtype))
+
+
+def indices(
+    total: int,
     num_steps: int,
     grid: IndexGridName,
     *,
     offset: int = 0,
     skip_last: bool = False,
     whole: bool = True,
-    end: float | None = 0.0,
-    dtype=None,
-) -> Real[Array, " times"]:
-    """The times of `num_steps` indices of a discrete-time model, and a final time.
+    count: int | None = None,
+) -> Real[np.ndarray, " steps"]:
+    """`num_steps` decreasing indices of a discrete-time model.
 
     **Arguments:**
 
-    - `process`, `num_steps`, `grid`, `dtype`: as in `time_grid`.
+    - `total`: the number of indices of the model.
+    - `num_steps`, `grid`: as in `time_grid`.
     - `offset`: added to the indices of a `"leading"` grid.
     - `skip_last`: for a `"leading"` or `"linspace"` grid, whether to compute
         `num_steps + 1` indices and drop the last.
     - `whole`: whether the indices of a `"linspace"` grid are rounded to integers.
-    - `end`: the final time. If `None`, the time of index 0 is appended, unless the indices
-        already end at 0.
+    - `count`: use only the first `count` indices of the model; by default all.
     """
-    if not isinstance(process, DiscreteVP):
-        raise ValueError(
-            f"The grid {grid!r} is for discrete-time models; got {type(process).__name__}. "
-            "Use `VP.from_betas` or `VP.from_alphas_cumprod`, or another grid."
-        )
-    check_count("num_steps", num_steps)
-    total, number = len(process.alphas_cumprod), int(num_steps)
+    count = total if count is None else count
+    number = int(num_steps) + (skip_last and grid != "trailing")
     if grid == "trailing":
-        indices = np.round(np.arange(number, 0, -1) * (total / number)) - 1
+        # In the order that decides how halves are rounded.
+        found = np.round(np.arange(count, 0, -total / number)) - 1
+        found = found[found >= 0]
+    elif grid == "leading":
+        found = np.arange(number)[::-1] * (count // number) + offset
     else:
-        number += skip_last
-        if grid == "leading":
-            indices = np.arange(number)[::-1] * (total // number) + offset
-        else:
-            indices = np.linspace(total - 1, 0, number)
-            indices = indices.round() if whole else indices
-        indices = indices[: len(indices) - skip_last]
-    if not (np.diff(indices) < 0).all() or indices[0] > total - 1:
+        found = np.linspace(0, count - 1, number)[::-1] if number > 1 else [count - 1.0]
+        found = np.round(found) if whole else np.asarray(found)
+    found = found[: len(found) - (skip_last and grid != "trailing")]
+    if not (len(found) and (np.diff(found) < 0).all() and 0 <= found[-1]) or (
+        found[0] > total - 1
+    ):
         raise ValueError(
-            f"A model of {total} indices has no {grid!r} grid of {num_steps} steps"
+            f"A model of {count} indices has no {grid!r} grid of {num_steps} steps"
             f"{f' with offset {offset}' if offset else ''}; use fewer steps."
         )
-    times = (indices + 1) / total
-    if end is None:
-        end = process.t_min if indices[-1] > 0 else None
-    times = times if end is None else np.append(times, end)
-    return jnp.asarray(times, as_dtype(float if dtype is None else dtype))
+    return found
