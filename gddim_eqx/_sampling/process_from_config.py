@@ -130,8 +130,8 @@ def _read(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if path.is_dir():
         # A pipeline has a folder for its scheduler.
-        inner = path / "scheduler"
-        path = (inner if inner.is_dir() else path) / "scheduler_config.json"
+        files = [folder / "scheduler_config.json" for folder in (path, path / "scheduler")]
+        path = next((file for file in files if file.exists()), files[0])
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
