@@ -365,6 +365,15 @@ def test_public_files(file, tmp_path):
     (tmp_path / "scheduler_config.json").write_text(json.dumps(entries))
     found = gd.process_from_config(tmp_path, (2,))
     assert (found.predicts, found.clip) == (predicts, clip)
+    if predicts != "flow":
+        power = 0.5 if entries["beta_schedule"] == "scaled_linear" else 1.0
+        ends = entries["beta_start"] ** power, entries["beta_end"] ** power
+        signals = np.sqrt(np.cumprod(1 - np.linspace(*ends, 1000) ** (1 / power)))
+        if file == "hunyuan3d-paint":
+            signals = (signals - signals[-1]) / (1 - signals[-1] / signals[0])
+        np.testing.assert_allclose(
+            found.process.alphas_cumprod, signals**2, rtol=1e-9, atol=1e-15
+        )
     ts = found.grid(4)
     assert (jnp.diff(ts) < 0).all()
     if isinstance(expected, list):

@@ -52,7 +52,8 @@ def time_grid(
         - `"log_snr"`: the logarithm of the signal-to-noise ratio, `process.log_snr`.
         - `"karras"`: $\sigma^{1/7}$, where $\sigma$ is the noise-to-signal ratio (Karras
             et al. 2022; [`gddim_eqx.EDM`][]). To end without noise, as they do, pass
-            `denoise="exact"` to [`gddim_eqx.sample`][].
+            `denoise="exact"` to [`gddim_eqx.sample`][]. Here and in `"log_snr"`, $1 / e$
+            is added to the signal-to-noise ratio of a process whose signal vanishes.
         - `"leading"`, `"trailing"`, `"linspace"`: for a [`gddim_eqx.DiscreteVP`][] only,
             the times of `num_steps` indices (Lin et al. 2024, table 2), and time 0.
     - `t0`, `t1`: the first and last time; by default `process.t_max` and `process.t_min`.
