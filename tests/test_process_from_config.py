@@ -608,6 +608,10 @@ def test_halves_are_rounded_as_by_the_schedulers(number):
 def test_schedules_of_a_class():
     heun = np.asarray(_read("HeunDiscreteScheduler").process.alphas_cumprod)
     np.testing.assert_allclose(heun, np.cumprod(1 - np.linspace(0.00085, 0.012, 1000)))
+    # As in `{**scheduler.config, "_class_name": ...}`.
+    switched = dict(beta_start=0.0001, _use_default_values=["beta_start"])
+    switched = _read("HeunDiscreteScheduler", **switched).process.alphas_cumprod
+    np.testing.assert_array_equal(switched, heun)
     falling = _read("HeunDiscreteScheduler", beta_schedule="exp").process.alphas_cumprod
     np.testing.assert_allclose(falling, np.exp(-12 * np.arange(1, 1001) / 1000), rtol=1e-9)
     # Zero-terminal SNR: those that divide by the signal keep 2**-24 of its variance.

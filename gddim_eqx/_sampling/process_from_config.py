@@ -102,6 +102,15 @@ def process_from_config(
     # A file keeps the entries of the class that it was made from: those of other classes
     # are ignored.
     values = _ENTRIES[name] | {k: x for k, x in given.items() if k in _ENTRIES[name]}
+    _refuse(name, given, values)
+    _check(values, _ENTRIES[name])
+    if name.startswith("FlowMatch") or values.get("use_flow_sigmas"):
+        return _flow_matching(name, values, shape)
+    return _discrete(name, values, shape)
+
+
+def _refuse(name, given, values) -> None:
+    """Raise a `ValueError` for entries that are unknown or not supported."""
     continuous = values.get("timestep_type") == "continuous"
     if continuous and values["prediction_type"] == "v_prediction":
         raise ValueError(
@@ -120,10 +129,6 @@ def process_from_config(
     for key, advice in _REFUSED.items():
         if values.get(key):
             raise ValueError(f"`{key}={values[key]!r}` is not supported. {advice}")
-    _check(values, _ENTRIES[name])
-    if name.startswith("FlowMatch") or values.get("use_flow_sigmas"):
-        return _flow_matching(name, values, shape)
-    return _discrete(name, values, shape)
 
 
 def _read(path: str | Path) -> dict[str, Any]:
