@@ -35,8 +35,9 @@ class ModelConventions(NamedTuple):
     grid: Callable[[int], Real[Array, " times"]]
     """Maps a number of steps to the scheduler's time grid, without steps of length zero,
     with which some schedulers end; a single `"linspace"` step starts at the highest noise
-    level. With `num_steps` in place of `ts=grid(num_steps)`, `sample` uses the library's
-    own, usually more accurate grid."""
+    level. Pass one that starts below `process.t_max` to [`gddim_eqx.generate`][]. With
+    `num_steps` in place of `ts=grid(num_steps)`, `sample` uses the library's own, usually
+    more accurate grid."""
     clip: float | None
     """If not `None`, the scheduler clips data predictions to `[-clip, clip]`: see
     [`gddim_eqx.Clip`][]."""
