@@ -233,8 +233,8 @@ def test_the_error_of_adaptive_steps_follows_the_tolerance(name, order):
         )
         return last(sol.ys)
 
-    # The error of a step is kept at the tolerance. That of order 1 is of second order in its
-    # size, so that the error of the solution goes with the root of the tolerance.
+    # The error of a step is kept at the tolerance. That of order 1 is of second order in
+    # the step size, so that that of the solution goes with the root of the tolerance.
     tolerances = np.array([1e-4, 1e-5, 1e-6])
     errors = [max_difference(error(jnp.asarray(tol)), exact) for tol in tolerances]
     if order == 1:
