@@ -520,11 +520,11 @@ def train(config: Config) -> TrainState:
     weighting: Any = config.weighting
     if weighting == "data":
         weighting = DataWeighting(process, standard_deviation(x))
-    times = {"uniform": UniformTimes(), "stratified": StratifiedTimes()}[config.times]
+    times = {"uniform": UniformTimes, "stratified": StratifiedTimes}[config.times]
     loss = DenoisingLoss(
         process,
         config.predicts,
-        times=times,
+        times=times(1e-5),  # As in the authors' code.
         weighting=weighting,
         dropout=isinstance(model.network, gd.nn.NCSNpp) and model.network.dropout > 0,
         condition_dropout=0.0 if labels is None else config.label_dropout,

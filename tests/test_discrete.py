@@ -1,5 +1,7 @@
 """Discrete-time models: exact at their indices, smooth in between."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,6 +110,31 @@ def test_models_of_zero_terminal_snr_are_sampled_from_it():
         flow = gd.ProbabilityFlow(process, data.model(process, predicts), predicts)
         samples.append(solve(flow, gd.GDDIM(), gd.time_grid(process, 10), u))
         np.testing.assert_allclose(samples[-1], samples[0], rtol=1e-6)
+
+
+@pytest.mark.precision
+def test_no_network_gets_an_index_that_does_not_exist():
+    process = gd.VP.from_betas((2,), np.linspace(0.05, 0.6, 10))
+    network = lambda index, x, args: jnp.broadcast_to(index, x.shape)
+    models = [
+        gd.WithTime(process, network, time, per_sample)
+        for time in ("index", process.index)
+        for per_sample in (False, True)
+    ]
+    x = jnp.zeros(2)
+    for model, t in itertools.product(models, (0.03, 0.0, -1.0, 1.001, 5, jnp.nan)):
+        with pytest.raises(ValueError, match="`t` must be from 0.1, the time of index 0"):
+            model(t, x, None)
+    # Where traced, the nearest that does.
+    for model in models[::2]:
+        call = jax.jit(jax.vmap(model, (0, None, None)))
+        found = call(jnp.array([0.03, 0.0, 0.1, 0.55, 1.0, 1.001]), x, None)
+        np.testing.assert_allclose(found[:, 0], [0, 0, 0, 4.5, 9, 9], rtol=1e-6)
+    for t in (process.t_min, 0.1, 0.55, 1.0, 1):
+        assert float(models[0].convert(t)) == pytest.approx(10 * t - 1, abs=1e-6)
+    assert float(jax.grad(process.index)(0.1)) == pytest.approx(10)
+    with pytest.raises(ValueError, match="got .0.05 0.5"):
+        process.index(jnp.array([0.05, 0.5]))
 
 
 @pytest.mark.parametrize(

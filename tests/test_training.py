@@ -176,7 +176,8 @@ def test_stratified_times_are_one_in_each_interval():
 def test_times_lie_between_start_and_end():
     process = gd.VP((2,))
     for times, low, high in (
-        (UniformTimes(), 1e-5, 1.0),
+        (UniformTimes(), 1e-3, 1.0),
+        (UniformTimes(1e-5), 1e-5, 1.0),
         (UniformTimes(0.3, 0.4), 0.3, 0.4),
         (StratifiedTimes(0.3, 0.4), 0.3, 0.4),
         (ImportanceTimes((1, 5), 0.3, 0.4), 0.3, 0.4),
@@ -185,6 +186,34 @@ def test_times_lie_between_start_and_end():
         low, high = (np.asarray(x, t.dtype) for x in (low, high))
         assert low <= t.min() < low + 0.01 * (high - low) + 0.01
         assert high - 0.01 * (high - low) - 0.01 < t.max() <= high
+
+
+_few = np.linspace(0.05, 0.6, 10)
+
+
+@pytest.mark.precision
+@pytest.mark.parametrize("times", (UniformTimes, StratifiedTimes, ImportanceTimes))
+@pytest.mark.parametrize(
+    "process",
+    (
+        gd.VP.from_betas((2,), _few),
+        gd.VP.from_alphas_cumprod((2,), np.cumprod(1 - _few)),
+        gd.process_from_config(
+            dict(_class_name="DDPMScheduler", num_train_timesteps=10), (2,)
+        ).process,
+    ),
+    ids=("betas", "alphas_cumprod", "config"),
+)
+def test_discrete_models_are_trained_at_times_that_have_an_index(process, times):
+    times = times((3.0, 1.0)) if times is ImportanceTimes else times()
+    loss = DenoisingLoss(process, times=times)
+    t = loss.noised(jr.key(0), jnp.zeros((4096, 2))).t
+    index = np.asarray(process.index(t))
+    assert 0 <= index.min() < 0.02 and 8.98 < index.max() <= 9
+    # Ten equal intervals of indices are equally frequent, or as the density has it.
+    counts = np.histogram(index, 10, (0, 9))[0] / len(t)
+    density = np.array([1.5] * 5 + [0.5] * 5) if isinstance(times, ImportanceTimes) else 1
+    np.testing.assert_allclose(counts, density / 10, atol=0.02)
 
 
 @pytest.mark.parametrize("name", ("vp", "cld"))
@@ -580,7 +609,11 @@ def test_a_model_is_made_in_parts():
         (lambda: DenoisingLoss(gd.VP((2,)), weighting="snr"), "`weighting` must be one"),
         (lambda: DenoisingLoss(gd.CLD((2,)), "v"), "predicts='v'"),
         (lambda: DenoisingLoss(gd.VP((2,)), times=0.5), "`times` must be a"),
-        (lambda: DenoisingLoss(gd.VP((2,)), times=UniformTimes(0.5, 2.0)), "in .0, 1.0"),
+        (lambda: DenoisingLoss(gd.VP((2,)), times=UniformTimes(0.5, 2.0)), "0 and 1.0"),
+        (
+            lambda: DenoisingLoss(gd.VP.from_betas((2,), _few), times=UniformTimes(1e-5)),
+            "lie between 0.1 and 1.0, .*DiscreteVP; got 1e-05 to 1.0. Leave out `start`",
+        ),
         (lambda: adam(warmup=10, num_steps=10), "`num_steps` must be more .* got 10"),
         (
             lambda: DenoisingLoss(gd.VP((2,))).noised(jr.key(0), jnp.ones((4, 2), int)),

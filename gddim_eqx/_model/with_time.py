@@ -53,7 +53,8 @@ class WithTime(eqx.Module):
         - `model`: called as `model(converted, u, args)`.
         - `time`: the time input of the model: a function of the process' time, or a name.
             - `"index"`: 0 to N - 1, for a [`gddim_eqx.DiscreteVP`][]. A float, which is
-                whole at the times of indices; round it to look up an integer.
+                whole at the times of indices; round it to look up an integer. Times
+                before `process.t_min` have no index: an error, or index 0 where traced.
             - `"1000 t"`: 1000 times the time.
             - `"sigma"`: the noise-to-signal ratio; for [`gddim_eqx.EDM`][], the time.
             - `"log(sigma) / 4"`: a quarter of its logarithm: EDM's $c_\text{noise}$.

@@ -76,12 +76,24 @@ class DiscreteVP(AbstractGaussianPath):
         return (index + 1.0) / (last + 1)
 
     def index(self, t: Real[ArrayLike, "*some"]) -> Inexact[Array, "*some"]:
-        """The index at a time: the time input of the networks of discrete-time models."""
+        """The index at a time: the time input of the networks of discrete-time models.
+
+        **Raises:** `ValueError` for a time before that of index 0, or beyond the last,
+        unless traced: it then gets the index of that time.
+        """
         index = as_floats("t", t) * len(self.alphas_cumprod) - 1.0
         whole = jnp.round(index)
         # Exactly an integer where the time is that of an index up to rounding.
         tolerance = 4 * len(self.alphas_cumprod) * jnp.finfo(index.dtype).eps
-        return pin(jnp.abs(index - whole) < tolerance, whole, index)
+        index = pin(jnp.abs(index - whole) < tolerance, whole, index)
+        last = len(self.alphas_cumprod) - 1
+        inside = jnp.clip(index, 0, last)
+        if not isinstance(index, Tracer) and not (index == inside).all():
+            raise ValueError(
+                f"`t` must be from {self.t_min}, the time of index 0, to 1, that of index "
+                f"{last}: other times have no index; got {t}."
+            )
+        return pin(index != inside, inside, index)
 
     def time_of_sigma(
         self, sigma: Float[np.ndarray, " levels"]

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Inexact, PyTree
 from .._custom_types import Args, FrameName, Key, PredictionName, State
 from .._linear import append_axes, apply, check_state, coefficient_dtype, subtract
 from .._misc import as_constant, check_key, check_per_sample
-from .._process import AbstractProcess, latest, require_process
+from .._process import AbstractProcess, DiscreteVP, latest, require_process
 from .._term import check_prediction, make_prediction, Marginal, ProbabilityFlow
 from ._times import AbstractTimeSampler, UniformTimes
 
@@ -35,6 +35,12 @@ def _holds(dtype, value) -> bool:
     value = np.asarray(value)
     with np.errstate(invalid="ignore", over="ignore"):
         return bool((value.astype(dtype) == value).all())
+
+
+def _ends(process: AbstractProcess, times: AbstractTimeSampler) -> tuple[float, float]:
+    """The first and the last time."""
+    start = process.t_min if times.start is None else times.start
+    return start, process.t_end if times.end is None else times.end
 
 
 class DenoisingLoss(eqx.Module):
@@ -94,7 +100,8 @@ class DenoisingLoss(eqx.Module):
             `gddim_eqx.nn` have it as `network.no_condition`.
 
         **Raises:** `ValueError` for invalid arguments, as in `ProbabilityFlow`, and for
-        times beyond the process' time axis.
+        times beyond the process' time axis, or before the first index of a
+            [`gddim_eqx.DiscreteVP`][].
         """
         require_process(process)
         check_prediction(process, predicts, factor)
@@ -108,11 +115,14 @@ class DenoisingLoss(eqx.Module):
             raise ValueError(
                 f"`times` must be a time sampler such as `UniformTimes()`; got {times!r}."
             )
-        end = process.t_end if times.end is None else times.end
-        if not times.start < end <= latest(process.t_end, np.float32):
+        start, end = _ends(process, times)
+        # Before its first index, a discrete-time process has no network to train.
+        least = process.t_min if isinstance(process, DiscreteVP) else 0
+        if not least <= start < end <= latest(process.t_end, np.float32):
             raise ValueError(
-                f"`times` must lie in (0, {process.t_end}], the time axis of the process; "
-                f"got {times.start} to {end}."
+                f"`times` must lie between {least} and {process.t_end}, the times of a "
+                f"{type(process).__name__}; got {start} to {end}. Leave out `start` and "
+                "`end` for those at which it is sampled."
             )
         self.process, self.predicts, self.factor = process, predicts, factor
         condition_dropout = as_constant("condition_dropout", condition_dropout)
@@ -157,8 +167,8 @@ class DenoisingLoss(eqx.Module):
         time_key, noise_key, model_key = jr.split(key, 3)
         number, dtype = x.shape[0], coefficient_dtype(x)
         fractions, weight = self.times.fractions(time_key, number, dtype)
-        start, end = self.times.start, self.times.end
-        end = process.t_end if end is None else min(end, process.t_end)
+        start, end = _ends(process, self.times)
+        end = min(end, process.t_end)
         # The sum may round to more than `end`.
         t = jnp.minimum(start + (end - start) * fractions, end)
         u, noise = jax.vmap(process.perturb)(jr.split(noise_key, number), x, t)

@@ -1,4 +1,5 @@
 import abc
+import itertools
 import math
 from typing import TYPE_CHECKING
 
@@ -21,13 +22,14 @@ else:
 class AbstractTimeSampler(eqx.Module):
     """A distribution of the times at which a batch is noised."""
 
-    start: AbstractVar[float]
-    """The smallest time."""
+    start: AbstractVar[float | None]
+    """The smallest time; `None` for `t_min` of the process."""
     end: AbstractVar[float | None]
     """The largest time; `None` for the end of the process' time axis."""
 
     def __check_init__(self):
-        if self.start <= 0 or (self.end is not None and self.end <= self.start):
+        known = [x for x in (0, self.start, self.end) if x is not None]
+        if any(left >= right for left, right in itertools.pairwise(known)):
             raise ValueError(f"Need 0 < `start` < `end`; got {self.start} and {self.end}.")
 
     @abc.abstractmethod
@@ -52,11 +54,12 @@ class UniformTimes(AbstractTimeSampler):
 
     **Arguments:**
 
-    - `start`: the smallest time, 1e-5 in the authors' code.
+    - `start`: the smallest time; by default `t_min` of the process. 1e-5 in the authors'
+        code.
     - `end`: the largest; by default the end of the process' time axis.
     """
 
-    start: float = constant_field("start", 1e-5)
+    start: float | None = constant_field("start", None)
     end: float | None = constant_field("end", None)
 
     def fractions(self, key, number, dtype):
@@ -70,7 +73,7 @@ class StratifiedTimes(AbstractTimeSampler):
     **Arguments:** as in [`gddim_eqx.training.UniformTimes`][].
     """
 
-    start: float = constant_field("start", 1e-5)
+    start: float | None = constant_field("start", None)
     end: float | None = constant_field("end", None)
 
     def fractions(self, key, number, dtype):
@@ -91,7 +94,7 @@ class ImportanceTimes(AbstractTimeSampler):
     density: tuple[float, ...] = eqx.field(
         converter=lambda x: tuple(as_constant("density", y) for y in x), static=True
     )
-    start: float = constant_field("start", 1e-5)
+    start: float | None = constant_field("start", None)
     end: float | None = constant_field("end", None)
 
     def __check_init__(self):
