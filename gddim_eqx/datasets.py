@@ -27,6 +27,12 @@ Labels = UInt8[np.ndarray, " number"]
 
 _image_endings = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
+# What macOS, Windows, Linux and network drives put beside data; in lower case.
+_system_names = frozenset(
+    "__macosx @eadir @recycle @tmp #recycle #snapshot $recycle.bin lost+found "
+    "__pycache__".split()
+) | {"system volume information"}
+
 
 def rings(number: int = 12_800, seed: int = 0) -> Float[np.ndarray, "number 2"]:
     """The authors' two-dimensional toy data: five rings, scaled to unit variance.
@@ -270,6 +276,9 @@ def folder(
     """All images in a directory and its subdirectories, sorted by name. For CELEBA:
     `img_align_celeba` from mmlab.ie.cuhk.edu.hk/projects/CelebA.html.
 
+    Links are followed. Hidden files and directories, whose names begin with a dot, and
+    those of operating systems, such as `__MACOSX` and `@eaDir`, are left out.
+
     They are converted to 8-bit RGB. Greyscale becomes three equal channels, 16-bit levels
     are divided by 257 and rounded down, images are rotated according to EXIF, and colours
     with an ICC profile are converted to sRGB.
@@ -281,10 +290,10 @@ def folder(
         must all have the same size.
     - `crop`: the side of the centre crop, before resizing: 140 for CELEBA.
 
-    **Raises:** `ValueError` if there are no images, for images of different sizes, and for
-    one that is smaller than `crop`, cannot be read, or cannot be converted without
-    guessing: with transparent pixels, several frames, 16-bit colours or levels without a
-    known range. Needs Pillow.
+    **Raises:** `ValueError` if there are no images, for images of different sizes, for a
+    broken link, and for an image that is smaller than `crop`, cannot be read, or cannot be
+    converted without guessing: with transparent pixels, several frames, 16-bit colours or
+    levels without a known range. Needs Pillow.
     """
     return np.stack(list(_read_all(_image_paths(directory), size, crop)))
 
@@ -406,21 +415,32 @@ def folder_labels(
 
     - `directory`: a directory with one subdirectory per class.
     - `classes`: the names of the subdirectories, in the order of the labels; by default
-        all, sorted. Pass those of the training data for other data.
+        all, sorted. Pass those of the training data for other data, so that labels agree
+        even if a class has no images there.
 
     **Returns:** the labels, counted from 0, and the names of the classes.
 
     **Raises:** `ValueError` for an image outside the subdirectories, or in one that is not
-    among the `classes`.
+    among the `classes`; and, without `classes`, for a subdirectory that has no images.
     """
     parts = [path.relative_to(directory).parts for path in _image_paths(directory)]
     if outside := [names[0] for names in parts if len(names) == 1]:
         raise ValueError(
             f"{outside[0]} is not in a subdirectory of {directory}, so it has no class."
         )
-    found = sorted({names[0] for names in parts})
-    classes = tuple(found if classes is None else classes)
-    if unknown := sorted(set(found) - set(classes)):
+    found = {names[0] for names in parts}
+    if classes is None:
+        classes = sorted(path.name for path in _visible(Path(directory)) if path.is_dir())
+        if empty := [name for name in classes if name not in found]:
+            raise ValueError(
+                f"{directory} has no images in {', '.join(empty)}. Images end in "
+                f"{', '.join(_image_endings)}. Remove what is no class; or pass `classes=` "
+                "if the class is to have no images here."
+            )
+    classes = (classes,) if isinstance(classes, str) else tuple(classes)
+    if len(set(classes)) < len(classes):
+        raise ValueError(f"`classes` must be different names; got {classes}.")
+    if unknown := sorted(found - set(classes)):
         raise ValueError(
             f"{directory} has images in {', '.join(unknown)}, but the classes are "
             f"{', '.join(classes)}."
@@ -430,13 +450,37 @@ def folder_labels(
 
 def _image_paths(directory: str | Path) -> list[Path]:
     directory = Path(directory)
-    paths = sorted(
-        path for path in directory.rglob("*") if path.suffix.lower() in _image_endings
-    )
+    files = _files(directory) if directory.is_dir() else ()
+    paths = sorted(path for path in files if path.suffix.lower() in _image_endings)
     if not paths:
         what = "holds no images" if directory.is_dir() else "is not a directory"
         raise ValueError(f"{directory} {what}. Images end in {', '.join(_image_endings)}.")
     return paths
+
+
+def _visible(directory: Path) -> Iterator[Path]:
+    """What is in a directory, without hidden files and those of operating systems."""
+    for path in directory.iterdir():
+        if not (path.name.startswith(".") or path.name.lower() in _system_names):
+            yield path
+
+
+def _files(directory: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """All files in a directory and its subdirectories, except those."""
+    # `Path.rglob` follows links to directories in no version of Python by default.
+    within = *above, directory.resolve()
+    if within[-1] in above:
+        raise ValueError(f"{directory} is a link to a directory that it is in. Remove it.")
+    for path in _visible(directory):
+        if path.is_file():
+            yield path
+        elif path.is_dir():
+            yield from _files(path, within)
+        elif path.is_symlink():
+            raise ValueError(
+                f"{path} is a broken link, to {path.readlink()}. Restore what it links to, "
+                "or remove it."
+            )
 
 
 def _found(directory: str | Path, names: tuple[str, ...], where: str) -> Path:

@@ -256,6 +256,90 @@ def test_the_classes_of_a_folder_are_its_subdirectories(tmp_path):
         gd.datasets.folder_labels(tmp_path)
 
 
+_junk = (
+    ".DS_Store",
+    "Thumbs.db",
+    "desktop.ini",
+    "._a.png",
+    ".hidden.jpg",
+    ".ipynb_checkpoints/a-checkpoint.png",
+    ".thumbnails/large/a.png",
+    "__MACOSX/._a.png",
+    "__macosx/cat/a.png",
+    "@eaDir/a.png/SYNOPHOTO_THUMB_M.jpg",
+    "#recycle/a.png",
+    "$RECYCLE.BIN/S-1-5/a.png",
+    "System Volume Information/a.png",
+    "lost+found/a.png",
+)
+
+
+@pytest.mark.parametrize("where", (".", "cat", "cat/young"))
+def test_what_systems_put_beside_images_is_no_data(tmp_path, where):
+    # The directory itself may be hidden.
+    directory = tmp_path / ".cache" / "@eaDir"
+    directory.mkdir(parents=True)
+    for name in ("cat/b.png", "cat/young/a.png", "dog/a.png"):
+        (directory / name).parent.mkdir(exist_ok=True)
+        _write(directory, name)
+    expected = gd.datasets.folder(directory)
+    labels, classes = gd.datasets.folder_labels(directory)
+    assert len(expected) == 3 and classes == ("cat", "dog")
+    for name in _junk:
+        (directory / where / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / where / name).write_bytes(b"no image")
+    (directory / where / "empty.png").mkdir()
+    if where == ".":
+        with pytest.raises(ValueError, match="no images in empty.png. Images end in"):
+            gd.datasets.folder_labels(directory)
+        (directory / "empty.png").rmdir()
+    np.testing.assert_array_equal(gd.datasets.folder(directory), expected)
+    packed = gd.datasets.pack_folder(directory, tmp_path / "images.npy")
+    np.testing.assert_array_equal(packed, expected)
+    found, names = gd.datasets.folder_labels(directory)
+    assert names == classes and found.tolist() == labels.tolist()
+
+
+def test_a_class_without_images_is_refused_unless_it_is_named(tmp_path):
+    for name in ("train/ant/a.png", "train/dog/a.png", "test/dog/a.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        _write(tmp_path, name)
+    _, classes = gd.datasets.folder_labels(tmp_path / "train")
+    (tmp_path / "test" / "ant").mkdir()
+    for content in (None, "notes.txt", ".hidden.png"):
+        if content is not None:
+            (tmp_path / "test" / "ant" / content).write_bytes(b"")
+        with pytest.raises(ValueError, match="no images in ant.* pass `classes=`"):
+            gd.datasets.folder_labels(tmp_path / "test")
+        labels, found = gd.datasets.folder_labels(tmp_path / "test", classes)
+        assert labels.tolist() == [1] and found == classes
+    with pytest.raises(ValueError, match="must be different names; got .'dog', 'dog'."):
+        gd.datasets.folder_labels(tmp_path / "train", ("dog", "dog"))
+
+
+def test_links_are_followed_and_broken_ones_refused(tmp_path):
+    directory = tmp_path / "images"
+    for name in ("elsewhere/a.png", "images/ant/a.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        _write(tmp_path, name)
+    (directory / "dog").symlink_to(tmp_path / "elsewhere")
+    (directory / "ant" / "b.png").symlink_to(tmp_path / "elsewhere" / "a.png")
+    assert gd.datasets.folder_labels(directory)[0].tolist() == [0, 0, 1]
+    images = gd.datasets.folder(directory)
+    np.testing.assert_array_equal(images[1], images[2])
+    (directory / ".#lock").symlink_to("nobody@nowhere")
+    assert len(gd.datasets.folder(directory)) == 3
+    for name in ("ant/c.png", "cat"):
+        (directory / name).symlink_to(tmp_path / "nowhere")
+        for read in (gd.datasets.folder, gd.datasets.folder_labels):
+            with pytest.raises(ValueError, match=f"{name} is a broken link, to .*nowhere"):
+                read(directory)
+        (directory / name).unlink()
+    (directory / "dog" / "again").symlink_to(directory)
+    with pytest.raises(ValueError, match="again is a link to a directory that it is in"):
+        gd.datasets.folder(directory)
+
+
 def test_folders_that_do_not_do_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no images. Images end in .png"):
         gd.datasets.folder(tmp_path)
