@@ -271,7 +271,10 @@ def _batch(path: Path, archive: tarfile.TarFile | None, name: str) -> tuple[str,
 
 
 def folder(
-    directory: str | Path, size: int | None = None, crop: int | None = None
+    directory: str | Path,
+    size: int | None = None,
+    crop: int | None = None,
+    channels: int = 3,
 ) -> Images:
     """All images in a directory and its subdirectories, sorted by name. For CELEBA:
     `img_align_celeba` from mmlab.ie.cuhk.edu.hk/projects/CelebA.html.
@@ -279,9 +282,10 @@ def folder(
     Links are followed. Hidden files and directories, whose names begin with a dot, and
     those of operating systems, such as `__MACOSX` and `@eaDir`, are left out.
 
-    They are converted to 8-bit RGB. Greyscale becomes three equal channels, 16-bit levels
-    are divided by 257 and rounded down, images are rotated according to EXIF, and colours
-    with an ICC profile are converted to sRGB.
+    They are converted to 8-bit RGB, where greyscale becomes three equal channels, or with
+    `channels=1` to 8-bit greyscale. 16-bit levels are divided by 257 and rounded down,
+    images are rotated according to EXIF, and colours with an ICC profile are converted to
+    sRGB.
 
     **Arguments:**
 
@@ -289,13 +293,14 @@ def folder(
     - `size`: the height and width of the result; by default images are not resized, and
         must all have the same size.
     - `crop`: the side of the centre crop, before resizing: 140 for CELEBA.
+    - `channels`: 3 for colours; 1 for greyscale, where colours become their luma.
 
     **Raises:** `ValueError` if there are no images, for images of different sizes, for a
     broken link, and for an image that is smaller than `crop`, cannot be read, or cannot be
     converted without guessing: with transparent pixels, several frames, 16-bit colours or
     levels without a known range. Needs Pillow.
     """
-    return np.stack(list(_read_all(_image_paths(directory), size, crop)))
+    return np.stack(list(_read_all(_image_paths(directory), size, crop, channels)))
 
 
 def pack_folder(
@@ -303,6 +308,7 @@ def pack_folder(
     path: str | Path,
     size: int | None = None,
     crop: int | None = None,
+    channels: int = 3,
 ) -> UInt8[np.memmap, "number height width channels"]:
     """Write all images of a directory to one file, for training on data sets larger than
     memory. Only one image is in memory at a time.
@@ -317,8 +323,8 @@ def pack_folder(
     **Arguments:**
 
     - `path`: the file to write, in NumPy's format: `images.npy`.
-    - `directory`, `size`, `crop`: as in [`gddim_eqx.datasets.folder`][], whose images and
-        order these are.
+    - `directory`, `size`, `crop`, `channels`: as in [`gddim_eqx.datasets.folder`][], whose
+        images and order these are.
 
     **Returns:** [`gddim_eqx.datasets.packed`][] of the file.
 
@@ -328,7 +334,7 @@ def pack_folder(
     path, paths = Path(path), _image_paths(directory)
     if path.suffix != ".npy":
         raise ValueError(f"`path` must end in .npy; got {path}.")
-    images = _read_all(paths, size, crop)
+    images = _read_all(paths, size, crop, channels)
     first = next(images)
 
     def write(file: BinaryIO) -> None:
@@ -373,11 +379,13 @@ def packed(path: str | Path) -> UInt8[np.memmap, "number height width channels"]
 
 
 def _read_all(
-    paths: list[Path], size: int | None, crop: int | None
+    paths: list[Path], size: int | None, crop: int | None, channels: int
 ) -> Iterator[UInt8[np.ndarray, "height width channels"]]:
     for name, value in (("size", size), ("crop", crop)):
         if value is not None:
             check_count(name, value)
+    if channels not in (1, 3):
+        raise ValueError(f"`channels` must be 1, for greyscale, or 3; got {channels!r}.")
     try:
         from PIL import Image
     except ImportError as error:
@@ -395,7 +403,8 @@ def _read_all(
             image = image.crop((left, top, left + crop, top + crop))
         if size is not None:
             image = image.resize((size, size), Image.Resampling.BILINEAR)
-        found = np.asarray(image)
+        image = image if channels == 3 else image.convert("L")
+        found = np.asarray(image).reshape(image.height, image.width, channels)
         shape = found.shape if shape is None else shape
         if found.shape != shape:
             raise ValueError(

@@ -350,6 +350,23 @@ def test_a_model_of_half_precision_stays_one(tmp_path):
 
 
 @pytest.mark.x64
+def test_metadata_are_kept_with_the_model(tmp_path):
+    path, model = tmp_path / "model.npz", _flow(jax.random.key(0))
+    gd.checkpoints.save(path, model)
+    assert gd.checkpoints.metadata(path) == {}
+    metadata = {"classes": ("cat", "Ötzi"), "step": 3, "nested": {"none": None}}
+    gd.checkpoints.save(path, model, metadata)
+    assert gd.checkpoints.metadata(path) == metadata | {"classes": ["cat", "Ötzi"]}
+    assert jtu.tree_structure(gd.checkpoints.load(path)) == jtu.tree_structure(model)
+    for wrong in ({"step": jnp.ones(2)}, {"network": object()}):
+        with pytest.raises(ValueError, match="`metadata` must be serialisable as JSON"):
+            gd.checkpoints.save(path, model, wrong)
+    assert gd.checkpoints.metadata(path)["step"] == 3
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="model.npz is not a complete file"):
+        gd.checkpoints.metadata(path)
+
+
 def test_a_failed_save_leaves_the_file_before(tmp_path):
     path, model = tmp_path / "model", _points(jax.random.key(0))
     gd.checkpoints.save(path, model)

@@ -224,6 +224,26 @@ def test_a_folder_is_packed_into_one_file(tmp_path):
         gd.datasets.pack_folder(directory, tmp_path / "images.bin")
 
 
+def test_a_folder_is_read_as_greyscale(tmp_path):
+    levels = _random.integers(0, 256, (6, 8), np.uint8)
+    directory = tmp_path / "images"
+    directory.mkdir()
+    Image.fromarray(levels).save(directory / "a.png")
+    Image.fromarray(np.repeat(levels[..., None], 3, -1)).save(directory / "b.png")
+    colours = _write(directory, "c.png").astype(float)
+    assert gd.datasets.folder(directory).shape == (3, 6, 8, 3)
+    found = gd.datasets.folder(directory, channels=1)
+    assert found.shape == (3, 6, 8, 1)
+    np.testing.assert_array_equal(found[:2, ..., 0], [levels, levels])
+    # ITU-R 601.
+    luma = colours @ [0.299, 0.587, 0.114]
+    assert np.abs(found[2, ..., 0] - luma).max() < 1
+    packed = gd.datasets.pack_folder(directory, tmp_path / "x.npy", channels=1)
+    np.testing.assert_array_equal(packed, found)
+    with pytest.raises(ValueError, match="`channels` must be 1, .* or 3; got 4"):
+        gd.datasets.folder(directory, channels=4)
+
+
 def test_packed_files_that_do_not_do_are_refused(tmp_path):
     path = tmp_path / "x.npy"
     with pytest.raises(ValueError, match="no file .*x.npy. `pack_folder` writes one"):

@@ -68,6 +68,61 @@ def test_batches_ahead_are_those_asked_for():
     stream.close()
 
 
+class _Reads:
+    """Samples that are read one by one."""
+
+    def __init__(self, data):
+        self.data, self.read = data, []
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return self.data[index]
+
+
+def test_data_are_told_apart_by_their_fingerprint(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 3), np.uint8)
+    labels = np.arange(40) % 3
+    grey = np.repeat(images[..., :1], 3, -1)
+    one, relabelled = images.copy(), labels.copy()
+    one[17, 2, 3, 1] ^= 1
+    relabelled[17] = 0
+    of = lambda data: Batches(data, 4).fingerprint()
+    known = of((images, labels))
+    assert known["shapes"] == [[40, 4, 4, 3], [40]] and known["dtypes"][0] == "uint8"
+    others = [images, (one, labels), (images, relabelled), (grey, labels)]
+    others += [(images[::-1], labels), (images[:-1], labels[:-1])]
+    others += [(images.astype(np.uint16), labels), (images[..., :1], labels)]
+    others += [(images.reshape(40, 2, 8, 3), labels)]
+    found = [known, *map(of, others)]
+    assert len({json.dumps(x) for x in found}) == len(found)
+    # The same, wherever they are, however they are batched.
+    np.save(tmp_path / "x.npy", images)
+    memory_map = np.load(tmp_path / "x.npy", mmap_mode="r")
+    for same in (memory_map, jnp.asarray(images), np.asfortranarray(images)):
+        assert Batches((same, labels), 8, seed=1).fingerprint() == known
+    assert json.loads(json.dumps(known)) == known
+
+
+def test_the_fingerprint_of_large_data_reads_little(tmp_path):
+    number = 70_000
+    path = tmp_path / "large.npy"
+    large = np.lib.format.open_memmap(path, "w+", np.uint8, (number, 32, 32, 1))
+    before = Batches(large, 4).fingerprint()
+    for index in (0, number - 1):
+        large[index, 0, 0] ^= 1
+        after = Batches(large, 4).fingerprint()
+        assert after["shapes"] == before["shapes"] and after != before
+        before = after
+    source = _Reads(np.zeros((1000, 3)))
+    Batches(source, 4).fingerprint()
+    assert len(source.read) == 64 and {0, 999} <= set(source.read)
+    pairs = _Reads([(np.zeros(3), 1.0)] * 5)
+    assert Batches(pairs, 4).fingerprint()["shapes"] == [[5, 3], [5]]
+
+
 @_eight
 def test_batches_are_divided_over_devices():
     placement = gd.Placement()
@@ -457,6 +512,11 @@ def test_a_checkpoint_of_another_run_is_refused(finished):
         _fit(directory, 12, config={"seed": 1})
     with pytest.raises(ValueError, match="rate: 'absent' there, 0.1 here"):
         _fit(directory, 12, config={"seed": 0, "rate": 0.1})
+    nested = {"seed": 0, "optimiser": {"rate": 0.1, "none": {}}}
+    with pytest.raises(
+        ValueError, match=r"\(optimiser.none: .*; optimiser.rate: 'abs.*1 h"
+    ):
+        _fit(directory, 12, config=nested)
     process = gd.VP((2,))
     model = gd.nn.NetworkModel(process, gd.nn.TimeMLP(2, width=32, key=jr.key(0)))
     state = Trainer(DenoisingLoss(process), adam(1e-2, 2)).init(model, jr.key(0))

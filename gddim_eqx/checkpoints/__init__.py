@@ -1,5 +1,5 @@
 from ._authors import load_authors as load_authors
-from ._file import load as load, save as save
+from ._file import load as load, metadata as metadata, save as save
 from ._pretrained import (
     pretrained as pretrained,
     pretrained_solver as pretrained_solver,

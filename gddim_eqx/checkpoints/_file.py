@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ._describe import build, describe
 _VERSION = 1
 
 
-def save(path: str | Path, model: Any) -> None:
+def save(path: str | Path, model: Any, metadata: Mapping[str, Any] | None = None) -> None:
     """Save a model with its architecture and its process, for
     [`gddim_eqx.checkpoints.load`][].
 
@@ -35,9 +36,16 @@ def save(path: str | Path, model: Any) -> None:
     - `path`: the path of the file, with any suffix.
     - `model`: a [`gddim_eqx.nn.NetworkModel`][]; or a [`gddim_eqx.ProbabilityFlow`][] of
         one, or of a model of your own, to save what it predicts too; or a network alone.
+    - `metadata`: anything else to keep with the model, serialisable as JSON, such as the
+        names of its classes, for [`gddim_eqx.checkpoints.metadata`][].
 
-    **Raises:** `ValueError` for arrays that are not numeric.
+    **Raises:** `ValueError` for arrays that are not numeric, and for metadata that cannot
+    be serialised as JSON.
     """
+    try:
+        metadata = json.loads(json.dumps(dict(metadata or {})))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`metadata` must be serialisable as JSON: {error}.") from error
     arrays: dict[str, np.ndarray] = {}
     dtypes = {}
     for name, array in _arrays(model):
@@ -49,6 +57,7 @@ def save(path: str | Path, model: Any) -> None:
         "version": _VERSION,
         "model": describe(model),
         "dtypes": dtypes,
+        "metadata": metadata,
     }
     arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
     contents: Any = arrays
@@ -102,6 +111,18 @@ def load(path: str | Path, like: Any = None) -> Any:
     dynamic, static = eqx.partition(model, _is_array)
     dynamic = jtu.tree_unflatten(jtu.tree_structure(dynamic), values)
     return eqx.combine(dynamic, static)
+
+
+def metadata(path: str | Path) -> dict[str, Any]:
+    """The `metadata` in a file of [`gddim_eqx.checkpoints.save`][]; `{}` if it has none.
+
+    **Arguments:**
+
+    - `path`: the path of the file.
+
+    **Raises:** `ValueError` for a file that `save` did not write, or that is incomplete.
+    """
+    return _read(Path(path))[0].get("metadata", {})
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,3 +1,4 @@
+import hashlib
 import threading
 from collections.abc import Generator, Sized
 from concurrent.futures import ThreadPoolExecutor
@@ -121,6 +122,28 @@ class Batches:
     def read(self, n: int) -> PyTree[np.ndarray]:
         """Batch n, whole, on the host."""
         return self._read(self.indices(n))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells these data from others, for the `config` of
+        [`gddim_eqx.training.Checkpoints`][], serialisable as JSON: the shape and dtype of
+        each leaf, with the number of samples, and a hash of the contents. It covers arrays
+        of up to 64 MiB completely; of larger ones, and of other objects, 64 samples. It is
+        of no use for objects whose samples are random.
+        """
+        content, leaves = hashlib.sha256(), []
+        some = np.unique(np.linspace(0, self.number - 1, 64).astype(int))
+        for source in self.sources:
+            whole = _is_array(source) and source.nbytes <= 2**26
+            with self._lock:
+                rows = source if whole else _rows(source, some)
+            leaves += [np.asarray(leaf) for leaf in jtu.tree_leaves(rows)]
+        for leaf in leaves:
+            content.update(leaf.tobytes())
+        return {
+            "shapes": [[self.number, *leaf.shape[1:]] for leaf in leaves],
+            "dtypes": [str(leaf.dtype) for leaf in leaves],
+            "content": content.hexdigest(),
+        }
 
     def _read(self, indices: np.ndarray) -> PyTree[np.ndarray]:
         with self._lock:

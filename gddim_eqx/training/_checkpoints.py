@@ -1,4 +1,5 @@
 import functools as ft
+import itertools
 import json
 import shutil
 from collections.abc import Mapping
@@ -33,8 +34,10 @@ class Checkpoints:
         """**Arguments:**
 
         - `directory`: created if missing.
-        - `config`: what defines the run, serialisable as JSON. `restore` refuses
-            checkpoints with another config.
+        - `config`: what defines the run, serialisable as JSON, such as the
+            `fingerprint()` of the [`gddim_eqx.training.Batches`][]. `restore` refuses
+            checkpoints with another config, so leave out what may change, such as the
+            number of steps.
         - `keep`: the number of latest checkpoints to keep.
         - `keep_every`: also keep, permanently, the checkpoints of steps that are multiples
             of this.
@@ -163,13 +166,12 @@ class Checkpoints:
         # Compared as text, as NaN is not equal to itself.
         text = ft.partial(json.dumps, sort_keys=True)
         if text(config) != text(self.config):
-            names = sorted({*config, *self.config}, key=str)
-            absent = "absent"
+            there, here, absent = _flat(config), _flat(self.config), "absent"
             differences = [
-                f"{name}: {config.get(name, absent)!r} there, "
-                f"{self.config.get(name, absent)!r} here"
-                for name in names
-                if text(config.get(name, absent)) != text(self.config.get(name, absent))
+                f"{name}: {there.get(name, absent)!r:.200} there, "
+                f"{here.get(name, absent)!r:.200} here"
+                for name in sorted({*there, *here})
+                if text(there.get(name, absent)) != text(here.get(name, absent))
             ]
             raise ValueError(
                 f"{folder} was saved with another config ({'; '.join(differences)}). Use "
@@ -208,6 +210,16 @@ def _orbax():
             "To save the state of training, install `gddim_eqx[train]`."
         ) from error
     return ocp
+
+
+def _flat(config: Any, name: str = "") -> dict[str, Any]:
+    """All values in nested dictionaries, by names such as `optimiser.warmup`."""
+    if not isinstance(config, dict) or not config:
+        return {name: config}
+    parts = [
+        _flat(value, f"{name}.{key}" if name else key) for key, value in config.items()
+    ]
+    return dict(itertools.chain.from_iterable(part.items() for part in parts))
 
 
 def _damaged(folder: Path, error: Exception) -> ValueError:
