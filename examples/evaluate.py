@@ -3,6 +3,8 @@ r"""Evaluate the samples of a trained model.
     python examples/evaluate.py runs/fashion-mnist/model.npz --data.name fashion_mnist
     python examples/evaluate.py runs/digits/model.npz --data.name digits \
         --samplers gddim heun --evaluations 10 20 50
+    python examples/evaluate.py runs/photos/model.npz --data.name folder \
+        --data.directory photos --data.size 32
     python examples/evaluate.py mine.npz --like mine.py:network --data.name digits
     python examples/evaluate.py checkpoint_15 --authors cifar10_cld --data.name cifar10 \
         --data.directory cifar-10-python.tar.gz --features inception \
@@ -11,8 +13,9 @@ r"""Evaluate the samples of a trained model.
         --data.name fashion_mnist --guidance 2
 
 For each sampler, number of network evaluations and seed, draws samples and compares them
-with the data. Writes `results.json`, with the protocol, and `grid.png` to the output
-directory. If interrupted, run the same command again to resume.
+with the data: of a folder, with the images that training held out. As a scale, it compares
+other real images with them too. Writes `results.json`, with the protocol, and `grid.png` to
+the output directory. If interrupted, run the same command again to resume.
 """
 
 import contextlib
@@ -41,7 +44,7 @@ import jax.random as jr
 import numpy as np
 import tyro
 from tqdm import tqdm
-from train import load, load_labels, Source, tiled, to_json
+from train import has_test, load, load_labels, OWN, Source, tiled, to_json
 
 import gddim_eqx as gd
 
@@ -240,11 +243,12 @@ class Config:
     """For a model with a custom network or process: `path.py:name` or `module:name` of a
     function without arguments that returns a model of the same structure, as for
     `gddim_eqx.checkpoints.load(path, like=...)`."""
-    against: Literal["train", "test"] = "train"
-    """Which split of the data to compare with."""
+    against: Literal["train", "test"] | None = None
+    """Which split of the data to compare with: by default `test` for a folder or packed
+    images of which some are held out, and otherwise `train`, as in the literature."""
     features: Literal["pixels", "classifier", "inception"] | None = None
-    """The features to compare images by: by default the classifier's for Fashion-MNIST,
-    Inception's for colour images, and otherwise pixels, for small images of any kind."""
+    """The features to compare images by: by default Inception's with `weights`, the
+    classifier's for Fashion-MNIST, and otherwise pixels, whose distances are no FIDs."""
     weights: Path | None = None
     """The file of Inception weights."""
     samplers: Annotated[
@@ -309,6 +313,26 @@ def num_classes_of(flow: gd.ProbabilityFlow) -> int | None:
     return getattr(getattr(flow.model, "network", None), "num_classes", None)
 
 
+def metadata_of(config: Config) -> dict[str, Any]:
+    """What `train.py` recorded with the model."""
+    return {} if config.authors is not None else gd.checkpoints.metadata(config.model)
+
+
+def check_held_out(config: Config, other: np.ndarray | None) -> None:
+    """Warn unless the model was trained on the other images, and not on those that samples
+    are compared with."""
+    if config.against != "test" or config.data.name not in OWN:
+        return
+    recorded = metadata_of(config).get("trained_on")
+    if recorded is None:
+        message = "It is not recorded what the model was trained on"
+    elif recorded != gd.training.Batches(other, 1).fingerprint():
+        message = "The model was not trained on the other images of these data"
+    else:
+        return
+    print(f"{message}: it may have been on those held out.", file=sys.stderr)
+
+
 def guided(config: Config, flow: gd.ProbabilityFlow) -> gd.ProbabilityFlow:
     if config.guidance == 1:
         return flow
@@ -323,11 +347,13 @@ def labels_of(config: Config, flow: gd.ProbabilityFlow) -> np.ndarray | None:
     data."""
     if (num_classes := num_classes_of(flow)) is None:
         return None
-    labels = load_labels(config.data, train=config.against == "train")
-    if labels.max() >= num_classes:
+    known = metadata_of(config).get("classes")
+    labels, classes = load_labels(config.data, config.against != "test", known)
+    if labels.max() >= num_classes or list(classes) != (known or list(classes)):
+        names = f", {', '.join(known)}" if known else ""
         raise ValueError(
-            f"{config.model} is for {num_classes} classes, but {config.data.name} has the "
-            f"label {labels.max()}."
+            f"{config.model} is for {num_classes} classes{names}, but {config.data.name} "
+            f"has {len(classes)}: {', '.join(classes)}."
         )
     places = (np.arange(config.number) + 0.5) * len(labels) / config.number
     labels = np.sort(labels)[places.astype(int)]
@@ -400,16 +426,16 @@ def read_authors(
     return gd.ProbabilityFlow(made, gd.nn.NetworkModel(made, network, mixed_score))
 
 
-def features_of(config: Config, shape: tuple[int, ...]) -> str:
+def features_of(config: Config) -> str:
     if config.features is not None:
         return config.features
-    if config.weights is not None or shape[-1] == 3:
+    if config.weights is not None:
         return "inception"
     return "classifier" if config.data.name == "fashion_mnist" else "pixels"
 
 
 def read_features(config: Config, shape: tuple[int, ...]) -> gd.metrics.AbstractFeatures:
-    name = features_of(config, shape)
+    name = features_of(config)
     found = gd.metrics.Pixels()
     if name == "classifier":
         found = gd.metrics.Classifier()
@@ -699,9 +725,20 @@ def read_results(
 def evaluate(config: Config) -> list[dict[str, Any]]:
     check(config)
     output = config.output or config.model.parent / "evaluation"
+    if config.against is None:
+        own = config.data.name in OWN and has_test(config.data)
+        config = dataclasses.replace(config, against="test" if own else "train")
     images = load(config.data, train=config.against == "train")
     if images.dtype != np.uint8:
         raise ValueError(f"{config.data.name} has no images.")
+    if len(images) < 4:
+        raise ValueError(
+            f"There are {len(images)} images to compare with, and 4 are needed at least. "
+            "Give more, by `--data.test` or a larger `--data.held-out`; or `--against "
+            "train`."
+        )
+    other = other_split(config)
+    check_held_out(config, other)
     flow = read_model(config, images.shape[1:])
     features = read_features(config, images.shape[1:])
     batch_size = min(config.batch_size, config.number)
@@ -710,7 +747,33 @@ def evaluate(config: Config) -> list[dict[str, Any]]:
     wanted = protocol(config, flow, features, images, bench.batch_size)
     output.mkdir(parents=True, exist_ok=True)
     with only_one(output / ".lock"):
-        return run_cells(config, bench, features, images, wanted, output)
+        return run_cells(config, bench, features, images, other, wanted, output)
+
+
+def other_split(config: Config) -> np.ndarray | None:
+    """Real images besides those to compare with, if there are any."""
+    if not has_test(config.data):
+        return None
+    try:
+        return load(config.data, train=config.against == "test")
+    except ValueError as error:
+        if config.data.name in OWN:
+            raise
+        print(f"There are no other images as a scale: {error}", file=sys.stderr)
+        return None
+
+
+def measure_real(
+    config: Config,
+    features: gd.metrics.AbstractFeatures,
+    reference: gd.metrics.Reference,
+    images: np.ndarray | None,
+) -> dict[str, Any] | None:
+    """As for samples, for some real images; `None` if there are too few."""
+    if images is None or len(images) < 4:
+        return None
+    vectors = gd.metrics.reference(images, features, config.cache).vectors[: config.number]
+    return {"number": len(vectors), **measure([{"vectors": vectors}], reference)}
 
 
 @contextlib.contextmanager
@@ -729,14 +792,17 @@ def run_cells(
     bench: Bench,
     features: gd.metrics.AbstractFeatures,
     images: np.ndarray,
+    other: np.ndarray | None,
     wanted: dict[str, Any],
     output: Path,
 ) -> list[dict[str, Any]]:
     path = output / "results.json"
     results = read_results(config, path, wanted)
+    real: dict[str, Any] | None = None
 
     def save() -> None:
-        text = json.dumps({"protocol": wanted, "results": results}, indent=1)
+        found = {"protocol": wanted, "real_images": real, "results": results}
+        text = json.dumps(found, indent=1)
         replace(path, lambda file: file.write(text.encode()))
 
     # Before anything is drawn, so that no samples are taken for another protocol's.
@@ -745,6 +811,8 @@ def run_cells(
     parts = output / "parts" / digest(text.encode())[:16]
     print(f"Comparing with {len(images)} images.", file=sys.stderr)
     reference = gd.metrics.reference(images, features, config.cache)
+    real = measure_real(config, features, reference, other)
+    save()
     # Seed by seed, so that a whole table is complete early.
     cells = [
         Cell(name, budget, seed)
@@ -780,6 +848,7 @@ def run_cells(
     draw_grid(results, output)
     print(f"{features.name} ({config.number} samples, against {wanted['against']}):\n")
     print(table(results))
+    print(described(config, real))
     if any("accuracy" in r for r in results):
         print("\nShare of samples that the classifier takes for their label:\n")
         print(table(results, "accuracy"))
@@ -790,6 +859,19 @@ def run_cells(
         print(f"Not possible: {', '.join(names)}.")
     print(f"All metrics: {path}. Samples: {output / 'grid.png'}.")
     return results
+
+
+def described(config: Config, real: dict[str, Any] | None) -> str:
+    if real is None:
+        return (
+            "\nNo real images are left to compare with. For a folder, `--data.test` or "
+            "`--data.held-out` gives some."
+        )
+    kind = "training" if config.against == "test" else "held-out"
+    text = f"\n{real['number']} real {kind} images: {real['frechet_distance']:.3g}"
+    if real["number"] < config.number:
+        text += f". (More of them, such as {config.number}, would come closer.)"
+    return text
 
 
 def samplers_in(results: list[dict[str, Any]]) -> list[str]:

@@ -5,22 +5,26 @@
     python examples/train.py cifar10-cld --data.directory cifar-10-batches-py
 
 The first argument is a preset; the options that follow override any of its settings. Writes
-checkpoints, the training metrics as JSON Lines, pictures of samples, and at the end
-`model.npz`, for `gddim_eqx.checkpoints.load`, to the output directory.
+checkpoints, the training metrics as JSON Lines, pictures of samples, and with every
+checkpoint `model.npz`, for `gddim_eqx.checkpoints.load`, to the output directory.
 
 Ctrl-C or SIGTERM saves a checkpoint and stops; a second Ctrl-C stops at once. Run the same
-command again to resume, with the same result as an uninterrupted run. For several machines,
-or several processes, give each process `--processes.coordinator`, `--processes.number` and
-`--processes.index`.
+command again to resume, with the same result as an uninterrupted run. To train for longer,
+resume with more `--steps`. What is logged, drawn, kept and saved may change too, and the
+devices; the data and other settings may not. To fine-tune a model, give `--init` and
+another `--output`. For several machines, or several processes, give each process
+`--processes.coordinator`, `--processes.number` and `--processes.index`.
 """
 
 import contextlib
 import dataclasses
 import functools as ft
+import hashlib
 import importlib.util
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +32,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import jax.tree_util as jtu
 import numpy as np
 import tyro
 from einops import rearrange
@@ -67,6 +72,14 @@ class Source:
     crop: int | None = None
     """For a folder of images: the size of a centre crop before resizing; CELEBA: 140.
     Packed images have been cropped before."""
+    channels: Literal[1, 3] | None = None
+    """For a folder of images: 1 to read them as greyscale; 3 by default. For packed images:
+    the number of their channels, which is checked."""
+    held_out: float | None = None
+    """For a folder of images: the share that training leaves out, for evaluation; 0.1 by
+    default, or 0 with `test`."""
+    test: Path | None = None
+    """A second folder, or packed file, of images that are held out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +122,8 @@ class Optimiser:
     warmup: int = 5000
     """The number of warm-up steps of the learning rate."""
     cosine: bool = False
-    """Decay the learning rate to 0 by a cosine schedule. The paper does not."""
+    """Decay the learning rate to 0 at `--steps`, by a cosine schedule. A run that resumes
+    with more steps follows the schedule of these. The paper does not decay it."""
     clip: float = 1.0
     """The global norm to which gradients are clipped."""
     ema_decay: float = 0.9999
@@ -150,6 +164,9 @@ class Config:
     """With labels: the probability of training without, for classifier-free guidance."""
     shard_parameters: bool = False
     """Shard parameters over devices too."""
+    init: Path | None = None
+    """A `model.npz` to start from, in place of random parameters; of the same network,
+    process and prediction."""
     seed: int = 0
     processes: Processes = Processes()
     output: Path | None = None
@@ -258,7 +275,7 @@ PRESETS = {
     "celeba-cld": (
         "CELEBA, 64x64, under CLD, with the values of the paper's Table 4.",
         Config(
-            Data("folder", size=64, crop=140, flip=True),
+            Data("folder", size=64, crop=140, held_out=0, flip=True),
             Network("celeba_cld"),
             "cld",
             steps=150_000,
@@ -339,50 +356,116 @@ def check_warmup(config: Config) -> None:
     print(f"{message}: training ends before the warm-up does.", file=sys.stderr)
 
 
-def load(data: Source, train: bool = True) -> np.ndarray:
-    if not train and data.name in ("rings", "digits", "folder", "packed"):
-        raise ValueError(f"{data.name} has no test set.")
-    sized = data.size is not None or data.crop is not None
-    if data.name not in ("folder", "packed") and sized:
+OWN = ("folder", "packed")  # Images of one's own.
+
+_CLASSES = {
+    "fashion_mnist": (
+        "T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Boot".split()
+    ),
+    "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
+}
+
+
+def check_source(data: Source) -> None:
+    own = (data.size, data.crop, data.channels, data.held_out, data.test)
+    if data.name not in OWN and own != (None,) * 5:
         raise ValueError(
-            f"`--data.size` and `--data.crop` are for a folder, not for {data.name}."
+            "`--data.size`, `--data.crop`, `--data.channels`, `--data.held-out` and "
+            f"`--data.test` are for a folder, not for {data.name}."
         )
-    if data.name in ("rings", "digits", "folder", "packed") and not data.verify:
+    if data.name in ("rings", "digits", *OWN) and not data.verify:
         raise ValueError(f"{data.name} is not verified: leave out `--data.no-verify`.")
-    if data.name in ("rings", "digits"):
-        if data.directory is not None:
-            raise ValueError(
-                f"{data.name} is not read from files: leave out `--data.directory`."
-            )
-        return getattr(gd.datasets, data.name)()
-    if data.directory is None and data.name != "fashion_mnist":
+    if data.name in ("rings", "digits") and data.directory is not None:
+        raise ValueError(
+            f"{data.name} is not read from files: leave out `--data.directory`."
+        )
+    if data.directory is None and data.name not in ("rings", "digits", "fashion_mnist"):
         raise ValueError(f"{data.name} is read from files: give `--data.directory`.")
-    directory = {} if data.directory is None else {"directory": data.directory}
+    if not 0 <= (data.held_out or 0) < 1:
+        raise ValueError(f"`--data.held-out` must be in [0, 1); got {data.held_out}.")
+    if data.held_out and (data.test is not None or data.name == "packed"):
+        raise ValueError(
+            "`--data.held-out` is for a folder without `--data.test`. For packed images, "
+            "pack a second folder: `--data.test`."
+        )
+
+
+def has_test(data: Source) -> bool:
+    """Whether there are images that training leaves out."""
+    if data.name in OWN:
+        return data.test is not None or (data.name == "folder" and data.held_out != 0)
+    return data.name not in ("rings", "digits")
+
+
+def load(data: Source, train: bool = True) -> np.ndarray:
+    check_source(data)
+    if not (train or has_test(data)):
+        raise ValueError(f"{data.name} has no test set.")
+    if data.name in ("rings", "digits"):
+        return getattr(gd.datasets, data.name)()
+    if data.name not in OWN:
+        directory = {} if data.directory is None else {"directory": data.directory}
+        read = getattr(gd.datasets, data.name)
+        return read(train=train, verify=data.verify, **directory)
+    directory = data.directory if train or data.test is None else data.test
+    assert directory is not None
     if data.name == "folder":
-        return gd.datasets.folder(size=data.size, crop=data.crop, **directory)
-    if data.name == "packed":
-        images = gd.datasets.packed(directory["directory"])
-        if data.size is not None and images.shape[1:3] != (data.size, data.size):
-            raise ValueError(
-                f"{data.directory} holds images of {images.shape[1]} x {images.shape[2]}, "
-                f"and `--data.size` is {data.size}: pack them with this size."
-            )
-        return images
-    read = getattr(gd.datasets, data.name)
-    return read(train=train, verify=data.verify, **directory)
+        images = gd.datasets.folder(directory, data.size, data.crop, data.channels or 3)
+        return part_of(images, data, train)
+    images = gd.datasets.packed(directory)
+    if data.size is not None and images.shape[1:3] != (data.size, data.size):
+        raise ValueError(
+            f"{directory} holds images of {images.shape[1]} x {images.shape[2]}, "
+            f"and `--data.size` is {data.size}: pack them with this size."
+        )
+    if data.channels not in (None, images.shape[3]):
+        raise ValueError(
+            f"{directory} holds images of {images.shape[3]} channels, and "
+            f"`--data.channels` is {data.channels}: pack them with `channels`."
+        )
+    return images
 
 
-def load_labels(data: Source, train: bool = True) -> np.ndarray:
+def part_of(values: np.ndarray, data: Source, train: bool) -> np.ndarray:
+    """What belongs to the images of a folder for training, or to those held out: of equally
+    many consecutive ones, one each, at random."""
+    if data.test is not None or data.held_out == 0:
+        return values
+    share = 0.1 if data.held_out is None else data.held_out
+    number = len(values)
+    held_out = min(max(round(share * number), 1), number - 1)
+    edges = np.linspace(0, number, held_out + 1).astype(int)
+    chosen = np.zeros(number, bool)
+    chosen[np.random.default_rng(0).integers(edges[:-1], edges[1:])] = True
+    return values[~chosen if train else chosen]
+
+
+def load_labels(
+    data: Source, train: bool = True, classes: Sequence[str] | None = None
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The labels, and the names of the classes. For a folder, `classes` are those of a
+    model, by default its own."""
     if data.name in ("rings", "packed"):
         raise ValueError(f"The data {data.name!r} have no labels.")
     if data.name == "digits":
-        return gd.datasets.digits_labels()
+        return gd.datasets.digits_labels(), tuple(map(str, range(10)))
     if data.name == "folder":
         assert data.directory is not None
-        return gd.datasets.folder_labels(data.directory)[0]
+        labels, found = gd.datasets.folder_labels(data.directory, classes)
+        if not train and data.test is not None:
+            return gd.datasets.folder_labels(data.test, found)
+        labels = part_of(labels, data, train)
+        if train and classes is None and len(np.unique(labels)) < len(found):
+            (first, *_) = (name for n, name in enumerate(found) if n not in labels)
+            raise ValueError(
+                f"All images of the class {first} are held out. Give it more, or "
+                "`--data.held-out 0`."
+            )
+        return labels, found
     directory = {} if data.directory is None else {"directory": data.directory}
     read = getattr(gd.datasets, f"{data.name}_labels")
-    return read(train=train, verify=data.verify, **directory)
+    names = _CLASSES.get(data.name, map(str, range(10)))
+    return read(train=train, verify=data.verify, **directory), tuple(names)
 
 
 def make_model(
@@ -436,6 +519,48 @@ def make_model(
     return gd.nn.NetworkModel(process, make(key=key), network.mixed_score, std)
 
 
+def read_init(config: Config, model: gd.nn.NetworkModel) -> gd.nn.NetworkModel:
+    """The model to start from.
+
+    **Raises:** `ValueError` unless it has the structure of `model`, which is what was asked
+    for.
+    """
+    path, predicts = config.init, "noise"
+    assert path is not None
+    found = gd.checkpoints.load(path)
+    if isinstance(found, gd.ProbabilityFlow):
+        predicts, found = found.predicts, found.model
+    if not isinstance(found, gd.nn.NetworkModel):
+        raise ValueError(f"`--init` {path} holds a {type(found).__name__}, not a model.")
+    if found.data_std is not None and model.data_std is not None:
+        # That of the data it was trained on, which its parameters expect.
+        model = gd.nn.NetworkModel(model.process, model.network, data_std=found.data_std)
+    there, here = described(found, predicts), described(model, config.predicts)
+    for name in {**there, **here}:
+        if there.get(name) != here.get(name):
+            found, wanted = (" ".join(repr(x.get(name)).split()) for x in (there, here))
+            raise ValueError(
+                f"`--init` {path} is another model ({name}: {found:.200} there, "
+                f"{wanted:.200} here). Give the options it was trained with."
+            )
+    return found
+
+
+def described(model: gd.nn.NetworkModel, predicts: str) -> dict[str, Any]:
+    """All that must agree for the arrays of one model to be those of another."""
+    about: dict[str, Any] = {"predicts": predicts}
+    network: Any = model.network
+    for name, part in (("", model), ("network.", network)):
+        about[f"{name}kind"] = type(part).__name__
+        for field in dataclasses.fields(part):
+            value = getattr(part, field.name)
+            if not jtu.tree_leaves(eqx.filter(value, eqx.is_array)):
+                about[name + field.name] = value
+    arrays = jtu.tree_leaves_with_path(eqx.filter(model, eqx.is_array))
+    about |= {jtu.keystr(path): x.shape for path, x in arrays}
+    return about | {"structure": jtu.tree_structure(model)}
+
+
 def standard_deviation(data: np.ndarray) -> float:
     """The standard deviation of the data as the model sees them."""
     # In parts, as the data may be larger than memory.
@@ -448,37 +573,48 @@ def standard_deviation(data: np.ndarray) -> float:
     return std / (127.5 if data.dtype == np.uint8 else 1)
 
 
-def draw(path: Path, flow: gd.ProbabilityFlow, number: int = 64, args: Any = None) -> None:
-    """Draw a picture of samples, with 20 evaluations of the model."""
+def draw(path: Path, flow: gd.ProbabilityFlow, classes: Sequence[str] = ()) -> None:
+    """Draw a picture of samples, with 20 evaluations of the model; of at most 16 classes, a
+    row of each."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
+    shown = np.unique(np.linspace(0, len(classes) - 1, 16).astype(int)) if classes else []
+    rows = len(shown) or 8
+    args = np.repeat(shown, 8).astype(np.int32) if classes else None
     try:
-        x = gd.sample(flow, jr.key(0), number, num_steps=20, args=args).x
+        x = gd.sample(flow, jr.key(0), 8 * rows, num_steps=20, args=args).x
     except FloatingPointError as error:
         # Early in training, samples may diverge.
         print(f"No {path.name}: {error}")
         return
     x = np.asarray(x)
-    figure, axis = plt.subplots(figsize=(4, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(4, rows / 2), layout="constrained")
     if x.ndim == 2:
         axis.scatter(*x.T, s=2)
         axis.set(aspect="equal", xlim=(-3, 3), ylim=(-3, 3))
     else:
-        axis.imshow(tiled(gd.to_uint8(x)), cmap="gray", vmin=0, vmax=255)
-        axis.axis("off")
+        axis.imshow(tiled(gd.to_uint8(x), rows), cmap="gray", vmin=0, vmax=255)
+        axis.spines[:].set_visible(False)
+        height = x.shape[1] + 1
+        axis.set_yticks(
+            (np.arange(len(shown)) + 0.5) * height - 1,
+            [classes[int(n)] for n in shown],
+            parse_math=False,
+        )
+        axis.set_xticks([])
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def tiled(images: np.ndarray) -> np.ndarray:
-    """Tile images in a square grid; unused places stay black."""
-    side = math.isqrt(len(images) - 1) + 1
-    images = np.pad(images, [(0, side**2 - len(images)), (0, 1), (0, 1), (0, 0)])
-    grid = rearrange(images, "(a b) h w c -> (a h) (b w) c", a=side)
+def tiled(images: np.ndarray, rows: int | None = None) -> np.ndarray:
+    """Tile images in rows, by default as many as columns; unused places stay black."""
+    rows = rows or math.isqrt(len(images) - 1) + 1
+    images = np.pad(images, [(0, -len(images) % rows), (0, 1), (0, 1), (0, 0)])
+    grid = rearrange(images, "(a b) h w c -> (a h) (b w) c", a=rows)
     return grid[..., 0] if grid.shape[-1] == 1 else grid
 
 
@@ -510,13 +646,17 @@ def train(config: Config) -> TrainState:
     placement = gd.Placement(shard_parameters=config.shard_parameters)
     placement.check_batch(config.batch_size)
     x = load(config.data)
-    labels = load_labels(config.data) if config.data.labels else None
-    num_classes = None if labels is None else int(labels.max()) + 1
+    labels, classes = load_labels(config.data) if config.data.labels else (None, ())
+    num_classes = len(classes) or None
     data = x if labels is None else (x, labels)
     batches = Batches(data, config.batch_size, config.seed, placement)
     model_key, train_key = jr.split(jr.key(config.seed))
     model = make_model(config, x, model_key, num_classes)
+    if config.init is not None:
+        model = read_init(config, model)
     process, first = model.process, jax.process_index() == 0
+    if first:
+        describe_folder(config.data, x)
     weighting: Any = config.weighting
     if weighting == "data":
         weighting = DataWeighting(process, standard_deviation(x))
@@ -549,16 +689,16 @@ def train(config: Config) -> TrainState:
     assert output is not None
     # Without the settings that may change when a run resumes.
     names = ("data", "network", "process", "batch_size", "optimiser", "predicts", "times")
-    names = (
-        *names,
-        "weighting",
-        "label_dropout",
-        "seed",
-        *(["steps"] if optimiser.cosine else []),
-    )
+    names = (*names, "weighting", "label_dropout", "seed")
     kept = {name: to_json(getattr(config, name)) for name in names}
-    for name in ("directory", "verify"):
+    # What is read shows in the fingerprint.
+    for name in ("directory", "verify", "channels", "held_out", "test"):
         del kept["data"][name]
+    kept["data"] |= batches.fingerprint()
+    kept["classes"] = list(classes)
+    kept["init"] = config.init and hashlib.sha256(config.init.read_bytes()).hexdigest()
+    metadata = {"classes": classes, "trained_on": Batches(x, 1).fingerprint()}
+    path = output / "model.npz"
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
             Checkpoints(output / "checkpoints", kept, config.keep)
@@ -574,13 +714,20 @@ def train(config: Config) -> TrainState:
             if config.wandb is not None:
                 logs.append(stack.enter_context(wandb(config.wandb, to_json(config))))
 
-        def samples(state):
+        def flow(state):
             model = placement.gather(state.averaged)
+            return gd.ProbabilityFlow(process, model, config.predicts)
+
+        def write(state):
+            written = flow(state)
             if first:
-                path = output / "samples" / f"{int(state.step):07d}.png"
-                flow = gd.ProbabilityFlow(process, model, config.predicts)
-                args = None if num_classes is None else np.arange(64) % num_classes
-                draw(path, flow, 64, args)
+                about = metadata | {"step": int(state.step)}
+                gd.checkpoints.save(path, written, about)
+
+        def samples(state):
+            drawn = flow(state)
+            if first:
+                draw(output / "samples" / f"{int(state.step):07d}.png", drawn, classes)
 
         every = config.samples_every
         state = fit(
@@ -593,16 +740,27 @@ def train(config: Config) -> TrainState:
             save_every=config.save_every,
             logs=logs,
             log_every=config.log_every,
-            callbacks=[(every, samples)] if every else [],
+            callbacks=[(config.save_every, write), *([(every, samples)] if every else [])],
         )
-    model, done = placement.gather(state.averaged), int(state.step)
+        write(state)
+    done = int(state.step)
     if first and done < config.steps:
         print(f"Stopped at step {done}. Run the same command again to resume.")
-    elif first:
-        path = output / "model.npz"
-        gd.checkpoints.save(path, gd.ProbabilityFlow(process, model, config.predicts))
+    if first and done > config.steps:
+        print(f"The run has {done} steps already, more than `--steps` {config.steps}.")
+    if first:
         print(f"The model: {path}")
     return state
+
+
+def describe_folder(data: Source, x: np.ndarray) -> None:
+    """Say what was read from a folder, if it may not be what was meant."""
+    if data.name != "folder":
+        return
+    if data.test is None and data.held_out != 0:
+        print(f"Training on {len(x)} images; the others are held out, for evaluation.")
+    if x.shape[-1] == 3 and all((image == image[..., :1]).all() for image in x):
+        print("All images are greyscale: `--data.channels 1` trains on one channel.")
 
 
 def to_json(value: Any) -> Any:

@@ -38,8 +38,8 @@ def evaluate():
 
 
 def _save(path, process, change=lambda x: x):
-    height, width, _ = process.shape
-    shape = (height, width, process.num_components)
+    height, width, channels = process.shape
+    shape = (height, width, process.num_components * channels)
     key = jax.random.key(0)
     network = gd.nn.TimeMLP(shape, process.shape, key=key, width=16, depth=1)
     model = gd.nn.NetworkModel(process, network, data_std=0.7)
@@ -300,7 +300,7 @@ def test_adaptive_steps_do_not_depend_on_other_budgets(run, tmp_path):
         (("--denoise", "drift", "--samplers", ["dopri5"]), "not for dopri5"),
         (("--weights", "/nowhere"), "`weights` are for `--features inception`"),
         (("--process", "bdm"), "`process` is for `--authors`"),
-        (("--data.size", 3), "`--data.size` and `--data.crop` are for a folder"),
+        (("--data.size", 3), "`--data.size`, .* are for a folder, not for digits"),
         (("--data.directory", "/nowhere"), "digits is not read from files"),
         (("--evaluations", [0]), r"`evaluations` must be positive; got \(0,\)"),
         (("--features", "inception"), "give `--weights`"),
@@ -341,10 +341,12 @@ def test_what_is_no_model_is_refused(run, tmp_path):
         run(path=other)
 
 
-def _folder_of_colours(directory):
+def _folder_of_colours(directory, number):
     directory.mkdir()
-    for n in range(4):
-        PIL.Image.new("RGB", (8, 8), (n, 0, 0)).save(directory / f"{n}.png")
+    random = np.random.default_rng(number)
+    for n in range(number):
+        pixels = random.integers(0, 256, (8, 8, 3), np.uint8)
+        PIL.Image.fromarray(pixels).save(directory / f"{n:03d}.png")
     return ("--data.name", "folder", "--data.directory", directory)
 
 
@@ -353,11 +355,95 @@ def test_what_to_compare_by_is_chosen_by_the_data(run, evaluate, tmp_path, capsy
     assert found["protocol"]["frechet_distance"] == "Frechet distance of pixels"
     assert "Features: pixels." in capsys.readouterr().err
     fashion = evaluate.Config(tmp_path, evaluate.Source("fashion_mnist"))
-    assert evaluate.features_of(fashion, (28, 28, 1)) == "classifier"
+    assert evaluate.features_of(fashion) == "classifier"
     colours = _save(tmp_path / "colours.npz", gd.VP((8, 8, 3)))
-    options = _folder_of_colours(tmp_path / "images")
-    with pytest.raises(SystemExit, match="give `--weights`; or `--features pixels`"):
-        run("--features", None, *options, path=colours)
+    options = _folder_of_colours(tmp_path / "images", 4)
+    options = (*options, "--data.held-out", 0)
+    (tmp_path / "output").rename(tmp_path / "digits")
+    found = run("--features", None, *options, path=colours)
+    assert found["protocol"]["frechet_distance"] == "Frechet distance of pixels"
+    assert found["protocol"]["against"] == "train, 4 images"
+    assert found["real_images"] is None
+    assert "No real images are left to compare with" in capsys.readouterr().out
+    inception = evaluate.Config(colours, evaluate.Source("folder"), weights=colours)
+    assert evaluate.features_of(inception) == "inception"
+
+
+def _held_out_by_hand(images):
+    """One of every ten consecutive images, by NumPy's generator of seed 0."""
+    edges = np.linspace(0, len(images), len(images) // 10 + 1).astype(int)
+    chosen = np.random.default_rng(0).integers(edges[:-1], edges[1:])
+    return images[chosen], np.delete(images, chosen, axis=0)
+
+
+def test_samples_and_real_images_are_compared_with_those_held_out(run, tmp_path, capsys):
+    colours = _save(tmp_path / "colours.npz", gd.VP((8, 8, 3)))
+    options = _folder_of_colours(tmp_path / "images", 60)
+    test, train = _held_out_by_hand(gd.datasets.folder(tmp_path / "images"))
+    found = run("--keep-images", [], *options, path=colours)
+    printed = capsys.readouterr()
+    assert found["protocol"]["against"] == "test, 6 images"
+    assert "not recorded what the model was trained on" in printed.err
+    pixels = gd.metrics.Pixels()
+    with np.load(tmp_path / "output" / "images-euler-3-0.npz") as file:
+        samples = file["images"]
+    # Of 54 images, as many as there are samples.
+    for images, result in ((samples, found["results"][0]), (train, found["real_images"])):
+        vectors = gd.metrics.reference(images, pixels).vectors[:20]
+        distance = gd.metrics.frechet_distance(vectors, pixels(test))
+        assert result["frechet_distance"] == pytest.approx(distance, rel=1e-6)
+    assert f"20 real training images: {distance:.3g}\n" in printed.out
+    # A second folder, and the other way round.
+    _folder_of_colours(tmp_path / "more", 5)
+    more = gd.datasets.folder(tmp_path / "more")
+    for against, kind in (("test", "20 real training"), ("train", "5 real held-out")):
+        (tmp_path / "output").rename(tmp_path / f"before-{against}")
+        second = ("--data.test", tmp_path / "more", "--against", against)
+        found = run(*options, *second, path=colours)
+        number = 5 if against == "test" else 60
+        assert found["protocol"]["against"] == f"{against}, {number} images"
+        assert f"{kind} images: " in capsys.readouterr().out
+    whole = gd.datasets.folder(tmp_path / "images")
+    distance = gd.metrics.frechet_distance(pixels(more), pixels(whole))
+    assert found["real_images"]["frechet_distance"] == pytest.approx(distance, rel=1e-6)
+    # As little as 3 images.
+    (tmp_path / "output").rename(tmp_path / "before")
+    with pytest.raises(SystemExit, match="There are 3 images .* larger `--data.held-out`"):
+        run(*options, "--data.held-out", 0.05, path=colours)
+
+
+def test_it_is_checked_that_images_were_held_out_and_classes_agree(
+    run, evaluate, tmp_path, capsys
+):
+    _folder_of_colours(tmp_path / "images", 0)
+    for name in ("cat", "dog"):
+        _folder_of_colours(tmp_path / "images" / name, 30)
+    _, train = _held_out_by_hand(gd.datasets.folder(tmp_path / "images"))
+    shape = (8, 8, 3)
+    key = jax.random.key(0)
+    network = gd.nn.TimeMLP(shape, key=key, width=16, depth=1, num_classes=2)
+    model = gd.nn.NetworkModel(gd.VP(shape), network, data_std=0.7)
+    path, says = tmp_path / "model.npz", "not trained on the other images"
+    config = evaluate.Config(path, evaluate.Source("folder", tmp_path / "images"))
+    flow = gd.ProbabilityFlow(model.process, model)
+    for images, warns in ((train, False), (train[1:], True)):
+        fingerprint = gd.training.Batches(images, 1).fingerprint()
+        metadata = {"classes": ["cat", "dog"], "trained_on": fingerprint}
+        gd.checkpoints.save(path, flow, metadata)
+        evaluate.check_held_out(evaluate.dataclasses.replace(config, against="test"), train)
+        assert (says in capsys.readouterr().err) == warns
+    # Labels are those of training, also where a class has no images.
+    _folder_of_colours(tmp_path / "second", 0)
+    _folder_of_colours(tmp_path / "second" / "dog", 4)
+    source = evaluate.Source("folder", tmp_path / "second", held_out=0)
+    second = evaluate.Config(path, source, number=10)
+    assert evaluate.labels_of(second, flow).tolist() == [1] * 10
+    digits = evaluate.Config(path, evaluate.Source("digits"), number=10)
+    with pytest.raises(ValueError, match="for 2 classes, cat, dog, but digits has 10: 0"):
+        evaluate.labels_of(digits, flow)
+    gd.checkpoints.save(path, flow, {"classes": ["cat", "eel"]})
+    with pytest.raises(ValueError, match="images in dog, but the classes are cat, eel"):
+        evaluate.labels_of(second, flow)
 
 
 def test_a_run_that_failed_before_it_drew_is_no_obstacle(run, evaluate, monkeypatch):

@@ -1,18 +1,23 @@
 """The example of training, as a user runs it: also killed, stopped, and in parts."""
 
+import dataclasses
+import importlib
 import json
 import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 import gddim_eqx as gd
 
@@ -79,7 +84,8 @@ def test_a_run_writes_what_it_says_and_goes_on(tmp_path):
     assert (output / "samples" / "0000010.png").stat().st_size > 1000
     flow = gd.checkpoints.load(output / "model.npz")
     assert isinstance(flow, gd.ProbabilityFlow) and flow.process == gd.CLD((2,))
-    out = _run(*_few, "--steps", 15, "--output", output)
+    # How often it logs and saves may change.
+    out = _run(*_few, "--steps", 15, "--save-every", 100, "--keep", 1, "--output", output)
     assert "Resuming from step 10" in out
     assert _measured(output, "step") == [5, 10, 15]
     out = _run(*_few, "--steps", 20, "--seed", 1, "--output", output, code=1)
@@ -124,7 +130,7 @@ _refused = [
     (("toy", "--data.labels"), "The data 'rings' have no labels"),
     (("toy", "--label-dropout", 1), r"`--label-dropout` must be in \[0, 1\); got 1"),
     (("cifar10-cld", "--data.labels"), "cifar10 is read from files"),
-    (("toy", "--data.size", 8), "`--data.size` and `--data.crop` are for a folder"),
+    (("toy", "--data.size", 8), "`--data.size`, .* are for a folder, not for rings"),
     (("mnist",), "mnist(.|\n)*fashion-mnist"),
     (("toy", "--optimizer.learning-rate", 1), "--optimizer.learning-rate"),
 ]
@@ -196,9 +202,23 @@ def test_signals_save_and_the_run_comes_to_the_same(tmp_path):
         assert "Stopped at step" in out and "Run the same command again to resume." in out
         step, last = int(out.split("Stopped at step ")[1].split(".")[0]), step
         assert step > last and (output / "checkpoints" / str(step)).is_dir()
+        assert gd.checkpoints.metadata(output / "model.npz")["step"] == step
+        assert isinstance(gd.checkpoints.load(output / "model.npz"), gd.ProbabilityFlow)
     for directory in (output, whole):
         _run(*_few, "--steps", step + 10, "--output", directory)
     _assert_equal(_arrays(output), _arrays(whole))
+
+
+def test_a_run_that_is_killed_leaves_its_model(tmp_path):
+    process = _start(*_few, "--steps", 100_000, "--output", tmp_path)
+    while _lines(tmp_path) < 3:
+        assert process.poll() is None and time.sleep(0.1) is None
+    process.kill()
+    process.communicate()
+    path = tmp_path / "model.npz"
+    step = gd.checkpoints.metadata(path)["step"]
+    assert step >= 10 and step % 5 == 0
+    assert isinstance(gd.checkpoints.load(path), gd.ProbabilityFlow)
 
 
 @if_interrupted
@@ -310,13 +330,191 @@ def test_one_process_that_dies_ends_the_other(tmp_path):
     assert f"Resuming from step {done}" in outs[0]
 
 
-def test_the_size_of_packed_images_is_checked(tmp_path, monkeypatch):
+@pytest.fixture
+def train(monkeypatch):
+    """The example, in this process."""
     monkeypatch.syspath_prepend(str(_script.parent))
-    from train import load, Source
+    yield importlib.import_module("train")
+    monkeypatch.delitem(sys.modules, "train")
 
+
+def _folders(directory, change=lambda image: image, classes=("cat", "dog"), size=8):
+    random = np.random.default_rng(0)
+    for name in classes:
+        (directory / name).mkdir(parents=True)
+        for n in range(10):
+            image = random.integers(0, 256, (size, size, 3), np.uint8)
+            Image.fromarray(change(image)).save(directory / name / f"{n}.png")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def class_run(tmp_path_factory):
+    """A run of three steps on two classes in colour, by a cosine schedule."""
+    directory = tmp_path_factory.mktemp("classes")
+    _folders(directory / "colours")
+    given = ("--data.name", "folder", "--network.name", "mlp", "--data.labels")
+    given = ("digits", *given, "--batch-size", 8, "--optimiser.warmup", 1)
+    given = (*given, "--samples-every", 3)
+    data = ("--data.directory", directory / "colours")
+    out = _run(*given, *data, "--steps", 3, "--output", directory / "run")
+    assert "Training on 18 images; the others are held out" in out
+    return given, directory
+
+
+def _refused_by(train, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        train.main([*map(str, arguments)])
+    return str(stop.value.code)
+
+
+def test_a_run_goes_on_with_what_may_change_only(class_run, train, tmp_path):
+    given, directory = class_run
+    shutil.copytree(directory / "run", tmp_path / "run")
+    grey = _folders(tmp_path / "grey", lambda x: np.repeat(x[..., :1], 3, -1))
+    one = _folders(tmp_path / "one", lambda x: x[..., :1].squeeze())
+    three = _folders(tmp_path / "three", classes=("cat", "dog", "eel"))
+    named = _folders(tmp_path / "named", classes=("cat", "emu"))
+    shutil.copytree(directory / "colours", tmp_path / "moved")
+    shutil.copytree(directory / "colours", tmp_path / "fewer")
+    (tmp_path / "fewer" / "dog" / "9.png").unlink()
+    for data, *options, message in (
+        (grey, "data.content: "),
+        (one, "data.content: "),
+        (one, "--data.channels", 1, r"data.shapes: \[\[18, 8, 8, 3\].* \[\[18, 8, 8, 1\]"),
+        (three, r"classes: \['cat', 'dog'\] there, \['cat', 'dog', 'eel'\] here"),
+        (named, r"classes: \['cat', 'dog'\] there, \['cat', 'emu'\] here\)"),
+        (tmp_path / "fewer", r"data.shapes: \[\[18, 8, 8, 3\], \[18\]\] there, \[\[17"),
+        (tmp_path / "moved", "--data.held-out", 0.2, r"data.shapes: .* there, \[\[16"),
+        (
+            tmp_path / "moved",
+            "--data.flip",
+            r"config \(data.flip: False there, True here\)",
+        ),
+        (tmp_path / "moved", "--batch-size", 16, "batch_size: 8 there, 16 here"),
+        (
+            *(tmp_path / "moved", "--optimiser.learning-rate", 1e-3),
+            r"config \(optimiser.learning_rate: 0.002 there, 0.001 here\)",
+        ),
+        (tmp_path / "moved", "--label-dropout", 0.2, "label_dropout: 0.1 there, 0.2 here"),
+        (
+            *(tmp_path / "moved", "--init", tmp_path / "run" / "model.npz"),
+            r"config \(init: None there, '[0-9a-f]{64}' here\)",
+        ),
+    ):
+        options = (*options, "--output", tmp_path / "run", "--steps", 5)
+        options = ("--data.directory", data, *options)
+        assert re.search(message, _refused_by(train, *given, *options))
+    # More steps of a cosine schedule, elsewhere, logged more often.
+    options = ("--data.directory", tmp_path / "moved", "--output", tmp_path / "run")
+    options = (*given, *options, "--log-every", 1)
+    _run(*options, "--steps", 5)
+    assert _measured(tmp_path / "run", "step")[-2:] == [4, 5]
+    assert gd.checkpoints.metadata(tmp_path / "run" / "model.npz")["step"] == 5
+    out = _run(*options, "--steps", 4)
+    assert "has 5 steps already, more than `--steps` 4" in out and "The model" in out
+
+
+def test_classes_are_kept_with_the_model_and_shown(class_run, train, monkeypatch):
+    from matplotlib.figure import Figure
+
+    _, directory = class_run
+    path = directory / "run" / "model.npz"
+    assert gd.checkpoints.metadata(path)["classes"] == ["cat", "dog"]
+    flow, drawn = gd.checkpoints.load(path), []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    asked = []
+    sample = lambda *_, args, **__: (
+        asked.append(args) or gd.Samples(np.zeros((48, 8, 8, 3)), 20)
+    )
+    monkeypatch.setattr(gd, "sample", sample)
+    train.draw(directory / "x" / "x.png", flow, ("cat", "a $b", "dog"))
+    labels = drawn[0].axes[0].get_yticklabels()
+    assert [label.get_text() for label in labels] == ["cat", "a $b", "dog"]
+    np.testing.assert_array_equal(asked[0], np.repeat([0, 1, 2], 8))
+
+
+def test_training_starts_from_a_model_of_the_same_network(class_run, train, tmp_path):
+    given, directory = class_run
+    path = directory / "run" / "model.npz"
+    data = ("--data.directory", _folders(tmp_path / "other", lambda x: x // 2))
+    options = (*data, "--init", path, "--output", tmp_path / "run", "--steps", 2)
+    for change, message in (
+        (("--data.no-labels",), r"\(network.num_classes: 2 there, None here\)"),
+        (("--process", "vp"), r"\(process: CLD\(.* there, VP\(.* here\)"),
+        (("--network.no-precondition",), r"\(data_std: 0.5[0-9]* there, None here\)"),
+    ):
+        out = _refused_by(train, *given, *options, *change)
+        assert re.search(f"{path} is another model {message}", out)
+        assert not (tmp_path / "run").exists()
+    # A rate of almost zero leaves the parameters where they were.
+    rate = ("--optimiser.learning-rate", 1e-30, "--network.name", "mlp")
+    _run(*given, *options, *rate)
+    new, old = (gd.checkpoints.load(x) for x in (tmp_path / "run" / "model.npz", path))
+    assert new.model.data_std == old.model.data_std
+    for a, b in zip(*map(jax.tree.leaves, (new, old)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_images_are_held_out_of_every_class(train, tmp_path):
+    directory = _folders(tmp_path / "images", size=4)
+    source = train.Source("folder", directory)
+    images = gd.datasets.folder(directory)
+    for share, number in ((None, 2), (0.25, 5), (0.5, 10)):
+        source = dataclasses.replace(source, held_out=share)
+        parts = [train.load(source, train=x) for x in (True, False)]
+        assert len(parts[1]) == number
+        both = np.concatenate(parts)
+        assert sorted(map(bytes, both)) == sorted(map(bytes, images))
+        labels, classes = train.load_labels(source)
+        held_out, _ = train.load_labels(source, train=False)
+        assert classes == ("cat", "dog") and len(labels) == 20 - number
+        assert np.abs(np.bincount(held_out) - number / 2).max() <= 0.5
+    # None, or a second folder.
+    whole = dataclasses.replace(source, held_out=0)
+    np.testing.assert_array_equal(train.load(whole), images)
+    with pytest.raises(ValueError, match="folder has no test set"):
+        train.load(whole, train=False)
+    second = _folders(tmp_path / "second", classes=("dog",), size=4)
+    source = train.Source("folder", directory, test=second)
+    np.testing.assert_array_equal(train.load(source), images)
+    assert train.load(source, train=False).shape == (10, 4, 4, 3)
+    assert train.load_labels(source, train=False)[0].tolist() == [1] * 10
+    few = _folders(tmp_path / "few", classes=("cat", "dog"), size=4)
+    for path in (few / "dog").iterdir():
+        if path.name != "0.png":
+            path.unlink()
+    source = train.Source("folder", few, held_out=0.95)
+    with pytest.raises(ValueError, match="All images of the class .* are held out"):
+        train.load_labels(source)
+    grey = train.load(train.Source("folder", directory, channels=1, held_out=0))
+    assert grey.shape == (20, 4, 4, 1)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(name="folder"), "folder is read from files"),
+        (dict(name="folder", held_out=1.0), r"`--data.held-out` must be in \[0, 1\)"),
+        (dict(name="packed", held_out=0.1), "pack a second folder: `--data.test`"),
+        (dict(name="digits", channels=1), "are for a folder, not for digits"),
+        (dict(name="rings", test="second"), "are for a folder, not for rings"),
+    ],
+)
+def test_sources_that_do_not_exist_are_refused(train, options, message):
+    if options["name"] == "packed" or "held_out" in options:
+        options = options | {"directory": "images"}
+    with pytest.raises(ValueError, match=message):
+        train.load(train.Source(**options))
+
+
+def test_the_size_of_packed_images_is_checked(train, tmp_path):
+    load, Source = train.load, train.Source
     path = tmp_path / "images.npy"
     np.save(path, np.zeros((4, 8, 8, 3), np.uint8))
     # As by the preset for CELEBA, which has both.
     assert load(Source("packed", path, size=8, crop=140)).shape == (4, 8, 8, 3)
     with pytest.raises(ValueError, match="images of 8 x 8, and `--data.size` is 64"):
         load(Source("packed", path, size=64))
+    with pytest.raises(ValueError, match="of 3 channels, and `--data.channels` is 1"):
+        load(Source("packed", path, channels=1))
