@@ -54,7 +54,7 @@ def call(example: ModuleType, quick: bool, *arguments: Any) -> None:
 
 
 def train_model(process: str, output: Path, arguments: argparse.Namespace) -> None:
-    if (output / "model.npz").exists():
+    if train.is_finished(output):
         return
     preset = "fashion-mnist-gpu" if arguments.gpu else "fashion-mnist"
     options = []

@@ -40,7 +40,7 @@ def measure(process: str, run: Path, quick: bool) -> dict[str, dict]:
     if quick:
         preset, options = "digits", ["--data.labels", "--steps", 2, "--batch-size", 4]
         options += ["--optimiser.warmup", 1, "--samples-every", 0]
-    if not (run / "model.npz").exists():
+    if not train.is_finished(run):
         call(train, quick, preset, "--process", process, "--output", run, *options)
     found = {}
     for scale in _scales[1:2] if quick else _scales:

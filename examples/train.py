@@ -698,6 +698,7 @@ def train(config: Config) -> TrainState:
     kept["classes"] = list(classes)
     kept["init"] = config.init and hashlib.sha256(config.init.read_bytes()).hexdigest()
     metadata = {"classes": classes, "trained_on": Batches(x, 1).fingerprint()}
+    metadata["steps"] = config.steps
     path = output / "model.npz"
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
@@ -751,6 +752,13 @@ def train(config: Config) -> TrainState:
     if first:
         print(f"The model: {path}")
     return state
+
+
+def is_finished(output: Path) -> bool:
+    """Whether a run has written its last model."""
+    path = output / "model.npz"
+    about = gd.checkpoints.metadata(path) if path.exists() else {"steps": 1}
+    return about.get("step", 0) >= about.get("steps", 0)
 
 
 def describe_folder(data: Source, x: np.ndarray) -> None:

@@ -216,8 +216,8 @@ def test_a_run_that_is_killed_leaves_its_model(tmp_path):
     process.kill()
     process.communicate()
     path = tmp_path / "model.npz"
-    step = gd.checkpoints.metadata(path)["step"]
-    assert step >= 10 and step % 5 == 0
+    about = gd.checkpoints.metadata(path)
+    assert about["step"] >= 10 and about["step"] % 5 == 0 and about["steps"] == 100_000
     assert isinstance(gd.checkpoints.load(path), gd.ProbabilityFlow)
 
 
@@ -421,6 +421,7 @@ def test_classes_are_kept_with_the_model_and_shown(class_run, train, monkeypatch
     _, directory = class_run
     path = directory / "run" / "model.npz"
     assert gd.checkpoints.metadata(path)["classes"] == ["cat", "dog"]
+    assert train.is_finished(directory / "run") and not train.is_finished(directory)
     flow, drawn = gd.checkpoints.load(path), []
     monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
     asked = []
