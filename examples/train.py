@@ -707,6 +707,9 @@ def train(config: Config) -> TrainState:
         done = max(checkpoints.steps, default=0)
         if first and done:
             print(f"Resuming from step {done} in {output}.")
+            before = gd.checkpoints.metadata(path).get("steps") if path.exists() else None
+            if optimiser.cosine and before not in (None, config.steps):
+                print(f"The cosine schedule is now of {config.steps} steps, not {before}.")
         logs: list[Any] = []
         if first:
             logs.append(stack.enter_context(JSONLines(output / "metrics.jsonl", done)))

@@ -408,7 +408,7 @@ def test_a_run_goes_on_with_what_may_change_only(class_run, train, tmp_path):
     # More steps of a cosine schedule, elsewhere, logged more often.
     options = ("--data.directory", tmp_path / "moved", "--output", tmp_path / "run")
     options = (*given, *options, "--log-every", 1)
-    _run(*options, "--steps", 5)
+    assert "cosine schedule is now of 5 steps, not 3" in _run(*options, "--steps", 5)
     assert _measured(tmp_path / "run", "step")[-2:] == [4, 5]
     assert gd.checkpoints.metadata(tmp_path / "run" / "model.npz")["step"] == 5
     out = _run(*options, "--steps", 4)
