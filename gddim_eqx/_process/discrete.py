@@ -78,8 +78,8 @@ class DiscreteVP(AbstractGaussianPath):
     def index(self, t: Real[ArrayLike, "*some"]) -> Inexact[Array, "*some"]:
         """The index at a time: the time input of the networks of discrete-time models.
 
-        **Raises:** `ValueError` for a time before that of index 0, or beyond the last,
-        unless traced: it then gets the index of that time.
+        **Raises:** `ValueError` for a time before that of index 0, or after that of the
+        last, unless traced: it then gets the nearest of these.
         """
         index = as_floats("t", t) * len(self.alphas_cumprod) - 1.0
         whole = jnp.round(index)
