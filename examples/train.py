@@ -388,6 +388,12 @@ def check_source(data: Source) -> None:
             "`--data.held-out` is for a folder without `--data.test`. For packed images, "
             "pack a second folder: `--data.test`."
         )
+    if data.test is not None and data.directory is not None:
+        if data.test.resolve().is_relative_to(data.directory.resolve()):
+            raise ValueError(
+                f"`--data.test` {data.test} must not be in `--data.directory` "
+                f"{data.directory}: it would be trained on. Move it beside it."
+            )
 
 
 def has_test(data: Source) -> bool:
@@ -525,17 +531,18 @@ def read_init(config: Config, model: gd.nn.NetworkModel) -> gd.nn.NetworkModel:
     **Raises:** `ValueError` unless it has the structure of `model`, which is what was asked
     for.
     """
-    path, predicts = config.init, "noise"
+    path, frame = config.init, ("noise", "R")
     assert path is not None
     found = gd.checkpoints.load(path)
     if isinstance(found, gd.ProbabilityFlow):
-        predicts, found = found.predicts, found.model
+        frame, found = (found.predicts, found.factor), found.model
     if not isinstance(found, gd.nn.NetworkModel):
         raise ValueError(f"`--init` {path} holds a {type(found).__name__}, not a model.")
     if found.data_std is not None and model.data_std is not None:
         # That of the data it was trained on, which its parameters expect.
         model = gd.nn.NetworkModel(model.process, model.network, data_std=found.data_std)
-    there, here = described(found, predicts), described(model, config.predicts)
+    there = described(found, *frame)
+    here = described(model, config.predicts, "R")
     for name in {**there, **here}:
         if there.get(name) != here.get(name):
             found, wanted = (" ".join(repr(x.get(name)).split()) for x in (there, here))
@@ -546,9 +553,9 @@ def read_init(config: Config, model: gd.nn.NetworkModel) -> gd.nn.NetworkModel:
     return found
 
 
-def described(model: gd.nn.NetworkModel, predicts: str) -> dict[str, Any]:
+def described(model: gd.nn.NetworkModel, predicts: str, factor: str) -> dict[str, Any]:
     """All that must agree for the arrays of one model to be those of another."""
-    about: dict[str, Any] = {"predicts": predicts}
+    about: dict[str, Any] = {"predicts": predicts, "factor": factor}
     network: Any = model.network
     for name, part in (("", model), ("network.", network)):
         about[f"{name}kind"] = type(part).__name__

@@ -448,6 +448,15 @@ def test_training_starts_from_a_model_of_the_same_network(class_run, train, tmp_
         out = _refused_by(train, *given, *options, *change)
         assert re.search(f"{path} is another model {message}", out)
         assert not (tmp_path / "run").exists()
+    other = tmp_path / "other.npz"
+    flow = gd.checkpoints.load(path)
+    flow = gd.ProbabilityFlow(flow.process, flow.model, "noise", "cholesky")
+    gd.checkpoints.save(other, flow)
+    out = _refused_by(train, *given, *options, "--init", other)
+    assert "other.npz is another model (factor: 'cholesky' there, 'R' here)" in out
+    gd.checkpoints.save(other, flow.model.network)
+    out = _refused_by(train, *given, *options, "--init", other)
+    assert "other.npz holds a TimeMLP, not a model" in out
     # A rate of almost zero leaves the parameters where they were.
     rate = ("--optimiser.learning-rate", 1e-30, "--network.name", "mlp")
     _run(*given, *options, *rate)
@@ -499,6 +508,14 @@ def test_images_are_held_out_of_every_class(train, tmp_path):
         (dict(name="folder", held_out=1.0), r"`--data.held-out` must be in \[0, 1\)"),
         (dict(name="packed", held_out=0.1), "pack a second folder: `--data.test`"),
         (dict(name="digits", channels=1), "are for a folder, not for digits"),
+        (
+            dict(
+                name="folder",
+                directory=pathlib.Path("x/train"),
+                test=pathlib.Path("x/../x/train/test"),
+            ),
+            "must not be in `--data.directory` x/train: it would be trained on",
+        ),
         (dict(name="rings", test="second"), "are for a folder, not for rings"),
     ],
 )
