@@ -210,3 +210,7 @@ class NoNoise(dfx.AbstractBrownianPath):
         still = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), self.shape)
         length = jtu.tree_map(lambda x: jnp.asarray(t1 - t0, x.dtype), self.shape)
         return dfx.BrownianIncrement(dt=length, W=still) if use_levy else still
+
+
+# A model at module level, in which weights are out of reach of `checkpoints.save`.
+a_network = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(7))

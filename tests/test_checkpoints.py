@@ -4,16 +4,20 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+import optax
 import pytest
+from jaxtyping import PyTree
 
 import gddim_eqx as gd
 
+from . import helpers
 from .helpers import slow
 from .ncsnpp_oracle import authors_network, config, Oracle, write_checkpoint
 
@@ -292,13 +296,22 @@ def test_processes_of_ones_own(tmp_path):
             gd.checkpoints.load(tmp_path / "model", like=part)
 
 
+def _other_frequencies(key):
+    return eqx.tree_at(lambda x: x.frequencies, _Own(8, key=key), np.ones(3))
+
+
+def _without_norm(key):
+    return eqx.tree_at(lambda x: x.layers[1].bias, _Own(8, key=key), None)
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
         (lambda key: None, "holds a _Own, which .*Make one .*`load\\(path, like="),
-        (lambda key: _Own(4, key=key), r"array .model.network.*has shape .*needs \(4,"),
-        (lambda key: _Own(8, 2, key=key), r"no array .*network.layers\[0\].layers\[2\].we"),
-        (lambda key: _Own(8, 0, key=key), "has shape|which has no place"),
+        (_other_frequencies, r"array .model.network.freq.*has shape \(2,\).*needs \(3,\)"),
+        (_without_norm, r"array .model.network.layers\[1\].bias, which has no place"),
+        (lambda key: _Own(4, key=key), r"layers\[0\].layers\[0\].out_features 8, .* has 4"),
+        (lambda key: _Own(8, 2, key=key), r"network.layers\[0\].depth 1, but `like` has 2"),
         (
             lambda key: _as_user_model(gd.VP((2,)), _Own(8, key=key)),
             "was saved with model.process.schedule.beta_max 15.0, but `like` has 20.0",
@@ -316,6 +329,325 @@ def test_what_is_not_like_what_was_saved_is_refused(tmp_path, make, message):
     with pytest.raises(ValueError, match=message) as error:
         gd.checkpoints.load(tmp_path / "model", like=make(jax.random.key(0)))
     assert len(str(error.value)) < 500
+
+
+_net = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(7))
+_weights = {"w": np.ones((3, 3), np.float32)}
+_matrix = jnp.eye(2)
+
+
+def _apply(network, u):
+    return network(u)
+
+
+def _by_default(t, u, args, network=_net):
+    return network(u)
+
+
+def _by_keyword(t, u, args, *, network=_net):
+    return network(u)
+
+
+def _in_a_global(t, u, args):
+    def inner(x):
+        return _net(x)
+
+    return inner(u)
+
+
+def _in_a_global_of_another(t, u, args):
+    return _in_a_global(t, u, args)
+
+
+def _in_a_dictionary(t, u, args):
+    return u @ _weights["w"]
+
+
+def _in_this_module(t, u, args):
+    return helpers.a_network(u)
+
+
+class _Plain:
+    def __init__(self, network):
+        self.network = network
+
+    def __call__(self, t, u, args):
+        return self.network(u)
+
+    def apply(self, t, u, args):
+        return self.network(u)
+
+
+class _Slots:
+    __slots__ = ("network",)
+    __init__, __call__ = _Plain.__init__, _Plain.__call__
+
+
+class _Field(eqx.Module):
+    network: Callable
+
+    def __call__(self, t, u, args):
+        return self.network(u)
+
+
+class _Static(eqx.Module):
+    network: Callable = eqx.field(static=True)
+
+    def __call__(self, t, u, args):
+        return self.network(u)
+
+
+class _InAMethod(eqx.Module):
+    def __call__(self, t, u, args):
+        return _net(u)
+
+
+class _MatrixInAMethod(eqx.Module):
+    def __call__(self, t, u, args):
+        return u @ _matrix
+
+
+class _Tensor:
+    """An array of another library."""
+
+    shape, dtype = (2,), "float32"
+
+    def __array__(self, *args, **kwargs):
+        return np.zeros(2)
+
+
+def _in_a_class(network):
+    class Model(_Field):
+        def __call__(self, t, u, args):
+            return network(u)
+
+    return Model(jnp.tanh)
+
+
+_closure = lambda network: lambda t, u, args: network(u)
+
+_hidden = {
+    "closure": _closure,
+    "named closure": lambda network: functools.wraps(jnp.tanh)(_closure(network)),
+    "list in a closure": lambda network: _closure([{"a": network}]),
+    "dictionary of weights": lambda network: _closure({"w": np.ones(3)}),
+    "scalar": lambda network: _closure(jnp.array(0.5)),
+    "default": lambda network: _by_default,
+    "keyword": lambda network: _by_keyword,
+    "global": lambda network: _in_a_global,
+    "global of a global": lambda network: _in_a_global_of_another,
+    "global dictionary": lambda network: _in_a_dictionary,
+    "global of a module": lambda network: _in_this_module,
+    "partial": lambda network: functools.partial(_apply, network),
+    "partial of a closure": lambda network: functools.partial(_closure(network), 1),
+    "partial of JAX": lambda network: jtu.Partial(_closure(network)),
+    "bound method": lambda network: _Plain(network).apply,
+    "special method": lambda network: network.__call__,
+    "object": _Plain,
+    "slots": _Slots,
+    "static field": _Static,
+    "closure in a static field": lambda network: _Static(_closure(network)),
+    "jit": lambda network: jax.jit(_closure(network)),
+    "filter_jit": lambda network: eqx.filter_jit(_closure(network)),
+    "vmap": lambda network: jax.vmap(network),
+    "grad of a jit": lambda network: jax.grad(jax.jit(_closure(network))),
+    "cached": lambda network: functools.lru_cache(_closure(network)),
+    "method": lambda network: _InAMethod(),
+    "matrix in a method": lambda network: _MatrixInAMethod(),
+    "class in a function": _in_a_class,
+    "other library": lambda network: _Field(_Tensor()),
+}
+
+
+@pytest.mark.x64
+@pytest.mark.filterwarnings("ignore:A JAX array is being set as static")
+@pytest.mark.filterwarnings("ignore:\\nPossibly assigning a JAX-transformed callable")
+@pytest.mark.parametrize("wrap", (lambda f: f, _Field, lambda f: {"a": [f]}))
+@pytest.mark.parametrize("make", _hidden.values(), ids=_hidden)
+def test_arrays_out_of_reach_are_not_lost_in_silence(tmp_path, make, wrap):
+    path, model = tmp_path / "model", wrap(make(_net))
+    with pytest.raises(ValueError, match="cannot be saved: it has an array .* at `.*Model"):
+        gd.checkpoints.save(path, model)
+    assert not list(tmp_path.iterdir())
+    # As before, when only the header was saved.
+    gd.checkpoints.save(path, _Field(jnp.tanh))
+    kind = type(model).__qualname__
+    _rewritten(path, lambda h, a: h.update(model={"other": kind}))
+    with pytest.raises(ValueError, match="has no array for model of `like`"):
+        gd.checkpoints.load(path, like=model)
+
+
+@pytest.mark.x64
+def test_the_form_of_the_first_example(tmp_path):
+    process = gd.RectifiedFlow((3,))
+    flow = gd.ProbabilityFlow(process, lambda t, x, args: _net(x), "flow")
+    with pytest.raises(
+        ValueError, match=r"ProbabilityFlow cannot.*at `.model<_net>.layers"
+    ):
+        gd.checkpoints.save(tmp_path / "model", flow)
+    flow = gd.ProbabilityFlow(process, _Field(_net), "flow")
+    gd.checkpoints.save(tmp_path / "model", flow)
+    fresh = _Field(eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(8)))
+    assert eqx.tree_equal(gd.checkpoints.load(tmp_path / "model", like=fresh), flow)
+
+
+_table = np.arange(4.0)
+
+
+class _WithATable(eqx.Module):
+    weight: jax.Array
+
+    def __call__(self, t, u, args):
+        return self.weight * _table.sum() * len(_matrix)
+
+
+_fine = {
+    "jnp": jnp.tanh,
+    "jit": jax.nn.silu,
+    "custom_jvp": jax.nn.relu,
+    "ufunc": jnp.add,
+    "lambda": lambda x: jax.nn.gelu(x) * jnp.pi,
+    "captured number": _closure(3.0),
+    "captured function": _closure(jax.nn.silu),
+    "captured process": _closure(gd.VP((2,))),
+    "partial": functools.partial(jax.nn.leaky_relu, negative_slope=0.1),
+    "vmap": jax.vmap(jnp.tanh),
+    "class": gd.VP,
+    "method": gd.VP((2,)).log_snr,
+    "optimiser": optax.adam(1e-3),
+    "constants of a module": _WithATable(jnp.ones(2)),
+}
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("value", _fine.values(), ids=_fine)
+def test_functions_without_arrays_can_be_saved(tmp_path, value):
+    model = _Field((value, jnp.ones(2)))
+    gd.checkpoints.save(tmp_path / "model", model)
+    loaded = gd.checkpoints.load(tmp_path / "model", like=_Field((value, jnp.zeros(2))))
+    assert eqx.tree_equal(loaded, model)
+
+
+class _Numbers(eqx.Module):
+    dynamic: PyTree
+    weight: jax.Array
+    fixed: Any = eqx.field(static=True, default=None)
+
+
+@pytest.mark.filterwarnings("ignore:A JAX array is being set as static")
+@pytest.mark.parametrize(
+    "value, other",
+    [
+        (3.0, 0.0),
+        (float("nan"), 0.0),
+        (3.0, 0),
+        (2, 3),
+        (True, False),
+        (1 + 2j, 0.0),
+        ("a", "b"),
+        (None, 1.0),
+        (1.0, None),
+        (np.float32(2.5), 0.0),
+        (jnp.bfloat16(2.5).dtype.type(2.5), np.float32(0)),
+        (eqx.nn.Dropout(0.1), eqx.nn.Dropout(0.5, inference=True)),
+        ([1, {"a": 2.0}, (None, "x")], [0, {"a": 0}, (3, None)]),
+        (optax.EmptyState(), optax.EmptyState()),
+        (gd.Samples(1.5, 3), gd.Samples(0.0, 0)),
+    ],
+    ids=str,
+)
+def test_numbers_are_loaded_and_fixed_ones_compared(tmp_path, value, other):
+    path, model = tmp_path / "model", _Numbers(value, jnp.ones(2))
+    gd.checkpoints.save(path, model)
+    loaded = gd.checkpoints.load(path, like=_Numbers(other, jnp.zeros(2)))
+    assert repr(loaded) == repr(model)
+    kinds = lambda tree: list(map(type, jtu.tree_leaves(tree)))
+    assert kinds(loaded) == kinds(model)
+    flow = gd.ProbabilityFlow(gd.VP((2,)), eqx.Partial(_apply, model))
+    gd.checkpoints.save(path, flow)
+    like = eqx.Partial(_apply, _Numbers(other, jnp.zeros(2)))
+    assert repr(gd.checkpoints.load(path, like=like).model) == repr(flow.model)
+    if isinstance(value, eqx.Module | list | tuple):
+        return
+    gd.checkpoints.save(path, _Numbers(0, jnp.ones(2), (value, 1)))
+    like = _Numbers(0, jnp.zeros(2), (other, 1))
+    with pytest.raises(ValueError, match=r"was saved with model\.fixed\[0\] .*`like` has"):
+        gd.checkpoints.load(path, like=like)
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize(
+    "saved, like, message",
+    [
+        (jnp.tanh, jax.nn.relu, "model.dynamic tanh, but `like` has relu"),
+        (_closure(2.0), _closure(3.0), "model.dynamic<network> 2.0, but `like` has 3.0"),
+        (_sde(2.0), _sde(3.0), "<rate> 2.0, but `like` has 3.0"),
+        (eqx.nn.Identity(), eqx.nn.Dropout(), "dynamic Identity, but `like` has Dropout"),
+        ({"a": 1, "b": 2}, {"a": 1}, r"model.dynamic\['b'\] 2, but `like` has no such"),
+        ({"a": 1}, {"a": 1, "b": 2}, r"no number model.dynamic\['b'\], but `like` has one"),
+        (2.0, jnp.array(2.0), "model.dynamic 2.0, but `like` has no such number"),
+        (jnp.array(2.0), 2.0, "no number model.dynamic, but `like` has one"),
+        (
+            functools.partial(_apply, 1, b=2),
+            functools.partial(_apply, 1, b=3),
+            "model.dynamic<b> 2, but `like` has 3",
+        ),
+    ],
+)
+def test_what_differs_beside_arrays_is_named(tmp_path, saved, like, message):
+    gd.checkpoints.save(tmp_path / "model", _Numbers(saved, jnp.ones(2)))
+    with pytest.raises(ValueError, match=message) as error:
+        gd.checkpoints.load(tmp_path / "model", like=_Numbers(like, jnp.ones(2)))
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.x64
+def test_older_files_are_loaded_where_they_were_right(tmp_path):
+    path, model = tmp_path / "model", _Numbers(3.0, jnp.ones(2))
+    gd.checkpoints.save(path, model)
+    _rewritten(path, lambda h, a: h["model"].pop("rest"))
+    loaded = gd.checkpoints.load(path, like=_Numbers(3.0, jnp.zeros(2)))
+    assert eqx.tree_equal(loaded, model)
+    # The constants of a function cannot be told from weights that it lost.
+    with pytest.warns(UserWarning, match="no array for model of `like`.*<network>"):
+        gd.checkpoints.load(path, like=_Numbers(_closure(jnp.ones(2)), jnp.zeros(2)))
+
+
+@pytest.mark.parametrize("learned", (True, False))
+def test_a_fitted_solver_is_saved_with_its_times_and_errors(tmp_path, learned):
+    process = gd.VP((2,))
+    ts = gd.time_grid(process, 5)
+    solver = gd.LearnedGDDIM(gd.GDDIM(3), process, ts) if learned else gd.GDDIM(3)
+    fitted = gd.FittedSolver(solver, ts, 0.1, 0.2, 0.3, float("nan"))
+    path = tmp_path / "solver"
+    gd.checkpoints.save(path, fitted)
+    other = fitted._replace(ts=ts[:6], error=9.0)
+    for like in (None, other):
+        loaded = gd.checkpoints.load(path, like=like)
+        assert type(loaded) is gd.FittedSolver and repr(loaded[2:]) == repr(fitted[2:])
+        assert eqx.tree_equal(loaded[:2], fitted[:2])
+    with pytest.raises(
+        ValueError, match="no `like`, as it has a FittedSolver; got a GDDIM"
+    ):
+        gd.checkpoints.load(path, like=solver if not learned else gd.GDDIM())
+    sde = _sde()
+    own = fitted._replace(solver=gd.LearnedGDDIM(gd.GDDIM(), sde, gd.time_grid(sde, 5)))
+    gd.checkpoints.save(path, own)
+    loaded = gd.checkpoints.load(path, like=sde)
+    assert eqx.tree_equal(loaded.solver, own.solver) and loaded.error == 0.1
+
+
+@pytest.mark.parametrize("kind", (tuple, list))
+def test_several_models_in_one_file(tmp_path, kind):
+    make = lambda key: kind([_Own(8, key=key), _points(key), 3.0, jnp.ones(2), key])
+    gd.checkpoints.save(tmp_path / "models", make(jax.random.key(0)))
+    like = make(jax.random.key(1))
+    loaded = gd.checkpoints.load(tmp_path / "models", like=like)
+    assert eqx.tree_equal(loaded, make(jax.random.key(0)))
+    with pytest.raises(ValueError, match="saved with 5 parts of model, but `like` has 4"):
+        gd.checkpoints.load(tmp_path / "models", like=like[:4])
+    gd.checkpoints.save(tmp_path / "models", kind([]))
+    assert gd.checkpoints.load(tmp_path / "models") == kind([])
 
 
 def test_what_needs_no_like_refuses_others(tmp_path):

@@ -31,7 +31,9 @@ _rooms = {
     "_sampling": {"_misc", "_linear", "_process", "_term", "_exponential", "solvers"},
     "nn": {"_misc", "_linear", "_process", "_term"},
     "training": {"_misc", "_linear", "_process", "_term"},
-    "checkpoints": {"_misc", "_linear", "_process", "_term", "solvers", "nn"},
+    "checkpoints": {
+        *("_misc", "_linear", "_process", "_term", "solvers", "_sampling", "nn")
+    },
     "metrics": {"_misc", "nn", "checkpoints"},
 }
 

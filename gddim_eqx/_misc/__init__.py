@@ -15,6 +15,14 @@ from .check import (
     error_if_any as error_if_any,
     errors_as_nan as errors_as_nan,
 )
+from .contents import (
+    contents as contents,
+    is_array as is_array,
+    is_constant as is_constant,
+    is_weights as is_weights,
+    Item as Item,
+)
 from .level import as_level as as_level, level_at as level_at
 from .pin import pin as pin
+from .show import show as show
 from .write import write_whole as write_whole

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._misc import is_array, show
 from .._process import (
     BDM,
     BlurringCLD,
@@ -28,46 +29,64 @@ from .._process import (
     VE,
     VP,
 )
+from .._sampling import AdaptedGrid, FittedSolver
 from .._term import ProbabilityFlow
 from ..nn import DiT, ImageClassifier, NCSNpp, NetworkModel, TimeMLP
 from ..solvers import GDDIM, LearnedGDDIM
+from ._rest import describe_rest, restore_rest
 
 
 # What a file can describe. Each class stores the arguments of its `__init__` under their
 # names.
-_classes: dict[str, type[eqx.Module]] = {
+_classes: dict[str, type] = {
     cls.__name__: cls
     for cls in (
         *(BDM, BlurringCLD, CLD, DiscreteVP, EDM, HOLD, Langevin, PSLD),
         *(RectifiedFlow, SubVP, TrigonometricFlow, VE, VP),
         *(LinearSchedule, CosineSchedule),
         *(DiT, ImageClassifier, NCSNpp, TimeMLP, NetworkModel, ProbabilityFlow),
-        *(GDDIM, LearnedGDDIM),
+        *(GDDIM, LearnedGDDIM, FittedSolver, AdaptedGrid),
     )
 }
 # Keys; and the order of `GDDIM`, which `num_nodes` stores.
 _not_stored = ("key", "order")
+# What describes more than a value.
+_parts = ("class", "other")
 # Former names, in older files.
 _classes |= {"Linear": LinearSchedule, "CosineSquared": CosineSchedule}
 
 
-def describe(value: Any) -> Any:
+def describe(value: Any, inline: bool = False) -> Any:
     """A value as JSON: for a module, its class and arguments; for a class that is not the
-    library's, only its name."""
+    library's, its name and what it holds beside arrays.
+
+    **Arguments:**
+
+    - `value`: the value.
+    - `inline`: whether to include the values of arrays, not just their shapes.
+    """
     if type(value) in _classes.values():
         names = inspect.signature(type(value)).parameters
-        names = [n for n in names if n not in _not_stored]
-        arguments = {name: describe(getattr(value, name)) for name in names}
+        inline = isinstance(value, eqx.Module)
+        arguments = {
+            name: describe(getattr(value, name), inline)
+            for name in names
+            if name not in _not_stored
+        }
         return {"class": type(value).__name__, "arguments": arguments}
-    if isinstance(value, tuple | list):
-        return [describe(x) for x in value]
+    if type(value) is tuple:
+        return [describe(x, inline) for x in value]
+    if type(value) is list:
+        return {"list": [describe(x, inline) for x in value]}
     if isinstance(value, np.dtype):
         return value.name
-    if isinstance(value, jax.Array | np.ndarray | np.generic):
+    if is_array(value) and not inline:
+        return {"shape": list(value.shape), "numpy": isinstance(value, np.ndarray)}
+    if inline and isinstance(value, jax.Array | np.ndarray | np.generic):
         return {"array": np.asarray(value).tolist(), "dtype": value.dtype.name}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    return {"other": type(value).__qualname__}
+    return {"other": type(value).__qualname__, "rest": describe_rest(value)}
 
 
 def others(description: Any) -> Iterator[str]:
@@ -78,15 +97,17 @@ def others(description: Any) -> Iterator[str]:
     elif isinstance(description, dict) and "other" in description:
         yield description["other"]
     elif isinstance(description, dict):
-        yield from others(list(description.get("arguments", {}).values()))
+        parts = description.get("list") or description.get("arguments", {}).values()
+        yield from others(list(parts))
 
 
-def build(description: Any, like: Any, path: Path) -> Any:
+def build(description: Any, like: Any, path: Path, arrays: Collection[str]) -> Any:
     """Build what `describe` described, with shapes in place of parameters. `like` stands in
-    for what is not the library's: all of it, or a part of it."""
+    for what is not the library's: all of it, or a part of it. `arrays` are the names of
+    those in the file."""
     kinds = sorted(set(others(description)))
-    name = description.get("class") if isinstance(description, dict) else None
-    whole = name is not None and type(like).__name__ == name
+    name = _name(description)
+    whole = type(like).__name__ == name or (name == "array" and is_array(like))
     if like is None and kinds:
         raise ValueError(
             f"{path} holds a {' and a '.join(kinds)}, which the library cannot construct. "
@@ -102,12 +123,20 @@ def build(description: Any, like: Any, path: Path) -> Any:
             f"{path} holds a {' and a '.join(kinds)}: `like` must be a {name} with all of "
             f"them; got a {type(like).__name__}."
         )
-    return _Builder(path, whole)(description, like, "model")
+    return _Builder(path, arrays, whole)(description, like, "model")
+
+
+def _name(description: Any) -> str:
+    if isinstance(description, list):
+        return "tuple"
+    if isinstance(description, dict):
+        return description.get("class", "list" if "list" in description else "array")
+    return type(description).__name__
 
 
 class _Builder:
-    def __init__(self, path: Path, whole: bool):
-        self.path, self.whole = path, whole
+    def __init__(self, path: Path, arrays: Collection[str], whole: bool):
+        self.path, self.arrays, self.whole = path, arrays, whole
 
     def __call__(self, value: Any, like: Any, where: str) -> Any:
         if isinstance(value, dict) and "other" in value:
@@ -116,20 +145,36 @@ class _Builder:
                     f"{self.path} holds a {value['other']}: `like` must be one, or a part "
                     f"of what was saved that contains it; got a {type(like).__name__}."
                 )
-            return like
+            return restore_rest(value.get("rest"), like, self.arrays, where, self.path)
         if isinstance(value, dict) and "class" in value:
             return self._make(value, like, where)
-        if self.whole and describe(like) != value:
-            raise ValueError(
-                f"{self.path} was saved with {where} {value!r}, but `like` has "
-                f"{describe(like)!r}."
-            )
+        if isinstance(value, dict) and "list" in value:
+            return list(self(value["list"], like, where))
         if isinstance(value, list):
             likes = like if self.whole else [like] * len(value)
-            return tuple(self(x, y, where) for x, y in zip(value, likes))
+            if len(likes) != len(value):
+                raise ValueError(
+                    f"{self.path} was saved with {len(value)} parts of {where}, but `like` "
+                    f"has {len(likes)}."
+                )
+            parts = enumerate(zip(value, likes))
+            return tuple(self(x, y, f"{where}[{i}]") for i, (x, y) in parts)
+        if isinstance(value, dict) and "shape" in value:
+            shape = tuple(value["shape"])
+            return np.empty(shape) if value["numpy"] else jax.ShapeDtypeStruct(shape, float)
         if isinstance(value, dict):
             return jnp.asarray(value["array"], value["dtype"])
         return value
+
+    def _argument(self, value: Any, like: Any, where: str) -> Any:
+        """An argument of a module, which `like`, if it is the whole, must have too."""
+        is_part = isinstance(value, dict) and not value.keys().isdisjoint(_parts)
+        if self.whole and not is_part and describe(like, inline=True) != value:
+            raise ValueError(
+                f"{self.path} was saved with {where} {show(value)}, but `like` has "
+                f"{show(describe(like, inline=True))}."
+            )
+        return self(value, like, where)
 
     def _make(self, value: dict[str, Any], like: Any, where: str) -> Any:
         cls = _classes.get(value["class"])
@@ -139,7 +184,7 @@ class _Builder:
                 "does not know. Update `gddim_eqx`."
             )
         if type(like) is cls and not self.whole:
-            return _Builder(self.path, True)(value, like, where)
+            return _Builder(self.path, self.arrays, True)(value, like, where)
         known = inspect.signature(cls).parameters
         unknown = set(value["arguments"]) - set(known)
         if unknown:
@@ -152,8 +197,9 @@ class _Builder:
                 f"{self.path} was saved with {where} a {cls.__name__}, but `like` has a "
                 f"{type(like).__name__}."
             )
+        make = self if issubclass(cls, tuple) else self._argument
         arguments = {
-            name: self(x, getattr(like, name) if self.whole else like, f"{where}.{name}")
+            name: make(x, getattr(like, name) if self.whole else like, f"{where}.{name}")
             for name, x in value["arguments"].items()
         }
         if "key" not in known:

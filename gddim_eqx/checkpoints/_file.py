@@ -13,35 +13,50 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 
-from .._misc import write_whole
+from .._misc import is_array, write_whole
 from ._describe import build, describe
+from ._rest import check_arrays
 
 
 _VERSION = 1
 
 
 def save(path: str | Path, model: Any, metadata: Mapping[str, Any] | None = None) -> None:
-    """Save a model with its architecture and its process, for
+    """Save a model or a learned solver with its architecture and its process, for
     [`gddim_eqx.checkpoints.load`][].
 
     The file is a NumPy `.npz` of the parameters and a `header` that describes the model as
     JSON. It is written under another name first, so that `path` is never incomplete.
 
     Networks, processes and schedules of your own, a `LinearSDE`, a `GaussianPath`, and
-    wrappers such as `WithTime` and guidance, cannot be described: only their arrays are
-    saved, and `load` needs a `like`.
+    wrappers such as `WithTime` and guidance, cannot be described: only their arrays and
+    constants are saved, and `load` needs a `like`.
+
+    !!! example
+
+        ```python
+        fitted = gd.fit_solver(flow, process.prior(key, (64,)), num_steps=5)
+        gd.checkpoints.save("solver.npz", fitted)  # or `fitted.solver`, which has its times
+        fitted = gd.checkpoints.load("solver.npz")
+        x, _ = gd.sample(flow, key, 1000, solver=fitted.solver, ts=fitted.ts)
+        ```
 
     **Arguments:**
 
     - `path`: the path of the file, with any suffix.
     - `model`: a [`gddim_eqx.nn.NetworkModel`][]; or a [`gddim_eqx.ProbabilityFlow`][] of
-        one, or of a model of your own, to save what it predicts too; or a network alone.
+        one, or of a model of your own, to save what it predicts too; or a network alone. Or
+        a solver, such as a [`gddim_eqx.LearnedGDDIM`][], or all of what
+        [`gddim_eqx.fit_solver`][] returns. Or any pytree.
     - `metadata`: anything else to keep with the model, serialisable as JSON, such as the
         names of its classes, for [`gddim_eqx.checkpoints.metadata`][].
 
-    **Raises:** `ValueError` for arrays that are not numeric, and for metadata that cannot
-    be serialised as JSON.
+    **Raises:** `ValueError` for arrays that are not numeric; for arrays outside the pytree:
+    weights in a `lambda`, a static field, `jax.jit` of a network or an object that is no
+    pytree (make them fields of an `equinox.Module`); and for metadata that cannot be
+    serialised as JSON.
     """
+    check_arrays(model)
     try:
         metadata = json.loads(json.dumps(dict(metadata or {})))
     except (TypeError, ValueError) as error:
@@ -71,20 +86,21 @@ def load(path: str | Path, like: Any = None) -> Any:
 
     - `path`: the path of the file.
     - `like`: for a file with the arrays of a network or process of your own: one of the
-        same structure, or a part of what was saved that contains it. Its arrays are
-        replaced, and may be just shapes, from `eqx.filter_eval_shape`. Other leaves, such
-        as activation functions or the functions of a `LinearSDE`, are kept, and not
-        compared with what was saved.
+        same structure, or a part of what was saved that contains it. Its arrays, which may
+        be just shapes, from `eqx.filter_eval_shape`, and its numbers, strings and `None`
+        are replaced. Static fields, classes and functions are kept: of functions, such as
+        those of a `LinearSDE`, only names and captured numbers are compared.
 
     **Returns:** the model.
 
     **Raises:** `ValueError` for a file that `save` did not write, that is incomplete, was
-    written by a later version of the library, or needs a `like`, or whose arrays are not
-    those of its architecture. It names the first that does not match.
+    written by a later version of the library, or needs a `like`; whose arrays are not
+    those of its architecture; or for a `like` that differs otherwise, or whose arrays are
+    out of reach, as in `save`. It names what does not match.
     """
     path = Path(path)
     header, arrays = _read(path)
-    model = build(header["model"], like, path)
+    model = build(header["model"], like, path, arrays.keys())
     values = []
     for name, wanted in _arrays(model):
         if name not in arrays:
@@ -108,7 +124,7 @@ def load(path: str | Path, like: Any = None) -> Any:
         raise ValueError(
             f"{path} has an array {next(iter(arrays))}, which has no place in its network."
         )
-    dynamic, static = eqx.partition(model, _is_array)
+    dynamic, static = eqx.partition(model, is_array)
     dynamic = jtu.tree_unflatten(jtu.tree_structure(dynamic), values)
     return eqx.combine(dynamic, static)
 
@@ -147,12 +163,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return header, arrays
 
 
-def _is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
-
-
 def _arrays(model: Any) -> list[tuple[str, Any]]:
-    leaves = jtu.tree_leaves_with_path(eqx.filter(model, _is_array))
+    leaves = jtu.tree_leaves_with_path(eqx.filter(model, is_array))
     return [(jtu.keystr(path), leaf) for path, leaf in leaves]
 
 

@@ -1,0 +1,193 @@
+import dataclasses
+import dis
+import functools
+import sys
+import sysconfig
+import types
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+import numpy as np
+
+
+class Item(NamedTuple):
+    """Something that a model holds."""
+
+    path: str
+    """Where: as by `jax.tree_util.keystr`, with captured variables in angle brackets."""
+    value: Any
+    place: str
+    """`"leaf"` in the pytree; `"fixed"` in a static field, or captured by a function;
+    `"within"` other objects."""
+
+
+def contents(tree: Any, lenient: bool) -> Iterator[Item]:
+    """What a pytree holds and, as far as Python can tell, what its functions and objects
+    hold: arrays, constants, functions and other objects.
+
+    The global variables of functions are searched, except in installed packages.
+
+    **Arguments:**
+
+    - `tree`: a pytree.
+    - `lenient`: whether to pass over global arrays that methods of classes use: with arrays
+        of its own a model has its parameters, and these are constants.
+    """
+    return _Search(lenient)(Item("", tree, "leaf"), False)
+
+
+def is_array(x: Any) -> bool:
+    """Whether this is an array that JAX knows, or the shape of one."""
+    return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+
+
+def is_weights(x: Any) -> bool:
+    """Whether this is an array of any library."""
+    names = "shape", "dtype", "__array__"
+    foreign = all(hasattr(type(x), name) for name in names) and jtu.all_leaves([x])
+    return is_array(x) or (foreign and not isinstance(x, np.generic))
+
+
+def is_constant(x: Any) -> bool:
+    """Whether this is `None`, a string or a number that is no array."""
+    return x is None or isinstance(x, bool | int | float | complex | str | np.generic)
+
+
+class _Search:
+    def __init__(self, lenient: bool):
+        self.lenient = lenient
+        # By identity, and kept alive so that identities stay unique.
+        self.seen: dict[int, Any] = {}
+
+    def _is_new(self, x: Any) -> bool:
+        new = id(x) not in self.seen
+        self.seen[id(x)] = x
+        return new
+
+    def __call__(self, item: Item, constants: bool) -> Iterator[Item]:
+        path, value, place = item
+        if is_constant(value):
+            yield item
+        elif is_weights(value):
+            if not (constants and isinstance(value, np.ndarray)):
+                yield item
+        elif place == "leaf" or self._is_new(value):
+            yield item
+            for name, part, its_place in _parts(value):
+                inner = Item(path + name, part, place if its_place == "leaf" else its_place)
+                is_derived = _is_ours(value) and name.startswith("._")
+                yield from self(inner, constants or is_derived)
+            if not isinstance(value, type) and self._is_new(type(value)):
+                yield from self._in_methods(path, type(value))
+
+    def _in_methods(self, path: str, cls: type) -> Iterator[Item]:
+        for name, method in _methods(cls):
+            for variable, part in _variables(method):
+                if not (self.lenient and is_weights(part)):
+                    inner = Item(f"{path}.{name}<{variable}>", part, "within")
+                    yield from self(inner, self.lenient)
+
+
+def _parts(x: Any) -> Iterator[tuple[str, Any, str]]:
+    if isinstance(x, dict):
+        yield from ((f"[{key!r}]", part, "leaf") for key, part in x.items())
+        return
+    if isinstance(x, type | types.ModuleType) or jtu.all_leaves([x]):
+        yield from _captured(x)
+        return
+    leaves, treedef = jtu.tree_flatten_with_path(x, is_leaf=lambda y: y is not x)
+    yield from ((jtu.keystr(path), part, "leaf") for path, part in leaves)
+    if isinstance(x, eqx.Module):
+        names = [f.name for f in dataclasses.fields(x) if f.metadata.get("static", False)]
+        present = [name for name in names if hasattr(x, name)]
+        yield from ((f".{name}", getattr(x, name), "fixed") for name in present)
+    elif not isinstance(x, list | tuple):
+        yield "<static>", (treedef.node_data() or (None, None))[1], "fixed"
+
+
+def _captured(x: Any) -> Iterator[tuple[str, Any, str]]:
+    """What functions and objects hold that are no pytrees."""
+    attributes = getattr(x, "__dict__", {})
+    if isinstance(x, type | types.ModuleType):
+        return
+    elif isinstance(x, types.FunctionType):
+        yield from ((f"<{name}>", part, "fixed") for name, part in _variables(x))
+    elif isinstance(x, functools.partial):
+        yield "", x.func, "fixed"
+        parts = [*enumerate(x.args), *x.keywords.items()]
+        yield from ((f"<{name}>", part, "fixed") for name, part in parts)
+    elif isinstance(
+        x, types.MethodType | types.BuiltinMethodType | types.MethodWrapperType
+    ):
+        yield "<self>", x.__self__, "within"
+        yield "", getattr(x, "__func__", None), "fixed"
+    elif "__wrapped__" in attributes:
+        yield "", attributes["__wrapped__"], "fixed"
+    elif isinstance(x, set | frozenset):
+        yield from ((f"[{i}]", part, "within") for i, part in enumerate(x))
+    elif _package(type(x).__module__) not in ("jax", "jaxlib", "numpy"):
+        yield from ((f".{name}", part, "within") for name, part in attributes.items())
+        slots = [name for c in type(x).__mro__ for name in getattr(c, "__slots__", ())]
+        yield from ((f".{name}", getattr(x, name, None), "within") for name in slots)
+
+
+def _variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """The variables of a function that are not its own, and its defaults."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # Not assigned yet.
+            continue
+    yield from ((f"default {i}", x) for i, x in enumerate(function.__defaults__ or ()))
+    yield from (function.__kwdefaults__ or {}).items()
+    if not _is_installed(function.__globals__):
+        yield from _globals(function.__code__, function.__globals__)
+
+
+def _globals(code: types.CodeType, variables: dict) -> Iterator[tuple[str, Any]]:
+    steps = list(dis.get_instructions(code))
+    for i, step in enumerate(steps):
+        if step.opname not in ("LOAD_GLOBAL", "LOAD_NAME") or step.argval not in variables:
+            continue
+        name, value = step.argval, variables[step.argval]
+        for attribute in steps[i + 1 :]:
+            is_read = attribute.opname in ("LOAD_ATTR", "LOAD_METHOD")
+            if not (isinstance(value, types.ModuleType) and is_read):
+                break
+            name = f"{name}.{attribute.argval}"
+            value = getattr(value, attribute.argval, None)
+        yield name, value
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield from _globals(inner, variables)
+
+
+def _methods(cls: type) -> Iterator[tuple[str, types.FunctionType]]:
+    for base in cls.__mro__:
+        module = sys.modules.get(base.__module__)
+        if module is not None and _is_installed(vars(module)):
+            continue
+        for name, method in vars(base).items():
+            for wrapper in ("fget", "__func__", "__wrapped__"):
+                method = getattr(method, wrapper, method)
+            if isinstance(method, types.FunctionType):
+                yield name, method
+
+
+def _package(module: str) -> str:
+    return module.split(".")[0]
+
+
+def _is_ours(x: Any) -> bool:
+    return _package(type(x).__module__) == _package(__name__)
+
+
+def _is_installed(module: dict[str, Any]) -> bool:
+    """Whether a module, given by its variables, is of Python or an installed package."""
+    if _package(str(module.get("__name__"))) in ("builtins", _package(__name__)):
+        return True
+    file = str(module.get("__file__"))
+    return "-packages" in file or file.startswith(sysconfig.get_path("stdlib"))
