@@ -10,6 +10,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from ._misc import show
+
 
 class Placement(eqx.Module):
     """The sharding of arrays over devices: of batches, and optionally of parameters. For
@@ -38,7 +40,9 @@ class Placement(eqx.Module):
             or not len(devices)
             or not all(isinstance(device, jax.Device) for device in devices)
         ):
-            raise ValueError(f"`devices` must be some of `jax.devices()`; got {devices!r}.")
+            raise ValueError(
+                f"`devices` must be some of `jax.devices()`; got {show(devices)}."
+            )
         self.mesh = Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
         self.shard_parameters = shard_parameters
 

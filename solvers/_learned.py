@@ -16,6 +16,7 @@ from gddim_eqx._exponential import (
     slowing,
 )
 from gddim_eqx._linear import coefficient_dtype
+from gddim_eqx._misc import show
 from gddim_eqx._process import AbstractProcess, require_process
 from gddim_eqx._term import ProbabilityFlow, real_time
 
@@ -36,8 +37,10 @@ class LearnedGDDIM(dfx.AbstractItoSolver[History]):
     nodes is subtracted. So it is always zero: whatever the corrections are, every step is
     exact if the data are a single point. With all parameters zero, this is `solver`.
 
-    It needs the times `ts`: pass `stepsize_controller=diffrax.StepTo(solver.ts)`.
-    [`gddim_eqx.sample`][] does so by default.
+    [`gddim_eqx.sample`][] and [`gddim_eqx.generate`][] take its times from it. For
+    `diffrax.diffeqsolve` pass `t0=solver.ts[0]`, `t1=solver.ts[-1]` and
+    `stepsize_controller=diffrax.StepTo(solver.ts)`. [`gddim_eqx.checkpoints.save`][] saves
+    it.
 
     ??? cite "Reference"
 
@@ -89,7 +92,7 @@ class LearnedGDDIM(dfx.AbstractItoSolver[History]):
         shapes.
         """
         if not isinstance(solver, GDDIM):
-            raise ValueError(f"`solver` must be a `GDDIM()`; got {solver!r}.")
+            raise ValueError(f"`solver` must be a `GDDIM()`; got {show(solver)}.")
         if solver.reevaluate:
             raise ValueError("Corrections are learned without `reevaluate`.")
         require_process(process)
@@ -128,7 +131,8 @@ class LearnedGDDIM(dfx.AbstractItoSolver[History]):
         problem = self.solver.unwrap(terms, y)
         if problem.equation != self.process:
             raise ValueError(
-                f"This solver was learned for {self.process}; got {problem.equation}."
+                f"This solver was learned for {show(self.process)}; got "
+                f"{show(problem.equation)}."
             )
         if problem.lam is not None:
             raise ValueError(

@@ -120,7 +120,7 @@ _refused = {
     "`scale` must be": [
         lambda: gd.ClassifierFreeGuidance(_model, _model, "a"),
         lambda: gd.ClassifierFreeGuidance(_model, _model, None),
-        lambda: _sample(model=gd.ClassifierFreeGuidance(_model, _model, jnp.ones(3))),
+        lambda: gd.ClassifierFreeGuidance(_model, _model, jnp.ones(3))(0.5, _x[:2], None),
         lambda: gd.GaussianMixture(jnp.zeros((2, 2)), "a"),
         lambda: gd.GaussianMixture(jnp.zeros((2, 2)), np.ones(2)),
     ],
@@ -275,6 +275,91 @@ def test_a_traced_number_of_a_process_is_named(make, parameter, transform):
     argument = jnp.array([5.0]) if transform is jax.vmap else 5.0
     with pytest.raises(ValueError, match=f"`{parameter}` .*is traced"):
         transform(lambda a: (make(a), a)[1])(argument)
+
+
+class _Long:
+    """What cannot even be shown."""
+
+    def __repr__(self):
+        raise RuntimeError("no repr")
+
+
+_network = gd.nn.presets.small((8, 8, 1), key=_key, features=8)
+_big = gd.ProbabilityFlow(gd.VP((8, 8, 1)), gd.nn.NetworkModel(gd.VP((8, 8, 1)), _network))
+_long = {
+    "flow": _big,
+    "list": [[float(i)] * 100 for i in range(10_000)],
+    "text": "a" * 100_000,
+    "dictionary": {str(i): _network for i in range(100)},
+    "array": np.arange(1000.0).reshape(10, 100),
+    "no repr": _Long(),
+}
+_loss = gd.training.DenoisingLoss
+_entries = {
+    "guidance": lambda x: gd.ClassifierFreeGuidance(x, 2.0),
+    "unconditional": lambda x: gd.ClassifierFreeGuidance(_model, x),
+    "scale": lambda x: gd.ClassifierFreeGuidance(_model, _model, {"a": x, "b": None}),
+    "likelihood": lambda x: gd.ClassifierGuidance(_flow, x),
+    "function": lambda x: gd.DataGuidance(_flow, x),
+    "measurement": lambda x: gd.PosteriorGuidance(_flow, _x, x, 0.1),
+    "method": lambda x: gd.PosteriorGuidance(_flow, _x, lambda x: x, 0.1, x),
+    "noise": lambda x: gd.PosteriorGuidance(_flow, _x, lambda x: x, x),
+    "WithArgs": lambda x: gd.WithArgs(x, 1),
+    "WithTime": lambda x: gd.WithTime(_process, x, "1 - t"),
+    "time": lambda x: gd.WithTime(_process, _model, [x]),
+    "network": lambda x: gd.nn.NetworkModel(_process, x),
+    "flow": lambda x: gd.ProbabilityFlow(_process, x),
+    "process": lambda x: gd.ProbabilityFlow(x, _model),
+    "weights": lambda x: gd.GaussianMixture(_x, 0.1, x),
+    "means": lambda x: gd.GaussianMixture([x, None]),
+    "shape": lambda x: gd.VP((x, "a")),
+    "schedule": lambda x: gd.VP((2,), x),
+    "beta": lambda x: gd.LinearSchedule(x),
+    "betas": lambda x: gd.VP.from_betas((2,), [x, None]),
+    "path": lambda x: gd.GaussianPath((2,), [x], lambda t: t),
+    "drift": lambda x: gd.LinearSDE((2,), [x], lambda t: t),
+    "grid": lambda x: gd.time_grid(_process, 5, [x]),
+    "num_steps": lambda x: gd.time_grid(_process, x),
+    "ts": lambda x: _sample(ts=[x, None]),
+    "times": lambda x: _sample(ts=np.linspace(0, 1, 900)),
+    "key": lambda x: _sample(key=x),
+    "number": lambda x: _sample(number=x),
+    "lam": lambda x: _sample(lam=[x]),
+    "solver": lambda x: _sample(solver=x),
+    "dtype": lambda x: _sample(dtype=x),
+    "denoise": lambda x: _sample(denoise=[x]),
+    "placement": lambda x: _sample(placement=x),
+    "devices": lambda x: gd.Placement([x]),
+    "divergence": lambda x: gd.log_likelihood(_flow, _x, divergence=[x]),
+    "learn": lambda x: gd.fit_solver(_flow, _x, learn=[x]),
+    "features": lambda x: gd.fit_solver(_flow, np.ones((9, 2)), features=[x]),
+    "learned": lambda x: gd.LearnedGDDIM(x, _process, [1.0, 0.5]),
+    "returned": lambda x: gd.ProbabilityFlow(_process, lambda *_: [x]).vf(0.5, _x, None),
+    "loss": lambda x: _loss(_process, times=x),
+    "weighting": lambda x: _loss(_process, weighting=[x]),
+    "predicts": lambda x: _loss(_process, predicts=[x]),
+}
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("entry", _entries)
+def test_messages_are_short_whatever_was_passed(entry):
+    refused = 0
+    for value in _long.values():
+        try:
+            _entries[entry](value)
+        # (JAX may show a dtype, and Python look up what cannot be hashed.)
+        except (ValueError, TypeError, RuntimeError) as error:
+            assert len(str(error)) < 1000 and str(error).count("\n") <= 1, error
+            refused += isinstance(error, ValueError)
+    assert refused > 1
+
+
+def test_guidance_of_a_flow_says_what_to_pass():
+    with pytest.raises(ValueError, match="`conditional` must .*, pass the `model`"):
+        gd.ClassifierFreeGuidance(_big, _model)
+    with pytest.raises(ValueError, match="`unconditional` must .*, `scale=2.0`"):
+        gd.ClassifierFreeGuidance(_big.model, 2.0)
 
 
 def test_a_guidance_scale_can_differ_between_samples():

@@ -273,6 +273,16 @@ _u = np.ones((9, 2), np.float32)
 # Arguments are wrong on purpose.
 _fit: Any = gd.fit_solver
 _make: Any = gd.LearnedGDDIM
+_sample: Any = gd.sample
+_other = _flow(gd.VE((2,)))
+
+
+def f_u(solver):
+    return jnp.asarray(_u, solver.ts.dtype)
+
+
+def _reversed(solver):
+    return gd.LearnedGDDIM(solver.solver, solver.process, solver.ts[::-1])
 
 
 @pytest.mark.parametrize(
@@ -305,22 +315,77 @@ _make: Any = gd.LearnedGDDIM
             "was learned for VP",
         ),
         (lambda f, s: gd.sample(f, jr.key(0), 2, solver=s, lam=1.0), "probability flow"),
+        (
+            lambda f, s: gd.sample(f, jr.key(0), 2, 5, solver=s),
+            "learned for 4 steps.*num_steps=5",
+        ),
+        (
+            lambda f, s: gd.generate(f, f_u(s), 5, solver=s),
+            "learned for 4 steps.*num_steps=5",
+        ),
+        (lambda f, s: gd.generate(_other, f_u(s), solver=s), "was learned for VP.*got VE"),
+        (
+            lambda f, s: gd.generate(f, f_u(s), solver=s, ts=s.ts.at[1].multiply(0.99)),
+            r"learned for the times \[1.0, .*got `ts` \[1.0, ",
+        ),
+        (
+            lambda f, s: gd.generate(f, f_u(s), solver=s, ts=s.ts[::2]),
+            "learned for the times",
+        ),
+        (
+            lambda f, s: gd.generate(f, f_u(s), solver=s, ts=gd.time_grid(f.process, 5)),
+            "learned for the times",
+        ),
+        (lambda f, s: gd.generate(f, f_u(s), 4, solver=s, ts=s.ts), "not both"),
+        (lambda f, s: gd.invert(f, _u, 4, ts=s.ts[::-1]), "not both"),
+        (lambda f, s: gd.invert(f, _u, solver=s), r"learned from t = 1.0 to .* other dir"),
+        (lambda f, s: gd.invert(f, _u, solver=_reversed(s)), "Pass `check=False`"),
+        (lambda f, s: gd.generate(f, f_u(s), solver=_reversed(s)), "the other direction"),
+        (lambda f, s: gd.adapted_grid(f, _u, solver=s), "has its own times"),
+        (lambda f, s: _fit(f, _u, 3, s), "must be a `GDDIM"),
+        (lambda f, s: gd.log_likelihood(f, _u, solver=s), "`LearnedGDDIM` solves for sta"),
+        (lambda f, s: gd.log_density(f, _u, solver=gd.SSCS()), "`SSCS` solves for states"),
+        (
+            lambda f, s: _sample(
+                f, jr.key(0), 2, solver=gd.FittedSolver(s, s.ts, *[1.0] * 4)
+            ),
+            "A FittedSolver is no solver: pass `solver=x.solver, ts=x.ts`",
+        ),
     ],
 )
 def test_bad_input_is_refused(case, message, without_type_checks):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         case(*_good())
+    assert len(str(error.value).splitlines()) == 1
 
 
+def test_its_times_are_used_wherever_a_solver_is_taken():
+    flow, solver = _good()
+    solver = _learned(flow.process, seed=1, size=0.1)
+    u = f_u(solver)
+    expected = _run(flow, solver, solver.ts, u)
+    run = eqx.filter_jit(lambda u, n, ts: gd.generate(flow, u, n, solver, ts=ts))
+    for number, ts in ((None, None), (4, None), (None, solver.ts.astype(jnp.float32))):
+        np.testing.assert_allclose(run(u, number, ts), expected, rtol=1e-5, atol=1e-6)
+    key = jr.key(0)
+    x = [gd.sample(flow, key, 4, number, solver).x for number in (None, 4)]
+    np.testing.assert_array_equal(*x)
+    # A part of its times, up to an intermediate state.
+    part = run(u, None, solver.ts[:3])
+    assert part.shape == u.shape and float(jnp.abs(part - expected).max()) > 1e-3
+
+
+@pytest.mark.x64
 def test_other_times_are_refused():
     process = gd.VP((2,))
     solver = _learned(process)
     # With the right beginning, for the first step.
     ts = solver.ts.at[1].multiply(0.99)
-    # Also where the model ignores the time.
+    u = jnp.ones((2, 2))
+    # Also where the model ignores the time. Traced times are looked at in the solve.
     for model in (_flow(process).model, lambda t, u, args: 0.1 * u):
         with pytest.raises(Exception, match="other times than its own"):
-            gd.sample(process, model, jr.key(0), 2, solver=solver, ts=ts)
+            _run(gd.ProbabilityFlow(process, model), solver, ts, u)
 
 
 def test_its_times_may_be_rounded():

@@ -1,5 +1,8 @@
 """Samples given a measurement, against posteriors in closed form."""
 
+import functools
+
+import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -188,7 +191,11 @@ def _measure_like(x):
         (dict(noise=0.0), "`noise` must be positive"),
         (dict(num_iterations=0), "`num_iterations` must be a positive integer"),
         (dict(y=np.ones(3) * 1j), "`y` must be real"),
-        (dict(y=np.ones(4)), r"shape \(2, 3\) for a batch of shape \(2,\)"),
+        (
+            dict(y=np.ones(4)),
+            r"`y` has shape \(4,\);.* must be \(3,\) for all.* or \(2, 3\)",
+        ),
+        (dict(y=np.ones((4, 3))), r"`y` has shape \(4, 3\); for a batch of shape \(2,\)"),
         (dict(measurement=lambda x: x.sum()), r"returned an array of shape \(\)"),
     ],
 )
@@ -199,3 +206,122 @@ def test_bad_arguments(arguments, message, without_type_checks):
     with pytest.raises(ValueError, match=message):
         guided = gd.PosteriorGuidance(process, model, **options)
         guided(0.5, prior_state(process, (2,)), None)
+
+
+# One measurement, or scale, per sample
+
+_plane = gd.VP((2,))
+_exact = gd.GaussianMixture(np.array([[0.0, 1.0], [2.0, 3.0]]), 0.3).model(_plane)
+
+
+def _first(x):
+    return x[..., :1]
+
+
+def _guided(y):
+    return gd.PosteriorGuidance(_plane, _exact, y, _first, 0.2)
+
+
+def _scaled(scale):
+    return gd.ClassifierFreeGuidance(
+        _exact, lambda t, u, args: 0.9 * _exact(t, u, args), scale
+    )
+
+
+def _by_likelihood(scale):
+    likelihood = lambda t, u, args: -(u**2).sum(-1)
+    return gd.ClassifierGuidance(_plane, _exact, likelihood, 0.1 * scale)
+
+
+_six = np.linspace(0.0, 2.0, 6)
+_per_sample = {
+    "y": lambda rows: _guided(rows[:, None]),
+    "scale": _scaled,
+    "gradient": _by_likelihood,
+    "nested": lambda rows: gd.DataGuidance(_plane, _guided(rows[:, None]), gd.Clip(-9, 9)),
+    "two": lambda rows: gd.ClassifierFreeGuidance(
+        gd.WithTime(_plane, _guided(rows[:, None]), lambda t: t), _exact, rows
+    ),
+}
+
+
+def _draw(model, number, **options):
+    return gd.sample(_plane, model, jax.random.key(0), number, 2, **options).x
+
+
+@pytest.mark.parametrize("make", _per_sample.values(), ids=_per_sample)
+def test_rows_in_a_model_go_with_their_samples(make):
+    whole = _draw(make(_six), 6)
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    same(_draw(make(_six), 6, batch_size=4), whole)
+    same(_draw(make(_six[2:]), 4, first=2), whole[2:])
+    if make is _per_sample["y"]:
+        same(_draw(make(_six), 6, batch_size=8, placement=gd.Placement()), whole)
+        same(_draw(make(_six[:1]), 1, batch_size=1), whole[:1])
+
+
+@pytest.mark.parametrize("make", _per_sample.values(), ids=_per_sample)
+def test_another_number_of_rows_is_refused(make):
+    for options in (dict(), dict(batch_size=3), dict(batch_size=6)):
+        with pytest.raises(ValueError, match="has 3 rows, one per sample, but 6 samples"):
+            _draw(make(_six[:3]), 6, **options)
+    with pytest.raises(ValueError, match="6 rows.* 4 samples are drawn, from 2 to 5"):
+        _draw(make(_six), 4, first=2)
+
+
+_out_of_reach = {
+    "function": lambda model: lambda t, u, args: model(t, u, args),
+    "function of time": lambda model: _scaled(lambda t: jnp.ones(3)),
+    "own": lambda model: lambda t, u, args: _exact(t, u, args) + np.ones((3, 1)),
+    "data": lambda model: gd.DataGuidance(
+        _plane, _exact, lambda t, x, args: jnp.where(x > 9, x, jnp.ones((3, 2)))
+    ),
+    "measurement": lambda model: gd.PosteriorGuidance(
+        _plane, _exact, np.ones(1), lambda x: np.ones((3, 1)) * x[..., :1], 0.1
+    ),
+}
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("wrap", _out_of_reach.values(), ids=_out_of_reach)
+def test_rows_out_of_reach_are_not_reused_for_every_batch(wrap):
+    model = wrap(_guided(_six[:3, None]))
+    with pytest.raises(
+        ValueError, match="for batches of 3 samples only.*pass them as `arg"
+    ):
+        _draw(model, 6, batch_size=3)
+
+
+@pytest.mark.x64
+def test_scales_are_per_sample_not_per_draw_or_coordinate():
+    process, t, u = _plane, jnp.array(0.5), jnp.ones((3, 2))
+    data = gd.GaussianMixture(np.array([[0.0, 1.0]]), 0.3)
+    model = gd.nn.NetworkModel(process, lambda t, x: x)
+    guided = gd.ClassifierFreeGuidance(model, data.model(process), np.ones(2))
+    with pytest.raises(ValueError, match=r"got shape \(2,\) for a state of shape \(2,\)"):
+        guided(t, u[0], None)
+    with pytest.raises(
+        ValueError, match=r"got shape \(2,\) for a state of shape \(2, 3, 2"
+    ):
+        guided(t, jnp.ones((2, 3, 2)), None)
+    with pytest.raises(ValueError, match="`y` of `PosteriorGuidance` has one row per samp"):
+        flow = gd.ProbabilityFlow(process, _guided(np.ones((9, 1))))
+        gd.fit_solver(flow, jnp.ones((9, 2)), 2, progress=False)
+
+
+@pytest.mark.x64
+def test_a_bound_repeats_rows_for_every_draw():
+    process = gd.CLD((2,), gamma=0.1)
+    model = gd.GaussianMixture(np.array([[0.0, 1.0]]), 0.3).model(process)
+    grad = lambda t, u, args: -(u.x**2).sum(-1)
+    options = dict(key=jax.random.key(0), num_draws=3, dt0=0.5)
+    options |= dict(solver=dfx.Euler(), stepsize_controller=dfx.ConstantStepSize())
+
+    def bound(scale, x):
+        guided = gd.ClassifierGuidance(process, model, grad, scale)
+        return gd.log_likelihood_bound(gd.ProbabilityFlow(process, guided), x, **options)
+
+    x = jnp.asarray([[0.0, 1.0], [0.3, 0.8], [0.1, 1.2]])
+    both = bound(np.array([0.0, 0.2, 0.4]), x).value
+    for i, scale in enumerate((0.0, 0.2, 0.4)):
+        np.testing.assert_allclose(both[i], bound(scale, x).value[i], rtol=1e-9)

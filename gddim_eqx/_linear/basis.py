@@ -7,6 +7,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Inexact
 
+from .._misc import show
+
 
 class AbstractBasis(eqx.Module):
     """A fixed orthogonal basis for the data, in which a process acts coordinate by
@@ -62,7 +64,7 @@ class FourierBasis(AbstractBasis):
         if not all(isinstance(axis, int) and axis < 0 for axis in self.axes):
             raise ValueError(
                 "`axes` must be negative integers, which count from the last axis, as "
-                f"leading axes are those of the batch; got {self.axes!r}."
+                f"leading axes are those of the batch; got {show(self.axes)}."
             )
 
     @staticmethod

@@ -6,6 +6,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Inexact
 
 from .._custom_types import State
+from .._misc import show
 
 
 class Phase(NamedTuple):
@@ -75,7 +76,8 @@ def check_state(
         state = jnp.asarray(state)
     if jtu.tree_structure(state) != jtu.tree_structure(expected):
         raise ValueError(
-            f"{name} must be {want}, but it has the structure {jtu.tree_structure(state)}."
+            f"{name} must be {want}, but it has the structure "
+            f"{show(jtu.tree_structure(state))}."
         )
     state = jtu.tree_map(jnp.asarray, state)
     got = [tuple(leaf.shape) for leaf in jtu.tree_leaves(state)]

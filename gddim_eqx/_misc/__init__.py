@@ -24,5 +24,6 @@ from .contents import (
 )
 from .level import as_level as as_level, level_at as level_at
 from .pin import pin as pin
+from .rows import map_rows as map_rows
 from .show import show as show
 from .write import write_whole as write_whole

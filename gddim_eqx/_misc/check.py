@@ -13,6 +13,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Inexact
 
 from .._custom_types import Key
+from .show import show
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
@@ -23,7 +24,7 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         whole = False
     if not whole:
         kind = "a positive" if least == 1 else "a non-negative"
-        raise ValueError(f"`{name}` must be {kind} integer; got {value!r}.")
+        raise ValueError(f"`{name}` must be {kind} integer; got {show(value)}.")
 
 
 def check_args(model: Any, args: Any) -> None:
@@ -48,7 +49,7 @@ def check_instance(name: str, value: Any, kind: Any, wanted: str) -> None:
     """**Raises:** `ValueError`, which names what is `wanted`, unless the value is an
     instance of `kind`."""
     if not isinstance(value, kind):
-        raise ValueError(f"`{name}` must be {wanted}; got {value!r}.")
+        raise ValueError(f"`{name}` must be {wanted}; got {show(value)}.")
 
 
 def check_key(key: Any) -> Key:
@@ -58,9 +59,11 @@ def check_key(key: Any) -> Key:
             return key
         if key.dtype == jnp.uint32 and key.ndim == 1:
             return key
-        key = f"an array of {key.dtype} of shape {key.shape}"
+        text = f"an array of {key.dtype} of shape {key.shape}"
+    else:
+        text = show(key)
     raise ValueError(
-        f"`key` must be one random key, such as `jax.random.key(0)`; got {key}."
+        f"`key` must be one random key, such as `jax.random.key(0)`; got {text}."
     )
 
 
@@ -111,7 +114,7 @@ def as_dtype(dtype: Any) -> Any:
     try:
         dtype = jax.dtypes.canonicalize_dtype(jnp.dtype(dtype))
     except TypeError:
-        raise ValueError(f"`dtype` must be a floating dtype; got {dtype!r}.") from None
+        raise ValueError(f"`dtype` must be a floating dtype; got {show(dtype)}.") from None
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"`dtype` must be a real floating dtype; got {dtype}.")
     return dtype
@@ -127,7 +130,7 @@ def as_number(name: str, value: Any) -> float:
             raise TypeError
         number = float(value)
     except (TypeError, ValueError):
-        raise ValueError(f"`{name}` must be a number; got {value!r}.") from None
+        raise ValueError(f"`{name}` must be a number; got {show(value)}.") from None
     if not math.isfinite(number):
         raise ValueError(f"`{name}` must be finite; got {number}.")
     return number
@@ -174,7 +177,7 @@ def as_floats(name: str, value: Any) -> Inexact[Array, " *shape"]:
         # With an explicit dtype, as Python numbers would become weakly typed arrays.
         return jnp.asarray(array, float if whole else array.dtype)
     except (TypeError, ValueError):
-        message = f"`{name}` must be real numbers; got {value!r}."
+        message = f"`{name}` must be real numbers; got {show(value)}."
         raise ValueError(message) from None
 
 
@@ -191,5 +194,5 @@ def as_shape(shape: Sequence[int] | int) -> tuple[int, ...]:
         return tuple(map(operator.index, shape if isinstance(shape, Iterable) else [shape]))
     except TypeError:
         raise ValueError(
-            f"`shape` must be an integer or a tuple of integers; got {shape!r}."
+            f"`shape` must be an integer or a tuple of integers; got {show(shape)}."
         ) from None

@@ -158,7 +158,7 @@ def _globals(code: types.CodeType, variables: dict) -> Iterator[tuple[str, Any]]
             if not (isinstance(value, types.ModuleType) and is_read):
                 break
             name = f"{name}.{attribute.argval}"
-            value = getattr(value, attribute.argval, None)
+            value = vars(value).get(attribute.argval)
         yield name, value
     for inner in code.co_consts:
         if isinstance(inner, types.CodeType):

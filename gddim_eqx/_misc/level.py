@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Array, Inexact
 
 from .._custom_types import Level
+from .show import show
 
 
 def as_level(lam: Level) -> Level:
@@ -16,7 +17,7 @@ def as_level(lam: Level) -> Level:
     if isinstance(lam, (Array, np.ndarray)) and _is_real_scalar(lam):
         return _check_level(jnp.asarray(lam))
     if isinstance(lam, bool) or not isinstance(lam, (int, float, np.number)):
-        raise ValueError(f"`lam` must be a number or a function of time; got {lam!r}.")
+        raise ValueError(f"`lam` must be a number or a function of time; got {show(lam)}.")
     level = float(lam)
     if not 0 <= level < math.inf:
         raise ValueError(

@@ -8,7 +8,7 @@ from jaxtyping import Array, ArrayLike, PyTree
 
 from .._custom_types import Args, FrameName, PredictionName, RealScalarLike, State
 from .._linear import append_axes, apply, batch_axes, join_components, subtract
-from .._misc import as_constant, as_floats, as_shape, check_args, constant_field
+from .._misc import as_constant, as_floats, as_shape, check_args, constant_field, show
 from .._process import AbstractProcess
 from .._term import init_takes_flow, ProbabilityFlow
 
@@ -96,9 +96,8 @@ class ClassifierFreeGuidance(eqx.Module):
             [`gddim_eqx.WithArgs`][]. With another condition in its place, samples are led
             away from that.
         - `scale`: the guidance scale: 0 is unconditional, 1 conditional, and larger values
-            extrapolate. A number, or one per sample, `(*batch,)`, though not with
-            `batch_size` of [`gddim_eqx.sample`][]; or a function of time. Changing the
-            number does not recompile.
+            extrapolate. A number, or one per sample, `(*batch,)`; or a function of time.
+            Changing the number does not recompile.
         - `interval`: the times, from the earlier to the later, between which to guide;
             outside the model is the conditional one, but both are evaluated. By default
             always.
@@ -139,6 +138,11 @@ class ClassifierFreeGuidance(eqx.Module):
     def process(self) -> AbstractProcess | None:
         return getattr(self.conditional, "process", None)
 
+    @property
+    def rows(self) -> dict[str, Array]:
+        """What has one row per sample."""
+        return _rows_of(self.scale)
+
     def check_args(self, args: Args) -> None:
         """As in [`gddim_eqx.nn.NetworkModel`][], by the conditional model."""
         check_args(self.conditional, args)
@@ -150,7 +154,7 @@ class ClassifierFreeGuidance(eqx.Module):
             scale = jnp.where((low <= t) & (t <= high), scale, 1)
         given = self.conditional(t, u, args)
         guided = jtu.tree_map(
-            lambda a, b: b + _per_sample(scale, a) * (a - b),
+            lambda a, b: b + _per_sample(scale, a, self.process) * (a - b),
             given,
             self.unconditional(t, u, args),
         )
@@ -236,6 +240,11 @@ class ClassifierGuidance(AbstractGuidance):
         self.log_likelihood = log_likelihood
         self.scale = _as_scale(scale)
 
+    @property
+    def rows(self) -> dict[str, Array]:
+        """What has one row per sample."""
+        return _rows_of(self.scale)
+
     def __call__(self, t: RealScalarLike, u: State, args: Args) -> State:
         def total(u):
             values = self.log_likelihood(t, u, args)
@@ -250,7 +259,7 @@ class ClassifierGuidance(AbstractGuidance):
         gradient = self.process.from_data(jax.grad(total)(u))
         u = self.process.from_data(u)
         noise, scale = self.flow.noise(t, u, args), _at(self.scale, t)
-        gradient = jtu.tree_map(lambda x: _per_sample(scale, x) * x, gradient)
+        gradient = jtu.tree_map(lambda x: _per_sample(scale, x, self.process) * x, gradient)
         change = apply(self.process.factor(t).transpose(), gradient)
         noise = subtract(noise, change)
         return self.flow.prediction(t, u, noise)
@@ -362,8 +371,14 @@ DynamicThreshold.__init__.__doc__ = """**Arguments:**
 
 def _check_callable(**functions: Callable) -> None:
     for name, function in functions.items():
-        if not callable(function):
-            raise ValueError(f"`{name}` must be callable; got {function!r}.")
+        if callable(function):
+            continue
+        hint = ""
+        if isinstance(function, ProbabilityFlow):
+            hint = " Of a `ProbabilityFlow`, pass the `model`."
+        elif name == "unconditional":
+            hint = " Pass a scale by name, `scale=2.0`."
+        raise ValueError(f"`{name}` must be callable; got {show(function)}.{hint}")
 
 
 def _as_scale(scale: Scale) -> Scale:
@@ -371,9 +386,14 @@ def _as_scale(scale: Scale) -> Scale:
     return scale if callable(scale) else as_floats("scale", scale)
 
 
-def _per_sample(scale: ArrayLike, x: Array) -> Array:
+def _rows_of(scale: Scale) -> dict[str, Array]:
+    return {"scale": scale} if isinstance(scale, Array) and scale.ndim else {}
+
+
+def _per_sample(scale: ArrayLike, x: Array, process: AbstractProcess | None) -> Array:
     scale = as_floats("scale", scale).astype(x.dtype)
-    if scale.shape != x.shape[: scale.ndim]:
+    known = scale.ndim if process is None else x.ndim - len(process.shape)
+    if scale.shape not in ((), x.shape[:known]):
         raise ValueError(
             "`scale` must be one number, or one per sample, with the shape of the state's "
             f"batch axes; got shape {scale.shape} for a state of shape {x.shape}."

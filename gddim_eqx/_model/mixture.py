@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Inexact
 
 from .._custom_types import Key, PredictionName
 from .._linear import batch_axes, check_state, join_components
-from .._misc import as_constant, as_floats, check_count, check_key
+from .._misc import as_constant, as_floats, check_count, check_key, show
 from .._process import AbstractProcess, require_process, time_for
 from .._term import check_prediction, make_prediction, Marginal
 
@@ -61,7 +61,7 @@ class GaussianMixture(eqx.Module):
         if raw.shape != (number,) or not ((raw > 0) & np.isfinite(raw)).all():
             raise ValueError(
                 f"`weights` must be {number} positive numbers, one per component; got "
-                f"{weights}."
+                f"{show(weights)}."
             )
         self.means = means
         self.scale = scale

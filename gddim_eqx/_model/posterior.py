@@ -9,7 +9,7 @@ from jaxtyping import Array, ArrayLike, Inexact
 
 from .._custom_types import Args, FrameName, PredictionName, RealScalarLike, State
 from .._linear import add, append_axes, apply, batch_axes, join_components, subtract
-from .._misc import as_constant, check_count, check_positive
+from .._misc import as_constant, check_count, check_positive, show
 from .._process import AbstractProcess, as_time
 from .._term import init_takes_flow, ProbabilityFlow
 from .guidance import AbstractGuidance
@@ -78,7 +78,8 @@ class PosteriorGuidance(AbstractGuidance):
 
         - `process`, `model`: the forward process, and the model. Alternatively, pass a
             [`gddim_eqx.ProbabilityFlow`][] in place of these, `predicts` and `factor`.
-        - `y`: the measurement, the same for all samples or one for each.
+        - `y`: the measurement, the same for all samples, or one for each, `(*batch,
+            *y_shape)`.
         - `measurement`: $A$, a function of data `(*batch, *shape)` with any batch axes,
             which returns `(*batch, *y_shape)`; it treats samples independently.
         - `noise`: $\sigma$, the standard deviation of the noise in the measurement.
@@ -93,10 +94,10 @@ class PosteriorGuidance(AbstractGuidance):
         whose shape is not that of `y`.
         """
         if not callable(measurement):
-            raise ValueError(f"`measurement` must be callable; got {measurement!r}.")
+            raise ValueError(f"`measurement` must be callable; got {show(measurement)}.")
         if method not in ("moments", "pigdm", "dps"):
             raise ValueError(
-                f"`method` must be 'moments', 'pigdm' or 'dps'; got {method!r}."
+                f"`method` must be 'moments', 'pigdm' or 'dps'; got {show(method)}."
             )
         check_count("num_iterations", num_iterations)
         noise, data_std = as_constant("noise", noise), as_constant("data_std", data_std)
@@ -111,6 +112,13 @@ class PosteriorGuidance(AbstractGuidance):
         self.y, self.measurement = y.astype(float), measurement
         self.noise, self.method = noise, method
         self.num_iterations, self.assumed_std = num_iterations, data_std
+
+    @property
+    def rows(self) -> dict[str, Array]:
+        """What has one row per sample."""
+        x = jax.ShapeDtypeStruct((1, *self.process.shape), float)
+        measured = jax.eval_shape(self.measurement, x)
+        return {"y": self.y} if self.y.ndim >= measured.ndim else {}
 
     def __call__(self, t: RealScalarLike, u: State, args: Args = None) -> State:
         process, t = self.process, as_time(t)
@@ -144,14 +152,15 @@ class PosteriorGuidance(AbstractGuidance):
     def _residual(self, measured, batch):
         y = self.y.astype(measured.dtype)
         shape = measured.shape[len(batch) :]
-        if measured.shape[: len(batch)] != batch or y.shape not in (
-            shape,
-            (*batch, *shape),
-        ):
+        if measured.shape[: len(batch)] != batch:
             raise ValueError(
                 f"`measurement` returned an array of shape {measured.shape} for a batch of "
-                f"shape {batch}; with `y` of shape {y.shape} it must be "
-                f"(*{batch}, *y.shape), or the shape of `y`."
+                f"shape {batch}; it must be {batch} and the shape of a measurement."
+            )
+        if y.shape not in (shape, measured.shape):
+            raise ValueError(
+                f"`y` has shape {y.shape}; for a batch of shape {batch}, and by "
+                f"`measurement`, it must be {shape} for all samples, or {measured.shape}."
             )
         return jnp.broadcast_to(y, measured.shape) - measured
 

@@ -7,7 +7,7 @@ from jaxtyping import Array, Inexact
 
 from .._custom_types import Args, RealScalarLike, State
 from .._linear import batch_axes
-from .._misc import check_instance
+from .._misc import check_instance, show
 from .._process import (
     AbstractProcess,
     as_time,
@@ -72,7 +72,7 @@ class WithTime(eqx.Module):
         if not (callable(time) or time in get_args(TimeName)):
             raise ValueError(
                 "`time` must be a function of time or one of "
-                f"{', '.join(map(repr, get_args(TimeName)))}; got {time!r}."
+                f"{', '.join(map(repr, get_args(TimeName)))}; got {show(time)}."
             )
         if time == "index" and not isinstance(process, DiscreteVP):
             raise ValueError(
@@ -81,7 +81,7 @@ class WithTime(eqx.Module):
             )
         if time in ("sigma", "log(sigma) / 4") and process.num_components != 1:
             raise ValueError(
-                f"{time!r} is for processes of one component, not for "
+                f"{show(time)} is for processes of one component, not for "
                 f"{type(process).__name__}."
             )
         self.process, self.model, self.time = process, model, time

@@ -19,7 +19,7 @@ from .._linear import (
     coefficient_dtype,
     join_components,
 )
-from .._misc import as_batch, as_dtype, check_key
+from .._misc import as_batch, as_dtype, check_key, show
 
 
 if TYPE_CHECKING:
@@ -322,5 +322,5 @@ def require_process(process: object) -> None:
     if not isinstance(process, AbstractProcess):
         raise ValueError(
             "`process` must be a forward process such as `CLD(shape=...)`; got "
-            f"{process!r}."
+            f"{show(process)}."
         )

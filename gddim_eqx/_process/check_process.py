@@ -7,6 +7,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._linear import BlockLinearOperator
+from .._misc import show
 from .base import AbstractProcess, require_process
 
 
@@ -55,13 +56,13 @@ def _check_attributes(process: AbstractProcess, name: str) -> None:
     if not (isinstance(process.num_components, int) and process.num_components > 0):
         raise ValueError(
             f"`{name}.num_components` must be a positive integer; got "
-            f"{process.num_components!r}."
+            f"{show(process.num_components)}."
         )
     for attribute in ("data_scale", "t_min", "t_max", "t_end", "t_zero_signal"):
         value = getattr(process, attribute)
         if not isinstance(value, float | int) or not value > 0:
             raise ValueError(
-                f"`{name}.{attribute}` must be a positive number; got {value!r}."
+                f"`{name}.{attribute}` must be a positive number; got {show(value)}."
             )
     if not process.t_zero_signal >= process.t_max:
         raise ValueError(

@@ -7,7 +7,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Inexact, Real
 
-from .._misc import as_floats, as_shape, pin
+from .._misc import as_floats, as_shape, pin, show
 from .gaussian_path import AbstractGaussianPath
 from .tables import nodes_of_panels, PiecewisePolynomial
 
@@ -72,7 +72,7 @@ class DiscreteVP(AbstractGaussianPath):
         """
         index, last = as_floats("index", index), len(self.alphas_cumprod) - 1
         if not isinstance(index, Tracer) and not ((index >= 0) & (index <= last)).all():
-            raise ValueError(f"`index` must be from 0 to {last}; got {index}.")
+            raise ValueError(f"`index` must be from 0 to {last}; got {show(index)}.")
         return (index + 1.0) / (last + 1)
 
     def index(self, t: Real[ArrayLike, "*some"]) -> Inexact[Array, "*some"]:
@@ -184,7 +184,7 @@ def _as_list(name: str, values) -> Float[np.ndarray, " N"]:
     except (TypeError, ValueError):
         array = np.zeros(())
     if array.ndim != 1 or array.size < 1 or not np.isfinite(array).all():
-        raise ValueError(f"`{name}` must be a list of finite numbers; got {values!r}.")
+        raise ValueError(f"`{name}` must be a list of finite numbers; got {show(values)}.")
     return array
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._misc import as_constant, as_shape, check_positive
+from .._misc import as_constant, as_shape, check_positive, show
 from .diagonal import AbstractScalarProcess
 from .times import as_time
 
@@ -120,7 +120,9 @@ class GaussianPath(AbstractGaussianPath):
         self.shape = as_shape(shape)
         for name, function in (("signal", signal), ("noise", noise)):
             if not callable(function):
-                raise ValueError(f"`{name}` must be a function of time; got {function!r}.")
+                raise ValueError(
+                    f"`{name}` must be a function of time; got {show(function)}."
+                )
         self.signal, self.noise = signal, noise
         self.t_min, self.t_end = as_constant("t_min", t_min), as_constant("t_end", t_end)
         if not 0 < self.t_min < self.t_end:

@@ -8,7 +8,7 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike
 
 from .._linear import BlockLinearOperator
-from .._misc import as_floats
+from .._misc import as_floats, show
 
 
 def as_blocks(value: "ArrayLike | BlockLinearOperator", dtype) -> Array:
@@ -51,7 +51,7 @@ class Coefficients:
         self.drift, self.diffusion = drift, diffusion
         for name, fn in (("drift", drift), ("diffusion", diffusion)):
             if not callable(fn):
-                raise ValueError(f"`{name}` must be a function of time; got {fn!r}.")
+                raise ValueError(f"`{name}` must be a function of time; got {show(fn)}.")
         with jax.ensure_compile_time_eval(), jax.enable_x64(True):
             starting = [
                 _known_blocks("drift", drift(jnp.zeros(()))),

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._misc import constant_field
+from .._misc import constant_field, show
 
 
 class AbstractSchedule(eqx.Module):
@@ -143,6 +143,6 @@ def as_schedule(schedule: "str | AbstractSchedule") -> AbstractSchedule:
     if not isinstance(schedule, str) or schedule not in named:
         raise ValueError(
             f"`schedule` must be one of {', '.join(map(repr, named))} or an "
-            f"`AbstractSchedule`; got {schedule!r}."
+            f"`AbstractSchedule`; got {show(schedule)}."
         )
     return named[schedule]()

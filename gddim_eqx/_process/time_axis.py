@@ -6,7 +6,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Real
 
 from .._custom_types import Times
-from .._misc import as_constant, as_floats
+from .._misc import as_constant, as_floats, show
 from .base import AbstractProcess
 
 
@@ -56,15 +56,18 @@ def as_grid(
             f"`ts` must hold at least two times; got an array of shape {ts.shape}."
         )
     if not isinstance(ts, Tracer):
-        steps = np.diff(np.asarray(ts, np.float64))
+        # On the host, even while JAX is tracing.
+        values = np.asarray(ts, np.float64)
+        steps = np.diff(values)
         found = {(True, False): "increasing", (False, True): "decreasing"}.get(
             (bool((steps > 0).all()), bool((steps < 0).all()))
         )
         if found is None or direction not in (None, found):
             raise ValueError(
                 f"`ts` must be strictly {direction or 'decreasing or increasing'}, as "
-                f"sampling runs backward in time and encoding forward; got {ts}."
+                f"sampling runs backward in time and encoding forward; got "
+                f"{show(values.tolist())}."
             )
-        for t in (ts[0], ts[-1]):
+        for t in (values[0], values[-1]):
             on_time_axis(process, "ts", t, ts.dtype)
     return ts

@@ -3,6 +3,7 @@ from jaxtyping import Array
 
 from .._custom_types import RealScalarLike, State
 from .._linear import coefficient_dtype
+from .._misc import show
 
 
 def as_time(t: RealScalarLike) -> Array:
@@ -12,9 +13,9 @@ def as_time(t: RealScalarLike) -> Array:
             raise TypeError
         t = jnp.asarray(float(t) if isinstance(t, int) else t)
     except (TypeError, ValueError):
-        raise ValueError(f"A time must be a number; got {t!r}.") from None
+        raise ValueError(f"A time must be a number; got {show(t)}.") from None
     if jnp.issubdtype(t.dtype, jnp.complexfloating):
-        raise ValueError(f"A time must be real; got {t}.")
+        raise ValueError(f"A time must be real; got {show(t)}.")
     if t.ndim:
         raise ValueError(
             f"A time must be a scalar; got an array of shape {t.shape}. For one time per "

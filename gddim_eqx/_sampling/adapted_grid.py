@@ -8,7 +8,7 @@ from jaxtyping import Array, Real
 from .._custom_types import Args, State, Times
 from .._misc import as_number, check_count
 from .._term import ProbabilityFlow
-from ..solvers import GDDIM
+from ..solvers import GDDIM, LearnedGDDIM
 from .learning import descend, Learned, Pilots
 from .solve import check_solver
 
@@ -66,6 +66,11 @@ def adapted_grid(
     **Raises:** `ValueError` for invalid arguments.
     """
     check_solver(solver)
+    if isinstance(solver, LearnedGDDIM):
+        raise ValueError(
+            "A learned solver has its own times. Adapt those of `solver.solver`, which it "
+            "was learned from, or learn both with `fit_solver`."
+        )
     check_count("num_iterations", num_iterations)
     rate = as_number("learning_rate", learning_rate)
     pilots = Pilots.of(flow, u, args, num_steps, ts)

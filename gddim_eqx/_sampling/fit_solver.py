@@ -6,10 +6,11 @@ import numpy as np
 from jaxtyping import Array, Real
 
 from .._custom_types import Args, State, Times
-from .._misc import as_number, check_count
+from .._misc import as_number, check_count, map_rows, show
 from .._term import ProbabilityFlow
 from ..solvers import GDDIM
 from .learning import Change, descend, Learned, Pilots, SCALES
+from .solve import check_solver
 
 
 Learnable = Literal["times", "weights", "rate", "shift"]
@@ -66,6 +67,7 @@ def fit_solver(
         ```python
         fitted = gd.fit_solver(flow, process.prior(key, (64,)), num_steps=5)
         x, _ = gd.sample(flow, key, 1000, solver=fitted.solver, ts=fitted.ts)
+        gd.checkpoints.save("solver.npz", fitted)
         ```
 
     **Arguments:**
@@ -105,18 +107,20 @@ def fit_solver(
         Corrections of coefficients: A. Frolov et al., *GAS: Improving Discretization of
         Diffusion ODEs via Generalized Adversarial Solver*, ICLR 2026.
     """
+    check_solver(solver)
     if not isinstance(solver, GDDIM):
         raise ValueError(
-            f"`solver` must be a `GDDIM()`; got {solver!r}. For the times of other "
+            f"`solver` must be a `GDDIM()`; got {show(solver)}. For the times of other "
             "solvers, use `adapted_grid`."
         )
-    if not learn or not set(learn) <= set(SCALES):
-        raise ValueError(f"`learn` must be some of {tuple(SCALES)}; got {learn!r}.")
+    if not learn or not all(name in list(SCALES) for name in learn):
+        raise ValueError(f"`learn` must be some of {tuple(SCALES)}; got {show(learn)}.")
     if "rate" in learn and solver.coordinate != GDDIM().coordinate:
         raise ValueError(
             "The 'rate' is that of the coordinate 'clock', the default in data space; got "
-            f"{solver!r}. Leave it out of `learn`."
+            f"{show(solver)}. Leave it out of `learn`."
         )
+    map_rows(_refuse_rows, flow)
     names = tuple(name for name in SCALES if name in learn)
     pilots = Pilots.of(flow, u, args, num_steps, ts, features, batch_size)
     if pilots.number < _fewest:
@@ -143,6 +147,13 @@ def fit_solver(
     made, ts = learned(best.change)
     errors = best.error, first.error, best.held_back_error, first.held_back_error
     return FittedSolver(made, ts, *errors)
+
+
+def _refuse_rows(name, x):
+    raise ValueError(
+        f"{name} has one row per sample, but the pilots are split. Learn a solver for the "
+        "model with one value for all samples, or with `args`."
+    )
 
 
 def _stages(names, num_iterations, rate):

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Real
 
-from .._misc import as_dtype, check_count
+from .._misc import as_dtype, check_count, show
 from .._process import (
     AbstractProcess,
     bounded_log_snr,
@@ -74,7 +74,7 @@ def time_grid(
     if grid in get_args(IndexGridName):
         if not (t0 is None and t1 is None):
             raise ValueError(
-                f"The indices determine the grid {grid!r}; leave out `t0` and `t1`."
+                f"The indices determine the grid {show(grid)}; leave out `t0` and `t1`."
             )
         return index_grid(process, num_steps, cast(IndexGridName, grid), dtype)
     start = on_time_axis(process, "t0", process.t_max if t0 is None else t0, dtype)
@@ -105,7 +105,7 @@ def time_grid(
     if not np.isfinite(times).all():
         raise ValueError(
             f"The signal-to-noise ratio of this {type(process).__name__} is nan somewhere "
-            f"between {start} and {end}, so a {grid!r} grid cannot be made. "
+            f"between {start} and {end}, so a {show(grid)} grid cannot be made. "
             "`gddim_eqx.check_process` may tell why; otherwise use another `grid`."
         )
     times[0], times[-1] = start, end
@@ -127,7 +127,7 @@ def _power(grid):
     except (KeyError, TypeError, ValueError):
         raise ValueError(
             "`grid` must be a positive power or one of "
-            f"{', '.join(map(repr, _names()))}; got {grid!r}."
+            f"{', '.join(map(repr, _names()))}; got {show(grid)}."
         ) from None
     return power
 
@@ -196,7 +196,7 @@ def indices(
         found[0] > total - 1
     ):
         raise ValueError(
-            f"A model of {count} indices has no {grid!r} grid of {num_steps} steps"
+            f"A model of {count} indices has no {show(grid)} grid of {num_steps} steps"
             f"{f' with offset {offset}' if offset else ''}; use fewer steps."
         )
     return found

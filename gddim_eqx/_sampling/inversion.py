@@ -6,11 +6,9 @@ from jaxtyping import Array, Inexact
 
 from .._custom_types import Args, State, Times
 from .._linear import at_least_single, check_state, coefficient_dtype
-from .._process import as_grid
 from .._term import check_flow, ProbabilityFlow
-from ..solvers import GDDIM
-from .grid import time_grid
-from .solve import last, solve
+from ..solvers import GDDIM, LearnedGDDIM
+from .solve import last, solve, times_for
 
 
 class Inversion(NamedTuple):
@@ -27,7 +25,7 @@ class Inversion(NamedTuple):
 def invert(
     flow: ProbabilityFlow,
     x: Inexact[Array, "..."],
-    num_steps: int = 50,
+    num_steps: int | None = None,
     solver: dfx.AbstractSolver = GDDIM(3),
     *,
     ts: Times | None = None,
@@ -43,10 +41,10 @@ def invert(
 
     - `flow`: the probability flow of the model.
     - `x`: data, `(*batch, *shape)`.
-    - `num_steps`: the number of steps.
+    - `num_steps`: the number of steps, by default 50.
     - `solver`: any Diffrax solver for ordinary differential equations. `GDDIM()`, of order
         4, is more accurate for most samples, but with few steps more of them decode to
-        something else.
+        something else. Solvers from [`gddim_eqx.fit_solver`][] sample only.
     - `ts`: an increasing time grid in place of [`gddim_eqx.time_grid`][], from the time of
         `x`, which must not be 0, to that of the codes.
     - `check`: whether to decode the codes again, on the same grid, and report the error.
@@ -59,10 +57,12 @@ def invert(
     check_flow(flow)
     process, x = flow.process, jnp.asarray(x)
     u = process.encode(x)
-    if ts is None:
-        dtype = coefficient_dtype(u)
-        ts = time_grid(process, num_steps, t0=process.t_min, t1=process.t_max, dtype=dtype)
-    ts = as_grid(process, ts, "increasing")
+    ts = times_for(process, solver, num_steps, ts, coefficient_dtype(u), "increasing")
+    if check and isinstance(solver, LearnedGDDIM):
+        raise ValueError(
+            "A learned solver solves in one direction only, so the codes cannot be decoded "
+            "with it. Pass `check=False`, and a solver for decoding to `generate`."
+        )
     latent = last(solve(flow, solver, ts, u, args))
     if not check:
         return Inversion(latent, None)
@@ -76,7 +76,7 @@ def invert(
 def generate(
     flow: ProbabilityFlow,
     latent: State,
-    num_steps: int = 50,
+    num_steps: int | None = None,
     solver: dfx.AbstractSolver = GDDIM(3),
     *,
     ts: Times | None = None,
@@ -92,7 +92,8 @@ def generate(
     - `flow`: the probability flow of the model.
     - `latent`: states at the first time, `(*batch, *shape)`, for example from
         `process.prior` or [`gddim_eqx.invert`][].
-    - `num_steps`: the number of steps.
+    - `num_steps`: the number of steps, by default 50. A learned solver has its own times:
+        leave out this and `ts`.
     - `solver`: any Diffrax solver for ordinary differential equations.
     - `ts`: a time grid in place of [`gddim_eqx.time_grid`][].
     - `args`: passed to the model.
@@ -105,7 +106,5 @@ def generate(
     latent = check_state(
         latent, flow.process.num_components, flow.process.shape, "The latent codes"
     )
-    if ts is None:
-        ts = time_grid(flow.process, num_steps, dtype=coefficient_dtype(latent))
-    ts = as_grid(flow.process, ts, "decreasing")
+    ts = times_for(flow.process, solver, num_steps, ts, coefficient_dtype(latent))
     return flow.process.decode(last(solve(flow, solver, ts, latent, args)))

@@ -18,7 +18,7 @@ from jaxtyping import Array, PyTree
 
 from .._custom_types import Args, State
 from .._linear import at_least_single, batch_axes, check_state, coefficient_dtype
-from .._misc import check_args, check_count, pin
+from .._misc import check_args, check_count, pin, show
 from .._process import as_grid
 from .._term import check_flow, ProbabilityFlow
 from ..solvers import GDDIM, LearnedGDDIM
@@ -63,7 +63,7 @@ class Pilots(NamedTuple):
             if not bool(jnp.isfinite(leaf).all()):
                 raise ValueError("The states `u` are not finite.")
         if features is not None and not callable(features):
-            raise ValueError(f"`features` must be callable; got {features!r}.")
+            raise ValueError(f"`features` must be callable; got {show(features)}.")
         batch_size = batch[0] if batch_size is None else batch_size
         check_count("batch_size", batch_size)
         check_args(flow.model, args)

@@ -18,10 +18,10 @@ from .._linear import (
     join_components,
     subtract,
 )
-from .._misc import check_count, check_key
+from .._misc import check_count, check_key, map_rows, show
 from .._process import normal_like, on_time_axis
 from .._term import check_flow, ProbabilityFlow
-from ..solvers import GDDIM
+from ..solvers import ExponentialAdams, GDDIM, LearnedGDDIM, SSCS
 from .solve import check_solver
 
 
@@ -105,11 +105,11 @@ def log_density(
     check_solver(solver)
     process = flow.process
     u = check_state(u, process.num_components, process.shape, "The state `u`")
-    if isinstance(solver, GDDIM):
+    if isinstance(solver, GDDIM | LearnedGDDIM | ExponentialAdams | SSCS):
         raise ValueError(
-            "`GDDIM` solves for states only, but a log density also needs the divergence "
-            "along the flow. Use a solver such as `diffrax.Tsit5()`; or, for latent codes "
-            "alone, `gddim_eqx.invert`."
+            f"`{type(solver).__name__}` solves for states only, but a log density also "
+            "needs the divergence along the flow. Use a solver such as `diffrax.Tsit5()`; "
+            "or, for latent codes alone, `gddim_eqx.invert`."
         )
     t0 = on_time_axis(process, "t0", process.t_min if t0 is None else t0)
     t1 = on_time_axis(process, "t1", process.t_max if t1 is None else t1)
@@ -253,6 +253,7 @@ def log_likelihood_bound(
     ]
     u = join_components([position, *velocities])
     args = _repeated(args, num_draws, batch_axes(u, process.shape)[1:])
+    flow = map_rows(lambda _, x: jnp.broadcast_to(x, (num_draws, *x.shape)), flow)
     joint = log_density(flow, u, probe_key, t0=t0, args=args, **kwargs)
     # Minus the log density of the velocities, which varies with that of the model.
     rest = _size(process) - math.prod(process.shape)
@@ -326,10 +327,11 @@ def _probes(divergence, num_probes, key, u):
         return None
     if divergence not in ("rademacher", "gaussian"):
         raise ValueError(
-            f"`divergence` must be 'exact', 'rademacher' or 'gaussian'; got {divergence!r}."
+            f"`divergence` must be 'exact', 'rademacher' or 'gaussian'; got "
+            f"{show(divergence)}."
         )
     if key is None:
-        raise ValueError(f"Pass a `key`: `divergence={divergence!r}` draws probes.")
+        raise ValueError(f"Pass a `key`: `divergence={show(divergence)}` draws probes.")
     check_key(key)
     check_count("num_probes", num_probes)
     draw = jr.rademacher if divergence == "rademacher" else jr.normal

@@ -27,13 +27,14 @@ from .._misc import (
     check_key,
     check_per_sample,
     errors_as_nan,
+    map_rows,
+    show,
 )
 from .._process import AbstractProcess, as_grid, log_snr_at_start
 from .._sharding import Placement
 from .._term import ProbabilityFlow, reverse_sde, takes_flow
 from ..solvers import GDDIM, LearnedGDDIM, SSCS
-from .grid import time_grid
-from .solve import check_solver, last, PaddedGrid, solve
+from .solve import last, PaddedGrid, solve, times_for
 
 
 class Samples(NamedTuple):
@@ -106,13 +107,14 @@ class _PathPerSample(dfx.AbstractBrownianPath):
 
 @eqx.filter_jit
 def _solve(flow, lam, solver, denoise, grid, key, index, wanted, args, meter, placement):
-    flow = eqx.tree_at(lambda flow: flow.model, flow, _TracedOnce(flow.model))
-    process, terms, ts = flow.process, flow, grid.ts
     if placement is not None:
         number, shard = len(index), placement.shard
+        flow = map_rows(lambda _, x: shard(x), flow)
         is_per_sample = lambda x: eqx.is_array(x) and x.ndim > 0 and len(x) == number
         args = jtu.tree_map(lambda x: shard(x) if is_per_sample(x) else x, args)
         index = shard(index)
+    flow = eqx.tree_at(lambda flow: flow.model, flow, _TracedOnce(flow.model))
+    process, terms, ts = flow.process, flow, grid.ts
     keys = jax.vmap(jr.fold_in, (None, 0))(key, index)
     u = jax.vmap(lambda key: process.prior(key, (), ts.dtype))(keys)
     if not isinstance(lam, float) or lam != 0:
@@ -179,7 +181,7 @@ def sample(
     - `key`: a random key.
     - `number`: the number of samples.
     - `num_steps`: the number of steps of the default grid; 50 if neither this nor `ts`
-        is given, unless the solver was learned, and has times.
+        is given. A learned solver has its own times: leave out both.
     - `solver`: any Diffrax solver for ordinary differential equations, or for stochastic
         ones if `lam` is not 0; [`gddim_eqx.GDDIM`][] by default.
     - `lam`: the stochasticity: 0 for the probability flow, else a number or a function of
@@ -205,7 +207,9 @@ def sample(
     - `first`: the index of the first sample, to continue an earlier call.
     - `batch_size`: if given, samples are drawn in batches of this size, to save memory, and
         collected in a NumPy array. They are the same whatever the batch size, up to
-        rounding. All arrays in `args` must then have one row per sample.
+        rounding. All arrays in `args` must then have one row per sample. Arrays of one row
+        per sample in guidance, such as `y` of [`gddim_eqx.PosteriorGuidance`][], are
+        split too; those in a model of your own cannot be: pass them as `args`.
     - `placement`: how to shard the samples over devices, which does not change them; by
         default all are on the first device. The model must be on the same devices.
     - `progress_meter`: for example `diffrax.TextProgressMeter()`. With `batch_size` it
@@ -229,19 +233,15 @@ def sample(
     check_key(key)
     check_count("number", number, least=0)
     solver = GDDIM() if solver is None else solver
-    check_solver(solver)
     check_instance("placement", placement, Placement | None, "a `Placement()`")
     wanted = "a Diffrax progress meter, such as `TextProgressMeter()`"
     check_instance("progress_meter", progress_meter, dfx.AbstractProgressMeter, wanted)
     if denoise not in (None, "drift", "exact"):
-        raise ValueError(f"`denoise` must be None, 'drift' or 'exact'; got {denoise!r}.")
-    if isinstance(solver, LearnedGDDIM) and ts is None and num_steps is None:
-        ts = solver.ts
+        raise ValueError(
+            f"`denoise` must be None, 'drift' or 'exact'; got {show(denoise)}."
+        )
     dtype = None if dtype is None else as_dtype(dtype)
-    if ts is None:
-        ts = time_grid(process, 50 if num_steps is None else num_steps, dtype=dtype)
-    elif num_steps is not None:
-        raise ValueError("Pass `num_steps` or `ts`, not both.")
+    ts = times_for(process, solver, num_steps, ts, dtype)
     ts = _checked_times(process, ts, dtype)
     check_count("first", first, least=0)
     number, first = int(number), int(first)
@@ -255,14 +255,19 @@ def sample(
         raise ValueError("At time 0 nothing is left to denoise; leave out `denoise`.")
     args = jtu.tree_map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, args)
     check_args(model, args)
-    given = flow, as_level(lam), solver, denoise, ts, key
+    flow = map_rows(lambda name, x: _check_number(name, x, number, first), flow)
+    given = as_level(lam), solver, denoise, ts, key
+    if batch_size is not None:
+        _check_other_sizes(flow, args, ts, size, number)
 
     def draw(start: int, meter: dfx.AbstractProgressMeter):
-        some = args if batch_size is None else _rows(args, start + np.arange(size), number)
+        some = flow, args
+        if batch_size is not None:
+            some = _rows(flow, args, start + np.arange(size), number)
         index = jnp.uint32(first + start) + jnp.arange(size, dtype=jnp.uint32)
         # The last batch is filled up.
         wanted = jnp.uint32(min(size, number - start))
-        return _draw(*given, index, wanted, some, meter, placement)
+        return _draw(some[0], *given, index, wanted, some[1], meter, placement)
 
     if batch_size is None:
         x, evaluations, total = draw(0, progress_meter)
@@ -282,12 +287,49 @@ def _size_of_batch(number: int, size: int | None, placement: Placement | None) -
     return number if size is None else min(int(size), -(-number // devices) * devices)
 
 
-def _rows(args: Args, index: np.ndarray, number: int) -> Args:
-    """The args of some samples. Those beyond the last get the args of the last."""
+def _check_number(name: str, x: Array, number: int, first: int) -> Array:
+    if len(x) != number:
+        raise ValueError(
+            f"{name} has {len(x)} rows, one per sample, but {number} samples are drawn"
+            + (f", from {first} to {first + number - 1}." if first else ".")
+        )
+    return x
+
+
+def _rows(flow, args: Args, index: np.ndarray, number: int):
+    """The flow and args of some samples. Those beyond the last get those of the last."""
     arrays, rest = eqx.partition(args, lambda x: eqx.is_array(x) and x.ndim > 0)
     check_per_sample("With `batch_size`, every array in `args`", arrays, (number,))
     index = np.minimum(index, max(number - 1, 0))
-    return eqx.combine(jtu.tree_map(lambda x: x[index[: len(x)]], arrays), rest)
+    take = lambda x: x[index] if len(x) else x
+    flow = map_rows(lambda _, x: take(x), flow)
+    return flow, eqx.combine(jtu.tree_map(take, arrays), rest)
+
+
+def _check_other_sizes(flow, args: Args, ts: Array, size: int, number: int) -> None:
+    """**Raises:** `ValueError` for a model that is for batches of one size only, if there
+    are several: it may hold one row per sample, and every batch would get the same."""
+    if number <= size:
+        return
+
+    def predict(size):
+        some, its_args = _rows(flow, args, np.arange(size), number)
+        u = flow.process.prior(jr.key(0), (size,), ts.dtype)
+        return some.predict(ts[0], u, its_args)
+
+    try:
+        jax.eval_shape(lambda: predict(2 * size))
+    except Exception as error:
+        try:
+            jax.eval_shape(lambda: predict(size))
+        except Exception:
+            return  # Whatever the size: it is raised when samples are drawn.
+        raise ValueError(
+            f"The model is for batches of {size} samples only. If it holds arrays of one "
+            f"row per sample, every batch of `batch_size={size}` would get the same: pass "
+            "them as `args`. Otherwise call `sample` for each batch, with `first`. For a "
+            f"batch of {2 * size} it raised: {show(error)}"
+        ) from error
 
 
 def _draw(flow, lam, solver, denoise, ts, key, index, wanted, args, meter, placement):
@@ -374,7 +416,7 @@ def _most_expected(process: AbstractProcess, model: Callable) -> float:
 
 
 def _checked_times(process, ts, dtype):
-    grid = as_grid(process, ts, "decreasing")
+    grid = ts
     if dtype not in (None, grid.dtype):
         grid = as_grid(process, grid.astype(dtype), "decreasing")
     rounding = float(jnp.finfo(grid.dtype).eps)

@@ -1,13 +1,80 @@
-from typing import Any
+from typing import Any, Literal
 
 import diffrax as dfx
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Real
 
-from .._custom_types import Args, State
-from .._misc import check_instance
+from .._custom_types import Args, State, Times
+from .._misc import check_instance, show
+from .._process import AbstractProcess, as_grid
+from ..solvers import LearnedGDDIM
+from .grid import time_grid
+
+
+def times_for(
+    process: AbstractProcess,
+    solver: dfx.AbstractSolver,
+    num_steps: int | None,
+    ts: Times | None,
+    dtype: Any,
+    direction: Literal["decreasing", "increasing"] = "decreasing",
+) -> Real[Array, " times"]:
+    """The times of a solve: those given, those of a learned solver, or the default grid, of
+    50 steps unless `num_steps` is given.
+
+    **Raises:** `ValueError` for conflicts between these.
+    """
+    check_solver(solver)
+    if not (num_steps is None or ts is None):
+        raise ValueError("Pass `num_steps` or `ts`, not both.")
+    if isinstance(solver, LearnedGDDIM):
+        return _learned_times(process, solver, num_steps, ts, direction)
+    if ts is None:
+        ends: dict[str, Any] = {}
+        if direction == "increasing":
+            ends = dict(t0=process.t_min, t1=process.t_max)
+        number = 50 if num_steps is None else num_steps
+        ts = time_grid(process, number, dtype=dtype, **ends)
+    return as_grid(process, ts, direction)
+
+
+def _learned_times(process, solver, num_steps, ts, direction):
+    if solver.process != process:
+        raise ValueError(
+            f"This solver was learned for {show(solver.process)}; got {show(process)}."
+        )
+    own, number = solver.ts, solver.ts.shape[0] - 1
+    if num_steps not in (None, number):
+        raise ValueError(
+            f"This solver was learned for {number} steps, whose times it has; got "
+            f"num_steps={show(num_steps)}. Leave it out, or learn one by `fit_solver(flow, "
+            f"u, num_steps={show(num_steps)})`."
+        )
+    ts = own if ts is None else ts
+    if isinstance(own, Tracer):
+        return as_grid(process, ts, direction)
+    own = np.asarray(own)
+    if (own[0] < own[-1]) != (direction == "increasing"):
+        raise ValueError(
+            f"This solver was learned from t = {own[0]} to {own[-1]}, and cannot solve in "
+            "the other direction. Use `GDDIM()`."
+        )
+    ts = as_grid(process, ts, direction)
+    if isinstance(ts, Tracer):
+        return ts
+    near = np.abs(np.asarray(ts, np.float64)[:, None] - own).argmin(1)
+    rounding = 8 * max(float(jnp.finfo(x.dtype).eps) for x in (ts, own)) * own.max()
+    same = np.abs(np.asarray(ts, np.float64) - own[near]) <= rounding
+    if not same.all() or (np.diff(near) != 1).any():
+        raise ValueError(
+            f"This solver was learned for the times {show(own.tolist())}; got `ts` "
+            f"{show(np.asarray(ts).tolist())}. Leave out `ts`."
+        )
+    return ts
 
 
 def solve(
@@ -53,6 +120,9 @@ class PaddedGrid(dfx.AbstractStepSizeController[int, None]):
 
 def check_solver(solver: object) -> None:
     """Raise a `ValueError` unless given a solver."""
+    if isinstance(solver, tuple) and hasattr(solver, "solver"):
+        name = type(solver).__name__
+        raise ValueError(f"A {name} is no solver: pass `solver=x.solver, ts=x.ts`.")
     wanted = "a solver such as `GDDIM()` or `diffrax.Tsit5()`"
     check_instance("solver", solver, dfx.AbstractSolver, wanted)
 

@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from .._custom_types import FrameName, PredictionName, State
 from .._linear import add, apply, BlockLinearOperator, subtract
-from .._misc import error_if_any
+from .._misc import error_if_any, show
 from .._process import AbstractDiagonalProcess, AbstractProcess
 
 
@@ -225,15 +225,15 @@ def make_prediction(predicts: PredictionName, frame: FrameName) -> AbstractPredi
 def check_prediction(process: AbstractProcess, predicts: str, factor: str) -> None:
     """**Raises:** `ValueError` unless this prediction and frame of the noise are defined
     for the process."""
-    if predicts not in _predictions:
+    if predicts not in list(_predictions):
         raise ValueError(
             f"`predicts` must be one of {', '.join(map(repr, _predictions))}; got "
-            f"{predicts!r}."
+            f"{show(predicts)}."
         )
     check_frame(factor)
     if fault := _predictions[predicts]("R").fault(process):
         raise ValueError(
-            f"`predicts={predicts!r}` is not defined for {type(process).__name__}, "
+            f"`predicts={show(predicts)}` is not defined for {type(process).__name__}, "
             f"{fault}. Use 'noise', 'data' or 'score'."
         )
 
@@ -241,7 +241,7 @@ def check_prediction(process: AbstractProcess, predicts: str, factor: str) -> No
 def check_frame(factor: str) -> None:
     """Raise a `ValueError` unless given the name of a frame of the noise."""
     if factor not in ("R", "cholesky"):
-        raise ValueError(f"`factor` must be 'R' or 'cholesky'; got {factor!r}.")
+        raise ValueError(f"`factor` must be 'R' or 'cholesky'; got {show(factor)}.")
 
 
 def _has_singular_diffusion(process: AbstractProcess) -> bool:

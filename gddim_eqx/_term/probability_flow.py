@@ -8,7 +8,7 @@ import jax.tree_util as jtu
 
 from .._custom_types import Args, FrameName, Level, PredictionName, RealScalarLike, State
 from .._linear import add, apply, BlockLinearOperator, check_state
-from .._misc import as_level, level_at
+from .._misc import as_level, level_at, show
 from .._process import AbstractProcess, require_process, time_for
 from .prediction import (
     AbstractPrediction,
@@ -82,7 +82,7 @@ class ProbabilityFlow(AbstractReverseTerm):
             )
         if not callable(model):
             raise ValueError(
-                f"`model` must be callable as `model(t, u, args)`; got {model!r}."
+                f"`model` must be callable as `model(t, u, args)`; got {show(model)}."
             )
         check_prediction(process, predicts, factor)
         _check_same_kind(model, predicts, factor)
@@ -115,7 +115,8 @@ class ProbabilityFlow(AbstractReverseTerm):
         if jtu.tree_structure(prediction) != jtu.tree_structure(u):
             raise ValueError(
                 "The model must return the structure of its state, "
-                f"{jtu.tree_structure(u)}; it returned {jtu.tree_structure(prediction)}. "
+                f"{show(jtu.tree_structure(u))}; it returned "
+                f"{show(jtu.tree_structure(prediction))}. "
                 + _how_models_are_called(u, process)
             )
 
@@ -275,8 +276,8 @@ def _check_same_kind(model: Callable, predicts: str, factor: str) -> None:
     kind = getattr(model, "preconditioned_for", None)
     if kind is not None and kind != predicts:
         raise ValueError(
-            f"With `data_std`, a {type(model).__name__} predicts {kind!r}; got "
-            f"predicts={predicts!r}. Leave out `data_std`, or predict {kind!r}."
+            f"With `data_std`, a {type(model).__name__} predicts {show(kind)}; got "
+            f"predicts={show(predicts)}. Leave out `data_std`, or predict {show(kind)}."
         )
     other = getattr(model, "flow", None)
     if not isinstance(other, ProbabilityFlow):
@@ -284,8 +285,10 @@ def _check_same_kind(model: Callable, predicts: str, factor: str) -> None:
     if (other.predicts, other.factor) != (predicts, factor):
         raise ValueError(
             f"The model is a {type(model).__name__} of a model with "
-            f"predicts={other.predicts!r} and factor={other.factor!r}, and predicts "
-            f"the same; got predicts={predicts!r} and factor={factor!r}."
+            f""
+            f"predicts={show(other.predicts)} and factor={show(other.factor)}, and "
+            f"predicts "
+            f"the same; got predicts={show(predicts)} and factor={show(factor)}."
         )
 
 

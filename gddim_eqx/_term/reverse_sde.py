@@ -22,7 +22,7 @@ from .._linear import (
     coefficient_dtype,
     join_components,
 )
-from .._misc import as_batch, as_level, check_key, check_positive, level_at
+from .._misc import as_batch, as_level, check_key, check_positive, level_at, show
 from .._process import AbstractProcess
 from .diffrax_compat import unwrap
 from .probability_flow import AbstractReverseTerm, check_flow, ProbabilityFlow
@@ -87,8 +87,11 @@ class _ReverseDiffusion(dfx.AbstractTerm):
         if not same or shapes[0] != shapes[1]:
             raise ValueError(
                 "The Brownian path must have increments of the states' structure and "
-                f"shape. The states are {jtu.tree_structure(y)} of shapes {shapes[1]}; the "
-                f"increments are {jtu.tree_structure(increments)} of shapes {shapes[0]}. "
+                f"shape. The states are {show(jtu.tree_structure(y))} of shapes "
+                f"{shapes[1]}; the "
+                f""
+                f"increments are {show(jtu.tree_structure(increments))} of shapes "
+                f"{shapes[0]}. "
                 "For states of shape (64, *shape), pass `batch=(64,)` to `reverse_sde`."
             )
 

@@ -19,7 +19,7 @@ from .._linear import (
     coefficient_dtype,
     IdentityBasis,
 )
-from .._misc import as_floats, check_instance
+from .._misc import as_floats, check_instance, show
 
 
 class LinearPart(eqx.Module):
@@ -127,7 +127,7 @@ class Semilinear(dfx.AbstractTerm):
         if not callable(nonlinear):
             raise ValueError(
                 "`nonlinear` must be callable as `nonlinear(t, u, args)`; got "
-                f"{nonlinear!r}."
+                f"{show(nonlinear)}."
             )
         self.basis = IdentityBasis() if basis is None else basis
         check_instance("basis", self.basis, AbstractBasis, "such as `FourierBasis()`")
@@ -154,7 +154,8 @@ class Semilinear(dfx.AbstractTerm):
         if jtu.tree_structure(value) != jtu.tree_structure(u):
             raise ValueError(
                 "`nonlinear` must return the structure of its state, "
-                f"{jtu.tree_structure(u)}; it returned {jtu.tree_structure(value)}."
+                f"{show(jtu.tree_structure(u))}; it returned "
+                f"{show(jtu.tree_structure(value))}."
             )
 
         def same(n, x):

@@ -8,7 +8,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, Inexact
 
 from .._custom_types import Key
-from .._misc import as_shape, check_count
+from .._misc import as_shape, check_count, show
 
 
 class ImageClassifier(eqx.Module):
@@ -51,7 +51,9 @@ class ImageClassifier(eqx.Module):
                 f"`shape` must be (height, width, channels); got {self.shape}."
             )
         if not self.features or any(n < 8 or n % 8 for n in self.features):
-            raise ValueError(f"`features` must be multiples of 8; got {self.features}.")
+            raise ValueError(
+                f"`features` must be multiples of 8; got {show(self.features)}."
+            )
         *keys, last = jr.split(key, 2 * len(self.features) + 1)
         sizes = [n for n in self.features for _ in range(2)]
         self.convolutions = tuple(

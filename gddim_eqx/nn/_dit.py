@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Inexact
 
 from .._custom_types import Key, RealScalarLike
-from .._misc import as_shape, check_count
+from .._misc import as_shape, check_count, show
 from ._condition import AbstractConditionalNetwork, embed, Embedding, make_embedding
 from ._embedding import Positional
 from ._layers import dense
@@ -140,7 +140,7 @@ class DiT(AbstractConditionalNetwork):
             )
         if self.attention not in (None, "xla", "cudnn"):
             raise ValueError(
-                f"`attention` must be None, 'xla' or 'cudnn'; got {self.attention!r}."
+                f"`attention` must be None, 'xla' or 'cudnn'; got {show(self.attention)}."
             )
 
     def __call__(

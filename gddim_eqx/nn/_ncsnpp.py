@@ -11,7 +11,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Inexact
 
 from .._custom_types import Key, RealScalarLike
-from .._misc import as_shape, check_count
+from .._misc import as_shape, check_count, show
 from ._condition import AbstractConditionalNetwork, embed, Embedding, make_embedding
 from ._embedding import Fourier, Positional
 from ._layers import (
@@ -275,13 +275,13 @@ class NCSNpp(AbstractConditionalNetwork):
         for name, known in _known.items():
             if getattr(self, name) not in known:
                 raise ValueError(
-                    f"`{name}` must be one of {known}; got {getattr(self, name)!r}."
+                    f"`{name}` must be one of {known}; got {show(getattr(self, name))}."
                 )
         resolutions = [self._height(i) for i in range(len(self.multipliers))]
         if not set(self.attention) <= set(resolutions):
             raise ValueError(
                 f"`attention` must be among the heights {resolutions} of images at the "
-                f"resolutions of this network; got {self.attention}."
+                f"resolutions of this network; got {show(self.attention)}."
             )
         if self.condition is not None and self.embedding is None:
             raise ValueError(
@@ -292,7 +292,8 @@ class NCSNpp(AbstractConditionalNetwork):
         taps = self.filter_taps
         if taps is not None and (len(taps) < 2 or sum(taps) == 0):
             raise ValueError(
-                f"`filter_taps` must be two or more numbers with non-zero sum; got {taps}."
+                f"`filter_taps` must be two or more numbers with non-zero sum; got "
+                f"{show(taps)}."
             )
 
     def __call__(

@@ -21,7 +21,7 @@ from .._linear import (
     join_components,
     subtract,
 )
-from .._misc import check_per_sample, check_positive
+from .._misc import check_per_sample, check_positive, show
 from .._process import AbstractProcess, as_time, require_process
 
 
@@ -71,7 +71,7 @@ class NetworkModel(eqx.Module):
         """
         require_process(process)
         if not callable(network):
-            raise ValueError(f"`network` must be callable; got {network!r}.")
+            raise ValueError(f"`network` must be callable; got {show(network)}.")
         if not process.shape:
             raise ValueError(
                 "Data of a `NetworkModel` need an axis along which components are joined; "
@@ -165,7 +165,7 @@ class NetworkModel(eqx.Module):
         for leaf in jtu.tree_leaves(args):
             if not eqx.is_array_like(leaf):
                 raise ValueError(
-                    f"The condition `args` must be arrays of numbers; got {leaf!r}."
+                    f"The condition `args` must be arrays of numbers; got {show(leaf)}."
                 )
             if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) and jnp.isnan(leaf).any():
                 raise ValueError("The condition `args` holds NaN.")

@@ -14,7 +14,7 @@ from jaxtyping import Array, Inexact, PyTree, Shaped
 
 from .._custom_types import Key
 from .._linear import check_real
-from .._misc import check_count, check_instance, check_key
+from .._misc import check_count, check_instance, check_key, show
 from .._pixels import dequantise
 from .._sharding import Placement
 
@@ -193,7 +193,7 @@ def _common_length(sources: list[Any]) -> int:
         if not sized or (_is_array(source) and getattr(source, "ndim", 1) == 0):
             raise ValueError(
                 "`data` must hold samples: an array with a leading axis, or an object with "
-                f"`len(data)` and `data[index]`; got {source!r}."
+                f"`len(data)` and `data[index]`; got {show(source)}."
             )
     lengths = [len(source) for source in sources]
     if not lengths or min(lengths) == 0:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 
-from .._misc import check_count
+from .._misc import check_count, show
 from .._sharding import is_key
 from ._trainer import copy, TrainState
 
@@ -168,8 +168,8 @@ class Checkpoints:
         if text(config) != text(self.config):
             there, here, absent = _flat(config), _flat(self.config), "absent"
             differences = [
-                f"{name}: {there.get(name, absent)!r:.200} there, "
-                f"{here.get(name, absent)!r:.200} here"
+                f"{name}: {show(there.get(name, absent))} there, "
+                f"{show(here.get(name, absent))} here"
                 for name in sorted({*there, *here})
                 if text(there.get(name, absent)) != text(here.get(name, absent))
             ]

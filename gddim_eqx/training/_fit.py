@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from .._misc import check_args, check_count, check_instance
+from .._misc import check_args, check_count, check_instance, show
 from ._batches import Augmentation, Batches, split_condition
 from ._checkpoints import Checkpoints
 from ._trainer import copy, Metrics, Trainer, TrainState
@@ -182,13 +182,13 @@ def fit(
     for log in logs:
         if not callable(log):
             raise ValueError(
-                f"`logs` must be callable as `log(step, metrics)`; got {log!r}."
+                f"`logs` must be callable as `log(step, metrics)`; got {show(log)}."
             )
     for pair in callbacks:
         if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and callable(pair[1])):
             raise ValueError(
                 "`callbacks` must be pairs of a number of steps and a function to call "
-                f"with the state; got {pair!r}."
+                f"with the state; got {show(pair)}."
             )
         check_count("callbacks", pair[0])
     _check_condition(trainer, state, batches, 0)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Inexact, PyTree
 
 from .._custom_types import Args, FrameName, Key, PredictionName, State
 from .._linear import append_axes, apply, check_state, coefficient_dtype, subtract
-from .._misc import as_constant, check_key, check_per_sample
+from .._misc import as_constant, check_key, check_per_sample, show
 from .._process import AbstractProcess, DiscreteVP, latest, require_process
 from .._term import check_prediction, make_prediction, Marginal, ProbabilityFlow
 from ._times import AbstractTimeSampler, UniformTimes
@@ -109,11 +109,12 @@ class DenoisingLoss(eqx.Module):
         if weighting not in known and not callable(weighting):
             raise ValueError(
                 f"`weighting` must be one of {known} or a function of time; got "
-                f"{weighting!r}."
+                f"{show(weighting)}."
             )
         if not isinstance(times, AbstractTimeSampler):
             raise ValueError(
-                f"`times` must be a time sampler such as `UniformTimes()`; got {times!r}."
+                f"`times` must be a time sampler such as `UniformTimes()`; got "
+                f"{show(times)}."
             )
         start, end = _ends(process, times)
         # Before its first index, a discrete-time process has no network to train.
@@ -182,7 +183,7 @@ class DenoisingLoss(eqx.Module):
         if jtu.tree_structure(condition) != jtu.tree_structure(self.no_condition):
             raise ValueError(
                 "`no_condition` must have the structure of the condition of a sample, "
-                f"{jtu.tree_structure(condition)}; got {self.no_condition!r}."
+                f"{show(jtu.tree_structure(condition))}; got {show(self.no_condition)}."
             )
         dropped = jr.bernoulli(key, self.condition_dropout, (number,))
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .._custom_types import Key
-from .._misc import as_constant, constant_field
+from .._misc import as_constant, constant_field, show
 
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class ImportanceTimes(AbstractTimeSampler):
     def __check_init__(self):
         if not self.density or not all(0 < x < math.inf for x in self.density):
             raise ValueError(
-                f"`density` must hold positive, finite numbers; got {self.density}."
+                f"`density` must hold positive, finite numbers; got {show(self.density)}."
             )
 
     def fractions(self, key, number, dtype):

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._custom_types import Key
-from .._misc import as_constant, as_number, check_count, check_instance, check_key
+from .._misc import as_constant, as_number, check_count, check_instance, check_key, show
 from .._sharding import Placement
 from ._batches import Augmentation, split_condition
 from ._loss import DenoisingLoss
@@ -124,7 +124,7 @@ class Trainer(eqx.Module):
         check_instance("placement", placement, Placement | None, "a `Placement()`")
         if prepare is not None and not callable(prepare):
             raise ValueError(
-                f"`prepare` must be callable as `prepare(key, batch)`; got {prepare!r}."
+                f"`prepare` must be callable as `prepare(key, batch)`; got {show(prepare)}."
             )
         ema_decay = as_constant("ema_decay", ema_decay)
         if not 0 <= ema_decay < 1:
@@ -167,7 +167,7 @@ class Trainer(eqx.Module):
             raise ValueError(
                 "`model` must be a model with parameters, that is, floating-point JAX "
                 "arrays, or a function without arguments that returns one; got "
-                f"{make_model!r}, which raised: {error}"
+                f"{show(make_model)}, which raised: {error}"
             ) from error
         is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)
         shapes, rest = eqx.partition(shapes, is_shape)
