@@ -21,10 +21,10 @@ class Item(NamedTuple):
     value: Any
     place: str
     """`"leaf"` in the pytree; `"fixed"` in a static field, or captured by a function;
-    `"within"` other objects."""
+    `"constant"` for an array that is so in a process; `"within"` other objects."""
 
 
-def contents(tree: Any, lenient: bool) -> Iterator[Item]:
+def contents(tree: Any, lenient: bool, constant: type) -> Iterator[Item]:
     """What a pytree holds and, as far as Python can tell, what its functions and objects
     hold: arrays, constants, functions and other objects.
 
@@ -35,8 +35,9 @@ def contents(tree: Any, lenient: bool) -> Iterator[Item]:
     - `tree`: a pytree.
     - `lenient`: whether to pass over global arrays that methods of classes use: with arrays
         of its own a model has its parameters, and these are constants.
+    - `constant`: objects of this class have no parameters: their arrays are constants.
     """
-    return _Search(lenient)(Item("", tree, "leaf"), False)
+    return _Search(lenient, constant)(Item("", tree, "leaf"), None)
 
 
 def is_array(x: Any) -> bool:
@@ -57,8 +58,8 @@ def is_constant(x: Any) -> bool:
 
 
 class _Search:
-    def __init__(self, lenient: bool):
-        self.lenient = lenient
+    def __init__(self, lenient: bool, constant: type):
+        self.lenient, self.constant = lenient, constant
         # By identity, and kept alive so that identities stay unique.
         self.seen: dict[int, Any] = {}
 
@@ -67,19 +68,23 @@ class _Search:
         self.seen[id(x)] = x
         return new
 
-    def __call__(self, item: Item, constants: bool) -> Iterator[Item]:
+    def __call__(self, item: Item, inside: str | None) -> Iterator[Item]:
         path, value, place = item
+        inside = "constant" if isinstance(value, self.constant) else inside
         if is_constant(value):
             yield item
         elif is_weights(value):
-            if not (constants and isinstance(value, np.ndarray)):
+            if inside == "constant" and place == "fixed":
+                yield Item(path, value, "constant")
+            elif inside is None or (
+                inside == "method" and not isinstance(value, np.ndarray)
+            ):
                 yield item
         elif place == "leaf" or self._is_new(value):
             yield item
             for name, part, its_place in _parts(value):
                 inner = Item(path + name, part, place if its_place == "leaf" else its_place)
-                is_derived = _is_ours(value) and name.startswith("._")
-                yield from self(inner, constants or is_derived)
+                yield from self(inner, inside)
             if not isinstance(value, type) and self._is_new(type(value)):
                 yield from self._in_methods(path, type(value))
 
@@ -88,7 +93,7 @@ class _Search:
             for variable, part in _variables(method):
                 if not (self.lenient and is_weights(part)):
                     inner = Item(f"{path}.{name}<{variable}>", part, "within")
-                    yield from self(inner, self.lenient)
+                    yield from self(inner, "method" if self.lenient else None)
 
 
 def _parts(x: Any) -> Iterator[tuple[str, Any, str]]:
@@ -179,10 +184,6 @@ def _methods(cls: type) -> Iterator[tuple[str, types.FunctionType]]:
 
 def _package(module: str) -> str:
     return module.split(".")[0]
-
-
-def _is_ours(x: Any) -> bool:
-    return _package(type(x).__module__) == _package(__name__)
 
 
 def _is_installed(module: dict[str, Any]) -> bool:

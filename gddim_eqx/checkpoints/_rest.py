@@ -11,6 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._misc import contents, is_array, is_constant, is_weights, show
+from .._process import AbstractProcess
 
 
 _advice = (
@@ -34,9 +35,11 @@ def describe_rest(value: Any) -> dict[str, dict[str, Any]]:
     """The constants in a pytree; and its static fields, functions and classes. By their
     paths, as JSON."""
     rest = {"leaves": {}, "fixed": {}}
-    for path, part, place in contents(value, lenient=True):
+    for path, part, place in contents(value, True, AbstractProcess):
         if is_constant(part) and place != "within":
             rest["leaves" if place == "leaf" else "fixed"][path] = _describe(part)
+        elif place == "constant":
+            rest["fixed"][path] = _describe_array(part)
         elif not (place == "within" or is_weights(part) or _is_container(part)):
             rest["fixed"][path] = _describe(part)
     return rest
@@ -95,8 +98,8 @@ def restore_rest(
 
 def _hidden(model: Any, lenient: bool) -> str | None:
     """Where a model holds arrays that are not in its pytree."""
-    for path, part, place in contents(model, lenient):
-        if is_weights(part) and (place != "leaf" or not is_array(part)):
+    for path, part, place in contents(model, lenient, AbstractProcess):
+        if is_weights(part) and (place not in ("leaf", "constant") or not is_array(part)):
             kind = type(part).__name__
             how = "in a function, a static field or another object"
             how = "of another library" if place == "leaf" else how
@@ -121,6 +124,14 @@ def _describe(x: Any) -> Any:
     return {"name": name if isinstance(name, str) else type(x).__name__}
 
 
+def _describe_array(x: Any) -> Any:
+    """A constant array, up to rounding on other machines; only its shape if it is large."""
+    x = np.asarray(x)
+    if x.size > 1000:
+        return {"name": f"an array of shape {x.shape}"}
+    return {"name": str([f"{y:.5g}" for y in x.ravel().tolist()]).replace("'", "")}
+
+
 def _build(value: Any) -> Any:
     if isinstance(value, dict) and "dtype" in value:
         return jnp.dtype(value["dtype"]).type(_build(value["value"]))
@@ -131,5 +142,5 @@ def _build(value: Any) -> Any:
 
 def _show(value: Any) -> str:
     if isinstance(value, dict):
-        return value["name"] if "name" in value else show(_build(value))
+        return value["name"][:160] if "name" in value else show(_build(value))
     return show(value)
