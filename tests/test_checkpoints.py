@@ -237,6 +237,11 @@ def _sde(rate=1.0):
     return gd.LinearSDE((2,), lambda t: -rate * t, lambda t: t + 1.0)
 
 
+def _matrix_sde(rate):
+    matrix = jnp.array([[rate]])
+    return gd.LinearSDE((2,), lambda t: -matrix.astype(t.dtype), lambda t: t + 1.0)
+
+
 def _as_user_model(process, network):
     return gd.ProbabilityFlow(process, gd.nn.NetworkModel(process, network), "data")
 
@@ -510,6 +515,7 @@ _fine = {
     "captured number": _closure(3.0),
     "captured function": _closure(jax.nn.silu),
     "captured process": _closure(gd.VP((2,))),
+    "process with a matrix": _matrix_sde(2.0),
     "partial": functools.partial(jax.nn.leaky_relu, negative_slope=0.1),
     "vmap": jax.vmap(jnp.tanh),
     "class": gd.VP,
@@ -582,6 +588,7 @@ def test_numbers_are_loaded_and_fixed_ones_compared(tmp_path, value, other):
         (jnp.tanh, jax.nn.relu, "model.dynamic tanh, but `like` has relu"),
         (_closure(2.0), _closure(3.0), "model.dynamic<network> 2.0, but `like` has 3.0"),
         (_sde(2.0), _sde(3.0), "<rate> 2.0, but `like` has 3.0"),
+        (_matrix_sde(2.0), _matrix_sde(3.0), r"<matrix> \[2\], but `like` has \[3\]"),
         (eqx.nn.Identity(), eqx.nn.Dropout(), "dynamic Identity, but `like` has Dropout"),
         ({"a": 1, "b": 2}, {"a": 1}, r"model.dynamic\['b'\] 2, but `like` has no such"),
         ({"a": 1}, {"a": 1, "b": 2}, r"no number model.dynamic\['b'\], but `like` has one"),
