@@ -1,3 +1,4 @@
+import collections
 import dataclasses
 import dis
 import functools
@@ -76,9 +77,7 @@ class _Search:
         elif is_weights(value):
             if inside == "constant" and place == "fixed":
                 yield Item(path, value, "constant")
-            elif inside is None or (
-                inside == "method" and not isinstance(value, np.ndarray)
-            ):
+            elif not (inside and isinstance(value, np.ndarray) or inside == "constant"):
                 yield item
         elif place == "leaf" or self._is_new(value):
             yield item
@@ -131,9 +130,9 @@ def _captured(x: Any) -> Iterator[tuple[str, Any, str]]:
         yield "", getattr(x, "__func__", None), "fixed"
     elif "__wrapped__" in attributes:
         yield "", attributes["__wrapped__"], "fixed"
-    elif isinstance(x, set | frozenset):
+    elif isinstance(x, set | frozenset | collections.deque):
         yield from ((f"[{i}]", part, "within") for i, part in enumerate(x))
-    elif _package(type(x).__module__) not in ("jax", "jaxlib", "numpy"):
+    elif _package(type(x).__module__) not in _without_parameters:
         yield from ((f".{name}", part, "within") for name, part in attributes.items())
         slots = [name for c in type(x).__mro__ for name in getattr(c, "__slots__", ())]
         yield from ((f".{name}", getattr(x, name, None), "within") for name in slots)
@@ -180,6 +179,10 @@ def _methods(cls: type) -> Iterator[tuple[str, types.FunctionType]]:
                 method = getattr(method, wrapper, method)
             if isinstance(method, types.FunctionType):
                 yield name, method
+
+
+# Whose objects hold no parameters, but possibly many others, as loggers do.
+_without_parameters = {"jax", "jaxlib", "numpy", *sys.stdlib_module_names} - {"types"}
 
 
 def _package(module: str) -> str:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
+from .._misc import show
 from ..nn import NCSNpp
 
 
@@ -277,7 +278,7 @@ def _from_config(
     for name, value in _fixed.items():
         if config.get(name, value) != value:
             raise ValueError(
-                f"`config` has {name}={config[name]!r}; only {value!r} is supported."
+                f"`config` has {name}={show(config[name])}; only {value!r} is supported."
             )
     unknown = set(config) - {*_options, *_fixed, *_other_entries}
     if unknown:

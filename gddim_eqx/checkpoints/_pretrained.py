@@ -2,6 +2,7 @@ import importlib.resources
 import re
 from typing import Any, Literal
 
+from .._misc import show
 from .._term import ProbabilityFlow
 from ..solvers import LearnedGDDIM
 from ._file import load
@@ -82,7 +83,9 @@ def _names() -> list[str]:
 
 def _read(name: str, kind: str, names: list[str]) -> Any:
     if name not in names:
-        raise ValueError(f"There is no {kind} {name!r}, but there are {', '.join(names)}.")
+        raise ValueError(
+            f"There is no {kind} {show(name)}, but there are {', '.join(names)}."
+        )
     files = importlib.resources.files("gddim_eqx.checkpoints")
     with importlib.resources.as_file(files / f"{name}{_ending}") as path:
         return load(path)

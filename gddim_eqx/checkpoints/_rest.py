@@ -126,9 +126,9 @@ def _describe(x: Any) -> Any:
 
 def _describe_array(x: Any) -> Any:
     """A constant array, up to rounding on other machines; only its shape if it is large."""
-    x = np.asarray(x)
-    if x.size > 1000:
+    if x.size > 1000 or not jnp.issubdtype(x.dtype, jnp.number):
         return {"name": f"an array of shape {x.shape}"}
+    x = np.asarray(x)
     return {"name": str([f"{y:.5g}" for y in x.ravel().tolist()]).replace("'", "")}
 
 
