@@ -190,6 +190,32 @@ def test_warns_of_samples_that_are_far_larger_than_data():
         gd.sample(process, model, jax.random.key(0), 4, 20)
 
 
+@pytest.mark.parametrize(
+    "model, predicts, solver, message",
+    [
+        # The noise of data that grow with the noise; and data that move with it.
+        (
+            lambda t, u, args: gd.Phase(-3 * u.x, -3 * u.v),
+            "noise",
+            gd.GDDIM(),
+            "high .* 1 ",
+        ),
+        (lambda t, u, args: gd.Phase(u.x - u.v, 0 * args * u.v), "data", gd.GDDIM(), "low"),
+        (
+            _data.model(gd.CLD((2,))),
+            "noise",
+            gd.GDDIM(4, "noise", factor="cholesky"),
+            "the solver diverges",
+        ),
+    ],
+    ids=["high", "low", "solver"],
+)
+def test_the_warning_names_what_is_off(model, predicts, solver, message):
+    flow, key = gd.ProbabilityFlow(gd.CLD((2,)), model, predicts), jax.random.key(0)
+    with pytest.warns(UserWarning, match=message):
+        gd.sample(flow, key, 8, 20, solver, batch_size=6, args=jnp.ones((8, 1)))
+
+
 @pytest.mark.precision
 @pytest.mark.parametrize("lam", [0.0, 1.0])
 def test_samples_in_half_precision_are_those_of_single(lam):
