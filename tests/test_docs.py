@@ -36,7 +36,7 @@ def _name(path: pathlib.Path) -> str:
 def test_code_on_pages_runs(path, tmp_path, monkeypatch, as_users_have_it):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
-    if "flax" in path.name:
+    if any("from flax" in code for code in _blocks(path, "python")):
         pytest.importorskip("flax")
     names = {"__name__": "page"}
     for n, code in enumerate(_blocks(path, "python"), start=1):
