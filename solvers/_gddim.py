@@ -49,8 +49,11 @@ class GDDIM(AbstractExponentialMultistep):
 
     The linear part of the equation is solved exactly, and the model's prediction is
     extrapolated by a polynomial through its most recent values, as in an Adams-Bashforth
-    method. If the data are a single point, a step of any size is exact. Each step takes
-    one evaluation of the model.
+    method. If the data are a single point, a step of any size is exact, up to rounding.
+    (A noise or score prediction has its rounding error multiplied by the norm of
+    $\Psi(0, t) R_t$, about $5 \cdot 10^4$ at the start of CLD. In float32, a single step
+    then needs a data prediction and data space.) Each step takes one evaluation of the
+    model.
 
     - In data space, the default, the data prediction is extrapolated. The UniC corrector
         reuses the next step's evaluation, so it costs no extra NFE; the final step is not

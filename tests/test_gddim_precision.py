@@ -49,6 +49,24 @@ def test_medians_of_the_error_on_a_mixture_under_cld():
         assert abs(np.median(np.abs(y.x - exact)) / median - 1) < 0.1
 
 
+@pytest.mark.parametrize(
+    "predicts, space, num_steps", [("data", "data", 1), ("noise", "noise", 2)]
+)
+def test_the_distribution_of_a_single_point_is_exact_in_one_step_or_two(
+    predicts, space, num_steps
+):
+    process, point = gd.CLD((2,)), np.array([0.7, -0.3])
+    model = gd.GaussianMixture(point[None]).model(process, predicts)
+    flow, key = gd.ProbabilityFlow(process, model, predicts), jax.random.key(0)
+    x, _ = gd.sample(flow, key, 4000, num_steps, gd.GDDIM(1, space), dtype=jnp.float32)
+    # The solution of the equations of CLD, with M = 1/4, at beta t = 0.004.
+    y = 2 * 0.004
+    grown = 1 - np.exp(-2 * y) * (1 + 2 * y + 2 * y**2)
+    variance = np.exp(-2 * y) * (1e-6 * (1 + y) ** 2 + (0.04 + 4e-6) * y**2) + grown
+    deviation = np.asarray(x, np.float64) - (1 + y) * np.exp(-y) * point
+    assert abs(np.sqrt((deviation**2).mean() / variance) - 1) < 0.03
+
+
 @pytest.mark.x64
 @pytest.mark.parametrize(
     "name, steps, solver",

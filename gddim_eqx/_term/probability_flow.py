@@ -56,7 +56,7 @@ class ProbabilityFlow(AbstractReverseTerm):
             the whole batch, and in training a batch of one. To wrap a network for single
             samples, use [`gddim_eqx.nn.NetworkModel`][] or `jax.vmap`.
         - `predicts`: what the model returns.
-            - `"noise"`: $-K_t^\top \nabla \log p_t$ (paper, equation 4).
+            - `"noise"`: $-K_t^\top \nabla \log p_t$ (paper, equation 4), of all components.
             - `"data"`: the mean of the data given `u`. For a process with a velocity,
                 that of the initial state, whose velocity is zero.
             - `"score"`: $\nabla \log p_t$.
