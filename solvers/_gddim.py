@@ -130,8 +130,9 @@ class GDDIM(AbstractExponentialMultistep):
     ):
         r"""**Arguments:**
 
-        - `order`: the number of evaluations that a step combines, 1 to 4; q in the paper.
-            Defaults to 4.
+        - `order`: the number of evaluations that a step combines, 1 to 4. Defaults to 4.
+            q in the paper's equation 19; where q counts from 0, as in its tables and in the
+            authors' `deis_order`, q + 1.
         - `space`: what is extrapolated: `"data"`, the data prediction; or `"noise"`, the
             noise prediction, as in the paper.
         - `corrector`: the number of past evaluations that the corrector uses besides the

@@ -341,7 +341,11 @@ def check_order(order: Any, num_nodes: Any) -> int:
     if order is None:
         order = 4 if num_nodes is None else num_nodes
     if not is_integer(order, 1, 4):
-        raise ValueError(f"`order` must be 1, 2, 3 or 4; got {order!r}.")
+        raise ValueError(
+            f"`order` must be 1, 2, 3 or 4; got {order!r}. It is the number of evaluations "
+            "that a step combines. Where the gDDIM paper's tables and code count from 0, "
+            "by the degree of the polynomial (`deis_order`), it is one more."
+        )
     return int(order)
 
 
