@@ -35,7 +35,6 @@ from .._sharding import Placement
 from .._term import ProbabilityFlow, reverse_sde, takes_flow
 from ..solvers import GDDIM, LearnedGDDIM, SSCS
 from .diagnosis import find_fault
-from .grid import time_grid
 from .solve import last, PaddedGrid, solve, times_for
 
 
@@ -223,8 +222,10 @@ def sample(
     **Raises:** `ValueError` for invalid arguments, or if called while JAX is tracing.
     `FloatingPointError` if a sample is not finite.
 
-    **Warns:** if samples are implausibly large for the process and model. The warning names
-    the time at which the model is off, found with 21 more evaluations; or the solver.
+    **Warns:** if samples are implausibly large for the process and model.
+
+    The warning and the `FloatingPointError` name the time at which the model is off, found
+    with 21 more evaluations; or the solver.
     """
     if isinstance(key, Tracer):
         raise ValueError(
@@ -281,10 +282,7 @@ def sample(
         some = flow, args
         if batch_size is not None:
             some = _rows(flow, args, np.arange(size), number)
-        zeros = jnp.zeros((size, *process.shape), ts.dtype)
-        zeros = zeros if placement is None else placement.shard(zeros)
-        times = time_grid(process, 20, dtype=ts.dtype)
-        fault = find_fault(some[0], zeros, times, key, some[1], most)
+        fault = find_fault(*some, size, ts.dtype, key, most, placement)
         warnings.warn(
             f"The samples have a root mean square of {root_mean_square:.1e}, but at most "
             f"about {most:.1e} is plausible for this process and model. {fault}",
@@ -351,6 +349,7 @@ def _check_other_sizes(flow, args: Args, ts: Array, size: int, number: int) -> N
 def _draw(flow, lam, solver, denoise, ts, key, index, wanted, args, meter, placement):
     """A batch of samples, the number of evaluations, and the sum of mean squares."""
     each, call = _evaluations_per_step(solver), next(_calls)
+    uncounted = flow, args
     _evaluations[call] = 0
     if each is None:
         flow = eqx.tree_at(lambda flow: flow.model, flow, _Counted(flow.model))
@@ -375,11 +374,11 @@ def _draw(flow, lam, solver, denoise, ts, key, index, wanted, args, meter, place
         raise RuntimeError(f"The solver failed: {dfx.RESULTS[result]}")
     if int(bad):
         where = f", from index {index[0]}," if index[0] else ""
+        most = _most_expected(uncounted[0].process, uncounted[0].model)
+        fault = find_fault(*uncounted, len(index), ts.dtype, key, most, placement)
         raise FloatingPointError(
-            f"{bad} of {wanted} samples{where} are not finite after "
-            f"{evaluations} evaluations. Either the model returned non-finite values, or "
-            "the solver diverged: take more steps, or use `GDDIM` instead of a solver that "
-            "is only stable for short steps."
+            f"{bad} of {wanted} samples{where} are not finite after {evaluations} "
+            f"evaluations. {fault}"
         )
     return x, evaluations, float(total)
 
