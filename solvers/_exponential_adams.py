@@ -37,7 +37,8 @@ class ExponentialAdams(AbstractExponentialMultistep):
     It solves [`gddim_eqx.Semilinear`][] equations in either direction of time, with fixed
     or adaptive step sizes: the coefficients are computed from the times of the step and of
     its history. The error estimate is the difference from the method of the next lower
-    order (for order 1, from order 2).
+    order (for order 1, from order 2). Adaptive steps that are much longer than the time
+    which the stored values span are rejected.
 
     For orders above 1, the history is initialised with values at nodes within the first
     step, from a fixed-point iteration for the polynomial through them. This takes 3, 5 or
@@ -82,24 +83,12 @@ class ExponentialAdams(AbstractExponentialMultistep):
         return COORDINATES["time"]
 
     @property
-    def error_coordinate(self) -> AbstractCoordinate:
-        return COORDINATES["time"]
-
-    @property
     def predictor(self) -> AdamsBashforth:
         return AdamsBashforth(self.num_nodes)
 
     @property
     def correction(self) -> AbstractCorrector:
         return NoCorrector()
-
-    def is_too_long(self, c, nodes):
-        # The values cannot tell what changes long after them. Less than 6 steps of equal
-        # length, and a controller could propose and reject the same steps for ever.
-        lengths = jnp.abs(nodes.places.time - nodes.places.time[0])
-        span = jnp.where(nodes.stored, lengths, 0).max()
-        most = 6 * span / max(self.num_nodes - 1, 1)
-        return (span > 0) & (jnp.abs(c.t - nodes.places.time[0]) > most)
 
     def unwrap(self, terms, y):
         term, direction = unwrap(terms)

@@ -2,7 +2,6 @@ from typing import ClassVar, Literal
 
 import diffrax as dfx
 import equinox as eqx
-import jax.numpy as jnp
 
 from gddim_eqx._custom_types import FrameName, Level
 from gddim_eqx._exponential import (
@@ -12,7 +11,6 @@ from gddim_eqx._exponential import (
     COORDINATES,
     DataSplitting,
     NoiseSplitting,
-    SoftLogSNR,
 )
 from gddim_eqx._process import AbstractProcess, require_process
 from gddim_eqx._term import (
@@ -34,11 +32,6 @@ from ._multistep import (
 )
 from ._predictor import AdamsBashforth
 
-
-# The longest step for which error estimates are valid, in log-SNR. Over longer ones, the
-# prediction may change much more than past values show, and any state at their end may be
-# consistent with the prediction there.
-_LONGEST = 2.0
 
 _default_variables: dict[str, CoordinateName] = {"data": "clock", "noise": "time"}
 
@@ -79,13 +72,16 @@ class GDDIM(AbstractExponentialMultistep):
     predictions hardly change near the start of sampling: in noise space, an exact initial
     history changes the error by no more than 1% for CLD and 25% for VP.
 
-    The error estimate compares the polynomial in time through all stored values with the
-    one through all but the oldest, so it costs no NFE. With `reevaluate`, it compares the
-    predicted with the corrected state. (Order 1 is compared with order 2. On the very first
-    step the estimate is the model's whole contribution, which is safe but coarse.) Dense
-    output has the order of the solver. To get the smallest error at a given small NFE,
-    rather than to meet a tolerance, use a fixed grid: [`gddim_eqx.adapted_grid`][] finds a
-    good one.
+    The error estimate is the difference from the method of the next lower order in another
+    coordinate, close to the log-SNR, so it costs no NFE. (Order 1 is compared with order 2;
+    the first step with a bound; and with `reevaluate`, the predicted with the corrected
+    state.) As past values cannot tell what the model will predict at much lower noise,
+    adaptive steps longer than 2 in log-SNR are rejected. To get the smallest error at a
+    given small NFE, rather than to meet a tolerance, use a fixed grid:
+    [`gddim_eqx.adapted_grid`][] finds a good one. Dense output has the order of the solver.
+
+    Times may be close to each other. Where two are much closer than the steps around them,
+    only one of their evaluations is used for interpolation.
 
     On [`gddim_eqx.reverse_sde`][] this is stochastic gDDIM (paper, proposition 6), with the
     exact mean and covariance of every step: if the data are a single point, samples have
@@ -213,10 +209,6 @@ class GDDIM(AbstractExponentialMultistep):
         return COORDINATES[self.variable or _default_variables[self.space]]
 
     @property
-    def error_coordinate(self) -> AbstractCoordinate:
-        return SoftLogSNR()
-
-    @property
     def predictor(self) -> AdamsBashforth:
         return AdamsBashforth(self.num_nodes)
 
@@ -228,9 +220,6 @@ class GDDIM(AbstractExponentialMultistep):
         if number == 0:
             return NoCorrector()
         return Reevaluate(number) if self.reevaluate else FreeCorrector(number)
-
-    def is_too_long(self, c, nodes):
-        return jnp.abs(c.error_end - c.error_start) > _LONGEST
 
     def unwrap(self, terms, y):
         term = terms if isinstance(terms, ReverseSDE) else unwrap(terms)[0]

@@ -34,6 +34,11 @@ class Nodes(eqx.Module):
     places: Places
     stored: Bool[Array, " nodes"]
 
+    def span(self) -> Real[Array, ""]:
+        """How long before the new evaluation, in time, the oldest is."""
+        lengths = jnp.abs(self.places.time - self.places.time[0])
+        return jnp.where(self.stored, lengths, 0).max()
+
     def rank(
         self,
         x: Inexact[Array, " nodes"],

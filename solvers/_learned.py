@@ -169,7 +169,6 @@ class LearnedGDDIM(dfx.AbstractItoSolver[History]):
             solver=base,
             splitting=base.splitting,
             coordinate=coordinate,
-            error_coordinate=base.error_coordinate,
             predictor=_Predictor(base.num_nodes, pick(self.predictor, index)),
             correction=correction,
             rates=rates,
@@ -245,7 +244,6 @@ class _Step(AbstractExponentialMultistep):
     solver: GDDIM
     splitting: AbstractSplitting
     coordinate: AbstractCoordinate
-    error_coordinate: AbstractCoordinate
     predictor: AbstractPredictor
     correction: AbstractCorrector
     rates: Float[Array, " steps"] | None
@@ -263,9 +261,6 @@ class _Step(AbstractExponentialMultistep):
         model = _Shifted(flow.model, process, self.shift)
         flow = ProbabilityFlow(process, model, flow.predicts, flow.factor)
         return problem._replace(term=flow)
-
-    def is_too_long(self, c, nodes):
-        return jnp.asarray(False)
 
     def faults(self, equation, c, s, stochastic):
         return [*super().faults(equation, c, s, stochastic), (self.elsewhere, _elsewhere)]

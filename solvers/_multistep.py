@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, PyTree
 
 from gddim_eqx._custom_types import (
     Args,
@@ -69,13 +69,12 @@ class AbstractExponentialMultistep(
     A step solves the linear part of the equation exactly, and replaces the remainder by a
     polynomial through past evaluations of the model. Subclasses specify the linear part
     and the interpolated quantity (`splitting`), the coordinate of the polynomials
-    (`coordinate`; `error_coordinate` for the error estimate), the polynomials
+    (`coordinate`), the polynomials
     (`predictor`), and how the end of a step is corrected (`correction`).
     """
 
     splitting: eqx.AbstractVar[AbstractSplitting]
     coordinate: eqx.AbstractVar[AbstractCoordinate]
-    error_coordinate: eqx.AbstractVar[AbstractCoordinate]
     predictor: eqx.AbstractVar[AbstractPredictor]
     correction: eqx.AbstractVar[AbstractCorrector]
 
@@ -192,7 +191,7 @@ class AbstractExponentialMultistep(
             y_error = subtract(y1, predicted)
         else:
             y_error = self._error(shape, c, predictor, error, y0, nodes.values)
-        reckless = self.is_too_long(c, nodes)
+        reckless = self.splitting.is_too_long(c, nodes.span())
         y_error = jtu.tree_map(lambda x: jnp.where(reckless, jnp.inf, x), y_error)
 
         dense_info = dict(y0=y0, y1=y1)
@@ -206,11 +205,6 @@ class AbstractExponentialMultistep(
         last = history.last and LastStep(base, c.moments, c.start)
         history = history.push(nodes, rank, t, t1, last, residual)
         return y1, y_error, dense_info, history, dfx.RESULTS.successful
-
-    @abc.abstractmethod
-    def is_too_long(self, c: StepCoefficients, nodes: Nodes) -> Bool[Array, ""]:
-        """Whether a step is longer than an error estimate from these nodes is valid for.
-        Adaptive step size controllers reject it."""
 
     def faults(self, equation, c: StepCoefficients, s: Array, stochastic: bool):
         """What can be wrong with a step from `s`, for `error_if_any`."""
@@ -227,7 +221,6 @@ class AbstractExponentialMultistep(
             t,
             self._num_moments,
             self.coordinate,
-            self.error_coordinate,
             self._num_for_error,
             lam,
         )

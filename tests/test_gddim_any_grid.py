@@ -14,7 +14,7 @@ from hypothesis import given
 
 import gddim_eqx as gd
 
-from .helpers import every_family, forward, mixture_for, prior_state, processes, solve
+from .helpers import every_family, forward, last, mixture_for, prior_state, processes, solve
 
 
 # Data with a normal distribution, for which the probability flow is known.
@@ -208,6 +208,14 @@ def test_adaptive_steps_meet_any_tolerance(name, tolerance):
     found = _adaptive(flow, gd.GDDIM(), tolerance, u).ys[0]
     exact = _exact(process, process.t_min, process.t_max, u)
     assert jnp.abs(found - exact).max() < 10 * tolerance
+
+
+@pytest.mark.x64
+@every_family
+def test_adaptive_steps_of_every_process(name):
+    flow, u, exact = _mixture(name)
+    found = last(_adaptive(flow, gd.GDDIM(), 1e-3, u, max_steps=2048).ys)
+    assert _rms(flow.process, found, exact) < 10 * 1e-3
 
 
 def test_the_scale_of_the_data_is_not_assumed():

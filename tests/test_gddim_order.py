@@ -76,11 +76,18 @@ def _solver(name, solver, seeded):
             return solver.step(term, ts[i], ts[i + 1], y, None, state, False)
 
         y = sol.evaluate(ts[before])
-        state = solver.init(term, ts[before], ts[before + 1], y, None)
+        start = state = solver.init(term, ts[before], ts[before + 1], y, None)
+        stored = lambda state: (state.places, state.values)
         for i in range(before):
-            # A step from an exact state, which without history is not corrected.
-            state = step(i, sol.evaluate(ts[i]), _with_count(state, 0))[3]
-        state = _with_count(state, before)
+            # A step from an exact state, which without history is not corrected. Its
+            # evaluation is in the first slot.
+            new = step(i, sol.evaluate(ts[i]), start)[3]
+            seeded = jtu.tree_map(
+                lambda x, y: x.at[i].set(y[0]), stored(state), stored(new)
+            )
+            state = eqx.tree_at(stored, new, seeded)
+        if before:
+            state = eqx.tree_at(lambda s: s.stored, state, jnp.ones(before, bool))
 
         def body(i, carry):
             y, _, _, state, _ = step(i, *carry)
@@ -89,10 +96,6 @@ def _solver(name, solver, seeded):
         return jax.lax.fori_loop(before, before + number, body, (y, state))[0]
 
     return eqx.filter_jit(eqx.filter_vmap(run, in_axes=(None, 0, None)))
-
-
-def _with_count(state, count):
-    return eqx.tree_at(lambda s: s.count, state, jnp.asarray(count, jnp.int32))
 
 
 def _error(name, solver, kind, backward, number, seeded):

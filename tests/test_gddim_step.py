@@ -27,10 +27,16 @@ from .helpers import (
 )
 
 
-def _paper_step(process, times, noises, u, t, frame):
+def _soft_log_snr(process, times):
+    log_snr = jax.vmap(process.log_snr)(jnp.asarray(times))
+    return np.log1p(np.exp(1 + np.asarray(log_snr)))
+
+
+def _paper_step(process, times, noises, u, t, frame, coordinate=lambda _, t: np.array(t)):
     """Equation 19 as printed: Psi(t, s) u + sum_j C_j eps_j with C_j the integral of
-    1/2 Psi(t, tau) G G^T K^-T l_j, by brute force in NumPy."""
-    s, nodes = times[0], np.asarray(times)
+    1/2 Psi(t, tau) G G^T K^-T l_j, by brute force in NumPy. The polynomials are in time,
+    or in another coordinate."""
+    s, nodes = times[0], coordinate(process, times)
     edges = np.linspace(s, t, 201)
     x, w = np.polynomial.legendre.leggauss(8)
     half = np.diff(edges)[:, None] / 2
@@ -47,7 +53,8 @@ def _paper_step(process, times, noises, u, t, frame):
     out = np.einsum("ij,jd->id", process.transition(t, s).blocks, u)
     for j, noise in enumerate(noises):
         others = np.delete(nodes, j)
-        basis = np.prod((tau[:, None] - others) / (nodes[j] - others), axis=1)
+        at = coordinate(process, tau)[:, None]
+        basis = np.prod((at - others) / (nodes[j] - others), axis=1)
         coefficient = np.tensordot(weight * basis, values, 1)
         out = out + np.einsum("ij,jd->id", coefficient, noise)
     return out
@@ -78,7 +85,8 @@ def test_steps_by_hand_are_those_of_the_paper(name, frame, order):
         np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-10)
         lower = 1 if order == 1 and len(times) < 2 else len(times) - 1
         if lower >= 1 and order > 1:
-            fewer = _paper_step(process, times[:lower], noises[:lower], before, t, frame)
+            fewer = times[:lower], noises[:lower], before, t, frame, _soft_log_snr
+            fewer = _paper_step(process, *fewer)
             difference = np.stack(jtu.tree_leaves(error)) - (expected - fewer)
             np.testing.assert_allclose(difference, 0, atol=1e-9)
 

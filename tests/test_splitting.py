@@ -9,7 +9,6 @@ import pytest
 
 import gddim_eqx as gd
 from gddim_eqx._exponential import COORDINATES, DataSplitting, NoiseSplitting
-from gddim_eqx._exponential.coordinate import Time
 
 from .helpers import (
     every_process,
@@ -35,7 +34,7 @@ def _coefficients(name, splitting):
     @jax.jit
     @jax.vmap
     def coefficients(s, t):
-        c = split.integrate(process, s, t, 3, COORDINATES[coordinate], Time(), 3)
+        c = split.integrate(process, s, t, 3, COORDINATES[coordinate], 3)
         return c.linear, c.moments, c.error_moments
 
     def some(s, t):

@@ -91,7 +91,7 @@ def _nodes_at(process, s, t, nodes, weights):
     inside = jnp.nextafter(
         jnp.asarray(min(process.t_zero_signal, process.t_end), s.dtype), 0
     )
-    tau = jnp.clip(tau, 1e-6 * process.t_min, inside)
+    tau = jnp.minimum(jnp.where(tau > 0, tau, 1e-6 * process.t_min), inside)
     times = jnp.where(first, s, jnp.where(last, t, tau))
     roots, signals = jax.vmap(values)(times)
     noiseless = (roots[-1, 0] == 0).all()

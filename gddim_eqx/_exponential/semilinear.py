@@ -36,9 +36,16 @@ class SemilinearSplitting(AbstractSplitting):
     """Interpolates the nonlinear part of a [`gddim_eqx.Semilinear`][] equation, in time."""
 
     has_residual: ClassVar[bool] = False
+    error_coordinate: ClassVar[AbstractCoordinate] = Time()
 
     def evaluate(self, term, t, y, args, root=None):
         return term.force(t, y, args)
+
+    def is_too_long(self, c, span):
+        # Values cannot tell what changes long after them. But with less than 6 steps of the
+        # same length, controllers may propose and reject the same steps for ever.
+        most = 6 * span / (len(c.error_moments) - 1)
+        return (span > 0) & (jnp.abs(c.t - c.start) > most)
 
     def first_change(self, shape, c, y, value):
         return jtu.tree_map(jnp.abs, value)
@@ -54,7 +61,6 @@ class SemilinearSplitting(AbstractSplitting):
         t: Array,
         number: int,
         coordinate: AbstractCoordinate = Time(),
-        error_coordinate: AbstractCoordinate = Time(),
         number_for_error: int = 1,
         lam=None,
     ) -> StepCoefficients:

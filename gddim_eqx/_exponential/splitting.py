@@ -16,7 +16,7 @@ from .._linear import append_axes, apply, BlockLinearOperator, subtract
 from .._misc import pin
 from .._process import AbstractDiagonalProcess, AbstractProcess
 from .._term import step_faults
-from .coordinate import AbstractCoordinate, Time
+from .coordinate import AbstractCoordinate, SoftLogSNR, Time
 from .moments import (
     moments_of_bracket,
     moments_of_density,
@@ -61,6 +61,8 @@ class AbstractSplitting(eqx.Module):
     has_residual: ClassVar[bool]
     """Whether reverse diffusions interpolate a [`Residual`][] in place of the prediction.
     """
+    error_coordinate: ClassVar[AbstractCoordinate]
+    """The coordinate of the polynomials that error estimates compare with."""
 
     @abc.abstractmethod
     def evaluate(
@@ -82,7 +84,6 @@ class AbstractSplitting(eqx.Module):
         t: Array,
         number: int,
         coordinate: AbstractCoordinate = Time(),
-        error_coordinate: AbstractCoordinate = Time(),
         number_for_error: int = 1,
         lam: Level | None = None,
     ) -> StepCoefficients:
@@ -94,7 +95,7 @@ class AbstractSplitting(eqx.Module):
         - `s`, `t`: the start and end of the step. They may be equal.
         - `number`: the number of moments.
         - `coordinate`: the coordinate of the interpolation polynomial.
-        - `error_coordinate`, `number_for_error`: the same for the error estimate.
+        - `number_for_error`: the number of moments in `error_coordinate`.
         - `lam`: the stochasticity of a reverse diffusion; `None` for the probability flow.
         """
 
@@ -104,6 +105,11 @@ class AbstractSplitting(eqx.Module):
     ) -> State:
         """How much the interpolated quantity may change over a step from `y`, if only its
         value there is known. For error estimates."""
+
+    @abc.abstractmethod
+    def is_too_long(self, c: StepCoefficients, span: Inexact[Array, ""]) -> Bool[Array, ""]:
+        """Whether a step is longer than error estimates are valid for, if the values of its
+        nodes span a given time."""
 
     @abc.abstractmethod
     def faults(
@@ -117,6 +123,7 @@ class AbstractProcessSplitting(AbstractSplitting):
 
     singular: ClassVar[str]
     """What to say where the multiplier of the state is infinite."""
+    error_coordinate: ClassVar[AbstractCoordinate] = SoftLogSNR()
 
     @abc.abstractmethod
     def prepare(
@@ -133,6 +140,14 @@ class AbstractProcessSplitting(AbstractSplitting):
         singular = ~jnp.isfinite(c.linear).all(), self.singular
         return [singular, *step_faults(equation, s, c.t, stochastic)]
 
+    def is_too_long(self, c, span):
+        # The log-SNR, flattened below -6. Over longer steps the prediction may change much
+        # more than past values show, and any state at their end may be consistent with the
+        # prediction there.
+        ends = c.error_start, c.error_end
+        start, end = (jnp.log(jnp.expm1(x) + math.exp(-5)) for x in ends)
+        return jnp.abs(end - start) > 2
+
     def first_change(self, shape, c, y, value):
         before, after = (jnp.expm1(x) / math.e for x in (c.error_start, c.error_end))
         # Where the signal is weak, the data prediction minus its mean is proportional to
@@ -145,7 +160,10 @@ class AbstractProcessSplitting(AbstractSplitting):
         signal, scale = self.signal(whitened, value, before)
 
         def total(value, whitened, signal):
-            change = relative * jnp.abs(signal) + normal * scale * jnp.abs(whitened)
+            of_signal, of_state = (
+                x.astype(value.dtype) for x in (relative, normal * scale)
+            )
+            change = of_signal * jnp.abs(signal) + of_state * jnp.abs(whitened)
             # Without noise at the start, nothing is known.
             return jnp.where(jnp.isfinite(change), change, jnp.abs(value))
 
@@ -166,7 +184,6 @@ class AbstractProcessSplitting(AbstractSplitting):
         t: Array,
         number: int,
         coordinate: AbstractCoordinate = Time(),
-        error_coordinate: AbstractCoordinate = Time(),
         number_for_error: int = 1,
         lam: Level | None = None,
     ) -> StepCoefficients:
@@ -177,7 +194,7 @@ class AbstractProcessSplitting(AbstractSplitting):
         nodes = step_nodes(process, start, end)
         transition = None if lam is None else noise_transition(nodes, lam)
         linear, moments = self.prepare(nodes, transition)
-        for_error = step_coordinate(nodes, error_coordinate)
+        for_error = step_coordinate(nodes, self.error_coordinate)
         error_moments = moments(for_error, number_for_error)
         if number == 1 and lam is None and not self.needs_nodes(process):
             # Then XLA drops the nodes if the error estimate goes unused.
