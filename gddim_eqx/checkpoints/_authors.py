@@ -28,7 +28,7 @@ def load_authors(
     **Arguments:**
 
     - `path`: the path of the file, such as `checkpoint_15`.
-    - `config`: the architecture: one of [`gddim_eqx.nn.presets`][]; or the authors'
+    - `config`: the architecture: one of `gddim_eqx.nn.presets`; or the authors'
         configuration as a mapping (their `config.to_dict()`), complete or only its entry
         `model`; or a network, whose parameters are not used.
     - `size`: the size of images, one number or height and width, for a configuration
