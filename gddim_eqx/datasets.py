@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from ._misc import check_count, write_whole
+from ._misc import check_count, show, write_whole
 from ._read_image import read_image
 
 
@@ -385,7 +385,9 @@ def _read_all(
         if value is not None:
             check_count(name, value)
     if channels not in (1, 3):
-        raise ValueError(f"`channels` must be 1, for greyscale, or 3; got {channels!r}.")
+        raise ValueError(
+            f"`channels` must be 1, for greyscale, or 3; got {show(channels)}."
+        )
     try:
         from PIL import Image
     except ImportError as error:

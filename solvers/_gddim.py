@@ -12,6 +12,7 @@ from gddim_eqx._exponential import (
     DataSplitting,
     NoiseSplitting,
 )
+from gddim_eqx._misc import show
 from gddim_eqx._process import AbstractProcess, require_process
 from gddim_eqx._term import (
     AbstractReverseTerm,
@@ -156,17 +157,17 @@ class GDDIM(AbstractExponentialMultistep):
         """
         order = check_order(order, num_nodes)
         if space not in ("data", "noise"):
-            raise ValueError(f"`space` must be 'data' or 'noise'; got {space!r}.")
+            raise ValueError(f"`space` must be 'data' or 'noise'; got {show(space)}.")
         default = _default_corrector(order, space, reevaluate)
         if corrector is not None and not is_integer(corrector, 0, order):
             raise ValueError(
                 "`corrector` must be an integer from 0 (for none) to `order`, which is "
-                f"{order}; got {corrector!r}."
+                f"{order}; got {show(corrector)}."
             )
         if variable not in (None, *COORDINATES):
             raise ValueError(
                 f"`variable` must be one of {', '.join(map(repr, COORDINATES))}; got "
-                f"{variable!r}."
+                f"{show(variable)}."
             )
         check_frame(factor)
         if factor == "cholesky" and space == "data":
@@ -243,7 +244,7 @@ class GDDIM(AbstractExponentialMultistep):
             raise ValueError(
                 "In noise space the options of `GDDIM` are for the probability flow only, "
                 f"but these terms have noise, lam={lam}. Use `GDDIM()`, or "
-                f"`GDDIM({self.num_nodes}, 'noise')`; got {self}."
+                f"`GDDIM({self.num_nodes}, 'noise')`; got {show(self)}."
             )
 
 

@@ -39,7 +39,7 @@ from gddim_eqx._linear import (
     combine,
     subtract,
 )
-from gddim_eqx._misc import error_if_any
+from gddim_eqx._misc import error_if_any, show
 from gddim_eqx._term import real_time, ReverseSDE, unwrap_reverse
 
 from ._corrector import AbstractCorrector
@@ -191,8 +191,8 @@ class AbstractExponentialMultistep(
             y_error = subtract(y1, predicted)
         else:
             y_error = self._error(shape, c, predictor, error, y0, nodes.values)
-        reckless = self.splitting.is_too_long(c, nodes.span())
-        y_error = jtu.tree_map(lambda x: jnp.where(reckless, jnp.inf, x), y_error)
+        too_long = self.splitting.is_too_long(c, nodes.span())
+        y_error = jtu.tree_map(lambda x: jnp.where(too_long, jnp.inf, x), y_error)
 
         dense_info = dict(y0=y0, y1=y1)
         if lam is None:
@@ -231,7 +231,9 @@ class AbstractExponentialMultistep(
         """The ranks of the nodes in this step; and for each node, the polynomials of the
         previous step's corrector, of the predictor, and of the error estimate."""
         number, closest = self._num_for_error, self.correction.closest
-        closest = closest if c.noise is None else 0.25
+        if c.noise is not None:
+            # Noise makes values rough: their differences grow as the root of the distance.
+            closest = 0.2
         coordinate, last_coordinate = self.coordinates(nodes)
         x = scaled(coordinate, c.start, c.end)
         rank = nodes.rank(x, c.start != c.end, closest)
@@ -335,8 +337,8 @@ def check_order(order: Any, num_nodes: Any) -> int:
         order = 4 if num_nodes is None else num_nodes
     if not is_integer(order, 1, 4):
         raise ValueError(
-            f"`order` must be 1, 2, 3 or 4; got {order!r}. It is the number of evaluations "
-            "that a step combines. Where the gDDIM paper's tables and code count from 0, "
+            f"`order` must be 1, 2, 3 or 4; got {show(order)}. It is the number of "
+            "evaluations that a step combines. Where the gDDIM paper's tables and code count from 0, "
             "by the degree of the polynomial (`deis_order`), it is one more."
         )
     return int(order)

@@ -115,7 +115,6 @@ def _rms(process, a, b):
     return float(jnp.sqrt(jnp.mean((process.decode(a) - process.decode(b)) ** 2)))
 
 
-@pytest.mark.x64
 @every_family
 @given(
     steps=st.lists(st.floats(-6, 0), min_size=6, max_size=20),
@@ -142,7 +141,8 @@ def test_an_extra_time_on_any_grid(name, steps, where, fraction, end, solver):
     error = _rms(process, solve(flow, solver, np.insert(ts, i + 1, extra), u), exact)
     # Errors are only comparable where the solution has begun to converge.
     if without < 0.1:
-        assert error < 3 * without + 1e-9, (ts, extra)
+        rounding = 1e-9 if jax.config.jax_enable_x64 else 1e-3
+        assert error < 3 * without + rounding, (ts, extra)
 
 
 @pytest.mark.x64

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Inexact, Real
 
 from .._custom_types import PredictionName, RealScalarLike
-from .._misc import as_number, check_count, check_positive
+from .._misc import as_number, check_count, check_positive, show
 from .._process import AbstractProcess, from_betas, RectifiedFlow
 from .scheduler_grid import (
     BY_INDEX,
@@ -95,7 +95,7 @@ def process_from_config(
     if not isinstance(name, str) or name not in _ENTRIES:
         advice = f" {_EDM}." if str(name).startswith("EDM") else ""
         raise ValueError(
-            f"`_class_name` must be one of {', '.join(sorted(_ENTRIES))}; got {name!r}."
+            f"`_class_name` must be one of {', '.join(sorted(_ENTRIES))}; got {show(name)}."
             f"{advice}"
         )
     defaulted = given.get("_use_default_values", ())
@@ -129,7 +129,7 @@ def _refuse(name, given, values) -> None:
         )
     for key, advice in _REFUSED.items():
         if values.get(key):
-            raise ValueError(f"`{key}={values[key]!r}` is not supported. {advice}")
+            raise ValueError(f"`{key}={show(values[key])}` is not supported. {advice}")
 
 
 def _read(path: str | Path) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def _read(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"Cannot read a configuration from {path}: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(
-            f"The configuration in {path} must be a dictionary; got {found!r}."
+            f"The configuration in {path} must be a dictionary; got {show(found)}."
         )
     return found
 
@@ -232,11 +232,11 @@ _PREDICTIONS: dict[str, PredictionName] = {
 
 
 def _choose(values, key, choices):
-    if values[key] not in tuple(choices):
-        raise ValueError(
-            f"`{key}` must be one of {', '.join(map(repr, choices))}; got {values[key]!r}."
-        )
-    return values[key]
+    value = values[key]
+    if value not in tuple(choices):
+        wanted = ", ".join(map(repr, choices))
+        raise ValueError(f"`{key}` must be one of {wanted}; got {show(value)}.")
+    return value
 
 
 def _check(values, defaults) -> None:
@@ -326,7 +326,7 @@ def _flow_matching(name, values, shape) -> ModelConventions:
     if values.get("prediction_type", "flow_prediction") != "flow_prediction":
         raise ValueError(
             "With flow sigmas `prediction_type` must be 'flow_prediction'; got "
-            f"{values['prediction_type']!r}."
+            f"{show(values['prediction_type'])}."
         )
     spacing = spacing_of_levels(values)
     converts = (name, spacing) == ("UniPCMultistepScheduler", "karras_sigmas")
