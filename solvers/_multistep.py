@@ -338,8 +338,8 @@ def check_order(order: Any, num_nodes: Any) -> int:
     if not is_integer(order, 1, 4):
         raise ValueError(
             f"`order` must be 1, 2, 3 or 4; got {show(order)}. It is the number of "
-            "evaluations that a step combines. Where the gDDIM paper's tables and code count from 0, "
-            "by the degree of the polynomial (`deis_order`), it is one more."
+            "evaluations that a step combines. Where the gDDIM paper's tables and code "
+            "count from 0, by the degree of the polynomial (`deis_order`), it is one more."
         )
     return int(order)
 
