@@ -12,10 +12,6 @@ from gddim_eqx._exponential import Residual, StepCoefficients
 from gddim_eqx._linear import coefficient_dtype
 
 
-# Nodes that are closer, relative to the step, hardly differ but for rounding errors.
-_RESOLVED = 1e-3
-
-
 class Places(NamedTuple):
     """Where evaluations lie."""
 
@@ -64,7 +60,9 @@ class Nodes(eqx.Module):
         precedes = (other < this) | (other == this) & np.tri(number, k=-1, dtype=bool)
         precedes &= self.stored[None]
         close = between(self.places.time) < closest * self.places.corrected[:, None]
-        close = gaps <= jnp.where(moves, jnp.where(close, closest, _RESOLVED), 0)
+        # Values of still closer nodes hardly differ but for rounding errors.
+        resolved = 50 * float(jnp.finfo(x.dtype).eps) ** 0.5
+        close = gaps <= jnp.where(moves, jnp.where(close, closest, resolved), 0)
         used = self.stored & ~(precedes & close).any(1)
         rank = (precedes & used[None]).sum(1, dtype=jnp.int32)
         return jnp.where(used, rank, number)
