@@ -120,7 +120,7 @@ class History(eqx.Module):
             length = jnp.where(known, jnp.abs(self.places.time - s), jnp.inf).min()
             length = jnp.where(known.any(), length, 0)
         else:
-            # Values contain the noise of all steps, which makes them rough.
+            # Every value is affected by the noise of its step.
             length = jnp.full_like(s, jnp.inf)
         place = Places(s, c.start, c.error_start, length)
         pick = lambda k: lambda x: lax.index_in_dim(x, k, keepdims=False)

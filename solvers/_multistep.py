@@ -69,8 +69,8 @@ class AbstractExponentialMultistep(
     A step solves the linear part of the equation exactly, and replaces the remainder by a
     polynomial through past evaluations of the model. Subclasses specify the linear part
     and the interpolated quantity (`splitting`), the coordinate of the polynomials
-    (`coordinate`), the polynomials
-    (`predictor`), and how the end of a step is corrected (`correction`).
+    (`coordinate`), the polynomials (`predictor`), and how the end of a step is corrected
+    (`correction`).
     """
 
     splitting: eqx.AbstractVar[AbstractSplitting]

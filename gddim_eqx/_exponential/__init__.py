@@ -5,7 +5,6 @@ from .coordinate import (
     COORDINATES as COORDINATES,
     scaled as scaled,
     slowing as slowing,
-    SoftLogSNR as SoftLogSNR,
 )
 from .interpolation import Exponential as Exponential, interpolation as interpolation
 from .polynomial import integral as integral, lagrange as lagrange, weights as weights

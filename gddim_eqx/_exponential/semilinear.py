@@ -42,8 +42,9 @@ class SemilinearSplitting(AbstractSplitting):
         return term.force(t, y, args)
 
     def is_too_long(self, c, span):
-        # Values cannot tell what changes long after them. But with less than 6 steps of the
-        # same length, controllers may propose and reject the same steps for ever.
+        # Past values cannot tell what changes long after them. Growth by a factor of 6 must
+        # be allowed: a rejected step is retried at a fifth of its size, so with a lower
+        # limit controllers could propose and reject the same step again and again.
         most = 6 * span / (len(c.error_moments) - 1)
         return (span > 0) & (jnp.abs(c.t - c.start) > most)
 

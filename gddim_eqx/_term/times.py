@@ -20,7 +20,7 @@ def step_faults(
     """What can be wrong with the times of a step from `s` to `t`, for `error_if_any`."""
     outside = (jnp.minimum(s, t) < 0) | (jnp.maximum(s, t) > process.t_end)
     undefined = jnp.isnan(s) | jnp.isnan(t)
-    cure = (
+    why_undefined = (
         "The step size is NaN. Check that the initial state and the predictions are finite."
     )
     message = (
@@ -31,5 +31,5 @@ def step_faults(
         "`reverse_sde` must be solved backward in time, from `process.t_max` down. To "
         "encode data, solve `ProbabilityFlow` forward."
     )
-    faults = [(undefined, cure), (outside, message)]
+    faults = [(undefined, why_undefined), (outside, message)]
     return [*faults, *([(t > s, forward)] if stochastic else [])]
