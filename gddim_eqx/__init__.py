@@ -24,6 +24,7 @@ from ._model import (
     DataGuidance as DataGuidance,
     DynamicThreshold as DynamicThreshold,
     GaussianMixture as GaussianMixture,
+    NormalData as NormalData,
     PosteriorGuidance as PosteriorGuidance,
     WithArgs as WithArgs,
     WithTime as WithTime,

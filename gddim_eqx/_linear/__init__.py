@@ -4,6 +4,7 @@ from .basis import (
     FourierBasis as FourierBasis,
     IdentityBasis as IdentityBasis,
 )
+from .covariance import Covariance as Covariance
 from .operator import (
     append_axes as append_axes,
     apply as apply,
