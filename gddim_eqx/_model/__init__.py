@@ -6,7 +6,7 @@ from .guidance import (
     DynamicThreshold as DynamicThreshold,
     WithArgs as WithArgs,
 )
-from .normal import NormalData as NormalData
 from .mixture import GaussianMixture as GaussianMixture
+from .normal import NormalData as NormalData
 from .posterior import PosteriorGuidance as PosteriorGuidance
 from .with_time import WithTime as WithTime

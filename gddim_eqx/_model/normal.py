@@ -1,3 +1,4 @@
+import functools as ft
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,14 +11,11 @@ from jaxtyping import Array, ArrayLike, Inexact
 from .._custom_types import Args, PredictionName, RealScalarLike, State
 from .._linear import (
     AbstractBasis,
-    append_axes,
     apply,
-    BlockLinearOperator,
     check_state,
     Covariance,
     IdentityBasis,
     join_components,
-    subtract,
 )
 from .._misc import as_floats, check_instance
 from .._process import AbstractProcess, require_process, time_for
@@ -115,7 +113,8 @@ class Measurement(NamedTuple):
 
     def pull(self, residual: tuple[Array, ...]) -> Array:
         """The transpose of the measurement."""
-        return sum(_like(a, x) * x for a, x in zip(self.gains, residual))
+        pulls = [_like(a, x) * x for a, x in zip(self.gains, residual)]
+        return ft.reduce(jnp.add, pulls)
 
 
 def _like(x, array):
@@ -126,7 +125,7 @@ def _like(x, array):
 def posterior_mean(
     process: AbstractProcess,
     measurement: Measurement,
-    mean: Inexact[Array, "*shape"] | float,
+    mean: Inexact[Array, "*shape"],
     covariance: Covariance,
 ) -> Inexact[Array, "..."]:
     """The mean of normal data given a state, in the process' basis.
