@@ -46,6 +46,27 @@ class Channel(NamedTuple):
         root = process.cholesky(t).blocks
         return cls(signal.blocks[:, 0], root, process.basis, process.shape)
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether it is the same for all coefficients."""
+        return self.signal[0].size == self.root[0, 0].size == 1
+
+    def whiten(
+        self, variances: Inexact[Array, " #size"]
+    ) -> tuple[BlockLinearOperator, Inexact[Array, "n 1 #size"]]:
+        """The inverse of a root of the covariance of a state whose data have independent
+        coefficients with these variances, and its product with the signal."""
+
+        n, size = len(self.signal), math.prod(self.shape)
+        noise = _flat(self.root.reshape(n * n, *self.root.shape[2:]), self.shape)
+        signal = _flat(self.signal, self.shape)
+        noise, spread = noise.reshape(n, n, -1), signal * jnp.sqrt(variances)[None]
+        spectrum = max(noise.shape[-1], spread.shape[-1])
+        columns = jnp.zeros((2, n, n, spectrum), noise.dtype)
+        columns = columns.at[0].set(noise).at[1, :, 0].set(spread)
+        inverse = BlockLinearOperator(square_root_of_sum(columns), (size,)).inverse()
+        return inverse, matmul(inverse.blocks, signal[:, None])
+
 
 class Law(NamedTuple):
     """What follows for a state, in the basis of states."""
@@ -64,9 +85,7 @@ def law_of_normal(
     their own coordinates."""
     basis, shape = channel.basis, channel.shape
     batch, size = batch_axes(u, shape), math.prod(shape)
-    signal, noise = _flat(channel.signal, 1, shape), _flat(channel.root, 2, shape)
-    uniform = signal.shape[-1] == noise.shape[-1] == 1
-    inner, rest, vectors, excess = covariance.in_basis(basis, uniform, shape)
+    inner, rest, vectors, excess = covariance.in_basis(basis, channel.is_uniform, shape)
 
     def there(x):
         x = x if inner is basis else inner.forward(basis.inverse(x))
@@ -79,16 +98,14 @@ def law_of_normal(
     # With the data `columns @ latent + remainder`, where the coefficients of the remainder
     # in the inner basis are independent, `white` is the state given the latent variables,
     # divided by a root of its covariance.
-    root = _root(noise, signal * jnp.sqrt(rest)[None])
-    inverse = BlockLinearOperator(root, (size,)).inverse()
-    gains = matmul(inverse.blocks, signal[:, None])
+    inverse, gains = channel.whiten(rest)
     mean = basis.forward(mean)
     residual = [
         there(x - _like(a * mean, x))
         for a, x in zip(channel.signal, jtu.tree_leaves(u), strict=True)
     ]
     white = jnp.stack(jtu.tree_leaves(inverse.mv(join_components(residual))))
-    volume = sum(jnp.log(root[i, i]) for i in range(len(root)))
+    volume = -sum(jnp.log(inverse.blocks[i, i]) for i in range(len(white)))
     volume = jnp.broadcast_to(volume, (size,)).sum()
     square, data = jnp.zeros(len(white[0]), white.dtype), jnp.zeros_like(white[0])
     if vectors is not None:
@@ -101,7 +118,7 @@ def law_of_normal(
         square, volume = (latent**2).sum(1), volume + jnp.log(total).sum()
     data = data + rest[None] * (gains * white).sum(0)
     square = square + (white**2).sum((0, 2))
-    constant = volume + 0.5 * len(signal) * size * math.log(2 * math.pi)
+    constant = volume + 0.5 * len(white) * size * math.log(2 * math.pi)
     pull, data = inverse.transpose().mv(join_components(list(white))), back(data)
     return Law(
         jtu.tree_map(back, pull),
@@ -110,19 +127,10 @@ def law_of_normal(
     )
 
 
-def _root(noise, spread):
-    """The Cholesky factor of the sum of two covariances, the latter of rank one."""
-    spectrum = (max(noise.shape[-1], spread.shape[-1]),)
-    columns = jnp.zeros((2, *noise.shape[:2], *spectrum), noise.dtype)
-    return square_root_of_sum(columns.at[0].set(noise).at[1, :, 0].set(spread))
-
-
-def _flat(coefficients, lead, shape):
+def _flat(x, shape):
     """With one axis in place of those of the spectrum: of size 1 if all are the same."""
-    first, spectrum = coefficients.shape[:lead], coefficients.shape[lead:]
-    if math.prod(spectrum) > 1:
-        coefficients = jnp.broadcast_to(coefficients, (*first, *shape))
-    return coefficients.reshape(*first, -1)
+    x = jnp.broadcast_to(x, (len(x), *shape)) if x[0].size > 1 else x
+    return x.reshape(len(x), -1)
 
 
 def _like(x, array):
