@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import gddim_eqx as gd
+from gddim_eqx._model.law import Channel
 
 from .helpers import every_process, max_difference, processes
 
@@ -77,41 +78,20 @@ def dense_law(process, t, u, mean, covariance):
 
 
 @ft.cache
-def _evaluate(name):
-    """All that is known of a state: of the included kinds of data at once."""
+def _laws(name):
+    """All that is known of a state, for several data at once, in one program."""
     process = processes[name]()
 
     @jax.jit
-    def evaluate(t, u, data):
-        # States and predictions in the basis of states.
-        ask = lambda x, kind: process.from_data(
-            x.model(process, kind)(t, process.to_data(u), None)
-        )
-        density = lambda x: x.log_density(u, process, t)
-        return {
-            key: (ask(x, "data"), ask(x, "score"), ask(x, "noise"), density(x))
-            for key, x in data.items()
-        }
+    def laws(t, u, data):
+        return {key: x.law(Channel.of(process, t), u) for key, x in data.items()}
 
-    return evaluate
+    return laws
 
 
 def states_of(process, t, mean, number=3):
     x = mean[None] + 0.7 * jr.normal(jr.key(0), (number, *mean.shape))
     return process.perturb(jr.key(1), x, t)[0]
-
-
-def check(name, t, u, found, expected, tolerance):
-    """Compare with the dense law of each kind."""
-    process, number = processes[name](), len(jtu.tree_leaves(u)[0])
-    turn = np.asarray(process.factor(t).as_matrix(), float)
-    for key, (data, score, noise, density) in found.items():
-        wanted = expected[key]
-        data = rows(jtu.tree_leaves(data)[0], number)
-        got = (data, rows(score, number), rows(noise, number), np.asarray(density))
-        for x, y in zip(got, (*wanted[:2], -wanted[1] @ turn, wanted[2]), strict=True):
-            error = np.abs(x - y).max() / max(1, np.abs(y).max())
-            assert error <= tolerance, (key, float(t), error)
 
 
 # Two normals of equal form, which overlap.
@@ -147,12 +127,155 @@ def test_predictions_and_log_density(name):
         at = process, t, rows(u, 3)
         wanted = {kind: dense_law(*at, x.mean, c) for kind, (x, c) in kinds.items()}
         wanted["mixture"] = dense_mixture(*at, data["mixture"], covariance)
-        check(name, t, u, _evaluate(name)(t, u, data), wanted, 1e-10)
+        for key, law in _laws(name)(t, u, data).items():
+            found = rows(law.data, 3), -rows(law.pull, 3), np.asarray(law.log_density)
+            for x, y in zip(found, wanted[key], strict=True):
+                assert np.abs(x - y).max() <= 1e-10 * max(1, np.abs(y).max()), key
 
         single = cast((t, u, data), jnp.float32)
-        exact = _evaluate(name)(*cast(single, jnp.float64))
-        found = _evaluate(name)(*single)
+        exact = _laws(name)(*cast(single, jnp.float64))
+        found = _laws(name)(*single)
         for x, y in zip(jtu.tree_leaves(found), jtu.tree_leaves(exact), strict=True):
             assert x.dtype == jnp.float32
             error = max_difference(x.astype(float), y) / max(1, jnp.abs(y).max())
             assert error <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["vp", "cld", "bdm", "rectified"])
+def test_models_predict_what_the_law_says(name):
+    process = processes[name]()
+    x = normals_for(process.shape)["low rank"][0]
+    t = jnp.asarray(0.4)
+    u = states_of(process, t, x.mean)
+    law = x.law(Channel.of(process, t), u)
+    flow = lambda kind: gd.ProbabilityFlow(process, x.model(process, kind), kind)
+    kinds = ["data", "noise", "score"] + ["v", "flow"] * (process.num_components == 1)
+    for kind in kinds:
+        data = process.decode(flow(kind).denoised(t, u, None))
+        tolerance = 1e-10 if X64 else 2e-4
+        assert max_difference(process.basis.forward(data), law.data) <= tolerance
+    score = x.model(process, "score")(t, process.to_data(u), None)
+    density = lambda u: x.log_density(u, process, t).sum()
+    gradient = process.to_data(jax.grad(density)(u))
+    assert max_difference(gradient, score) <= (1e-10 if X64 else 1e-4)
+
+
+@pytest.mark.parametrize("name", ["vp", "cld", "third_order", "bdm"])
+def test_at_time_0(name):
+    """Where there may be no noise."""
+    process = processes[name]()
+    t = jnp.asarray(0.0)
+    for kind, (x, covariance) in normals_for(process.shape).items():
+        u = states_of(process, t, x.mean)
+        ask = lambda kind: x.model(process, kind)(t, process.to_data(u), None)
+        mean, score, _ = dense_law(process, t, rows(u, 3), x.mean, covariance)
+        found = rows(process.from_data(ask("score")), 3)
+        size = np.abs(score).max()
+        assert np.abs(found - score).max() <= (1e-9 if X64 else 1e-4) * size, kind
+        data = process.basis.forward(jtu.tree_leaves(ask("data"))[0])
+        np.testing.assert_allclose(rows(data, 3), mean, atol=1e-9 if X64 else 1e-5)
+
+
+def test_at_time_0_without_variance():
+    for process in (gd.VP((3,)), gd.CLD((3,))):
+        x = gd.NormalData(jnp.zeros(3), (np.ones(1), np.eye(3)[:, :1], 0.0))
+        u = process.encode(jnp.array([2.0, 0.0, 0.0]))
+        data = jtu.tree_leaves(x.model(process, "data")(jnp.asarray(0.0), u, None))[0]
+        np.testing.assert_allclose(data, [2, 0, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["number", "variances", "matrix", "low rank"])
+def test_without_signal(kind):
+    x = normals_for((3,))[kind][0]
+    process, one = gd.RectifiedFlow((3,)), jnp.asarray(1.0)
+    u = jr.normal(jr.key(0), (5, 3))
+    for predicts, wanted in [
+        ("data", jnp.broadcast_to(x.mean, u.shape)),
+        ("noise", u),
+        ("flow", u - x.mean[None]),
+    ]:
+        found = x.model(process, predicts)(one, u, None)
+        assert max_difference(found, wanted) <= (1e-12 if X64 else 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1)])
+def test_data_of_one_dimension(shape):
+    process, variance, t = gd.VP(shape), 0.3, jnp.asarray(0.4)
+    u = jnp.linspace(-1, 1, 4).reshape(4, *shape)
+    eigen = (np.array([variance]), np.ones((1, 1)), 0.1)
+    forms = [variance, np.full(shape, variance), [[variance]], eigen]
+    for covariance in forms[:2] if shape == (1, 1, 1) else forms:
+        x = gd.NormalData(jnp.full(shape, 0.5), covariance)
+        assert x.sample(jr.key(0), 2).shape == (2, *shape)
+        data = x.model(process, "data")(t, u, None)
+        signal, noise = (f(t).blocks[0, 0] for f in (lambda t: process.transition(t, 0 * t), process.covariance))
+        gain = variance * signal / (variance * signal**2 + noise)
+        assert max_difference(data, 0.5 + gain * (u - signal * 0.5)) <= 1e-6
+        normal = np.exp(x.log_density(u))
+        wanted = np.exp(-((u - 0.5) ** 2) / 2 / variance) / (2 * np.pi * variance) ** 0.5
+        np.testing.assert_allclose(normal, wanted.reshape(4), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["number", "variances", "matrix", "low rank", "cosine"])
+def test_samples_have_the_moments(kind):
+    x, covariance = normals_for((2, 3, 1))[kind]
+    n = 20_000
+    samples = np.asarray(x.sample(jr.key(0), n), float)
+    assert samples.shape == (n, 2, 3, 1) and x.sample(jr.key(0), 0).shape == (0, 2, 3, 1)
+    samples = samples.reshape(n, -1)
+    scale = np.sqrt(np.diag(covariance))
+    assert np.abs((samples.mean(0) - np.ravel(x.mean)) / scale).max() <= 5 / n**0.5
+    error = (np.cov(samples.T) - covariance) / np.outer(scale, scale)
+    assert np.abs(error).max() <= 5 * (2 / n) ** 0.5
+
+
+def test_samples_of_a_mixture_have_its_moments():
+    x, covariance = normals_for((2, 3, 1))["matrix"]
+    mixture, n = mixture_of(x, covariance), 20_000
+    samples = np.asarray(mixture.sample(jr.key(0), n), float).reshape(n, -1)
+    means, weights = np.asarray(mixture.means).reshape(2, -1), np.array([0.3, 0.7])
+    around = means - weights @ means
+    total = 0.65 * covariance + (weights[:, None] * around).T @ around
+    scale = np.sqrt(np.diag(total))
+    error = (np.cov(samples.T) - total) / np.outer(scale, scale)
+    assert np.abs(error).max() <= 5 * (2 / n) ** 0.5
+    density = mixture.log_density(jnp.asarray(samples[:5].reshape(5, 2, 3, 1)))
+    assert density.shape == (5,)
+
+
+def test_isotropic_mixtures_have_the_density_of_their_components():
+    means = np.array([[-1.0, 0.0], [2.0, 0.5], [0.0, 0.0]])
+    mixture = gd.GaussianMixture(means, 0.4, [0.5, 0.3, 0.2])
+    alike = gd.GaussianMixture([gd.NormalData(m, 0.16) for m in means], weights=[5, 3, 2])
+    process, t = gd.CLD((2,)), jnp.asarray(0.5)
+    u = process.prior(jr.key(0), (7,))
+    for kind in ("data", "noise", "score"):
+        one, other = (x.model(process, kind)(t, u, None) for x in (mixture, alike))
+        assert max_difference(one, other) <= (1e-11 if X64 else 1e-4)
+    same = [x.log_density(u, process, t) for x in (mixture, alike)]
+    assert max_difference(*same) <= (1e-11 if X64 else 1e-4)
+
+
+def test_labels_choose_the_component():
+    x, covariance = normals_for((3,))["matrix"]
+    mixture = mixture_of(x, covariance)
+    parts = [x, gd.NormalData(x.mean + 0.3, 0.5 * covariance)]
+    labelled = gd.GaussianMixture(parts, weights=[0.3, 0.7], labelled=True)
+    process, t = gd.VP((3,)), jnp.asarray(0.3)
+    u = process.prior(jr.key(0), (4,))
+    model = labelled.model(process, "data")
+    both = [part.model(process, "data")(t, u, None) for part in (*parts, mixture)]
+    found = eqx.filter_jit(model)(t, u, jnp.array([0, 1, 2, 5]))
+    for i in range(3):
+        assert max_difference(found[i], both[i][i]) <= 1e-6
+    assert jnp.isnan(found[3]).all()
+    guided = gd.ClassifierFreeGuidance(model, scale=1.0)
+    assert max_difference(guided(t, u, jnp.array([0, 1, 2, 0]))[:3], found[:3]) <= 1e-5
+    flow = gd.ProbabilityFlow(process, model, "data")
+    assert gd.sample(flow, jr.key(0), 4, 3, args=jnp.arange(4) % 3).x.shape == (4, 3)
+    with pytest.raises(ValueError, match="Labels must be from 0 to 2.*got 3"):
+        gd.sample(flow, jr.key(0), 4, 3, args=jnp.arange(4))
+    with pytest.raises(ValueError, match="needs the label of each sample"):
+        gd.sample(flow, jr.key(0), 4, 3)
+    gradient = jax.grad(lambda u: model(t, u, jnp.array([0, 1, 2, 0])).sum())(u)
+    assert jnp.isfinite(gradient).all()
