@@ -145,7 +145,7 @@ def test_predictions_and_log_density(name):
 def test_models_predict_what_the_law_says(name):
     process = processes[name]()
     x = normals_for(process.shape)["low rank"][0]
-    t = jnp.asarray(0.4)
+    t = jnp.asarray(0.2)
     u = states_of(process, t, x.mean)
     law = x.law(Channel.of(process, t), u)
     flow = lambda kind: gd.ProbabilityFlow(process, x.model(process, kind), kind)
@@ -208,7 +208,10 @@ def test_data_of_one_dimension(shape):
         x = gd.NormalData(jnp.full(shape, 0.5), covariance)
         assert x.sample(jr.key(0), 2).shape == (2, *shape)
         data = x.model(process, "data")(t, u, None)
-        signal, noise = (f(t).blocks[0, 0] for f in (lambda t: process.transition(t, 0 * t), process.covariance))
+        signal, noise = (
+            f(t).blocks[0, 0]
+            for f in (lambda t: process.transition(t, 0 * t), process.covariance)
+        )
         gain = variance * signal / (variance * signal**2 + noise)
         assert max_difference(data, 0.5 + gain * (u - signal * 0.5)) <= 1e-6
         normal = np.exp(x.log_density(u))
@@ -279,3 +282,246 @@ def test_labels_choose_the_component():
         gd.sample(flow, jr.key(0), 4, 3)
     gradient = jax.grad(lambda u: model(t, u, jnp.array([0, 1, 2, 0])).sum())(u)
     assert jnp.isfinite(gradient).all()
+
+
+# From samples
+
+
+def samples_for(shape, n=400):
+    x, _ = normals_for(shape)["matrix"]
+    return np.asarray(x.sample(jr.key(3), n), np.float64)
+
+
+def dense_covariance(x):
+    """Of normal data, by products with the unit vectors."""
+    size, c = math.prod(x.shape), x.covariance
+    turn = dense_of(c.basis, x.shape)
+    matrix = (turn.T * np.broadcast_to(c.variances, x.shape).ravel()) @ turn
+    if c.vectors is not None:
+        matrix = matrix + (np.asarray(c.vectors) * np.asarray(c.excess)) @ c.vectors.T
+    return matrix.reshape(size, size)
+
+
+tight = 1e-12 if X64 else 1e-5
+
+
+def test_moments_are_those_of_the_samples():
+    x = samples_for((4, 3, 1)) + 100
+    flat = x.reshape(len(x), -1)
+    found = gd.NormalData.from_samples(x)
+    np.testing.assert_allclose(found.mean, x.mean(0), rtol=tight)
+    exact = np.cov(flat.T)
+    assert np.abs(dense_covariance(found) - exact).max() <= tight
+    for basis in (gd.IdentityBasis(), gd.CosineBasis()):
+        turn = dense_of(basis, (4, 3, 1))
+        found = gd.NormalData.from_samples(x, basis=basis)
+        np.testing.assert_allclose(found.mean, x.mean(0), rtol=max(tight, 1e-11))
+        variances = np.diag(turn @ exact @ turn.T).reshape(4, 3, 1)
+        np.testing.assert_allclose(found.covariance.variances, variances, rtol=1e-5)
+
+
+def test_data_in_any_form_give_the_same_moments():
+    x = samples_for((4, 3, 1), 1300)
+    labels = np.arange(len(x)) % 3
+    batches = gd.training.Batches((x, labels), 64)
+    forms = [
+        jnp.asarray(x),
+        (x, labels),
+        batches,
+        iter([x[:1], x[1:700], x[700:]]),
+        (part for part in np.array_split(x, 9)),
+    ]
+    expected = dense_covariance(gd.NormalData.from_samples(x))
+    for data in forms:
+        found = dense_covariance(gd.NormalData.from_samples(data))
+        assert np.abs(found - expected).max() <= tight
+
+
+def test_images_are_scaled_as_in_training():
+    levels = np.random.default_rng(0).integers(0, 256, (60, 2, 2, 1), np.uint8)
+    scaled = gd.NormalData.from_samples(levels / 127.5 - 1)
+    assert max_difference(gd.NormalData.from_samples(levels), scaled) <= 1e-6
+    with pytest.raises(ValueError, match="int64, whose range is not known"):
+        gd.NormalData.from_samples(levels.astype(np.int64))
+
+
+def test_few_eigenvalues_without_the_matrix():
+    """Far more batches than the sketch has rows, and those eigenvalues stand out."""
+    random, size, rank = np.random.default_rng(0), 200, 5
+    vectors = np.linalg.qr(random.normal(size=(size, size)))[0]
+    std = np.concatenate([np.linspace(3, 2, rank), np.full(size - rank, 0.1)])
+    x = random.normal(size=(3000, size)) * std @ vectors.T
+    # The first come last.
+    x = x[np.argsort(np.abs(x @ vectors[:, 0]))]
+    found = gd.NormalData.from_samples(x, rank=rank).covariance
+    values, exact = np.linalg.eigh(np.cov(x.T))
+    np.testing.assert_allclose(
+        found.excess + found.variances, values[: -rank - 1 : -1], 1e-4
+    )
+    np.testing.assert_allclose(found.variances, values[:-rank].mean(), 1e-3)
+    overlap = np.linalg.svd(found.vectors.T @ exact[:, -rank:])[1]
+    assert overlap.min() >= 1 - 1e-6
+
+
+def test_clusters_are_found():
+    random = np.random.default_rng(0)
+    centres = np.array([[-4.0, 0.0], [4.0, 0.0], [0.0, 5.0]])
+    which = random.choice(3, p=[0.5, 0.3, 0.2], size=2000)
+    x = centres[which] + random.normal(size=(2000, 2)) * [0.3, 0.6]
+    for data in (x, gd.training.Batches(x, 300)):
+        found = gd.GaussianMixture.from_samples(data, 3, key=jr.key(0))
+        order = np.argsort(-np.asarray(found.weights))
+        for i, k in enumerate(order):
+            own = x[which == i]
+            np.testing.assert_allclose(found.weights[k], len(own) / len(x), rtol=1e-5)
+            np.testing.assert_allclose(found.means[k], own.mean(0), atol=1e-5)
+            part = jtu.tree_map(lambda y, k=k: y[k], found.covariances)
+            part = eqx.tree_at(lambda z: z.covariance, normals_for((2,))["matrix"][0], part)
+            np.testing.assert_allclose(dense_covariance(part), np.cov(own.T), atol=1e-5)
+
+
+def test_classes_have_their_own_moments():
+    x = samples_for((3,))
+    labels = np.where(x[:, 0] > 0, 1, 0)
+    found = gd.GaussianMixture.from_samples((x, labels), 2, labelled=True)
+    assert found.model(gd.VP((3,))).no_condition == 2
+    for i in range(2):
+        own = gd.NormalData.from_samples(x[labels == i])
+        np.testing.assert_allclose(found.means[i], own.mean, rtol=1e-6)
+        np.testing.assert_allclose(found.weights[i], (labels == i).mean(), rtol=1e-6)
+
+
+_eye, _zero = np.eye(3), np.zeros(3)
+_normal = ft.partial(gd.NormalData, _zero)
+_from = gd.NormalData.from_samples
+_clusters = ft.partial(gd.GaussianMixture.from_samples, key=jr.key(0))
+_random = np.random.default_rng(0).normal(size=(20, 3))
+bad_arguments = {
+    "mean is NaN": (lambda: gd.NormalData([math.nan], 1.0), "`mean` must be finite"),
+    "mean is text": (lambda: gd.NormalData("x", 1.0), "`mean` must be real numbers"),
+    "another shape": (lambda: _normal(np.ones(4)), r"of shape \(3,\).*got \(4,\)"),
+    "of the matrix": (lambda: _normal(np.eye(4)), r"got \(4, 4\)"),
+    "two parts": (lambda: _normal((np.ones(3), _eye)), r"got \(3,\) and \(3, 3\)"),
+    "no part": (lambda: _normal(()), "got nothing"),
+    "vectors": (lambda: _normal((np.ones(2), _eye, 0.1)), r"got \(2,\) and \(3, 3\)"),
+    "no vectors": (lambda: _normal((np.ones(0), _eye[:, :0], 0.1)), r"got \(0,\)"),
+    "not finite": (lambda: _normal(math.inf), "holds NaN or infinity"),
+    "negative": (lambda: _normal([1.0, -2.0, 1.0]), "not be negative; got -2.0"),
+    "not symmetric": (lambda: _normal(_eye + np.eye(3, k=1)), "must be symmetric"),
+    "indefinite": (lambda: _normal(np.diag([1, 2, -0.5])), "semidefinite.*-0.5.*is 2"),
+    "not largest": (lambda: _normal((np.ones(1), _eye[:, :1], 2.0)), "largest.*1.*2"),
+    "negative rest": (lambda: _normal((np.ones(1), _eye[:, :1], -1.0)), "semidefinite"),
+    "not orthonormal": (lambda: _normal((np.ones(1), 2 * _eye[:, :1], 0.1)), "orthonormal"),
+    "basis": (lambda: _normal(1.0, basis="cosine"), "`basis` must be such as"),
+    "basis of matrix": (
+        lambda: _normal(_eye, basis=gd.FourierBasis()),
+        "`basis` is for variances",
+    ),
+    "process": (lambda: _normal(1.0).model(gd.VP((2,))), r"\(3,\).*\(2,\)"),
+    "no process": (lambda: _normal(1.0).model("vp"), "`process` must be"),
+    "prediction": (lambda: _normal(1.0).model(gd.CLD((3,)), "v"), "not defined for CLD"),
+    "density": (lambda: _normal(1.0).log_density(jnp.ones((2, 4))), r"shape \(2, 4\)"),
+    "integers": (lambda: _normal(1.0).log_density(jnp.ones(3, int)), "floating-point"),
+    "forms": (
+        lambda: gd.GaussianMixture([_normal(1.0), _normal(_eye)]),
+        "all of the same form",
+    ),
+    "scale too": (lambda: gd.GaussianMixture([_normal(1.0)], 0.3), "no `scale`"),
+    "too few": (lambda: _from(_random[:3]), r"at least 4 samples.*got 3.*`rank=`"),
+    "too few for rank": (lambda: _from(_random[:2], rank=2), "at least 3 samples.*got 2"),
+    "too few for basis": (
+        lambda: _from(_random[:1], basis=gd.IdentityBasis()),
+        "at least 2 samples.*got 1",
+    ),
+    "rank": (lambda: _from(_random, rank=3), "`rank` must be less than 3"),
+    "rank of zero": (lambda: _from(_random, rank=0), "`rank` must be a positive"),
+    "basis and rank": (
+        lambda: _from(_random, rank=1, basis=gd.IdentityBasis()),
+        "not both",
+    ),
+    "constant": (lambda: _from(np.full((9, 3), 0.1)), "All samples are equal"),
+    "no samples": (lambda: _from(iter([])), "must hold samples; got none"),
+    "no rows": (lambda: _from(np.ones((0, 3))), "must hold samples; got none"),
+    "NaN": (
+        lambda: _from([_random, np.full((2, 3), np.nan)]),
+        "got a? ?list|array, a pair",
+    ),
+    "NaN later": (
+        lambda: _from(iter([_random, np.full((2, 3), np.nan)])),
+        "must be finite; 2 of 2",
+    ),
+    "shapes differ": (lambda: _from(iter([_random, _random[:, :2]])), r"\(20, 2\) after"),
+    "complex": (lambda: _from(_random + 1j), "must be real"),
+    "a sample": (lambda: _from(np.float64(1.0)), r"shape \(\)"),
+    "few clusters": (lambda: _clusters(np.ones((9, 3)), 2), "fewer than 2 different"),
+    "iterator": (lambda: _clusters(iter([_random]), 2), "read twice"),
+    "few in one": (
+        lambda: _clusters(np.concatenate([_random, _random[:2] + 99]), 2),
+        "in component",
+    ),
+    "no labels": (lambda: _clusters(_random, 2, labelled=True), "must be pairs"),
+    "labels": (
+        lambda: _clusters((_random, np.arange(20) % 3), 2, labelled=True),
+        "from 0 to 1",
+    ),
+    "number of labels": (
+        lambda: _clusters((_random, np.arange(3)), 2, labelled=True),
+        "one label per sample",
+    ),
+    "no key": (lambda: gd.GaussianMixture.from_samples(_random, 2), "`key` must be"),
+}
+
+
+@pytest.mark.parametrize("case", bad_arguments)
+def test_bad_arguments_raise_and_are_named(case, without_type_checks):
+    build, message = bad_arguments[case]
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_construction_can_be_traced_and_differentiated():
+    process, t = gd.VP((3,)), jnp.asarray(0.3)
+    u, mean = process.prior(jr.key(0), (2,)), jnp.array([0.1, 0.2, 0.3])
+    _, covariance = normals_for((3,))["matrix"]
+    covariance = jnp.asarray(covariance)
+
+    def density(mean, covariance):
+        return gd.NormalData(mean, covariance).log_density(u, process, t).sum()
+
+    gradient = jax.jit(jax.grad(density, (0, 1)))(mean, covariance)
+    for direction in np.eye(3):
+        h = 1e-4 if X64 else 1e-2
+        ends = [density(mean + s * h * jnp.asarray(direction), covariance) for s in (1, -1)]
+        slope = (ends[0] - ends[1]) / (2 * h)
+        np.testing.assert_allclose(
+            gradient[0] @ direction, slope, atol=1e-5 if X64 else 0.1
+        )
+    assert jnp.isfinite(gradient[1]).all()
+    models = jax.vmap(lambda m: gd.NormalData(m, 0.2).model(process, "data"))
+    each = models(jnp.stack([mean, mean + 1]))
+    found = jax.vmap(lambda model: model(t, u, None))(each)
+    alone = gd.NormalData(mean + 1, 0.2).model(process, "data")(t, u, None)
+    assert max_difference(found[1], alone) <= 1e-6
+
+
+def test_batches_may_be_empty_and_states_half_precision():
+    process = gd.CLD((3,))
+    for x, _ in normals_for((3,)).values():
+        model = x.model(process, "data")
+        for batch in [(), (0,), (2, 0)]:
+            u = process.prior(jr.key(0), batch)
+            assert model(jnp.asarray(0.4), u, None).x.shape == (*batch, 3)
+            assert x.log_density(u, process, 0.4).shape == batch
+        half = process.prior(jr.key(0), (2,), jnp.bfloat16)
+        assert model(jnp.asarray(0.4), half, None).x.dtype == jnp.bfloat16
+
+
+def test_saving_and_loading(tmp_path):
+    for kind, (x, covariance) in normals_for((3,)).items():
+        blank = jtu.tree_map(jnp.zeros_like, x)
+        gd.checkpoints.save(tmp_path / kind, x)
+        assert eqx.tree_equal(gd.checkpoints.load(tmp_path / kind, like=blank), x)
+    mixture = mixture_of(x, covariance)
+    gd.checkpoints.save(tmp_path / "mixture", mixture)
+    blank = jtu.tree_map(jnp.zeros_like, mixture)
+    assert eqx.tree_equal(gd.checkpoints.load(tmp_path / "mixture", like=blank), mixture)

@@ -187,7 +187,7 @@ class ExactModel(eqx.Module):
 
     def check_args(self, args: Args) -> None:
         """As in [`gddim_eqx.nn.NetworkModel`][]."""
-        if self.no_condition is not None:
+        if not (self.no_condition is None or args is None):
             self.data.check_labels(args)
 
     def __call__(self, t: RealScalarLike, u: State, args: Args = None) -> State:
