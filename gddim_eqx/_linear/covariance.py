@@ -119,7 +119,7 @@ def make_covariance(
     parts = covariance if isinstance(covariance, tuple) else (covariance,)
     parts = [as_floats("covariance", x) for x in parts]
     shapes = [x.shape for x in parts]
-    one, rank = len(parts) == 1, shapes[0][:1]
+    one, rank = len(parts) == 1, shapes[0][:1] if shapes else (0,)
     if not (
         shapes in ([()], [shape], [(size, size)])
         or (rank != (0,) and shapes == [rank, (size, *rank), ()])
@@ -128,7 +128,7 @@ def make_covariance(
             f"For `mean` of shape {shape}, `covariance` must be a number, variances of "
             f"shape {shape}, a matrix of shape {(size, size)}, or a tuple of eigenvalues "
             f"(rank,), eigenvectors ({size}, rank) and a number; got "
-            f"{' and '.join(map(str, shapes))}."
+            f"{' and '.join(map(str, shapes)) or 'nothing'}."
         )
     on_host = not any(isinstance(x, Tracer) for x in parts)
     if on_host:

@@ -29,7 +29,7 @@ def samples_of(data: Any) -> Iterator[tuple[np.ndarray, Any]]:
             "them by `gddim_eqx.training.Batches`; of a loader of batches, pass "
             "`iter(loader)`."
         )
-    shape = None
+    shape, number = None, 0
     for batch in data:
         x, labels = batch if isinstance(batch, tuple) and len(batch) == 2 else (batch, None)
         shape = np.shape(x)[1:] if shape is None else shape
@@ -44,10 +44,11 @@ def samples_of(data: Any) -> Iterator[tuple[np.ndarray, Any]]:
                 f"There must be one label per sample, ({len(x)},); got shape "
                 f"{np.shape(labels)}."
             )
+        number += len(x)
         for n in range(0, len(x), _CHUNK):
             part = slice(n, n + _CHUNK)
             yield _as_double(x[part]), None if labels is None else np.asarray(labels[part])
-    if shape is None:
+    if number == 0:
         raise ValueError("`data` must hold samples; got none.")
 
 
