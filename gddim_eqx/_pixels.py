@@ -101,3 +101,15 @@ def bits_per_dimension(
     size = math.prod(as_shape(shape))
     nats = -as_floats("log_likelihood", log_likelihood) / size + math.log(num_levels / 2)
     return nats / math.log(2)
+
+
+def highest_level(dtype) -> int:
+    """The level of a saturated pixel, of images whose range is that of their dtype."""
+    known = {"bool": 1, "uint8": 255, "uint16": 65535}
+    if str(dtype) not in known:
+        raise ValueError(
+            "Images must have dtype uint8 or uint16, whose levels are scaled to [-1, 1], "
+            f"or a floating-point dtype; got {dtype}, whose range is not known. Convert "
+            "them to one of these."
+        )
+    return known[str(dtype)]

@@ -4,7 +4,11 @@ from .basis import (
     FourierBasis as FourierBasis,
     IdentityBasis as IdentityBasis,
 )
-from .covariance import Covariance as Covariance
+from .covariance import (
+    Covariance as Covariance,
+    latent_given as latent_given,
+    make_covariance as make_covariance,
+)
 from .operator import (
     append_axes as append_axes,
     apply as apply,

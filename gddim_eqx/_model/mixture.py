@@ -1,5 +1,7 @@
+import functools as ft
 import math
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -9,16 +11,33 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, ArrayLike, Inexact
 
-from .._custom_types import Key, PredictionName
-from .._linear import batch_axes, check_state, join_components
+from .._custom_types import Args, Key, PredictionName, RealScalarLike, State
+from .._linear import (
+    AbstractBasis,
+    append_axes,
+    batch_axes,
+    Covariance,
+    IdentityBasis,
+    join_components,
+)
 from .._misc import as_constant, as_floats, check_count, check_key, show
-from .._process import AbstractProcess, require_process, time_for
-from .._term import check_prediction, make_prediction, Marginal
+from .._process import AbstractProcess
+from .clusters import cluster, nearest
+from .law import (
+    Channel,
+    ExactModel,
+    Law,
+    law_of_normal,
+    log_density,
+)
+from .moments import moments_of
+from .normal import NormalData
 
 
 class GaussianMixture(eqx.Module):
-    r"""A mixture of isotropic Gaussians of equal width as the data distribution,
-    $\sum_k w_k\,\mathcal{N}(\mu_k, s^2 I)$.
+    r"""A mixture of Gaussians as the data distribution,
+    $\sum_k w_k\,\mathcal{N}(\mu_k, C_k)$; unless given others, isotropic ones of equal
+    width, $C_k = s^2 I$.
 
     It remains a Gaussian mixture under any linear process, so exact predictions are known
     in closed form: a model without a network, for testing and comparing samplers.
@@ -27,21 +46,35 @@ class GaussianMixture(eqx.Module):
     means: Inexact[Array, "components *shape"]
     scale: float = eqx.field(static=True)
     weights: Inexact[Array, " components"]
+    covariances: Covariance | None
+    """Those of all components, stacked; `None` if isotropic."""
+    labelled: bool = eqx.field(static=True)
 
     def __init__(
         self,
         means: ArrayLike | list,
         scale: float = 0.0,
         weights: ArrayLike | list | None = None,
+        *,
+        labelled: bool = False,
     ):
         """**Arguments:**
 
-        - `means`: `(components, *shape)`, where `shape` is that of one data sample.
-        - `scale`: the common standard deviation; 0 for point masses.
+        - `means`: `(components, *shape)`, where `shape` is that of one data sample; or a
+            list of [`gddim_eqx.NormalData`][], whose covariances are all of the same form.
+        - `scale`: the common standard deviation; 0 for point masses. Not with a list of
+            normal data.
         - `weights`: `(components,)`, positive; normalised internally. Equal by default.
+        - `labelled`: whether models take the component of each sample as a condition, an
+            integer in `args`. The number of components, then, stands for all of them.
 
         **Raises:** `ValueError` if these are invalid.
         """
+        self.covariances, self.labelled = None, labelled
+        if isinstance(means, list) and any(isinstance(x, NormalData) for x in means):
+            means, self.covariances = _stacked(means)
+            if scale != 0:
+                raise ValueError("Normal data have covariances of their own: no `scale`.")
         means = as_floats("means", means)
         if means.ndim == 0 or means.shape[0] == 0:
             raise ValueError(
@@ -67,6 +100,43 @@ class GaussianMixture(eqx.Module):
         self.scale = scale
         self.weights = jnp.asarray(raw / raw.sum(), means.dtype)
 
+    @classmethod
+    def from_samples(
+        cls,
+        data: Any,
+        components: int,
+        *,
+        labelled: bool = False,
+        key: Key | None = None,
+        basis: AbstractBasis | None = None,
+        rank: int | None = None,
+    ) -> "GaussianMixture":
+        """A mixture whose components have the means and covariances of parts of the data:
+        of clusters by k-means, or of classes.
+
+        **Arguments:**
+
+        - `data`: as in [`gddim_eqx.NormalData.from_samples`][]. With `labelled`, pairs of
+            samples and integer labels, from 0 to `components - 1`. Otherwise they are
+            read twice, and cannot be a generator.
+        - `components`: their number.
+        - `labelled`: whether components are the classes; and models take labels, as above.
+        - `key`: a random key, for k-means.
+        - `basis`, `rank`: the form of the covariances, as in
+            [`gddim_eqx.NormalData.from_samples`][].
+
+        **Raises:** `ValueError` as there, for any component.
+        """
+        check_count("components", components)
+        if labelled:
+            assign = ft.partial(_as_classes, components)
+        else:
+            centres = cluster(data, components, check_key(key))
+            assign = lambda x, _: nearest(x, centres)
+        moments, counts = moments_of(data, basis, rank, components, assign)
+        normals = [NormalData(*x, basis=basis) for x in moments]
+        return cls(normals, weights=counts, labelled=labelled)
+
     def sample(self, key: Key, n: int) -> Inexact[Array, "n *shape"]:
         """Draw samples.
 
@@ -82,7 +152,41 @@ class GaussianMixture(eqx.Module):
         which, around = jr.split(key)
         k = jr.choice(which, self.means.shape[0], (n,), p=self.weights)
         means = self.means[k]
-        return means + self.scale * jr.normal(around, means.shape, means.dtype)
+        if self.covariances is None:
+            return means + self.scale * jr.normal(around, means.shape, means.dtype)
+
+        # One draw of each component, by which memory grows with their number only.
+        def add(x, part):
+            i, key, covariance = part
+            chosen = append_axes(k == i, x.ndim)
+            return jnp.where(chosen, x + covariance.sample(key, n, self.shape), x), None
+
+        number = len(self.means)
+        parts = jnp.arange(number), jr.split(around, number), self.covariances
+        return jax.lax.scan(add, means, parts)[0]
+
+    def log_density(
+        self,
+        u: State,
+        process: AbstractProcess | None = None,
+        t: RealScalarLike = 0.0,
+        args: Args = None,
+    ) -> Inexact[Array, "*batch"]:
+        """As [`gddim_eqx.NormalData.log_density`][]. `args` are the labels of a labelled
+        mixture."""
+        like = self if self.covariances is not None else _with_covariances(self)
+        law = lambda channel, u: like.law(channel, u, args)
+        return log_density(law, self.shape, u, process, t)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one sample."""
+        return self.means.shape[1:]
+
+    @property
+    def no_condition(self) -> int | None:
+        """The label that stands for all components, if models take labels."""
+        return len(self.means) if self.labelled else None
 
     def model(
         self, process: AbstractProcess, predicts: PredictionName = "noise"
@@ -101,84 +205,118 @@ class GaussianMixture(eqx.Module):
         **Raises:** `ValueError` if the process is for data of another shape, or the
         prediction is not defined for it.
         """
-        require_process(process)
-        check_prediction(process, predicts, "R")
-        if process.shape != self.means.shape[1:]:
+        return ExactModel(self, process, predicts)
+
+    def check_labels(self, args: Args) -> None:
+        """**Raises:** `ValueError` unless given labels."""
+        labels = np.asarray(args)
+        if labels.dtype.kind not in "iu":
             raise ValueError(
-                f"This mixture has data of shape {self.means.shape[1:]}, but the process "
-                f"is for data of shape {process.shape}."
+                "The condition must be integer labels, one per sample, from 0 to "
+                f"{self.no_condition} (for no class); got {show(args)}."
             )
-        return _MixtureModel(self, process, predicts)
+        if wrong := labels[(labels < 0) | (labels > self.no_condition)].tolist():
+            raise ValueError(
+                f"Labels must be from 0 to {self.no_condition}, which stands for no class; "
+                f"got {wrong[0]}."
+            )
+
+    def law(self, channel: Channel, u: State, args: Args = None) -> Law:
+        prior = self._log_prior(args, batch_axes(u, self.shape))
+        if self.covariances is not None:
+            return self._by_component(channel, u, prior)
+        return self._together(channel, u, prior)
+
+    def _log_prior(self, args, batch):
+        """The logarithms of the weights given labels, `(components, *batch)`."""
+        number = len(self.means)
+        log_weights = append_axes(jnp.log(self.weights), 1 + len(batch))
+        if not self.labelled:
+            return log_weights
+        if args is None or jnp.shape(args) != batch:
+            raise ValueError(
+                "This model needs the label of each sample: pass `args`, integers of shape "
+                f"{batch}; got {show(args)}. `model.no_condition` stands for all data."
+            )
+        label = jnp.asarray(args)[None]
+        is_it = label == append_axes(jnp.arange(number), label.ndim)
+        # Not infinity, for finite derivatives.
+        never = jnp.finfo(log_weights.dtype).min / 4
+        given = jnp.where(is_it, jnp.zeros_like(log_weights), never)
+        log_prior = jnp.where(label == number, log_weights, given)
+        return jnp.where((label < 0) | (label > number), jnp.nan, log_prior)
+
+    def _by_component(self, channel, u, log_prior):
+        # One after the other, as each may take as much memory as all states.
+        def add(total, part):
+            mean, covariance, log_prior = part
+            law = law_of_normal(channel, u, mean, covariance)
+            joint = law.log_density + log_prior
+            both = jnp.logaddexp(total.log_density, joint)
+            shares = jnp.exp(total.log_density - both), jnp.exp(joint - both)
+
+            def mix(x, y):
+                x_share, y_share = (append_axes(share, x.ndim) for share in shares)
+                return x_share * x + y_share * y
+
+            pull = jtu.tree_map(mix, total.pull, law.pull)
+            return Law(pull, mix(total.data, law.data), both), None
+
+        like = jtu.tree_leaves(u)[0]
+        batch = batch_axes(u, self.shape)
+        none = jnp.full(batch, -jnp.inf, like.dtype)
+        start = Law(jtu.tree_map(jnp.zeros_like, u), jnp.zeros_like(like), none)
+        parts = self.means, self.covariances, log_prior
+        return jax.lax.scan(add, start, parts)[0]
+
+    def _together(self, channel, u, log_prior):
+        """As `_by_component`, for equal covariances: by two matrix products."""
+        size = math.prod(channel.shape)
+        variance = jnp.full(1, self.scale**2, channel.signal.dtype)
+        inverse, gains = channel.whiten(variance)
+        means = channel.basis.forward(self.means).reshape(-1, size)
+        dot = ft.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+        leaves = [x.reshape(-1, size) for x in jtu.tree_leaves(u)]
+        white = jnp.stack(jtu.tree_leaves(inverse.mv(join_components(leaves))))
+        fit = dot((gains * white).sum(0), means.T)
+        penalty = 0.5 * ((gains**2).sum((0, 1))[None] * means**2).sum(1)
+        logits = fit - penalty[None] + log_prior.reshape(len(means), -1).T
+        mean = dot(jax.nn.softmax(logits, axis=-1), means)
+        white = white - gains * mean[None]
+        data = mean + self.scale**2 * (gains * white).sum(0)
+        pull = inverse.transpose().mv(join_components(list(white)))
+        back = lambda x: x.reshape(jtu.tree_leaves(u)[0].shape)
+        return Law(jtu.tree_map(back, pull), back(data), jnp.full((), jnp.nan))
 
 
-class _MixtureModel(eqx.Module):
-    mixture: GaussianMixture
-    process: AbstractProcess
-    predicts: PredictionName = eqx.field(static=True)
-
-    def __call__(self, t, u, args):
-        del args
-        process, shape = self.process, self.process.shape
-        u = check_state(u, process.num_components, shape, "The state")
-        given, t = jtu.tree_leaves(u)[0].dtype, time_for(u, t)
-        # In single precision if states are in half precision.
-        dtype = t.dtype
-        u = jtu.tree_map(lambda x: x.astype(dtype), u)
-        means = process.basis.forward(self.mixture.means.astype(dtype))
-        means = means.reshape(means.shape[0], -1)
-
-        # The mean of each mixture component is multiplied by `direction`. The covariance is
-        # the same for all components.
-        factor = process.factor(t)
-        direction = (
-            process.transition(t, jnp.zeros_like(t)).blocks[:, 0] * process.data_scale
+def _stacked(normals: list[NormalData]) -> tuple[Array, Covariance]:
+    forms = {
+        (jtu.tree_structure(x), *(y.shape for y in jtu.tree_leaves(x))) for x in normals
+    }
+    if len(forms) > 1 or not all(isinstance(x, NormalData) for x in normals):
+        raise ValueError(
+            "The components of a mixture must be `NormalData` of one shape, whose "
+            "covariances are all of the same form: numbers, variances in the same basis, "
+            f"matrices, or of the same rank; got {show(normals)}."
         )
-        covariance = process.covariance(t)
-        spread = direction[:, None] * direction[None] * self.mixture.scale**2
-        precision = (covariance + eqx.tree_at(lambda c: c.blocks, factor, spread)).inverse()
+    stacked = jtu.tree_map(lambda *x: jnp.stack(x), *normals)
+    return stacked.mean, stacked.covariance
 
-        def per_coordinate(x):
-            return jnp.broadcast_to(x.reshape(x.shape or (1,) * len(shape)), shape)
 
-        n = process.num_components
-        precise = precision.mv(process.from_data(u))
-        a = [per_coordinate(direction[i]) for i in range(n)]
-        pulls = [_pad(ai, p) * p for ai, p in zip(a, jtu.tree_leaves(precise), strict=True)]
-        stiffness = [
-            a[i] * a[j] * per_coordinate(precision.blocks[i, j])
-            for i in range(n)
-            for j in range(n)
-        ]
-        size = math.prod(shape)
-        batch = batch_axes(u, shape)
-        highest = jax.lax.Precision.HIGHEST
-        pull = sum(p.reshape(-1, size) for p in pulls)
-        fit = jnp.matmul(pull, means.T, precision=highest)
-        penalty = 0.5 * sum((k.reshape(1, size) * means**2).sum(1) for k in stiffness)
-        logits = (
-            fit
-            - jnp.asarray(penalty)[None]
-            + jnp.log(self.mixture.weights.astype(dtype))[None]
+def _as_classes(number: int, x: np.ndarray, labels: Any) -> np.ndarray:
+    if labels is None:
+        raise ValueError("With `labelled`, `data` must be pairs `(samples, labels)`.")
+    if labels.dtype.kind not in "iu" or ((labels < 0) | (labels >= number)).any():
+        raise ValueError(
+            f"Labels must be integers from 0 to {number - 1}, for `components={number}`; "
+            f"got {show(labels)}."
         )
-        posterior = jax.nn.softmax(logits, axis=-1)
-        mean = jnp.matmul(posterior, means, precision=highest).reshape(*batch, *shape)
-
-        residual = [
-            x - _pad(ai, mean) * mean
-            for ai, x in zip(a, jtu.tree_leaves(process.from_data(u)), strict=True)
-        ]
-        residual = jtu.tree_unflatten(jtu.tree_structure(u), residual)
-        noise = (factor.T @ precision).mv(residual)
-        # The posterior mean of the data. Not from the noise, which says nothing about them
-        # where the signal is zero.
-        pulled = jtu.tree_leaves(precision.mv(residual))
-        shift = sum(_pad(ai, x) * x for ai, x in zip(a, pulled))
-        data = mean + self.mixture.scale**2 * shift
-        data = join_components([data, *[jnp.zeros_like(data)] * (n - 1)])
-        prediction = make_prediction(self.predicts, "R")
-        value = prediction.target(Marginal(process, t), data, noise)
-        return jtu.tree_map(lambda x: x.astype(given), process.to_data(value))
+    return labels
 
 
-def _pad(x, like):
-    return jnp.expand_dims(x, tuple(range(like.ndim - x.ndim)))
+def _with_covariances(mixture: GaussianMixture) -> GaussianMixture:
+    variances = jnp.full(len(mixture.means), mixture.scale**2, mixture.means.dtype)
+    covariances = Covariance(variances, IdentityBasis())
+    return eqx.tree_at(
+        lambda x: x.covariances, mixture, covariances, is_leaf=lambda x: x is None
+    )

@@ -1,25 +1,19 @@
 import functools as ft
-import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Inexact
 
-from .._custom_types import Args, PredictionName, RealScalarLike, State
-from .._linear import (
-    AbstractBasis,
-    apply,
-    check_state,
-    Covariance,
-    IdentityBasis,
-    join_components,
-)
-from .._misc import as_floats, check_instance
-from .._process import AbstractProcess, require_process, time_for
-from .._term import check_prediction, make_prediction, Marginal
+from .._custom_types import Args, Key, PredictionName, RealScalarLike, State
+from .._linear import AbstractBasis, apply, Covariance, make_covariance
+from .._misc import as_floats, check_count, check_instance, check_key
+from .._process import AbstractProcess
+from .law import Channel, ExactModel, Law, law_of_normal, log_density
+from .moments import moments_of
 
 
 class NormalData(eqx.Module):
@@ -31,8 +25,8 @@ class NormalData(eqx.Module):
 
     def __init__(
         self,
-        mean: ArrayLike,
-        covariance: ArrayLike | tuple[ArrayLike, ArrayLike, ArrayLike],
+        mean: ArrayLike | list,
+        covariance: ArrayLike | list | tuple[ArrayLike, ArrayLike, ArrayLike],
         *,
         basis: AbstractBasis | None = None,
     ):
@@ -48,21 +42,88 @@ class NormalData(eqx.Module):
                 eigenvectors, `(size, rank)`, and the variance in all other directions.
         - `basis`: the basis of the variances, such as [`gddim_eqx.CosineBasis`][]; by
             default the data's own coordinates.
+
+        **Raises:** `ValueError` for moments of other shapes, that are not finite, or that
+        no distribution has.
         """
         self.mean = as_floats("mean", mean)
-        basis = IdentityBasis() if basis is None else basis
-        check_instance("basis", basis, AbstractBasis, "such as `CosineBasis()`")
-        size = math.prod(self.mean.shape)
-        if isinstance(covariance, tuple):
-            values, vectors, rest = (as_floats("covariance", x) for x in covariance)
-        else:
-            given = as_floats("covariance", covariance)
-            if given.shape != (size, size):
-                self.covariance = Covariance(given, basis)
-                return
-            values, vectors = jnp.linalg.eigh(given)
-            rest = jnp.maximum(values[0], 0)
-        self.covariance = Covariance(rest, basis, vectors, jnp.maximum(values - rest, 0))
+        if not (isinstance(self.mean, Tracer) or jnp.isfinite(self.mean).all()):
+            raise ValueError("`mean` must be finite, but holds NaN or infinity.")
+        if basis is not None:
+            check_instance("basis", basis, AbstractBasis, "such as `CosineBasis()`")
+        shape, dtype = self.mean.shape, self.mean.dtype
+        self.covariance = make_covariance(covariance, basis, shape, dtype)
+
+    @classmethod
+    def from_samples(
+        cls, data: Any, *, basis: AbstractBasis | None = None, rank: int | None = None
+    ) -> "NormalData":
+        """Normal data with the mean and covariance of samples, which are read once, and
+        not kept.
+
+        **Arguments:**
+
+        - `data`: samples, `(number, *shape)`; or an iterable of batches, such as
+            [`gddim_eqx.training.Batches`][]. Of pairs `(data, labels)` the first are used.
+            The full range of `uint8`, `uint16` and `bool` is scaled to [-1, 1], as in
+            training.
+        - `basis`: for independent coefficients in a basis, whose variances are found.
+        - `rank`: for the largest eigenvalues of the covariance, this many, and the same
+            variance in all other directions. They are found without the matrix, and are
+            exact if they stand out.
+
+        Without the last two, the whole covariance matrix, which takes more samples than
+        they have dimensions.
+
+        **Raises:** `ValueError` for too few samples, for samples that are all equal or not
+        finite, and for integers of other types.
+        """
+        (moments,), _ = moments_of(data, basis, rank)
+        return cls(*moments, basis=basis)
+
+    def sample(self, key: Key, n: int) -> Inexact[Array, "n *shape"]:
+        """Draw samples.
+
+        **Arguments:**
+
+        - `key`: a random key.
+        - `n`: the number of samples.
+
+        **Returns:** data, `(n, *shape)`.
+        """
+        check_key(key)
+        check_count("n", n, least=0)
+        return self.mean[None] + self.covariance.sample(key, n, self.mean.shape)
+
+    def log_density(
+        self,
+        u: State,
+        process: AbstractProcess | None = None,
+        t: RealScalarLike = 0.0,
+    ) -> Inexact[Array, "*batch"]:
+        """The log density of data, or of states under a process.
+
+        **Arguments:**
+
+        - `u`: data, `(*batch, *shape)`; or, with a process, states in its basis.
+        - `process`: a forward process for data of this shape.
+        - `t`: the time of the states.
+
+        **Returns:** one number per sample, in nats. NaN if there is no noise in a direction
+        in which the data do not vary.
+
+        **Raises:** `ValueError` for data or states of another shape.
+        """
+        return log_density(self.law, self.shape, u, process, t)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one sample."""
+        return self.mean.shape
+
+    def law(self, channel: Channel, u: State, args: Args = None) -> Law:
+        del args
+        return law_of_normal(channel, u, self.mean, self.covariance)
 
     def model(
         self, process: AbstractProcess, predicts: PredictionName = "noise"
@@ -81,9 +142,7 @@ class NormalData(eqx.Module):
         **Raises:** `ValueError` if the process is for data of another shape, or the
         prediction is not defined for it.
         """
-        require_process(process)
-        check_prediction(process, predicts, "R")
-        return _NormalModel(self, process, predicts)
+        return ExactModel(self, process, predicts)
 
 
 class Measurement(NamedTuple):
@@ -135,31 +194,3 @@ def posterior_mean(
     given = covariance.given(measurement.precision, process.basis, process.shape)
     mean = _like(process.basis.forward(mean), measurement.values[0])
     return mean + given.mv(measurement.pull(measurement.residual(mean)))
-
-
-class _NormalModel(eqx.Module):
-    data: NormalData
-    process: AbstractProcess
-    predicts: PredictionName = eqx.field(static=True)
-
-    def __call__(self, t: RealScalarLike, u: State, args: Args) -> State:
-        del args
-        process = self.process
-        u = check_state(u, process.num_components, process.shape, "The state")
-        given, t = jtu.tree_leaves(u)[0].dtype, time_for(u, t)
-        # In single precision if states are in half precision.
-        u = process.from_data(jtu.tree_map(lambda x: x.astype(t.dtype), u))
-        data = jtu.tree_map(lambda x: x.astype(t.dtype), self.data)
-        # At time 0 there may be no noise, and then the state is the data.
-        clean = t <= 0
-        safe = jnp.where(clean, process.t_min, t)
-        measurement = Measurement.of(process, safe, u)
-        mean = posterior_mean(process, measurement, data.mean, data.covariance)
-        mean = jnp.where(clean, jtu.tree_leaves(u)[0] / process.data_scale, mean)
-        noise = join_components(measurement.residual(mean))
-        frame = process.factor(safe).inverse() @ process.cholesky(safe)
-        rest = [jnp.zeros_like(mean)] * (process.num_components - 1)
-        initial = join_components([mean, *rest])
-        prediction = make_prediction(self.predicts, "R")
-        value = prediction.target(Marginal(process, t), initial, apply(frame, noise))
-        return jtu.tree_map(lambda x: x.astype(given), process.to_data(value))

@@ -1,6 +1,6 @@
 import hashlib
 import threading
-from collections.abc import Generator, Sized
+from collections.abc import Generator, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,7 +15,7 @@ from jaxtyping import Array, Inexact, PyTree, Shaped
 from .._custom_types import Key
 from .._linear import check_real
 from .._misc import check_count, check_instance, check_key, show
-from .._pixels import dequantise
+from .._pixels import dequantise, highest_level
 from .._sharding import Placement
 
 
@@ -97,6 +97,11 @@ class Batches:
             before = {e: o for e, o in orders.items() if e == epoch - 1}
             self._orders = orders = before | {epoch: random.permutation(self.number)}
         return orders[epoch]
+
+    def __iter__(self) -> Iterator[PyTree[np.ndarray]]:
+        """All samples once, in the order of the data, on the host."""
+        for n in range(0, self.number, self.batch_size):
+            yield self._read(np.arange(n, min(n + self.batch_size, self.number)))
 
     def __getitem__(self, n: int) -> PyTree[Array]:
         """Batch n, on its devices."""
@@ -295,7 +300,7 @@ class Augmentation(eqx.Module):
         if jnp.issubdtype(x.dtype, jnp.inexact):
             check_real(x.dtype, "The batch")
             return x
-        highest = _highest_level(x.dtype)
+        highest = highest_level(x.dtype)
         if self.dequantise:
             x = x.astype(jnp.uint8) if x.dtype == bool else x
             return dequantise(noise_key, x, highest + 1, dtype=jnp.float32)
@@ -313,14 +318,3 @@ def split_condition(batch: Any) -> tuple[Any, Any]:
             f"{type(batch).__name__}{size}. Convert it by the `prepare` of the `Trainer`."
         )
     return batch, None
-
-
-def _highest_level(dtype) -> int:
-    known = {"bool": 1, "uint8": 255, "uint16": 65535}
-    if str(dtype) not in known:
-        raise ValueError(
-            "Images must have dtype uint8 or uint16, whose levels are scaled to [-1, 1], "
-            f"or a floating-point dtype; got {dtype}, whose range is not known. Convert "
-            "them to one of these."
-        )
-    return known[str(dtype)]

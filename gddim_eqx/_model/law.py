@@ -1,0 +1,213 @@
+"""The law of a state whose data are normal."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Inexact
+
+from .._custom_types import Args, PredictionName, RealScalarLike, State
+from .._linear import (
+    AbstractBasis,
+    append_axes,
+    apply,
+    batch_axes,
+    BlockLinearOperator,
+    check_state,
+    coefficient_dtype,
+    Covariance,
+    IdentityBasis,
+    join_components,
+    latent_given,
+    matmul,
+    square_root_of_sum,
+)
+from .._process import AbstractProcess, require_process, time_for
+from .._term import check_prediction, make_prediction, Marginal
+
+
+class Channel(NamedTuple):
+    """How a state depends on the data: their coefficients in a basis, times a signal, and
+    noise."""
+
+    signal: Inexact[Array, "n *spectrum"]
+    root: Inexact[Array, "n n *spectrum"]
+    """A square root of the covariance of the noise."""
+    basis: AbstractBasis
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, process: AbstractProcess, t: Array) -> "Channel":
+        signal = process.transition(t, jnp.zeros_like(t)) * process.data_scale
+        root = process.cholesky(t).blocks
+        return cls(signal.blocks[:, 0], root, process.basis, process.shape)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether it is the same for all coefficients."""
+        return self.signal[0].size == self.root[0, 0].size == 1
+
+    def whiten(
+        self, variances: Inexact[Array, " #size"]
+    ) -> tuple[BlockLinearOperator, Inexact[Array, "n 1 #size"]]:
+        """The inverse of a root of the covariance of a state whose data have independent
+        coefficients with these variances, and its product with the signal."""
+
+        n, size = len(self.signal), math.prod(self.shape)
+        noise = _flat(self.root.reshape(n * n, *self.root.shape[2:]), self.shape)
+        signal = _flat(self.signal, self.shape)
+        noise, spread = noise.reshape(n, n, -1), signal * jnp.sqrt(variances)[None]
+        spectrum = max(noise.shape[-1], spread.shape[-1])
+        columns = jnp.zeros((2, n, n, spectrum), noise.dtype)
+        columns = columns.at[0].set(noise).at[1, :, 0].set(spread)
+        inverse = BlockLinearOperator(square_root_of_sum(columns), (size,)).inverse()
+        return inverse, matmul(inverse.blocks, signal[:, None])
+
+
+class Law(NamedTuple):
+    """What follows for a state, in the basis of states."""
+
+    pull: State
+    """Minus the score."""
+    data: Inexact[Array, "..."]
+    """The posterior mean of the data."""
+    log_density: Inexact[Array, "*batch"]
+
+
+def law_of_normal(
+    channel: Channel, u: State, mean: Inexact[Array, "*shape"], covariance: Covariance
+) -> Law:
+    """**Arguments:** the channel, a state in its basis, and the moments of the data in
+    their own coordinates."""
+    basis, shape = channel.basis, channel.shape
+    batch, size = batch_axes(u, shape), math.prod(shape)
+    inner, rest, vectors, excess = covariance.in_basis(basis, channel.is_uniform, shape)
+
+    def there(x):
+        x = x if inner is basis else inner.forward(basis.inverse(x))
+        return x.reshape(-1, size)
+
+    def back(x):
+        x = x.reshape(*batch, *shape)
+        return x if inner is basis else basis.forward(inner.inverse(x))
+
+    # With the data `columns @ latent + remainder`, where the coefficients of the remainder
+    # in the inner basis are independent, `white` is the state given the latent variables,
+    # divided by a root of its covariance.
+    inverse, gains = channel.whiten(rest)
+    mean = basis.forward(mean)
+    residual = [
+        there(x - _like(a * mean, x))
+        for a, x in zip(channel.signal, jtu.tree_leaves(u), strict=True)
+    ]
+    white = jnp.stack(jtu.tree_leaves(inverse.mv(join_components(residual))))
+    volume = -sum(jnp.log(inverse.blocks[i, i]) for i in range(len(white)))
+    volume = jnp.broadcast_to(volume, (size,)).sum()
+    square, data = jnp.zeros(len(white[0]), white.dtype), jnp.zeros_like(white[0])
+    if vectors is not None:
+        assert excess is not None
+        columns = vectors * jnp.sqrt(excess)[None]
+        precision = (gains**2).sum((0, 1))
+        latent, total = latent_given((gains * white).sum(0), columns, precision)
+        data = jnp.matmul(latent, columns.T, precision=jax.lax.Precision.HIGHEST)
+        white = white - gains * data[None]
+        square, volume = (latent**2).sum(1), volume + jnp.log(total).sum()
+    data = data + rest[None] * (gains * white).sum(0)
+    square = square + (white**2).sum((0, 2))
+    constant = volume + 0.5 * len(white) * size * math.log(2 * math.pi)
+    pull, data = inverse.transpose().mv(join_components(list(white))), back(data)
+    return Law(
+        jtu.tree_map(back, pull),
+        _like(mean, data) + data,
+        (-0.5 * square).reshape(batch) - constant,
+    )
+
+
+def _flat(x, shape):
+    """With one axis in place of those of the spectrum: of size 1 if all are the same."""
+    x = jnp.broadcast_to(x, (len(x), *shape)) if x[0].size > 1 else x
+    return x.reshape(len(x), -1)
+
+
+def _like(x, array):
+    """With leading axes of size 1."""
+    return jnp.expand_dims(x, tuple(range(array.ndim - x.ndim)))
+
+
+def log_density(
+    law: Callable[[Channel, State], Law],
+    shape: tuple[int, ...],
+    u: State,
+    process: AbstractProcess | None,
+    t: RealScalarLike,
+) -> Inexact[Array, "*batch"]:
+    """The log density of data, or of states under a process."""
+    if process is None:
+        u = check_state(u, 1, shape, "The data")
+        dtype = coefficient_dtype(u)
+        none = jnp.zeros((1, 1), dtype)
+        channel = Channel(jnp.ones(1, dtype), none, IdentityBasis(), shape)
+    else:
+        check_shape(process, shape)
+        u = check_state(u, process.num_components, shape, "The state")
+        dtype = coefficient_dtype(u)
+        channel = Channel.of(process, time_for(u, t))
+    return law(channel, jtu.tree_map(lambda x: x.astype(dtype), u)).log_density
+
+
+def check_shape(process: AbstractProcess, shape: tuple[int, ...]) -> None:
+    """**Raises:** `ValueError` unless given a process for data of this shape."""
+    require_process(process)
+    if process.shape != shape:
+        raise ValueError(
+            f"These data have shape {shape}, but the process is for data of shape "
+            f"{process.shape}."
+        )
+
+
+class ExactModel(eqx.Module):
+    """The model of data whose law is known."""
+
+    data: Any
+    process: AbstractProcess
+    predicts: PredictionName = eqx.field(static=True)
+
+    def __check_init__(self):
+        check_shape(self.process, self.data.shape)
+        check_prediction(self.process, self.predicts, "R")
+
+    @property
+    def no_condition(self) -> int | None:
+        """The label that stands for all data; `None` for a model that takes none."""
+        return getattr(self.data, "no_condition", None)
+
+    def check_args(self, args: Args) -> None:
+        """As in [`gddim_eqx.nn.NetworkModel`][]."""
+        if not (self.no_condition is None or args is None):
+            self.data.check_labels(args)
+
+    def __call__(self, t: RealScalarLike, u: State, args: Args = None) -> State:
+        process = self.process
+        u = check_state(u, process.num_components, process.shape, "The state")
+        given, t = jtu.tree_leaves(u)[0].dtype, time_for(u, t)
+        # In single precision if states are in half precision.
+        u = process.from_data(jtu.tree_map(lambda x: x.astype(t.dtype), u))
+        data = jtu.tree_map(lambda x: x.astype(t.dtype), self.data)
+        channel = Channel.of(process, t)
+        # At time 0 there may be no noise, in directions in which data do not vary.
+        some = 1e-18 * jnp.eye(process.num_components, dtype=t.dtype)
+        some = append_axes(jnp.where(t <= 0, some, 0), channel.root.ndim)
+        law = data.law(channel._replace(root=channel.root + some), u, args)
+        if self.predicts == "score":
+            value = jtu.tree_map(jnp.negative, law.pull)
+        else:
+            rest = [jnp.zeros_like(law.data)] * (process.num_components - 1)
+            initial = join_components([law.data, *rest])
+            noise = apply(process.factor(t).transpose(), law.pull)
+            prediction = make_prediction(self.predicts, "R")
+            value = prediction.target(Marginal(process, t), initial, noise)
+        return jtu.tree_map(lambda x: x.astype(given), process.to_data(value))
