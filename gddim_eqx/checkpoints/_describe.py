@@ -105,6 +105,7 @@ def build(description: Any, like: Any, path: Path, arrays: Collection[str]) -> A
     """Build what `describe` described, with shapes in place of parameters. `like` stands in
     for what is not the library's: all of it, or a part of it. `arrays` are the names of
     those in the file."""
+    description = _updated(description, path)
     kinds = sorted(set(others(description)))
     name = _name(description)
     whole = type(like).__name__ == name or (name == "array" and is_array(like))
@@ -124,6 +125,35 @@ def build(description: Any, like: Any, path: Path, arrays: Collection[str]) -> A
             f"them; got a {type(like).__name__}."
         )
     return _Builder(path, arrays, whole)(description, like, "model")
+
+
+def _updated(description: Any, path: Path) -> Any:
+    """The description of a model that an older version of the library saved, whose
+    preconditioned networks predicted noise: the same networks now predict data."""
+    if isinstance(description, list):
+        return [_updated(part, path) for part in description]
+    if not isinstance(description, dict):
+        return description
+    if "arguments" not in description:
+        return {name: _updated(part, path) for name, part in description.items()}
+    arguments = _updated(description["arguments"], path)
+    model = arguments.get("model")
+    if description["class"] == "ProbabilityFlow" and arguments["predicts"] == "noise":
+        inside = model.get("arguments", {})
+        if inside.get("data_std") is not None and "data" not in inside:
+            arguments = arguments | {"predicts": "data"}
+        fixed = model.get("rest", {}).get("fixed", {})
+        leaves = model.get("rest", {}).get("leaves", {})
+        for name, value in fixed.items():
+            where, _, field = name.rpartition(".")
+            if field == "data_std" and value is not None and f"{where}.data" not in leaves:
+                raise ValueError(
+                    f"{path} holds a {model['other']} of a preconditioned `NetworkModel` "
+                    "which predicted noise when it was saved, and predicts data now. Load "
+                    "it with an older version of the library, save its `network`, and make "
+                    "the model again, to predict data."
+                )
+    return description | {"arguments": arguments}
 
 
 def _name(description: Any) -> str:
