@@ -28,7 +28,9 @@ _rooms = {
     "_exponential": {"_misc", "_linear", "_process", "_term"},
     "_model": {"_misc", "_linear", "_process", "_term"},
     "solvers": {"_misc", "_linear", "_process", "_term", "_exponential"},
-    "_sampling": {"_misc", "_linear", "_process", "_term", "_exponential", "solvers"},
+    "_sampling": {
+        *("_misc", "_linear", "_process", "_term", "_exponential", "_model", "solvers")
+    },
     "nn": {"_misc", "_linear", "_process", "_term", "_model"},
     "training": {"_misc", "_linear", "_process", "_term", "_model"},
     "checkpoints": {

@@ -42,7 +42,7 @@ from .._term import (
 from ..solvers import GDDIM, LearnedGDDIM, SSCS
 from .diagnosis import find_fault
 from .solve import last, PaddedGrid, solve, times_for
-from .start import GaussianStart
+from .start import GaussianStart, known_start
 
 
 class Samples(NamedTuple):
@@ -159,7 +159,7 @@ def sample(
     lam: Level = 0.0,
     denoise: Literal["drift", "exact"] | None = None,
     ts: Times | None = None,
-    start: GaussianStart | None = None,
+    start: GaussianStart | Literal["auto"] | None = "auto",
     predicts: PredictionName = "noise",
     factor: FrameName = "R",
     args: Args = None,
@@ -203,6 +203,15 @@ def sample(
             the process has there: the data prediction.
     - `ts`: a time grid in place of `num_steps`, for example from [`gddim_eqx.time_grid`][].
         It must start at `process.t_max`, the time of the prior.
+    - `start`: how to treat high noise levels.
+        - a [`gddim_eqx.GaussianStart`][]: in closed form. `num_steps` is then the number of
+            evaluations of the model; a few more steps need none. With `ts`, these are the
+            times of all steps, and the start must have its time `t`.
+        - `"auto"`: the same for up to 10 evaluations, if the model has the standard
+            deviation or the moments of its data, as a preconditioned
+            [`gddim_eqx.nn.NetworkModel`][] does. Only for `GDDIM` in data space, on the
+            default grid, and without noise.
+        - `None`: the model is evaluated at all times.
     - `predicts`, `factor`: as in [`gddim_eqx.ProbabilityFlow`][].
     - `args`: passed to the model: for a conditional one, such as a
         [`gddim_eqx.nn.NetworkModel`][], the condition of each sample, `(number, ...)`, or a
@@ -250,10 +259,12 @@ def sample(
             f"`denoise` must be None, 'drift' or 'exact'; got {show(denoise)}."
         )
     dtype = None if dtype is None else as_dtype(dtype)
+    if start == "auto":
+        plain = ts is None and isinstance(lam, (int, float)) and lam == 0
+        start = known_start(flow, solver, num_steps) if plain else None
     if start is not None:
-        number_of_steps = 50 if num_steps is None else num_steps
-        flow = start.flow(flow, number_of_steps)
-        ts, num_steps = start.time_grid(process, number_of_steps, dtype=dtype), None
+        flow, ts = _started(flow, solver, start, num_steps, ts, dtype)
+        num_steps = None
     ts = times_for(process, solver, num_steps, ts, dtype)
     ts = _checked_times(process, ts, dtype)
     check_count("first", first, least=0)
@@ -298,6 +309,22 @@ def sample(
             stacklevel=3,
         )
     return Samples(cast(Array, x), evaluations)
+
+
+def _started(flow, solver, start, num_steps, ts, dtype):
+    """The flow and the times of a sampler with a start."""
+    check_instance("start", start, GaussianStart, "a `GaussianStart`, 'auto' or None")
+    if isinstance(solver, LearnedGDDIM):
+        raise ValueError("A learned solver has its own times; leave out `start`.")
+    if ts is None:
+        number = 50 if num_steps is None else num_steps
+        ts = start.time_grid(flow.process, number, dtype=dtype)
+        return start.flow(flow, number), ts
+    if num_steps is not None:
+        raise ValueError("Pass `num_steps` or `ts`, not both.")
+    if start.t is None:
+        raise ValueError("With `ts`, pass the time `t` of the `GaussianStart` too.")
+    return start.flow(flow, 1), ts
 
 
 def _size_of_batch(number: int, size: int | None, placement: Placement | None) -> int:

@@ -1,4 +1,3 @@
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -41,7 +40,9 @@ class StartedModel(eqx.Module):
             return process.to_data(data)
 
         return lax.cond(
-            self.is_closed_form(as_time(t)), lambda: of(self.closed_form), lambda: of(self.evaluated)
+            self.is_closed_form(as_time(t)),
+            lambda: of(self.closed_form),
+            lambda: of(self.evaluated),
         )
 
     def is_closed_form(self, t: Array) -> Bool[Array, "..."]:
@@ -53,7 +54,7 @@ class StartedModel(eqx.Module):
         return ~self.is_closed_form(t) & self.is_closed_form(earliest)
 
 
-def evaluated_model(flow: ProbabilityFlow) -> Callable:
+def evaluated_model(flow: ProbabilityFlow) -> Any:
     """The model of a flow that is evaluated, without a closed form before it."""
     model = flow.model
     return model.evaluated.model if isinstance(model, StartedModel) else model

@@ -50,6 +50,11 @@ class EDMPreconditioned(eqx.Module):
         self.network, self.sigma_data = network, float(sigma_data)
 
     @property
+    def data_std(self) -> float:
+        """The standard deviation of the data."""
+        return self.sigma_data
+
+    @property
     def preconditioned_for(self) -> str:
         """What it predicts: `"data"`."""
         return "data"
