@@ -1,5 +1,7 @@
 """Starts in closed form at high noise levels."""
 
+from typing import Any
+
 import diffrax as dfx
 import equinox as eqx
 import jax
@@ -134,7 +136,7 @@ def test_model_is_evaluated_only_after_the_start(solver, lam, evaluations):
     process = gd.VP((2,))
     flow = gd.ProbabilityFlow(process, _never, "data")
     start = gd.GaussianStart(gd.NormalData(jnp.zeros(2), 1.0), 0.4)
-    options = dict(lam=lam, start=start)
+    options: dict[str, Any] = dict(lam=lam, start=start)
     x, found = gd.sample(flow, jr.key(0), 6, 5, solver, **options)
     assert np.isfinite(x).all()
     assert found == evaluations
@@ -184,15 +186,15 @@ def test_sample_starts_by_itself_where_it_knows_the_data():
     assert evaluations == 4
     start = gd.GaussianStart(gd.NormalData(jnp.zeros(3), 0.8**2))
     np.testing.assert_array_equal(x, gd.sample(flow, jr.key(0), 8, 4, start=start).x)
-    for options in (
-        dict(start=None),
-        dict(lam=1.0),
-        dict(solver=gd.GDDIM(space="noise")),
+    others: list[dict[str, Any]] = [
+        dict(num_steps=4, start=None),
+        dict(num_steps=4, lam=1.0),
+        dict(num_steps=4, solver=gd.GDDIM(space="noise")),
         dict(ts=gd.time_grid(process, 4)),
-    ):
-        number = {} if "ts" in options else dict(num_steps=4)
+    ]
+    for options in others:
         with pytest.raises(FloatingPointError, match="not finite"):
-            gd.sample(flow, jr.key(0), 8, **number, **options)
+            gd.sample(flow, jr.key(0), 8, **options)
 
 
 def test_started_flow_has_a_likelihood_and_derivatives():
