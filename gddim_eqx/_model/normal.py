@@ -114,7 +114,7 @@ class NormalData(eqx.Module):
 
         **Raises:** `ValueError` for data or states of another shape.
         """
-        return log_density(self.law, self.shape, u, process, t)
+        return log_density(self, NormalData.law, u, process, t)
 
     @property
     def shape(self) -> tuple[int, ...]:
