@@ -77,7 +77,7 @@ def _untrained() -> gd.ProbabilityFlow:
     process = gd.VP((32, 32, 3))
     network = gd.nn.presets.small((32, 32, 3), key=jr.key(0))
     model = gd.nn.NetworkModel(process, network, data_std=0.5)
-    return gd.ProbabilityFlow(process, model)
+    return gd.ProbabilityFlow(process, model, "data")
 
 
 CASES: dict[str, Callable[[], Case]] = {

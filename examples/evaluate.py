@@ -294,7 +294,8 @@ def read_model(config: Config, shape: tuple[int, ...]) -> gd.ProbabilityFlow:
     else:
         flow = read_ours(config.model, config.like)
         if isinstance(flow, gd.nn.NetworkModel):
-            flow = gd.ProbabilityFlow(flow.process, flow)
+            predicts = flow.preconditioned_for or "noise"
+            flow = gd.ProbabilityFlow(flow.process, flow, predicts)
     if not isinstance(flow, gd.ProbabilityFlow):
         raise ValueError(
             f"{config.model} holds a {type(flow).__name__}, not a model and its process. "

@@ -76,7 +76,8 @@ def train(
     network = gd.nn.TimeMLP(2, width=128, depth=4, key=jr.key(0), context_size=2)
     model = gd.nn.NetworkModel(process, network, data_std=float(parameters.std()))
     optimiser = adam(2e-3, num_steps // 40 + 1, num_steps=num_steps)
-    trainer = Trainer(DenoisingLoss(process), optimiser, ema_decay=0.999)
+    loss = DenoisingLoss(process, "data", weighting="noise")
+    trainer = Trainer(loss, optimiser, ema_decay=0.999)
     batches = Batches((parameters, measurements), 256)
     return fit(trainer, trainer.init(model, jr.key(1)), batches, num_steps).averaged
 
@@ -123,7 +124,7 @@ def main() -> None:
     number = 100 if arguments.quick else 2000
     exact = exact_posterior(random, np.zeros(2), number)
     args = jnp.broadcast_to(measured, (len(exact), 2))
-    flow = gd.ProbabilityFlow(process, model)
+    flow = gd.ProbabilityFlow(process, model, "data")
     prior = process.prior(jr.key(2), (len(exact),))
     by_gddim, evaluations = gd.sample(flow, jr.key(2), len(exact), 20, args=args)
     controller = dfx.PIDController(rtol=1e-5, atol=1e-5)

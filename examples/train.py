@@ -155,11 +155,14 @@ class Config:
     batch_size: int = 128
     """The batch size over all devices together."""
     optimiser: Optimiser = Optimiser()
-    predicts: Literal["noise", "data", "score", "v", "flow"] = "noise"
+    predicts: Literal["noise", "data", "score", "v", "flow"] | None = None
+    """By default data for a preconditioned network, and otherwise noise."""
     times: Literal["uniform", "stratified"] = "uniform"
     """How to sample times: independently, or one in each of equal intervals."""
-    weighting: Literal["prediction", "noise", "likelihood", "data"] = "prediction"
-    """Which error has equal weight at all times; `data` is for noise prediction."""
+    weighting: Literal["prediction", "noise", "likelihood", "data"] | None = None
+    """Which error has equal weight at all times. By default that of the noise for a
+    preconditioned network, as in the paper, and otherwise that of the prediction. `data` is
+    for the prediction of data or noise: that of the data, in units of what can be known."""
     label_dropout: float = 0.1
     """With labels: the probability of training without, for classifier-free guidance."""
     shard_parameters: bool = False
@@ -328,19 +331,30 @@ def check(config: Config) -> None:
         raise ValueError(
             f"`--label-dropout` must be in [0, 1); got {config.label_dropout}."
         )
-    if config.weighting == "data" and config.predicts != "noise":
-        raise ValueError("`--weighting data` is for `--predicts noise`.")
-    if config.predicts != "noise" and (network.precondition or network.mixed_score):
-        raise ValueError(
-            "`precondition` and `mixed_score` are for `predicts=noise`: leave out "
-            "`--predicts`, or give `--network.no-precondition` and "
-            "`--network.no-mixed-score`."
-        )
+    if config.weighting == "data" and config.predicts not in ("noise", "data"):
+        raise ValueError("`--weighting data` is for `--predicts data` or `noise`.")
+    for option, value, predicts in (
+        ("precondition", network.precondition, "data"),
+        ("mixed-score", network.mixed_score, "noise"),
+    ):
+        if value and config.predicts != predicts:
+            raise ValueError(
+                f"`--network.{option}` is for `--predicts {predicts}`: leave out "
+                f"`--predicts`, or give `--network.no-{option}`."
+            )
     if config.samples_every and importlib.util.find_spec("matplotlib") is None:
         raise ImportError(
             'Pictures need matplotlib: `pip install "gddim_eqx[examples]"`, or give '
             "`--samples-every 0`."
         )
+
+
+def completed(config: Config) -> Config:
+    """With the defaults that depend on other settings."""
+    preconditioned = config.network.precondition
+    predicts = config.predicts or ("data" if preconditioned else "noise")
+    weighting = config.weighting or ("noise" if preconditioned else "prediction")
+    return dataclasses.replace(config, predicts=predicts, weighting=weighting)
 
 
 def check_warmup(config: Config) -> None:
@@ -531,18 +545,19 @@ def read_init(config: Config, model: gd.nn.NetworkModel) -> gd.nn.NetworkModel:
     **Raises:** `ValueError` unless it has the structure of `model`, which is what was asked
     for.
     """
-    path, frame = config.init, ("noise", "R")
+    path, frame = config.init, None
     assert path is not None
     found = gd.checkpoints.load(path)
     if isinstance(found, gd.ProbabilityFlow):
         frame, found = (found.predicts, found.factor), found.model
     if not isinstance(found, gd.nn.NetworkModel):
         raise ValueError(f"`--init` {path} holds a {type(found).__name__}, not a model.")
+    frame = frame or (found.preconditioned_for or "noise", "R")
     if found.data_std is not None and model.data_std is not None:
         # That of the data it was trained on, which its parameters expect.
         model = gd.nn.NetworkModel(model.process, model.network, data_std=found.data_std)
     there = described(found, *frame)
-    here = described(model, config.predicts, "R")
+    here = described(model, str(config.predicts), "R")
     for name in {**there, **here}:
         if there.get(name) != here.get(name):
             found, wanted = (" ".join(repr(x.get(name)).split()) for x in (there, here))
@@ -668,9 +683,10 @@ def train(config: Config) -> TrainState:
     if weighting == "data":
         weighting = DataWeighting(process, standard_deviation(x))
     times = {"uniform": UniformTimes, "stratified": StratifiedTimes}[config.times]
+    predicts: Any = config.predicts  # It is completed.
     loss = DenoisingLoss(
         process,
-        config.predicts,
+        predicts,
         times=times(1e-5),  # As in the authors' code.
         weighting=weighting,
         dropout=isinstance(model.network, gd.nn.NCSNpp) and model.network.dropout > 0,
@@ -727,7 +743,7 @@ def train(config: Config) -> TrainState:
 
         def flow(state):
             model = placement.gather(state.averaged)
-            return gd.ProbabilityFlow(process, model, config.predicts)
+            return gd.ProbabilityFlow(process, model, predicts)
 
         def write(state):
             written = flow(state)
@@ -796,7 +812,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     if config.output is None:
         config = dataclasses.replace(config, output=Path("runs") / arguments[0])
-    several = config.processes
+    config, several = completed(config), config.processes
     try:
         check(config)
         if several.coordinator is not None:

@@ -63,6 +63,7 @@ from ._sampling import (
     AdaptedGrid as AdaptedGrid,
     fit_solver as fit_solver,
     FittedSolver as FittedSolver,
+    GaussianStart as GaussianStart,
     generate as generate,
     Inversion as Inversion,
     invert as invert,

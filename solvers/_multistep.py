@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jax import lax
 from jaxtyping import Array, PyTree
 
 from gddim_eqx._custom_types import (
@@ -33,6 +34,7 @@ from gddim_eqx._exponential import (
 )
 from gddim_eqx._linear import (
     add,
+    append_axes,
     BlockLinearOperator,
     check_state,
     coefficient_dtype,
@@ -40,7 +42,13 @@ from gddim_eqx._linear import (
     subtract,
 )
 from gddim_eqx._misc import error_if_any, show
-from gddim_eqx._term import real_time, ReverseSDE, unwrap_reverse
+from gddim_eqx._term import (
+    ProbabilityFlow,
+    real_time,
+    ReverseSDE,
+    StartedModel,
+    unwrap_reverse,
+)
 
 from ._corrector import AbstractCorrector
 from ._history import History, LastStep, Nodes, Places
@@ -163,6 +171,12 @@ class AbstractExponentialMultistep(
         linear = error_if_any(c.linear, faults)
         value = self.splitting.evaluate(term, s, y0, args, c.root)
         known, forcing, residual = history.known(t0, made_jump), [], None
+        continues = jnp.asarray(True)
+        if isinstance(model := getattr(term, "model", None), StartedModel):
+            evaluate = lambda flow: self.splitting.evaluate(flow, s, y0, args, c.root)
+            history, known, continues = _continued(
+                history, known, model, evaluate, c, s, value
+            )
         if lam is not None:
             assert isinstance(terms, ReverseSDE)
             normal = terms.normal(t0, t1, y0)
@@ -174,7 +188,7 @@ class AbstractExponentialMultistep(
         start = before = y0
         if history.last is not None:
             before, change, moved = _corrected(
-                shape, linear, history.last, corrector, nodes, y0
+                shape, linear, history.last, corrector, nodes, y0, continues
             )
             start, forcing = add(before, change), [*forcing, *moved]
         base = combine(shape, [(linear, before), *forcing])
@@ -292,6 +306,36 @@ class AbstractExponentialMultistep(
         return terms.vf(t0, y0, args)
 
 
+def _continued(
+    history: History,
+    known,
+    model: StartedModel,
+    evaluate: Callable[[ProbabilityFlow], State],
+    c: StepCoefficients,
+    s: Array,
+    value: State,
+):
+    """The history and which of its slots to use. At the first evaluation of a model that
+    was known in closed form before, the stored values are shifted, so that the difference
+    from the closed form is extrapolated linearly."""
+    first = model.starts(s, jnp.where(known, history.places.time, jnp.inf).min())
+    if history.residual is not None:
+        return history, known & ~first, ~first
+
+    def shifted():
+        difference = subtract(value, evaluate(model.closed_form))
+        x = scaled(history.places.coordinate, c.start, c.end)
+        share = 1 + model.slope.astype(x.dtype) * x
+
+        def shift(stored, d):
+            return stored + append_axes(share, stored.ndim).astype(d.dtype) * d[None]
+
+        return jtu.tree_map(shift, history.values, difference)
+
+    values = lax.cond(first, shifted, lambda: history.values)
+    return eqx.tree_at(lambda h: h.values, history, values), known, ~first
+
+
 def _forcing(shape, history: History, known, c: StepCoefficients, value, normal):
     """For a step of a reverse diffusion: the value to interpolate; the terms added to the
     linear part, as pairs of blocks and states; and the next residual, if any."""
@@ -306,12 +350,14 @@ def _forcing(shape, history: History, known, c: StepCoefficients, value, normal)
     return residual, forcing, later
 
 
-def _corrected(shape, linear, last: LastStep, polynomials, nodes: Nodes, y0: State):
+def _corrected(
+    shape, linear, last: LastStep, polynomials, nodes: Nodes, y0: State, continues
+):
     """The corrected state at the end of the previous step, as a sum: what the linear part
     and the noise made of its start, and the integral over it. And the product of this
     step's linear part with that integral, as pairs of blocks and states: multiplying
     blocks takes less time than multiplying states."""
-    known = nodes.stored[1:].any()
+    known = nodes.stored[1:].any() & continues
     polynomials = jnp.where(known, polynomials, 0)
     before = jtu.tree_map(lambda a, y: jnp.where(known, a, y), last.base, y0)
     change = integral(shape, polynomials, last.moments, nodes.values)

@@ -289,7 +289,7 @@ def test_models_of_ones_own_without_a_network_model(tmp_path):
 def test_processes_of_ones_own(tmp_path):
     process = _sde()
     model = gd.nn.NetworkModel(process, _points(jax.random.key(0)), data_std=0.5)
-    flow = gd.ProbabilityFlow(process, model)
+    flow = gd.ProbabilityFlow(process, model, "data")
     gd.checkpoints.save(tmp_path / "model", flow)
     loaded = gd.checkpoints.load(tmp_path / "model", like=process)
     assert eqx.tree_equal(loaded, flow) and loaded.process == process
@@ -302,6 +302,59 @@ def test_processes_of_ones_own(tmp_path):
         match = "a LinearSDE and a _Own: `like` must be a ProbabilityFlow with all of them"
         with pytest.raises(ValueError, match=match):
             gd.checkpoints.load(tmp_path / "model", like=part)
+
+
+def _as_before(path, flow):
+    """Save a flow as an older version of the library did, whose preconditioned networks
+    predicted noise."""
+    gd.checkpoints.save(path, flow)
+    with np.load(path) as file:
+        arrays = dict(file)
+    header = json.loads(arrays["header"].tobytes())
+
+    def change(x):
+        if isinstance(x, dict):
+            left = {k: change(v) for k, v in x.items() if not k.endswith(".data")}
+            if "data_std" in left:
+                del left["data"]
+            return left | ({"predicts": "noise"} if "predicts" in left else {})
+        return [change(y) for y in x] if isinstance(x, list) else x
+
+    header["model"] = change(header["model"])
+    arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+class _Around(eqx.Module):
+    inner: gd.nn.NetworkModel
+
+    def __call__(self, t, u, args):
+        return self.inner(t, u)
+
+
+def test_preconditioned_networks_that_predicted_noise(tmp_path):
+    process, path = gd.VP((2,)), tmp_path / "model"
+    model = gd.nn.NetworkModel(process, _points(jax.random.key(0)), data_std=0.5)
+    flow = gd.ProbabilityFlow(process, model, "data")
+    _as_before(path, (flow, 3))
+    loaded, _ = gd.checkpoints.load(path)
+    assert eqx.tree_equal(loaded, flow) and loaded.predicts == "data"
+    _as_before(path, flow)
+    assert gd.checkpoints.load(path, like=flow).predicts == "data"
+    # A class around it may have counted on noise.
+    _as_before(path, gd.ProbabilityFlow(process, _Around(model), "data"))
+    with pytest.raises(
+        ValueError, match="a _Around of a preconditioned .* predicted noise"
+    ):
+        gd.checkpoints.load(path, like=_Around(model))
+    # One saved now is what it says, as is one around another network.
+    now = gd.ProbabilityFlow(process, _Around(model), "data")
+    gd.checkpoints.save(path, now)
+    assert eqx.tree_equal(gd.checkpoints.load(path, like=_Around(model)), now)
+    plain = _Around(gd.nn.NetworkModel(process, _points(jax.random.key(0))))
+    _as_before(path, gd.ProbabilityFlow(process, plain))
+    assert gd.checkpoints.load(path, like=plain).predicts == "noise"
 
 
 def _other_frequencies(key):

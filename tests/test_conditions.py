@@ -135,7 +135,11 @@ def _conditional(size=2, **options):
 def _trainer(placement=None):
     model = _conditional(num_classes=3)
     loss = DenoisingLoss(
-        model.process, condition_dropout=0.2, no_condition=model.network.no_condition
+        model.process,
+        "data",
+        weighting="noise",
+        condition_dropout=0.2,
+        no_condition=model.network.no_condition,
     )
     trainer = Trainer(loss, adam(1e-2, 2), ema_decay=0.9, placement=placement)
     return trainer, trainer.init(model, jr.key(1))
@@ -174,17 +178,30 @@ def test_a_linear_measurement_has_the_posterior_in_closed_form():
     process = gd.VP((1,))
     network = gd.nn.TimeMLP(1, width=64, key=jr.key(0), context_size=1)
     model = gd.nn.NetworkModel(process, network, data_std=1.0)
-    loss = DenoisingLoss(process, condition_dropout=0.2, no_condition=network.no_condition)
+    loss = DenoisingLoss(
+        process,
+        "data",
+        weighting="noise",
+        condition_dropout=0.2,
+        no_condition=network.no_condition,
+    )
     trainer = Trainer(loss, adam(2e-3, 50, num_steps=1500))
     state = trainer.init(model, jr.key(1))
     trained = fit(trainer, state, Batches((x, y), 256), 1500, progress=False).averaged
     for value in (-1.0, 0.5, 2.0):
         context = jnp.full((4000, 1), value)
-        samples = gd.sample(process, trained, jr.key(2), 4000, 20, args=context).x
+        flow = gd.ProbabilityFlow(process, trained, "data")
+        samples = gd.sample(flow, jr.key(2), 4000, 20, args=context).x
         assert abs(float(samples.mean()) - 0.8 * value) < 0.08
         np.testing.assert_allclose(samples.var(), 0.2, rtol=0.15)
     alone = gd.WithArgs(trained, network.no_condition)
-    samples = gd.sample(process, alone, jr.key(3), 4000, 20).x
+    with pytest.raises(ValueError, match="predicts 'data'; this WithArgs got"):
+        gd.ProbabilityFlow(process, alone)
+    with pytest.raises(
+        ValueError, match="predicts 'data'; this ClassifierFreeGuidance got"
+    ):
+        gd.ProbabilityFlow(process, gd.ClassifierFreeGuidance(trained))
+    samples = gd.sample(process, alone, jr.key(3), 4000, 20, predicts="data").x
     assert abs(float(samples.mean())) < 0.08
     np.testing.assert_allclose(samples.var(), 1.0, rtol=0.15)
 
@@ -332,7 +349,12 @@ def test_samples_with_conditions_are_the_same_on_all_devices():
     model = _conditional(num_classes=3)
     labels = np.arange(8) % 3
     draw = lambda **options: (
-        gd.sample(model.process, model, jr.key(0), 8, 4, args=labels, **options).x
+        gd.sample(
+            gd.ProbabilityFlow(model.process, model, "data"),
+            *(jr.key(0), 8, 4),
+            args=labels,
+            **options,
+        ).x
     )
     np.testing.assert_allclose(draw(placement=gd.Placement()), draw(), atol=1e-5)
 
@@ -454,7 +476,7 @@ def test_bad_conditions(case, message, without_type_checks):
     }
     models["fit"] = lambda data: fit(*_trainer(), Batches(data, 4), 2, progress=False)
     models["draw"] = lambda name, args: gd.sample(
-        process, models[name], jr.key(0), 4, 2, args=args
+        process, models[name], jr.key(0), 4, 2, args=args, predicts="data"
     )
     with pytest.raises(ValueError, match=message):
         case(models)

@@ -171,7 +171,7 @@ def test_labels_of_the_data_and_guidance(run, evaluate, tmp_path):
     # Two of each class, and guided by hand.
     data = gd.datasets.digits_labels()
     config = evaluate.Config(path, evaluate.Source("digits"), number=20)
-    labels = evaluate.labels_of(config, gd.ProbabilityFlow(model.process, model))
+    labels = evaluate.labels_of(config, gd.ProbabilityFlow(model.process, model, "data"))
     assert np.abs(np.bincount(labels) - 20 * np.bincount(data) / len(data)).max() < 1
     guided = gd.ClassifierFreeGuidance(model, gd.WithArgs(model, 10), 2.0)
     x, _ = _draw(guided, 30, jax.random.key(0), args=labels[:8])
@@ -425,7 +425,7 @@ def test_it_is_checked_that_images_were_held_out_and_classes_agree(
     model = gd.nn.NetworkModel(gd.VP(shape), network, data_std=0.7)
     path, says = tmp_path / "model.npz", "not trained on the other images"
     config = evaluate.Config(path, evaluate.Source("folder", tmp_path / "images"))
-    flow = gd.ProbabilityFlow(model.process, model)
+    flow = gd.ProbabilityFlow(model.process, model, "data")
     for images, warns in ((train, False), (train[1:], True)):
         fingerprint = gd.training.Batches(images, 1).fingerprint()
         metadata = {"classes": ["cat", "dog"], "trained_on": fingerprint}

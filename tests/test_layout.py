@@ -29,10 +29,11 @@ _rooms = {
     "_model": {"_misc", "_linear", "_process", "_term"},
     "solvers": {"_misc", "_linear", "_process", "_term", "_exponential"},
     "_sampling": {"_misc", "_linear", "_process", "_term", "_exponential", "solvers"},
-    "nn": {"_misc", "_linear", "_process", "_term"},
-    "training": {"_misc", "_linear", "_process", "_term"},
+    "nn": {"_misc", "_linear", "_process", "_term", "_model"},
+    "training": {"_misc", "_linear", "_process", "_term", "_model"},
     "checkpoints": {
-        *("_misc", "_linear", "_process", "_term", "solvers", "_sampling", "nn")
+        *("_misc", "_linear", "_process", "_term", "_model", "solvers", "_sampling"),
+        "nn",
     },
     "metrics": {"_misc", "nn", "checkpoints"},
 }

@@ -418,6 +418,10 @@ bad_arguments = {
         "`basis` is for variances",
     ),
     "process": (lambda: _normal(1.0).model(gd.VP((2,))), r"\(3,\).*\(2,\)"),
+    "covariance of another": (
+        lambda: gd.NormalData(np.zeros(2), _normal(_eye).covariance),
+        "of another shape",
+    ),
     "no process": (lambda: _normal(1.0).model("vp"), "`process` must be"),
     "prediction": (lambda: _normal(1.0).model(gd.CLD((3,)), "v"), "not defined for CLD"),
     "density": (lambda: _normal(1.0).log_density(jnp.ones((2, 4))), r"shape \(2, 4\)"),
@@ -516,11 +520,16 @@ def test_batches_may_be_empty_and_states_half_precision():
 
 
 def test_saving_and_loading(tmp_path):
-    for kind, (x, covariance) in normals_for((3,)).items():
-        blank = jtu.tree_map(jnp.zeros_like, x)
+    x, covariance = normals_for((2, 3, 1))["matrix"]
+    kinds = {kind: x for kind, (x, _) in normals_for((2, 3, 1)).items()}
+    network = gd.nn.presets.mlp((8, 8, 1), width=4, key=jr.key(0))
+    scales = np.linspace(1, 2, 64).reshape(8, 8, 1)
+    data = gd.NormalData(np.zeros((8, 8, 1)), scales, basis=gd.CosineBasis())
+    kinds["model"] = gd.nn.NetworkModel(gd.VP((8, 8, 1)), network, data=data)
+    for kind, x in kinds.items():
         gd.checkpoints.save(tmp_path / kind, x)
-        assert eqx.tree_equal(gd.checkpoints.load(tmp_path / kind, like=blank), x)
-    mixture = mixture_of(x, covariance)
+        assert eqx.tree_equal(gd.checkpoints.load(tmp_path / kind), x)
+    mixture = mixture_of(kinds["matrix"], covariance)
     gd.checkpoints.save(tmp_path / "mixture", mixture)
     blank = jtu.tree_map(jnp.zeros_like, mixture)
     assert eqx.tree_equal(gd.checkpoints.load(tmp_path / "mixture", like=blank), mixture)

@@ -187,7 +187,7 @@ def test_warns_of_samples_that_are_far_larger_than_data():
     process, far = gd.VP((2,)), lambda t, x: 1e4 * jnp.ones_like(x)
     model = gd.nn.NetworkModel(process, far, data_std=0.1)
     with pytest.warns(UserWarning, match="1.0e.01 is plausible"):
-        gd.sample(process, model, jax.random.key(0), 4, 20)
+        gd.sample(process, model, jax.random.key(0), 4, 20, predicts="data")
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,11 @@ _refused = [
     (("celeba-cld", "--data.directory", "/nowhere"), "/nowhere is not a directory"),
     (("toy", "--data.no-verify"), "rings is not verified: leave out"),
     (("toy", "--network.bfloat16"), "points has no `bfloat16`"),
-    (("digits", "--predicts", "data"), "`precondition` and .* for `predicts=noise`"),
+    (
+        ("digits", "--predicts", "noise"),
+        "`--network.precondition` is for `--predicts data`",
+    ),
+    (("digits", "--predicts", "v", "--weighting", "data"), "`--weighting data` is for"),
     (("digits", "--network.name", "celeba_cld"), r"of shape \(64, 64, 6\), but digits"),
     (
         ("digits", "--steps", 100),
@@ -443,14 +447,18 @@ def test_training_starts_from_a_model_of_the_same_network(class_run, train, tmp_
     for change, message in (
         (("--data.no-labels",), r"\(network.num_classes: 2 there, None here\)"),
         (("--process", "vp"), r"\(process: CLD\(.* there, VP\(.* here\)"),
-        (("--network.no-precondition",), r"\(data_std: 0.5[0-9]* there, None here\)"),
+        (("--network.no-precondition",), r"\(predicts: 'data' there, 'noise' here\)"),
+        (
+            ("--network.no-precondition", "--predicts", "data"),
+            r"\(data_std: 0.5[0-9]* there, None here\)",
+        ),
     ):
         out = _refused_by(train, *given, *options, *change)
         assert re.search(f"{path} is another model {message}", out)
         assert not (tmp_path / "run").exists()
     other = tmp_path / "other.npz"
     flow = gd.checkpoints.load(path)
-    flow = gd.ProbabilityFlow(flow.process, flow.model, "noise", "cholesky")
+    flow = gd.ProbabilityFlow(flow.process, flow.model, "data", "cholesky")
     gd.checkpoints.save(other, flow)
     out = _refused_by(train, *given, *options, "--init", other)
     assert "other.npz is another model (factor: 'cholesky' there, 'R' here)" in out

@@ -642,29 +642,82 @@ def test_bad_input_is_refused(call, message, without_type_checks):
         call()
 
 
+def _laws(process):
+    """Arguments of preconditioned networks."""
+    mean = jnp.asarray(np.random.default_rng(3).normal(size=process.shape))
+    variances = 0.1 + mean**2
+    yield dict(data_std=0.7)
+    yield dict(data=gd.NormalData(mean, variances, basis=process.basis))
+
+
 @pytest.mark.x64
-@pytest.mark.parametrize("kind", (gd.VP, gd.SubVP, gd.VE, gd.CLD, gd.BDM))
-@pytest.mark.parametrize("t", (1e-3, 1.0))
-def test_outputs_of_preconditioned_networks_can_count_equally(kind, t):
-    shape, std = (4, 4, 1), 0.7
-    process = kind(shape)
-    loss = DenoisingLoss(process, weighting=DataWeighting(process, std))
-    batch = loss.noised(jr.key(0), jnp.full((2, *shape), 0.3))
-    t = jnp.full((2,), t)
-    u, noise = jax.vmap(process.perturb)(jr.split(jr.key(1), 2), batch.x, t)
-    batch = NoisedBatch(batch.x, t, u, noise, batch.weight, None)
+@every_family
+def test_outputs_of_preconditioned_networks_count_equally(name):
+    process, rng = processes[name](), np.random.default_rng(0)
+    x, output, change = (jnp.asarray(rng.normal(size=process.shape)) for _ in range(3))
+    for law in _laws(process):
+        weighting = DataWeighting(process, **law)
+        loss = DenoisingLoss(process, "data", weighting=weighting)
 
-    def of_output(value):
-        model = gd.nn.NetworkModel(
-            process, lambda t, x: jnp.full(shape, value), data_std=std
-        )
-        return loss(model, batch)
+        def of_output(output, t):
+            u, noise = process.perturb(jr.key(1), x, t)
+            one = jtu.tree_map(lambda y: y[None], (x, t, u, noise))
+            batch = NoisedBatch(*one, jnp.ones(1), None)
+            model = gd.nn.NetworkModel(process, lambda t, x: output, **law)
+            return loss(model, batch)[0]
 
-    # A square of what is put out, whatever the target is.
-    low, middle, high = map(of_output, (-2.0, 0.0, 2.0))
-    np.testing.assert_allclose(low - 2 * middle + high, 2 * 2.0**2, rtol=1e-9)
+        def of_change(size, t):
+            return of_output(output + size * change, t)
+
+        for t in (process.t_min, 0.3, process.t_max):
+            t = jnp.asarray(t)
+            # A square of what is put out, whatever the target is; and 0 at the target.
+            slope = jax.grad(of_output)(output, t)
+            error = 0.5 * x.size * slope
+            np.testing.assert_allclose(of_output(output, t), (error**2).mean(), rtol=1e-6)
+            assert of_output(output - error, t) < 1e-9
+            curvature = jax.grad(jax.grad(of_change))(jnp.asarray(0.0), t)
+            np.testing.assert_allclose(curvature, 2 * (change**2).mean(), rtol=1e-6)
 
 
-def test_weightings_of_data_need_a_standard_deviation():
+@pytest.mark.x64
+@pytest.mark.parametrize("name", ("vp", "cld", "ve", "rectified"))
+def test_errors_of_data_count_as_those_of_the_noise_that_follows(name):
+    process, std = processes[name](), 0.7
+    output = jnp.asarray(np.random.default_rng(0).normal(size=process.shape))
+    model = gd.nn.NetworkModel(process, lambda t, x: output, data_std=std)
+    flow = gd.ProbabilityFlow(process, model, "data")
+    in_basis = lambda t, u, args: flow.noise(t, u, args)
+    as_noise = lambda t, u, args: process.to_data(in_basis(t, process.from_data(u), args))
+    weighting = DataWeighting(process, std)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, *process.shape)))
+    data, noise = (
+        DenoisingLoss(process, p, weighting=weighting) for p in ("data", "noise")
+    )
+    batch = data.noised(jr.key(0), x)
+    got = data(model, batch)
+    np.testing.assert_allclose(noise(as_noise, batch), got, rtol=1e-6)
+    # The number that multiplies the squared error of the noise, written out.
+    plain = DenoisingLoss(process)(as_noise, batch)
+    for t, one, weighted in zip(batch.t, plain, got):
+        signal = process.transition(t, jnp.zeros_like(t)) * process.data_scale
+        share = np.linalg.solve(process.factor(t).blocks, signal.blocks[:, 0])
+        factor = process.num_components * (1 + 1 / (std**2 * (share**2).sum()))
+        np.testing.assert_allclose(weighted, factor * one, rtol=1e-6)
+
+
+def test_bad_weightings_of_data_are_refused(without_type_checks):
+    process = gd.VP((2,))
+    law = gd.NormalData(jnp.zeros(2), jnp.array([1.0, 0.0]))
     with pytest.raises(ValueError, match="`data_std` must be positive"):
-        DataWeighting(gd.VP((2,)), 0.0)
+        DataWeighting(process, 0.0)
+    with pytest.raises(ValueError, match="`data` must have a positive variance in every"):
+        DataWeighting(process, data=law)
+    weighting = DataWeighting(process, 1.0)
+    with pytest.raises(ValueError, match="is for predictions of 'data', .*got .*'v'"):
+        DenoisingLoss(process, "v", weighting=weighting)
+    with pytest.raises(ValueError, match=r"is for VP.*, but the loss is for VE"):
+        DenoisingLoss(gd.VE((2,)), "data", weighting=weighting)
+    other = DataWeighting(process, data=gd.NormalData(jnp.zeros(2), jnp.ones(2)))
+    with pytest.raises(ValueError, match="is for predictions of 'data', .*got .*'noise'"):
+        DenoisingLoss(process, weighting=other)

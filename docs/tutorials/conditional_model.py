@@ -43,6 +43,8 @@ network = gd.nn.presets.points(2, key=jax.random.key(0), num_classes=3)
 model = gd.nn.NetworkModel(process, network, data_std=float(points.std()))
 loss = DenoisingLoss(
     process,
+    "data",  # what a preconditioned model predicts
+    weighting="noise",
     times=StratifiedTimes(),
     condition_dropout=0.1,
     no_condition=network.no_condition,
@@ -67,7 +69,8 @@ args, key = np.arange(600) % 3, jax.random.key(2)
 samples = {"data": points[:600]}
 for scale in (1.0, 2.0, 4.0):
     guided = gd.ClassifierFreeGuidance(state.averaged, scale=scale)
-    x, _ = gd.sample(process, guided, key, 600, 20, args=args)
+    flow = gd.ProbabilityFlow(process, guided, "data")
+    x, _ = gd.sample(flow, key, 600, 20, args=args)
     samples[f"scale {scale:.0f}"] = x
 
 

@@ -46,8 +46,8 @@ show({"data": images})
 #
 # A network is called on single samples, `network(t, x)`; [`gddim_eqx.nn.NetworkModel`][]
 # makes it a model of the process. With `data_std`, the standard deviation of the data, the
-# network is preconditioned: its output is of order 1 at all times. Always pass this.
-# Without it training takes far longer, above all for CLD.
+# network is preconditioned: its output is of order 1 at all times, and the model predicts
+# data. Always pass this. Without it training takes far longer, above all for CLD.
 #
 # `Trainer` scales integer images to [-1, 1], and samples have that range too.
 
@@ -67,15 +67,16 @@ model = gd.nn.NetworkModel(process, network, data_std=data_std)
 # ## Train
 #
 # [`gddim_eqx.training.DataWeighting`][] gives errors of the data prediction equal weight at
-# all times. By default errors of the noise prediction have equal weight, and late times,
-# which decide what a sample looks like as a whole, hardly count. A model that knows only
-# the standard deviation of the data has a loss of about 1. The best possible loss is well
-# above 0, as late states say little about their data, so small decreases matter.
+# all times. With `weighting="noise"`, the paper's loss, errors of the noise prediction have
+# equal weight, and late times, which decide what a sample looks like as a whole, hardly
+# count. A model that knows only the standard deviation of the data has a loss of about 1.
+# The best possible loss is well above 0, as late states say little about their data, so
+# small decreases matter.
 
 # %%
 num_steps = 1200
 weighting = DataWeighting(process, data_std)
-loss = DenoisingLoss(process, times=StratifiedTimes(), weighting=weighting)
+loss = DenoisingLoss(process, "data", times=StratifiedTimes(), weighting=weighting)
 trainer = Trainer(loss, adam(2e-3, warmup=100, num_steps=num_steps), ema_decay=0.99)
 losses = []
 begin = time.perf_counter()
@@ -94,12 +95,11 @@ print(f"{seconds:.0f} s; loss", ", ".join(f"{value:.2f}" for value in losses))
 # %% [markdown]
 # ## Sample
 #
-# `state.averaged` is the model with the average of its recent parameters. It predicts
-# noise, as the loss does; to train another prediction, pass the same `predicts` to
-# `DenoisingLoss` and to [`gddim_eqx.ProbabilityFlow`][].
+# `state.averaged` is the model with the average of its recent parameters. Pass the same
+# `predicts` to `DenoisingLoss` and to [`gddim_eqx.ProbabilityFlow`][].
 
 # %%
-flow = gd.ProbabilityFlow(process, state.averaged)
+flow = gd.ProbabilityFlow(process, state.averaged, "data")
 numbers = (3, 5, 10, 20, 50)
 samples = {n: gd.to_uint8(gd.sample(flow, jax.random.key(2), 800, n).x) for n in numbers}
 show({f"{n} evaluations": x for n, x in samples.items()} | {"data": images})

@@ -116,6 +116,15 @@ def make_covariance(
 
     **Raises:** `ValueError` for anything else. Traced values are not checked."""
     size = math.prod(shape)
+    if isinstance(covariance, Covariance):
+        rows = size if covariance.vectors is None else len(covariance.vectors)
+        if covariance.variances.shape not in ((), shape) or rows != size:
+            raise ValueError(
+                f"`covariance` is that of data of another shape than `mean`, {shape}."
+            )
+        if basis not in (None, covariance.basis):
+            raise ValueError("This covariance has a basis of its own: leave out `basis`.")
+        return covariance.astype(dtype)
     parts = covariance if isinstance(covariance, tuple) else (covariance,)
     parts = [as_floats("covariance", x) for x in parts]
     shapes = [x.shape for x in parts]
@@ -224,6 +233,30 @@ class ConditionalCovariance(eqx.Module):
         latent, _ = latent_given(shrink * x, columns, (precision * shrink)[0])
         explained = jnp.matmul(latent, columns.T, precision=_highest)
         return back(shrink * (explained + rest * x))
+
+    def root_mv(
+        self, x: Inexact[Array, "..."], inverse: bool = False
+    ) -> Inexact[Array, "..."]:
+        """Multiply coefficients in `basis` by the symmetric square root, or its inverse.
+
+        **Raises:** `ValueError` where it would take a decomposition at every time."""
+        if self.vectors is not None and self.precision.size > 1:
+            raise ValueError(
+                "The square root of the covariance of data given a state is not known in "
+                "closed form, as the process acts on each coefficient in a basis of its "
+                "own. Give the data a single variance, or variances in the basis of the "
+                f"process: `NormalData(mean, variances, basis={self.basis!r})`."
+            )
+        power = -0.5 if inverse else 0.5
+        scale = lambda variance: (variance / (1 + variance * self.precision)) ** power
+        x, back = self._flat(x)
+        y = scale(self.rest)[None] * x
+        if self.vectors is not None:
+            assert self.excess is not None
+            change = scale(self.rest + self.excess) - scale(self.rest)
+            along = jnp.matmul(x, self.vectors, precision=_highest) * change[None]
+            y = y + jnp.matmul(along, self.vectors.T, precision=_highest)
+        return back(y)
 
     def _flat(self, x):
         """Coefficients in `inner`, `(number, size)`, and the way back."""

@@ -42,6 +42,10 @@ class WithArgs(eqx.Module):
     def process(self) -> AbstractProcess | None:
         return getattr(self.model, "process", None)
 
+    @property
+    def preconditioned_for(self) -> str | None:
+        return getattr(self.model, "preconditioned_for", None)
+
     def __call__(self, t: RealScalarLike, u: State, args: Args = None) -> State:
         if self.process is None:
             raise ValueError(
@@ -146,6 +150,10 @@ class ClassifierFreeGuidance(eqx.Module):
     def check_args(self, args: Args) -> None:
         """As in [`gddim_eqx.nn.NetworkModel`][], by the conditional model."""
         check_args(self.conditional, args)
+
+    @property
+    def preconditioned_for(self) -> str | None:
+        return getattr(self.conditional, "preconditioned_for", None)
 
     def __call__(self, t: RealScalarLike, u: State, args: Args) -> State:
         scale = jnp.asarray(_at(self.scale, t))

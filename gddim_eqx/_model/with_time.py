@@ -103,6 +103,10 @@ class WithTime(eqx.Module):
         log_sigma = -self.process.log_snr(t) - jnp.log(self.process.data_scale)
         return 0.25 * log_sigma if self.time == "log(sigma) / 4" else jnp.exp(log_sigma)
 
+    @property
+    def preconditioned_for(self) -> str | None:
+        return getattr(self.model, "preconditioned_for", None)
+
     def __call__(self, t: RealScalarLike, u: State, args: Args) -> State:
         time = self.convert(t)
         if self.per_sample:

@@ -14,3 +14,4 @@ from .process_from_config import (
 )
 from .sample import sample as sample, Samples as Samples
 from .solve import check_solver as check_solver
+from .start import GaussianStart as GaussianStart

@@ -136,6 +136,15 @@ def _names() -> list[str]:
     return [name for names in get_args(GridName) for name in get_args(names)]
 
 
+def clock_times(
+    process: AbstractProcess, start: float, end: float, fraction: np.ndarray
+) -> np.ndarray:
+    """The times at fractions of the way from `start` to `end` in the default clock, the
+    ends exactly."""
+    times = _by_table(clock_table(process), start, end, fraction)
+    return np.where(fraction == 0, start, np.where(fraction == 1, end, times))
+
+
 def _by_table(table, start, end, fraction):
     """Times that are uniform in a monotone function of time, given as a table."""
     times, values = table

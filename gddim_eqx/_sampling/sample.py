@@ -32,10 +32,17 @@ from .._misc import (
 )
 from .._process import AbstractProcess, as_grid, log_snr_at_start
 from .._sharding import Placement
-from .._term import ProbabilityFlow, reverse_sde, takes_flow
+from .._term import (
+    evaluated_model,
+    ProbabilityFlow,
+    reverse_sde,
+    StartedModel,
+    takes_flow,
+)
 from ..solvers import GDDIM, LearnedGDDIM, SSCS
 from .diagnosis import find_fault
 from .solve import last, PaddedGrid, solve, times_for
+from .start import GaussianStart
 
 
 class Samples(NamedTuple):
@@ -55,14 +62,13 @@ _calls = itertools.count()
 
 class _Counted(eqx.Module):
     model: Callable
+    call: Array
 
     def __call__(self, t, u, args):
-        call, args = args
-
         def count(call):
             _evaluations[int(call)] += 1
 
-        jax.debug.callback(count, call)
+        jax.debug.callback(count, self.call)
         return self.model(t, u, args)
 
 
@@ -76,12 +82,10 @@ class _TracedOnce(eqx.Module):
         return self.model(t, u, args)
 
 
-def _evaluations_per_step(solver: dfx.AbstractSolver) -> int | None:
-    """The number of evaluations of every step, where it is fixed. Otherwise a callback
-    counts them, which takes time, and keeps the program out of JAX's persistent cache."""
-    if isinstance(solver, GDDIM):
-        return 1 + solver.reevaluate
-    return 1 if isinstance(solver, (LearnedGDDIM, SSCS, dfx.Euler)) else None
+def _is_counted(solver: dfx.AbstractSolver) -> bool:
+    """Whether the number of evaluations of every step is known. Otherwise a callback counts
+    them, which takes time, and keeps the program out of JAX's persistent cache."""
+    return isinstance(solver, (GDDIM, LearnedGDDIM, SSCS, dfx.Euler))
 
 
 class _PathPerSample(dfx.AbstractBrownianPath):
@@ -114,7 +118,7 @@ def _solve(flow, lam, solver, denoise, grid, key, index, wanted, args, meter, pl
         is_per_sample = lambda x: eqx.is_array(x) and x.ndim > 0 and len(x) == number
         args = jtu.tree_map(lambda x: shard(x) if is_per_sample(x) else x, args)
         index = shard(index)
-    flow = eqx.tree_at(lambda flow: flow.model, flow, _TracedOnce(flow.model))
+    flow = eqx.tree_at(evaluated_model, flow, _TracedOnce(evaluated_model(flow)))
     process, terms, ts = flow.process, flow, grid.ts
     keys = jax.vmap(jr.fold_in, (None, 0))(key, index)
     u = jax.vmap(lambda key: process.prior(key, (), ts.dtype))(keys)
@@ -155,6 +159,7 @@ def sample(
     lam: Level = 0.0,
     denoise: Literal["drift", "exact"] | None = None,
     ts: Times | None = None,
+    start: GaussianStart | None = None,
     predicts: PredictionName = "noise",
     factor: FrameName = "R",
     args: Args = None,
@@ -245,6 +250,10 @@ def sample(
             f"`denoise` must be None, 'drift' or 'exact'; got {show(denoise)}."
         )
     dtype = None if dtype is None else as_dtype(dtype)
+    if start is not None:
+        number_of_steps = 50 if num_steps is None else num_steps
+        flow = start.flow(flow, number_of_steps)
+        ts, num_steps = start.time_grid(process, number_of_steps, dtype=dtype), None
     ts = times_for(process, solver, num_steps, ts, dtype)
     ts = _checked_times(process, ts, dtype)
     check_count("first", first, least=0)
@@ -348,25 +357,26 @@ def _check_other_sizes(flow, args: Args, ts: Array, size: int, number: int) -> N
 
 def _draw(flow, lam, solver, denoise, ts, key, index, wanted, args, meter, placement):
     """A batch of samples, the number of evaluations, and the sum of mean squares."""
-    each, call = _evaluations_per_step(solver), next(_calls)
+    known, call = _is_counted(solver), next(_calls)
     uncounted = flow, args
     _evaluations[call] = 0
-    if each is None:
-        flow = eqx.tree_at(lambda flow: flow.model, flow, _Counted(flow.model))
-        args = jnp.asarray(call), args
+    if not known:
+        counted = _Counted(evaluated_model(flow), jnp.asarray(call))
+        flow = eqx.tree_at(evaluated_model, flow, counted)
     given, rest = (flow, lam, solver, denoise), (key, index, wanted, args)
     try:
         grid = PaddedGrid.of(ts, raises=False)
         x, result, steps, bad, total = _solve(*given, grid, *rest, meter, placement)
         jax.block_until_ready(x)
         jax.effects_barrier()
-        if each is None:
+        if not known:
             evaluations = _evaluations[call]
         else:
-            evaluations = each * int(steps) + (denoise is not None)
+            evaluations = _number_evaluated(flow, solver, ts[: int(steps) + 1])
+            evaluations += denoise is not None
     finally:
         del _evaluations[call]
-    if int(bad) and each is not None:
+    if int(bad) and known:
         # If there was a step that the solver cannot take, this raises the reason.
         grid = PaddedGrid.of(ts, raises=True)
         _solve(*given, grid, *rest, dfx.NoProgressMeter(), placement)
@@ -381,6 +391,16 @@ def _draw(flow, lam, solver, denoise, ts, key, index, wanted, args, meter, place
             f"evaluations. {fault}"
         )
     return x, evaluations, float(total)
+
+
+def _number_evaluated(flow, solver, ts: Array) -> int:
+    """The number of evaluations of the model on a grid, if each step takes one at its
+    start; and with `reevaluate`, one at its end."""
+    evaluated = np.ones(len(ts), bool)
+    if isinstance(flow.model, StartedModel):
+        evaluated = ~np.asarray(flow.model.is_closed_form(ts))
+    again = isinstance(solver, GDDIM) and solver.reevaluate
+    return int(evaluated[:-1].sum() + (evaluated[1:].sum() if again else 0))
 
 
 def _in_batches(draw: Callable, number: int, size: int, meter: dfx.AbstractProgressMeter):

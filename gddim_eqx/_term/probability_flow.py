@@ -269,15 +269,17 @@ def check_flow(flow: object) -> ProbabilityFlow:
 
 
 def _check_same_kind(model: Callable, predicts: str, factor: str) -> None:
-    """A preconditioned network predicts noise; a model that guides another predicts the
+    """A preconditioned network predicts data; a model that guides another predicts the
     same."""
     # In training with dropout, the model has its key.
     model = model.func if isinstance(model, ft.partial) else model
     kind = getattr(model, "preconditioned_for", None)
     if kind is not None and kind != predicts:
         raise ValueError(
-            f"With `data_std`, a {type(model).__name__} predicts {show(kind)}; got "
-            f"predicts={show(predicts)}. Leave out `data_std`, or predict {show(kind)}."
+            f"A preconditioned network predicts {show(kind)}; this {type(model).__name__} "
+            f"got predicts={show(predicts)}. Pass predicts={show(kind)}; for the same loss "
+            f"as with noise prediction, `DenoisingLoss(process, {show(kind)}, "
+            "weighting='noise')`. Or leave out `data_std`."
         )
     other = getattr(model, "flow", None)
     if not isinstance(other, ProbabilityFlow):
@@ -285,10 +287,8 @@ def _check_same_kind(model: Callable, predicts: str, factor: str) -> None:
     if (other.predicts, other.factor) != (predicts, factor):
         raise ValueError(
             f"The model is a {type(model).__name__} of a model with "
-            f""
             f"predicts={show(other.predicts)} and factor={show(other.factor)}, and "
-            f"predicts "
-            f"the same; got predicts={show(predicts)} and factor={show(factor)}."
+            f"predicts the same; got predicts={show(predicts)} and factor={show(factor)}."
         )
 
 

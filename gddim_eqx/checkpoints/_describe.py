@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._linear import CosineBasis, Covariance, FourierBasis, IdentityBasis
 from .._misc import is_array, show
+from .._model import NormalData
 from .._process import (
     BDM,
     BlurringCLD,
@@ -46,10 +48,13 @@ _classes: dict[str, type] = {
         *(LinearSchedule, CosineSchedule),
         *(DiT, ImageClassifier, NCSNpp, TimeMLP, NetworkModel, ProbabilityFlow),
         *(GDDIM, LearnedGDDIM, FittedSolver, AdaptedGrid),
+        *(NormalData, Covariance, IdentityBasis, CosineBasis, FourierBasis),
     )
 }
 # Keys; and the order of `GDDIM`, which `num_nodes` stores.
 _not_stored = ("key", "order")
+# Those whose arguments may be large arrays, which are parameters.
+_of_arrays = (NormalData, Covariance)
 # What describes more than a value.
 _parts = ("class", "other")
 # Former names, in older files.
@@ -67,7 +72,7 @@ def describe(value: Any, inline: bool = False) -> Any:
     """
     if type(value) in _classes.values():
         names = inspect.signature(type(value)).parameters
-        inline = isinstance(value, eqx.Module)
+        inline = isinstance(value, eqx.Module) and not isinstance(value, _of_arrays)
         arguments = {
             name: describe(getattr(value, name), inline)
             for name in names
@@ -105,6 +110,7 @@ def build(description: Any, like: Any, path: Path, arrays: Collection[str]) -> A
     """Build what `describe` described, with shapes in place of parameters. `like` stands in
     for what is not the library's: all of it, or a part of it. `arrays` are the names of
     those in the file."""
+    description = _updated(description, path)
     kinds = sorted(set(others(description)))
     name = _name(description)
     whole = type(like).__name__ == name or (name == "array" and is_array(like))
@@ -124,6 +130,35 @@ def build(description: Any, like: Any, path: Path, arrays: Collection[str]) -> A
             f"them; got a {type(like).__name__}."
         )
     return _Builder(path, arrays, whole)(description, like, "model")
+
+
+def _updated(description: Any, path: Path) -> Any:
+    """The description of a model that an older version of the library saved, whose
+    preconditioned networks predicted noise: the same networks now predict data."""
+    if isinstance(description, list):
+        return [_updated(part, path) for part in description]
+    if not isinstance(description, dict):
+        return description
+    if "arguments" not in description:
+        return {name: _updated(part, path) for name, part in description.items()}
+    arguments = _updated(description["arguments"], path)
+    model = arguments.get("model")
+    if description["class"] == "ProbabilityFlow" and arguments["predicts"] == "noise":
+        inside = model.get("arguments", {})
+        if inside.get("data_std") is not None and "data" not in inside:
+            arguments = arguments | {"predicts": "data"}
+        fixed = model.get("rest", {}).get("fixed", {})
+        leaves = model.get("rest", {}).get("leaves", {})
+        for name, value in fixed.items():
+            where, _, field = name.rpartition(".")
+            if field == "data_std" and value is not None and f"{where}.data" not in leaves:
+                raise ValueError(
+                    f"{path} holds a {model['other']} of a preconditioned `NetworkModel` "
+                    "which predicted noise when it was saved, and predicts data now. Load "
+                    "it with an older version of the library, save its `network`, and make "
+                    "the model again, to predict data."
+                )
+    return description | {"arguments": arguments}
 
 
 def _name(description: Any) -> str:
@@ -197,12 +232,15 @@ class _Builder:
                 f"{self.path} was saved with {where} a {cls.__name__}, but `like` has a "
                 f"{type(like).__name__}."
             )
-        make = self if issubclass(cls, tuple) else self._argument
+        parts = issubclass(cls, (tuple, *_of_arrays))
+        make = self if parts else self._argument
         arguments = {
             name: make(x, getattr(like, name) if self.whole else like, f"{where}.{name}")
             for name, x in value["arguments"].items()
         }
         if "key" not in known:
-            return cls(**arguments)
+            # Shapes of arrays are traced, as values would be checked.
+            shapes = cls in _of_arrays
+            return eqx.filter_eval_shape(cls, **arguments) if shapes else cls(**arguments)
         make = functools.partial(cls, **arguments)
         return eqx.filter_eval_shape(make, key=jax.random.key(0))

@@ -6,12 +6,14 @@ from jaxtyping import Array, Inexact
 
 from .._custom_types import Args, RealScalarLike
 from .._misc import check_instance, check_positive
-from .._process import as_time
+from .._model import NormalData, precondition
+from .._process import as_time, EDM, time_for
 
 
 class EDMPreconditioned(eqx.Module):
     r"""A data prediction model for [`gddim_eqx.EDM`][], made from a network $F$ with the
-    preconditioning of the EDM paper:
+    preconditioning of the EDM paper: the posterior mean of normal data, plus their
+    posterior standard deviation times the output,
 
     $$D(x; \sigma) = c_\text{skip}\,x + c_\text{out}\,F(c_\text{noise}, c_\text{in}\,x),$$
 
@@ -47,13 +49,17 @@ class EDMPreconditioned(eqx.Module):
         check_positive(sigma_data=sigma_data)
         self.network, self.sigma_data = network, float(sigma_data)
 
+    @property
+    def preconditioned_for(self) -> str:
+        """What it predicts: `"data"`."""
+        return "data"
+
     def __call__(
         self, t: RealScalarLike, u: Inexact[Array, "..."], args: Args
     ) -> Inexact[Array, "..."]:
         sigma = as_time(t)
-        total = sigma**2 + self.sigma_data**2
-        skip = self.sigma_data**2 / total
-        out, scale = sigma * self.sigma_data / jnp.sqrt(total), 1 / jnp.sqrt(total)
-        skip, out, scale = (x.astype(u.dtype) for x in (skip, out, scale))
+        scale = (1 / jnp.sqrt(sigma**2 + self.sigma_data**2)).astype(u.dtype)
         value = self.network(0.25 * jnp.log(sigma), scale * u, args)
-        return skip * u + out * value
+        # All axes are batch axes.
+        process, data = EDM(()), NormalData(0.0, self.sigma_data**2)
+        return precondition(process, data, time_for(u, sigma), u, value)

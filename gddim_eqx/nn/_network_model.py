@@ -8,20 +8,18 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
-from jaxtyping import Array
 
 from .._custom_types import Args, Key, RealScalarLike, State
 from .._linear import (
     add,
     apply,
     batch_axes,
-    BlockLinearOperator,
     check_state,
     coefficient_dtype,
     join_components,
-    subtract,
 )
-from .._misc import check_per_sample, check_positive, show
+from .._misc import check_per_sample, show
+from .._model import check_normal_data, normal_data, NormalData, precondition
 from .._process import AbstractProcess, as_time, require_process
 
 
@@ -37,6 +35,7 @@ class NetworkModel(eqx.Module):
     network: Callable
     mixed_score: bool = eqx.field(static=True)
     data_std: float | None = eqx.field(static=True)
+    data: NormalData | None
 
     def __init__(
         self,
@@ -44,6 +43,7 @@ class NetworkModel(eqx.Module):
         network: Callable,
         mixed_score: bool = False,
         data_std: float | int | None = None,
+        data: NormalData | None = None,
     ):
         r"""**Arguments:**
 
@@ -61,13 +61,21 @@ class NetworkModel(eqx.Module):
         - `data_std`: the standard deviation of the data, to precondition the network. The
             network's output is then the data minus their posterior mean given the state,
             divided by their posterior standard deviation, both as if the data were normal
-            with mean 0: of order 1 at all times. The noise prediction for all components
-            follows from it, in the frame $R_t$: use `predicts="noise"`. (Karras et al. 2022
-            for VE; here for every process.) This speeds up learning, as a small error at
-            high noise levels does not become a large one in the data.
+            with mean 0: of order 1 at all times. The model predicts data: use
+            `predicts="data"`. (Karras et al. 2022 for VE; here for every process.) This
+            speeds up learning, as a small error at high noise levels does not become a
+            large one in the data.
+        - `data`: the same with the mean and the covariance of the data, in place of
+            `data_std`. They are not trained.
 
-        **Raises:** `ValueError` for `mixed_score` with a process without velocity, or with
-        `data_std`.
+        Train a preconditioned network with `DenoisingLoss(process, "data",
+        weighting="noise")`, for the paper's loss, or with
+        [`gddim_eqx.training.DataWeighting`][].
+
+        **Raises:** `ValueError` for `mixed_score` with a process without velocity, or a
+        preconditioned network; for `data` of another shape than the process; and for a
+        covariance that differs between directions other than those in which the process
+        acts, if it does not act on all data alike.
         """
         require_process(process)
         if not callable(network):
@@ -82,19 +90,24 @@ class NetworkModel(eqx.Module):
                 "`mixed_score` is for processes with a velocity, such as `CLD`; got "
                 f"{type(process).__name__}."
             )
-        if data_std is not None:
-            check_positive(data_std=data_std)
-            data_std = float(data_std)
+        if data_std is not None or data is not None:
+            check_normal_data(process, data_std, data)
             if mixed_score:
                 raise ValueError("Pass `mixed_score` or `data_std`, not both.")
         self.process, self.network, self.mixed_score = process, network, mixed_score
-        self.data_std = data_std
+        self.data_std, self.data = None if data_std is None else float(data_std), data
+
+    @property
+    def normal_data(self) -> NormalData | None:
+        """The normal data from which a preconditioned network predicts the deviation.
+        `None` for a network that is not preconditioned."""
+        return normal_data(self.process, self.data_std, self.data)
 
     @property
     def preconditioned_for(self) -> str | None:
-        """What a preconditioned network predicts: `"noise"`. `None` without `data_std`,
-        when it is what the network was trained for."""
-        return None if self.data_std is None else "noise"
+        """What a preconditioned network predicts: `"data"`. `None` for another, when it is
+        what the network was trained for."""
+        return None if self.data_std is None and self.data is None else "data"
 
     def __call__(
         self, t: RealScalarLike, u: State, args: Args = None, *, key: Key | None = None
@@ -126,7 +139,8 @@ class NetworkModel(eqx.Module):
             raise ValueError(
                 f"The network must return an array; it returned {type(y).__name__}."
             )
-        number = process.num_components if self.data_std is None else 1
+        data = self.normal_data
+        number = process.num_components if data is None else 1
         shape = (*process.shape[:-1], number * process.shape[-1])
         if y.shape[1:] != shape:
             raise ValueError(
@@ -136,8 +150,9 @@ class NetworkModel(eqx.Module):
         parts = jnp.split(y, number, axis=-1)
         parts = [part.reshape(*batch, *process.shape) for part in parts]
         t = t.astype(coefficient_dtype(u))
-        if self.data_std is not None:
-            return self._noise(t, u, parts[0], self.data_std**2)
+        if data is not None:
+            u = process.from_data(u)
+            return process.to_data(precondition(process, data, t, u, parts[0]))
         noise = join_components(parts)
         if not self.mixed_score:
             return noise
@@ -173,24 +188,6 @@ class NetworkModel(eqx.Module):
         if check is not None and args is not None:
             check(args)
 
-    def _noise(self, t: Array, u: State, output: Array, variance: float) -> State:
-        process = self.process
-        root = process.factor(t)
-        signal = process.transition(t, jnp.zeros_like(t)) * process.data_scale
-        mean = signal.blocks[:, 0]
-        spread = variance * mean[:, None] * mean[None]
-        total = process.covariance(t) + _with_blocks(root, spread)
-        # The noise if the data were their posterior mean given the state ...
-        noise = apply(root.T @ total.inverse(), process.from_data(u))
-        # ... minus the contribution of the data's deviation from it.
-        share = root.inverse() @ signal
-        precision = 1 / variance + (share.blocks[:, 0] ** 2).sum(0)
-        share = _with_blocks(share, share.blocks / jnp.sqrt(precision)[None, None])
-        output = process.basis.forward(output)
-        rest = [jnp.zeros_like(output)] * (process.num_components - 1)
-        taken = apply(share, join_components([output, *rest]))
-        return process.to_data(subtract(noise, taken))
-
 
 def _check_call(network, inputs, options):
     try:
@@ -205,7 +202,3 @@ def _check_call(network, inputs, options):
             f"The network was called as `network({', '.join(names)})`, but {error}. The "
             "condition is the `args` of the model: leave them out for a network without."
         ) from None
-
-
-def _with_blocks(operator: BlockLinearOperator, blocks: Array) -> BlockLinearOperator:
-    return eqx.tree_at(lambda x: x.blocks, operator, blocks)

@@ -17,6 +17,7 @@ from .._misc import as_constant, check_key, check_per_sample, show
 from .._process import AbstractProcess, DiscreteVP, latest, require_process
 from .._term import check_prediction, make_prediction, Marginal, ProbabilityFlow
 from ._times import AbstractTimeSampler, UniformTimes
+from ._weighting import DataWeighting
 
 
 class NoisedBatch(NamedTuple):
@@ -57,7 +58,7 @@ class DenoisingLoss(eqx.Module):
     predicts: PredictionName = eqx.field(static=True)
     factor: FrameName = eqx.field(static=True)
     times: AbstractTimeSampler
-    weighting: str | Callable = eqx.field(static=True)
+    weighting: str | Callable | DataWeighting
     dropout: bool = eqx.field(static=True)
     condition_dropout: float = eqx.field(static=True)
     no_condition: PyTree
@@ -69,7 +70,9 @@ class DenoisingLoss(eqx.Module):
         factor: FrameName = "R",
         *,
         times: AbstractTimeSampler = UniformTimes(),
-        weighting: Literal["prediction", "noise", "likelihood"] | Callable = "prediction",
+        weighting: Literal["prediction", "noise", "likelihood"]
+        | Callable
+        | DataWeighting = "prediction",
         dropout: bool = False,
         condition_dropout: float = 0.0,
         no_condition: PyTree = None,
@@ -88,8 +91,10 @@ class DenoisingLoss(eqx.Module):
                 $G_t^\top R_t^{-\top} \epsilon$, for a bound on the likelihood (Song et al.
                 2021b). It grows fast towards time 0: sample times there more often, by
                 [`gddim_eqx.training.ImportanceTimes`][].
-            - a function of time, such as [`gddim_eqx.training.DataWeighting`][]:
-                `"prediction"`, times its value.
+            - a [`gddim_eqx.training.DataWeighting`][]: the error of the data prediction, in
+                units of what can be known of the data. For a preconditioned network, the
+                error of its output.
+            - a function of time: `"prediction"`, times its value.
         - `dropout`: whether to call the model with `key=`, as needed by a
             [`gddim_eqx.nn.NetworkModel`][] of a network with dropout.
         - `condition_dropout`: the probability with which the condition of a sample is
@@ -106,10 +111,12 @@ class DenoisingLoss(eqx.Module):
         require_process(process)
         check_prediction(process, predicts, factor)
         known = ("prediction", "noise", "likelihood")
-        if weighting not in known and not callable(weighting):
+        if isinstance(weighting, DataWeighting):
+            weighting.check(process, predicts)
+        elif weighting not in known and not callable(weighting):
             raise ValueError(
-                f"`weighting` must be one of {known} or a function of time; got "
-                f"{show(weighting)}."
+                f"`weighting` must be one of {known}, a function of time or a "
+                f"`DataWeighting`; got {show(weighting)}."
             )
         if not isinstance(times, AbstractTimeSampler):
             raise ValueError(
@@ -242,7 +249,11 @@ class DenoisingLoss(eqx.Module):
             data = jtu.tree_map(lambda x: x / scale, self.process.encode(x))
             prediction = make_prediction(self.predicts, self.factor)
             target = prediction.target(Marginal(self.process, t), data, noise)
-            error = subtract(flow.predict(t, u, args), target)
+            predicted = flow.predict(t, u, args)
+            if isinstance(self.weighting, DataWeighting):
+                error = self.weighting.error(t, predicted, target, self.predicts)
+            else:
+                error = subtract(predicted, target)
         squares = [x.astype(t.dtype) ** 2 for x in jtu.tree_leaves(error)]
         loss = weight * jnp.mean(jnp.stack([x.mean() for x in squares]))
         if callable(self.weighting):

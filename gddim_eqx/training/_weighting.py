@@ -1,22 +1,28 @@
 import equinox as eqx
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Inexact, PyTree
 
-from .._custom_types import RealScalarLike
-from .._misc import check_positive
+from .._custom_types import PredictionName, State
+from .._linear import subtract
+from .._misc import show
+from .._model import check_normal_data, error_of_output, normal_data, NormalData
 from .._process import AbstractProcess, require_process
 
 
 class DataWeighting(eqx.Module):
-    r"""A weighting of the error of the noise prediction, for
-    [`gddim_eqx.training.DenoisingLoss`][], by which errors of the data prediction count
-    equally at all times: in units of the posterior standard deviation of the data given the
-    state, if they were normal.
+    r"""A weighting for [`gddim_eqx.training.DenoisingLoss`][] by which errors of the data
+    prediction count equally at all times: in units of the posterior standard deviation of
+    the data given the state, if they were normal.
 
     Without it, errors late in the process, where a state says little about its data, hardly
-    count, although they decide the global appearance of images. The output of a
-    [`gddim_eqx.nn.NetworkModel`][] with the same `data_std` has weight 1 at all times.
+    count, although they decide the global appearance of images. For a preconditioned
+    [`gddim_eqx.nn.NetworkModel`][] of the same data, the loss is the mean squared error of
+    the network's output.
 
-    For [`gddim_eqx.BDM`][] it is the weight of the lowest frequency.
+    For noise prediction, the error of the noise is multiplied by the number that makes this
+    so wherever the prediction is consistent with some data; under [`gddim_eqx.BDM`][], by
+    that of the lowest frequency.
 
     ??? cite "Reference"
 
@@ -25,28 +31,74 @@ class DataWeighting(eqx.Module):
     """
 
     process: AbstractProcess
-    data_std: float = eqx.field(static=True)
+    data_std: float | None = eqx.field(static=True)
+    data: NormalData | None
 
-    def __init__(self, process: AbstractProcess, data_std: float | int):
+    def __init__(
+        self,
+        process: AbstractProcess,
+        data_std: float | int | None = None,
+        data: NormalData | None = None,
+    ):
         """**Arguments:**
 
         - `process`: the forward process.
         - `data_std`: the standard deviation of the data.
+        - `data`: for data prediction, the mean and the covariance of the data in place of
+            `data_std`, as for [`gddim_eqx.nn.NetworkModel`][].
 
-        **Raises:** `ValueError` for a standard deviation that is not positive.
+        **Raises:** `ValueError` for a variance that is not positive, and for `data` as in
+        `NetworkModel`.
         """
         require_process(process)
-        check_positive(data_std=data_std)
-        self.process, self.data_std = process, float(data_std)
+        check_normal_data(process, data_std, data)
+        if data is not None and not (data.covariance.variances > 0).all():
+            raise ValueError(
+                "`data` must have a positive variance in every direction, as errors are "
+                "measured in units of it. Add a small variance to all."
+            )
+        self.process, self.data = process, data
+        self.data_std = None if data_std is None else float(data_std)
 
-    def __call__(self, t: RealScalarLike) -> Float[Array, ""]:
-        """**Arguments:**
+    def check(self, process: AbstractProcess, predicts: PredictionName) -> None:
+        """**Raises:** `ValueError` unless this weighting is for this prediction."""
+        if self.process != process:
+            raise ValueError(
+                f"The weighting is for {show(self.process)}, but the loss is for "
+                f"{show(process)}."
+            )
+        if predicts == "data" or (predicts == "noise" and self.data is None):
+            return
+        raise ValueError(
+            "`DataWeighting` is for predictions of 'data', and with `data_std` of 'noise'; "
+            f"got predicts={show(predicts)}."
+        )
+
+    def error(
+        self, t: Array, predicted: State, target: State, predicts: PredictionName
+    ) -> PyTree[Inexact[Array, "..."]]:
+        """The error of a prediction in these units, in the basis of states: of the data
+        alone, or of all components of the noise.
+
+        **Arguments:**
 
         - `t`: the time.
+        - `predicted`, `target`: what a model predicts, and should predict, in the basis of
+            states.
+        - `predicts`: what that is.
         """
+        error = subtract(predicted, target)
+        if predicts == "data":
+            data = normal_data(self.process, self.data_std, self.data)
+            assert data is not None
+            return error_of_output(self.process, data, t, error)
+        scale = jnp.sqrt(self._weight_of_noise(t))
+        return jtu.tree_map(lambda x: scale.astype(x.dtype) * x, error)
+
+    def _weight_of_noise(self, t):
         process = self.process
-        signal = process.transition(t, 0.0) * process.data_scale
+        signal = process.transition(t, jnp.zeros_like(t)) * process.data_scale
         share = (process.factor(t).inverse() @ signal).blocks[:, 0]
         signal = (share**2).sum(axis=0).max()
-        components = process.num_components
-        return components * (1 + 1 / (self.data_std**2 * signal))
+        assert self.data_std is not None
+        return process.num_components * (1 + 1 / (self.data_std**2 * signal))

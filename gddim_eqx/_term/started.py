@@ -1,0 +1,59 @@
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.tree_util as jtu
+from jax import lax
+from jaxtyping import Array, Bool
+
+from .._custom_types import Args, RealScalarLike, State
+from .._misc import check_args
+from .._process import AbstractProcess, as_time
+from .probability_flow import ProbabilityFlow
+
+
+class StartedModel(eqx.Module):
+    """A model of the data that is known in closed form at high noise levels, where another
+    model need not be evaluated. From [`gddim_eqx.GaussianStart`][]."""
+
+    evaluated: ProbabilityFlow
+    closed_form: ProbabilityFlow
+    t: Array
+    """The model is evaluated up to this time; at later times, it is the closed form."""
+    slope: Array
+
+    @property
+    def process(self) -> AbstractProcess:
+        return self.evaluated.process
+
+    @property
+    def data_std(self) -> Any:
+        return getattr(self.evaluated.model, "data_std", None)
+
+    def check_args(self, args: Args) -> None:
+        check_args(self.evaluated.model, args)
+
+    def __call__(self, t: RealScalarLike, u: State, args: Args) -> State:
+        def of(flow):
+            process = flow.process
+            initial = flow.denoised(t, process.from_data(u), args)
+            data = jtu.tree_map(lambda x: x / process.data_scale, initial)
+            return process.to_data(data)
+
+        return lax.cond(
+            self.is_closed_form(as_time(t)), lambda: of(self.closed_form), lambda: of(self.evaluated)
+        )
+
+    def is_closed_form(self, t: Array) -> Bool[Array, "..."]:
+        return t > self.t.astype(t.dtype)
+
+    def starts(self, t: Array, earliest: Array) -> Bool[Array, ""]:
+        """Whether the model is evaluated at a time, and was not at the earliest of those
+        before."""
+        return ~self.is_closed_form(t) & self.is_closed_form(earliest)
+
+
+def evaluated_model(flow: ProbabilityFlow) -> Callable:
+    """The model of a flow that is evaluated, without a closed form before it."""
+    model = flow.model
+    return model.evaluated.model if isinstance(model, StartedModel) else model
