@@ -6,6 +6,7 @@ from .basis import (
 )
 from .covariance import (
     Covariance as Covariance,
+    dot as dot,
     latent_given as latent_given,
     make_covariance as make_covariance,
 )

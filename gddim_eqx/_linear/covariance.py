@@ -16,6 +16,7 @@ from .basis import AbstractBasis, IdentityBasis
 
 
 _highest = jax.lax.Precision.HIGHEST
+dot = ft.partial(jnp.matmul, precision=_highest)
 
 
 class Covariance(eqx.Module):
@@ -88,7 +89,7 @@ class Covariance(eqx.Module):
         assert self.excess is not None
         latent = jr.normal(keys[1], (n, len(self.excess)), dtype)
         latent = jnp.sqrt(self.excess)[None] * latent
-        return x + jnp.matmul(latent, self.vectors.T, precision=_highest).reshape(x.shape)
+        return x + dot(latent, self.vectors.T).reshape(x.shape)
 
 
 def latent_given(
@@ -99,7 +100,6 @@ def latent_given(
     """The mean of standard normal variables given a measurement of `columns @ latent` with
     a diagonal precision, and the diagonal of a root of their inverse covariance. Where the
     precision is a number the columns must be orthogonal."""
-    dot = ft.partial(jnp.matmul, precision=_highest)
     if precision.size == 1:
         total = 1 + precision * (columns**2).sum(0)
         return dot(pull, columns) / total[None], jnp.sqrt(total)
@@ -116,6 +116,15 @@ def make_covariance(
 
     **Raises:** `ValueError` for anything else. Traced values are not checked."""
     size = math.prod(shape)
+    if isinstance(covariance, Covariance):
+        rows = size if covariance.vectors is None else len(covariance.vectors)
+        if covariance.variances.shape not in ((), shape) or rows != size:
+            raise ValueError(
+                f"`covariance` is that of data of another shape than `mean`, {shape}."
+            )
+        if basis not in (None, covariance.basis):
+            raise ValueError("This covariance has a basis of its own: leave out `basis`.")
+        return covariance.astype(dtype)
     parts = covariance if isinstance(covariance, tuple) else (covariance,)
     parts = [as_floats("covariance", x) for x in parts]
     shapes = [x.shape for x in parts]
@@ -195,7 +204,7 @@ class _Eigenbasis(AbstractBasis):
 
     def _times(self, x, matrix):
         flat = x.reshape(-1, len(matrix))
-        return jnp.matmul(flat, matrix, precision=_highest).reshape(x.shape)
+        return dot(flat, matrix).reshape(x.shape)
 
 
 class ConditionalCovariance(eqx.Module):

@@ -26,7 +26,7 @@ class NormalData(eqx.Module):
     def __init__(
         self,
         mean: ArrayLike | list,
-        covariance: ArrayLike | list | tuple[ArrayLike, ArrayLike, ArrayLike],
+        covariance: ArrayLike | list | tuple[ArrayLike, ArrayLike, ArrayLike] | Covariance,
         *,
         basis: AbstractBasis | None = None,
     ):
@@ -39,7 +39,8 @@ class NormalData(eqx.Module):
                 sample;
             - the covariance matrix of flattened samples, `(size, size)`;
             - a tuple of the largest eigenvalues of that matrix, `(rank,)`, their
-                eigenvectors, `(size, rank)`, and the variance in all other directions.
+                eigenvectors, `(size, rank)`, and the variance in all other directions;
+            - the `covariance` of other normal data of this shape.
         - `basis`: the basis of the variances, such as [`gddim_eqx.CosineBasis`][]; by
             default the data's own coordinates.
 
@@ -81,6 +82,11 @@ class NormalData(eqx.Module):
         (moments,), _ = moments_of(data, basis, rank)
         return cls(*moments, basis=basis)
 
+    @property
+    def basis(self) -> AbstractBasis:
+        """The basis of the variances."""
+        return self.covariance.basis
+
     def sample(self, key: Key, n: int) -> Inexact[Array, "n *shape"]:
         """Draw samples.
 
@@ -114,7 +120,7 @@ class NormalData(eqx.Module):
 
         **Raises:** `ValueError` for data or states of another shape.
         """
-        return log_density(self.law, self.shape, u, process, t)
+        return log_density(self, NormalData.law, u, process, t)
 
     @property
     def shape(self) -> tuple[int, ...]:

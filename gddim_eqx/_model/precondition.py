@@ -88,4 +88,4 @@ def check_normal_data(
     zero = jnp.zeros(process.shape)
     state = join_components([zero] * process.num_components)
     t = jnp.asarray(process.t_max)
-    jax.eval_shape(lambda: precondition(process, data, t, state, zero))
+    jax.eval_shape(lambda data: precondition(process, data, t, state, zero), data)
