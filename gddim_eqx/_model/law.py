@@ -16,6 +16,7 @@ from .._linear import (
     append_axes,
     apply,
     batch_axes,
+    between,
     BlockLinearOperator,
     check_state,
     coefficient_dtype,
@@ -89,14 +90,7 @@ def law_of_normal(
     batch, size = batch_axes(u, shape), math.prod(shape)
     inner, rest, vectors, excess = covariance.in_basis(basis, channel.is_uniform, shape)
 
-    def there(x):
-        x = x if inner is basis else inner.forward(basis.inverse(x))
-        return x.reshape(-1, size)
-
-    def back(x):
-        x = x.reshape(*batch, *shape)
-        return x if inner is basis else basis.forward(inner.inverse(x))
-
+    there, back = between(basis, inner, shape)
     # With the data `columns @ latent + remainder`, where the coefficients of the remainder
     # in the inner basis are independent, `white` is the state given the latent variables,
     # divided by a root of its covariance.
@@ -121,9 +115,12 @@ def law_of_normal(
     data = data + rest[None] * (gains * white).sum(0)
     square = square + (white**2).sum((0, 2))
     constant = volume + 0.5 * len(white) * size * math.log(2 * math.pi)
-    pull, data = inverse.transpose().mv(join_components(list(white))), back(data)
+    pull, data = (
+        inverse.transpose().mv(join_components(list(white))),
+        back(data, (*batch, *shape)),
+    )
     return Law(
-        jtu.tree_map(back, pull),
+        jtu.tree_map(lambda x: back(x, (*batch, *shape)), pull),
         _like(mean, data) + data,
         (-0.5 * square).reshape(batch) - constant,
     )
