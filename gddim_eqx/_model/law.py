@@ -59,7 +59,6 @@ class Channel(NamedTuple):
     ) -> tuple[BlockLinearOperator, Inexact[Array, "n 1 #size"]]:
         """The inverse of a root of the covariance of a state whose data have independent
         coefficients with these variances, and its product with the signal."""
-
         n, size = len(self.signal), math.prod(self.shape)
         noise = _flat(self.root.reshape(n * n, *self.root.shape[2:]), self.shape)
         signal = _flat(self.signal, self.shape)
