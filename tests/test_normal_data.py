@@ -515,9 +515,8 @@ def test_batches_may_be_empty_and_states_half_precision():
 
 def test_saving_and_loading(tmp_path):
     for kind, (x, covariance) in normals_for((3,)).items():
-        blank = jtu.tree_map(jnp.zeros_like, x)
         gd.checkpoints.save(tmp_path / kind, x)
-        assert eqx.tree_equal(gd.checkpoints.load(tmp_path / kind, like=blank), x)
+        assert eqx.tree_equal(gd.checkpoints.load(tmp_path / kind), x)
     mixture = mixture_of(x, covariance)
     gd.checkpoints.save(tmp_path / "mixture", mixture)
     blank = jtu.tree_map(jnp.zeros_like, mixture)

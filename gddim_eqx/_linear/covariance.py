@@ -112,9 +112,12 @@ def latent_given(
 def make_covariance(
     covariance: Any, basis: AbstractBasis | None, shape: tuple[int, ...], dtype
 ) -> Covariance:
-    """A covariance in one of the forms that [`gddim_eqx.NormalData`][] takes.
+    """A covariance in one of the forms that [`gddim_eqx.NormalData`][] takes. One that was
+    made before, as from a file, is taken as it is.
 
     **Raises:** `ValueError` for anything else. Traced values are not checked."""
+    if isinstance(covariance, Covariance):
+        return covariance
     size = math.prod(shape)
     parts = covariance if isinstance(covariance, tuple) else (covariance,)
     parts = [as_floats("covariance", x) for x in parts]
@@ -239,7 +242,8 @@ class ConditionalCovariance(eqx.Module):
                 f"process: `NormalData(mean, variances, basis={self.basis!r})`."
             )
         power = -0.5 if inverse else 0.5
-        scale = lambda variance: (variance / (1 + variance * self.precision)) ** power
+        # Differentiable by the precision also where the variance is 0.
+        scale = lambda v: v**power * (1 + v * self.precision) ** -power
         x, back = self._flat(x)
         y = scale(self.rest)[None] * x
         if self.vectors is not None:

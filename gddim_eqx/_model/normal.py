@@ -26,7 +26,7 @@ class NormalData(eqx.Module):
     def __init__(
         self,
         mean: ArrayLike | list,
-        covariance: ArrayLike | list | tuple[ArrayLike, ArrayLike, ArrayLike],
+        covariance: ArrayLike | list | tuple[ArrayLike, ArrayLike, ArrayLike] | Covariance,
         *,
         basis: AbstractBasis | None = None,
     ):

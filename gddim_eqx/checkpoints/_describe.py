@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._linear import CosineBasis, Covariance, FourierBasis, IdentityBasis
 from .._misc import is_array, show
+from .._model import NormalData
 from .._process import (
     BDM,
     BlurringCLD,
@@ -44,12 +46,15 @@ _classes: dict[str, type] = {
         *(BDM, BlurringCLD, CLD, DiscreteVP, EDM, HOLD, Langevin, PSLD),
         *(RectifiedFlow, SubVP, TrigonometricFlow, VE, VP),
         *(LinearSchedule, CosineSchedule),
+        *(CosineBasis, FourierBasis, IdentityBasis, Covariance, NormalData),
         *(DiT, ImageClassifier, NCSNpp, TimeMLP, NetworkModel, ProbabilityFlow),
         *(GDDIM, LearnedGDDIM, FittedSolver, AdaptedGrid),
     )
 }
-# Keys; and the order of `GDDIM`, which `num_nodes` stores.
-_not_stored = ("key", "order")
+# Keys; the order of `GDDIM`, which `num_nodes` stores; and the basis of `NormalData`, which
+# its covariance does.
+_not_stored = {"key", "order"}
+_stored_elsewhere = {NormalData: {"basis"}}
 # What describes more than a value.
 _parts = ("class", "other")
 # Former names, in older files.
@@ -66,12 +71,13 @@ def describe(value: Any, inline: bool = False) -> Any:
     - `inline`: whether to include the values of arrays, not just their shapes.
     """
     if type(value) in _classes.values():
+        left_out = _not_stored | _stored_elsewhere.get(type(value), set())
         names = inspect.signature(type(value)).parameters
         inline = isinstance(value, eqx.Module)
         arguments = {
             name: describe(getattr(value, name), inline)
             for name in names
-            if name not in _not_stored
+            if name not in left_out
         }
         return {"class": type(value).__name__, "arguments": arguments}
     if type(value) is tuple:
