@@ -67,8 +67,8 @@ def rows(flow: gd.ProbabilityFlow, num_classes: int) -> list[np.ndarray]:
     made = []
     for scale in _scales:
         guided = gd.ClassifierFreeGuidance(flow.model, scale=scale)
-        key = jax.random.key(0)
-        x, _ = gd.sample(flow.process, guided, key, len(labels), 20, args=labels)
+        guided = gd.ProbabilityFlow(flow.process, guided, flow.predicts)
+        x, _ = gd.sample(guided, jax.random.key(0), len(labels), 20, args=labels)
         made.append(np.hstack(list(gd.to_uint8(x))).squeeze())
     return made
 

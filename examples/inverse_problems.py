@@ -53,8 +53,8 @@ def restore(flow, measurement, y, number: int, num_steps: int) -> Float[Array, "
     """For each measurement, so many samples: `(number, images, 28, 28, 1)`."""
     repeated = jnp.tile(y, (number, 1, 1, 1))
     guided = gd.PosteriorGuidance(flow, repeated, measurement, noise)
-    total = len(repeated)
-    x, _ = gd.sample(flow.process, guided, jr.key(1), total, num_steps, denoise="exact")
+    guided = gd.ProbabilityFlow(flow.process, guided, flow.predicts)
+    x, _ = gd.sample(guided, jr.key(1), len(repeated), num_steps, denoise="exact")
     return x.reshape(number, len(y), *x.shape[1:])
 
 

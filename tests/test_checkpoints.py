@@ -333,6 +333,31 @@ class _Around(eqx.Module):
         return self.inner(t, u)
 
 
+@pytest.mark.parametrize("form", ("number", "spectrum", "matrix", "eigenvectors"))
+def test_networks_that_know_the_law_of_the_data(tmp_path, form):
+    process, rng = gd.VP((4, 4, 1)), np.random.default_rng(0)
+    mean, variances = rng.normal(size=(4, 4, 1)), rng.uniform(0.5, 1, (4, 4, 1))
+    vectors, _ = np.linalg.qr(rng.normal(size=(16, 2)))
+    data = {
+        "number": lambda: gd.NormalData(mean, 0.3),
+        "spectrum": lambda: gd.NormalData(mean, variances, basis=gd.CosineBasis()),
+        "matrix": lambda: gd.NormalData(mean, np.cov(rng.normal(size=(16, 99)))),
+        "eigenvectors": lambda: gd.NormalData(mean, (np.array([3.0, 2]), vectors, 0.5)),
+    }[form]()
+    network = gd.nn.TimeMLP((4, 4, 1), width=4, depth=1, key=jax.random.key(0))
+    model = gd.nn.NetworkModel(process, network, data=data)
+    flow = gd.ProbabilityFlow(process, model, "data")
+    gd.checkpoints.save(tmp_path / "model", flow)
+    loaded = gd.checkpoints.load(tmp_path / "model")
+    assert eqx.tree_equal(loaded, flow)
+    assert eqx.tree_equal(gd.checkpoints.load(tmp_path / "model", like=flow), flow)
+    # They are part of the model, but are not trained.
+    u = process.prior(jax.random.key(1), (2,))
+    slope = eqx.filter_grad(lambda model: (model(0.5, u) ** 2).sum())(model)
+    assert not any(jnp.any(x != 0) for x in jtu.tree_leaves(slope.data))
+    assert any(jnp.any(x != 0) for x in jtu.tree_leaves(slope.network))
+
+
 def test_preconditioned_networks_that_predicted_noise(tmp_path):
     process, path = gd.VP((2,)), tmp_path / "model"
     model = gd.nn.NetworkModel(process, _points(jax.random.key(0)), data_std=0.5)
@@ -862,7 +887,8 @@ def test_who_asks_for_boots_gets_boots(name):
     features = gd.metrics.Classifier()
     labels = np.repeat([9, 1], 16)
     guided = gd.ClassifierFreeGuidance(flow.model, scale=3.0)
-    x, _ = gd.sample(flow.process, guided, jax.random.key(0), 32, 20, args=labels)
+    guided = gd.ProbabilityFlow(flow.process, guided, flow.predicts)
+    x, _ = gd.sample(guided, jax.random.key(0), 32, 20, args=labels)
     vectors = features(gd.to_uint8(x))
     kinds = np.asarray(jax.vmap(features.classifier.last)(vectors)).argmax(axis=1)
     assert (kinds == labels).mean() > 0.9

@@ -64,7 +64,8 @@ class Covariance(eqx.Module):
             )
         precision = precision if uniform else jnp.broadcast_to(precision, shape)
         precision, power = precision.reshape(-1), -0.5 if inverse else 0.5
-        scale = lambda variance: (variance / (1 + variance * precision)) ** power
+        # Differentiable by the precision also where the variance is 0.
+        scale = lambda v: v**power * (1 + v * precision) ** -power
         there, back = between(basis, inner, shape)
         flat = there(x)
         y = scale(rest)[None] * flat

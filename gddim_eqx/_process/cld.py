@@ -29,9 +29,9 @@ class CLD(AbstractAugmentedProcess):
     predicted depends on it.
 
     Train networks with preconditioning, by the `data_std` of
-    [`gddim_eqx.nn.NetworkModel`][]. At the end of the process, the noise in the velocity
-    carries almost no information about the data, and a small error in it becomes a very
-    large one in the samples.
+    [`gddim_eqx.nn.NetworkModel`][], to predict data. At the end of the process, the noise
+    in the velocity carries almost no information about the data, and a small error in it,
+    even by rounding, becomes a very large one in the samples.
 
     This is equation 10 of the paper with two misprints corrected (the sign of the force,
     and the noise, which lacks the mass).

@@ -74,7 +74,8 @@ class GaussianStart(eqx.Module):
             covariance, or a [`gddim_eqx.GaussianMixture`][].
         - `t`: the time of the first evaluation. By default, the time at which states hold
             $7\,e^{-n / 2.4}$ nats of information about the data, if these are normal, for
-            $n$ evaluations; in the regime `"sharpest"` three times as many.
+            $n$ evaluations, three times as many in the regime `"sharpest"`, and at most
+            0.5 per dimension.
         - `regime`: what the defaults aim at.
             - `"nearest"`: samples near those of the exact flow of the model.
             - `"sharpest"`: sample quality. The model is first evaluated later, and more
@@ -128,6 +129,7 @@ class GaussianStart(eqx.Module):
         assert isinstance(self.data, NormalData)
         wanted = 7 * math.exp(-int(num_steps) / 2.4)
         wanted *= 3 if self.regime == "sharpest" else 1
+        wanted = min(wanted, 0.5 * self.data.mean.size)
         # At least a part of the first step of the default grid.
         low, high = 0.1 / int(num_steps), _latest
         for _ in range(14):
@@ -187,7 +189,7 @@ def known_start(
 ) -> GaussianStart | None:
     """The start for a model that has the moments of its data, where it helps."""
     process, model = flow.process, flow.model
-    few = num_steps is not None and num_steps <= 10
+    few = isinstance(num_steps, (int, np.integer)) and 0 < num_steps <= 10
     if not (few and isinstance(solver, GDDIM) and solver.space == "data"):
         return None
     std, data = (getattr(model, name, None) for name in ("data_std", "data"))

@@ -64,7 +64,7 @@ class NetworkModel(eqx.Module):
             with mean 0: of order 1 at all times. The model predicts data: use
             `predicts="data"`. (Karras et al. 2022 for VE; here for every process.) This
             speeds up learning, as a small error at high noise levels does not become a
-            large one in the data.
+            large one in the data, nor does a rounding error.
         - `data`: the same with the mean and the covariance of the data, in place of
             `data_std`. They are not trained.
 
