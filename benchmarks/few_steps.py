@@ -169,11 +169,10 @@ def _through(term: gd.ProbabilityFlow, solver: dfx.AbstractSolver, u, ts, number
     return term.process.decode(y)
 
 
-def step_through(process: AbstractProcess, model: Callable, solver, u, ts) -> jax.Array:
+def step_through(term: gd.ProbabilityFlow, solver, u, ts) -> jax.Array:
     """The data at the end of a grid of up to 300 steps. Compiled once for all lengths."""
     number = len(ts) - 1
     padded = np.pad(np.asarray(ts), (0, 300 - number), mode="edge")
-    term = gd.ProbabilityFlow(process, model)
     return _through(term, solver, u, jnp.asarray(padded), jnp.asarray(number))
 
 
@@ -216,7 +215,8 @@ def main():
             rows.append([])
             for evaluations in numbers:
                 ts = gd.time_grid(process, evaluations, grid, dtype=dtype)
-                run = lambda model, u: step_through(process, model, solver, u, ts)
+                term_of = lambda model: gd.ProbabilityFlow(process, model)
+                run = lambda model, u: step_through(term_of(model), solver, u, ts)
                 x, count = counter(run, u)
                 assert count == evaluations
                 square = (x - exact) ** 2

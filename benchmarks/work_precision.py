@@ -93,7 +93,8 @@ class Case:
         """The points of a solver on grids of several lengths, compiled once."""
 
         def run(model, u, ts):
-            return few_steps.step_through(self.process, model, solver, u, ts)
+            flow = gd.ProbabilityFlow(self.process, model)
+            return few_steps.step_through(flow, solver, u, ts)
 
         return [self.measure(run, grid(n)) for grid in grids for n in steps or self.steps]
 

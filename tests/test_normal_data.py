@@ -276,7 +276,7 @@ def test_labels_choose_the_component():
     assert max_difference(guided(t, u, jnp.array([0, 1, 2, 0]))[:3], found[:3]) <= 1e-5
     flow = gd.ProbabilityFlow(process, model, "data")
     assert gd.sample(flow, jr.key(0), 4, 3, args=jnp.arange(4) % 3).x.shape == (4, 3)
-    with pytest.raises(ValueError, match="Labels must be from 0 to 2.*got 3"):
+    with pytest.raises(ValueError, match="labels from 0 to 2.*got"):
         gd.sample(flow, jr.key(0), 4, 3, args=jnp.arange(4))
     with pytest.raises(ValueError, match="needs the label of each sample"):
         gd.sample(flow, jr.key(0), 4, 3)
@@ -418,6 +418,10 @@ bad_arguments = {
         "`basis` is for variances",
     ),
     "process": (lambda: _normal(1.0).model(gd.VP((2,))), r"\(3,\).*\(2,\)"),
+    "covariance of another": (
+        lambda: gd.NormalData(np.zeros(2), _normal(_eye).covariance),
+        "of another shape",
+    ),
     "no process": (lambda: _normal(1.0).model("vp"), "`process` must be"),
     "prediction": (lambda: _normal(1.0).model(gd.CLD((3,)), "v"), "not defined for CLD"),
     "density": (lambda: _normal(1.0).log_density(jnp.ones((2, 4))), r"shape \(2, 4\)"),
@@ -504,6 +508,8 @@ def test_construction_can_be_traced_and_differentiated():
 def test_batches_may_be_empty_and_states_half_precision():
     process = gd.CLD((3,))
     for x, _ in normals_for((3,)).values():
+        single = process.prior(jr.key(0), (2,), jnp.float32)
+        assert x.log_density(single, process, 0.4).dtype == jnp.float32
         model = x.model(process, "data")
         for batch in [(), (0,), (2, 0)]:
             u = process.prior(jr.key(0), batch)
@@ -514,10 +520,16 @@ def test_batches_may_be_empty_and_states_half_precision():
 
 
 def test_saving_and_loading(tmp_path):
-    for kind, (x, covariance) in normals_for((3,)).items():
+    x, covariance = normals_for((2, 3, 1))["matrix"]
+    kinds = {kind: x for kind, (x, _) in normals_for((2, 3, 1)).items()}
+    network = gd.nn.presets.mlp((8, 8, 1), width=4, key=jr.key(0))
+    scales = np.linspace(1, 2, 64).reshape(8, 8, 1)
+    data = gd.NormalData(np.zeros((8, 8, 1)), scales, basis=gd.CosineBasis())
+    kinds["model"] = gd.nn.NetworkModel(gd.VP((8, 8, 1)), network, data=data)
+    for kind, x in kinds.items():
         gd.checkpoints.save(tmp_path / kind, x)
         assert eqx.tree_equal(gd.checkpoints.load(tmp_path / kind), x)
-    mixture = mixture_of(x, covariance)
+    mixture = mixture_of(kinds["matrix"], covariance)
     gd.checkpoints.save(tmp_path / "mixture", mixture)
     blank = jtu.tree_map(jnp.zeros_like, mixture)
     assert eqx.tree_equal(gd.checkpoints.load(tmp_path / "mixture", like=blank), mixture)

@@ -1,5 +1,7 @@
 """Starts in closed form at high noise levels."""
 
+from typing import Any
+
 import diffrax as dfx
 import equinox as eqx
 import jax
@@ -10,11 +12,9 @@ import numpy as np
 import pytest
 
 import gddim_eqx as gd
+from gddim_eqx._exponential import COORDINATES
 
 from .helpers import accurate, every_process, max_difference, processes, solve
-
-
-X64 = jnp.result_type(float) == np.float64
 
 
 def normal_for(process, seed=0):
@@ -51,11 +51,29 @@ def test_free_steps_converge_to_the_flow_of_normal_data(name):
         assert float(ts[-1]) == pytest.approx(t)
         errors.append(max_difference(solve(flow, gd.GDDIM(), ts, u), expected))
     size = max(float(jnp.abs(x).max()) for x in jtu.tree_leaves(expected))
-    if X64:
-        assert errors[1] < 2e-4 * size
-        assert errors[1] < errors[0] / 4
-    else:
-        assert errors[1] < 1e-3 * size
+    assert errors[1] < 2e-4 * size
+    assert errors[1] < errors[0] / 4
+
+
+@pytest.mark.precision
+def test_free_steps_follow_the_closed_form():
+    """Under VP, normal data keep their distance from the mean in standard deviations."""
+    process, t = gd.VP((3,)), 0.4
+    mean, variances = np.array([0.5, -1.0, 0.2]), np.array([0.1, 1.0, 3.0])
+    data = gd.NormalData(mean, variances)
+    u = process.prior(jr.key(0), (5,))
+    start = gd.GaussianStart(data, t, num_free=100)
+    ts = start.time_grid(process, 2)[:101]
+    found = solve(start.flow(flow_of(process, data), 2), gd.GDDIM(), ts, u)
+
+    def moments(t):
+        signal = float(process.transition(t, 0.0).blocks[0, 0])
+        noise = float(process.covariance(t).blocks[0, 0])
+        return signal * mean, np.sqrt(noise + signal**2 * variances)
+
+    (before, wide), (after, narrow) = moments(process.t_max), moments(t)
+    expected = after + (np.asarray(u, np.float64) - before) / wide * narrow
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["vp", "cld", "rectified"])
@@ -88,7 +106,7 @@ def test_every_step_is_exact_for_two_points(name):
     found = solve(flow, gd.GDDIM(), ts, u)
     for point, ends in zip(points, ((ts[0], ts[6]), (ts[6], ts[-1]))):
         u = solve(flow_of(process, point), gd.GDDIM(1), jnp.stack(ends), u)
-    assert max_difference(found, u) < (1e-9 if X64 else 2e-4)
+    assert max_difference(found, u) < 1e-9
 
 
 def test_slope_is_that_of_the_first_step():
@@ -96,7 +114,6 @@ def test_slope_is_that_of_the_first_step():
     exactly."""
     process, t = gd.VP((2,)), 0.45
     ts = gd.GaussianStart(gd.NormalData(jnp.zeros(2), 0.0), t).time_grid(process, 2)
-    from gddim_eqx._exponential import COORDINATES
 
     def place(t):
         return COORDINATES["clock"](process, t, process.log_snr(t), jnp.asarray(False))
@@ -114,7 +131,7 @@ def test_slope_is_that_of_the_first_step():
         before = solve(flow, gd.GDDIM(), ts[:7], u)
         after = solve(flow, gd.GDDIM(), ts[:8], u)
         expected = accurate(exact, ts[6], ts[7], before)
-        assert (max_difference(after, expected) < (1e-6 if X64 else 1e-4)) == close
+        assert (max_difference(after, expected) < 1e-6) == close
 
 
 @pytest.mark.parametrize(
@@ -134,7 +151,7 @@ def test_model_is_evaluated_only_after_the_start(solver, lam, evaluations):
     process = gd.VP((2,))
     flow = gd.ProbabilityFlow(process, _never, "data")
     start = gd.GaussianStart(gd.NormalData(jnp.zeros(2), 1.0), 0.4)
-    options = dict(lam=lam, start=start)
+    options: dict[str, Any] = dict(lam=lam, start=start)
     x, found = gd.sample(flow, jr.key(0), 6, 5, solver, **options)
     assert np.isfinite(x).all()
     assert found == evaluations
@@ -165,6 +182,7 @@ def test_default_time_is_earlier_for_more_evaluations():
     assert process.t_min < times[0] < times[-1] < process.t_max
 
 
+@pytest.mark.precision
 @pytest.mark.parametrize("variance, size", [(1.0, 4), (0.04, 100)])
 def test_default_time_is_that_of_some_information(variance, size):
     """Under VP, of independent data of equal variance."""
@@ -182,17 +200,17 @@ def test_sample_starts_by_itself_where_it_knows_the_data():
     flow = gd.ProbabilityFlow(process, model, "data")
     x, evaluations = gd.sample(flow, jr.key(0), 8, 4)
     assert evaluations == 4
-    start = gd.GaussianStart(gd.NormalData(jnp.zeros(3), 0.8**2))
+    start = gd.GaussianStart(gd.NormalData(jnp.zeros(3), 0.8**2), None, "sharpest")
     np.testing.assert_array_equal(x, gd.sample(flow, jr.key(0), 8, 4, start=start).x)
-    for options in (
-        dict(start=None),
-        dict(lam=1.0),
-        dict(solver=gd.GDDIM(space="noise")),
+    others: list[dict[str, Any]] = [
+        dict(num_steps=4, start=None),
+        dict(num_steps=4, lam=1.0),
+        dict(num_steps=4, solver=gd.GDDIM(space="noise")),
         dict(ts=gd.time_grid(process, 4)),
-    ):
-        number = {} if "ts" in options else dict(num_steps=4)
+    ]
+    for options in others:
         with pytest.raises(FloatingPointError, match="not finite"):
-            gd.sample(flow, jr.key(0), 8, **number, **options)
+            gd.sample(flow, jr.key(0), 8, **options)
 
 
 def test_started_flow_has_a_likelihood_and_derivatives():
@@ -206,12 +224,13 @@ def test_started_flow_has_a_likelihood_and_derivatives():
     ts = gd.GaussianStart(data, 0.4).time_grid(process, 3)
     u = process.prior(jr.key(1), (2,))
     total = lambda u: gd.generate(started, u, solver=gd.GDDIM(), ts=ts).sum()
-    step = 1e-4 if X64 else 1e-2
+    step = 1e-4
     ahead, behind = total(u + step), total(u - step)
     slope = jax.grad(total)(u).sum()
     assert float(slope) == pytest.approx(float(ahead - behind) / (2 * step), rel=1e-2)
 
 
+@pytest.mark.precision
 def test_start_in_half_precision_and_for_a_mixture():
     process = gd.VP((2,))
     mixture = gd.GaussianMixture([[1.0, 0.0], [-1.0, 0.0]], 0.3)

@@ -5,7 +5,9 @@ from .basis import (
     IdentityBasis as IdentityBasis,
 )
 from .covariance import (
+    between as between,
     Covariance as Covariance,
+    dot as dot,
     latent_given as latent_given,
     make_covariance as make_covariance,
 )

@@ -1,5 +1,6 @@
 import functools as ft
 import math
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -15,7 +16,7 @@ from .._misc import as_floats
 from .basis import AbstractBasis, IdentityBasis
 
 
-_highest = jax.lax.Precision.HIGHEST
+dot = ft.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 class Covariance(eqx.Module):
@@ -33,27 +34,46 @@ class Covariance(eqx.Module):
     def astype(self, dtype) -> "Covariance":
         return jax.tree_util.tree_map(lambda x: x.astype(dtype), self)
 
-    def given(
+    def root_given(
         self,
         precision: Inexact[Array, "*spectrum"],
         basis: AbstractBasis,
+        x: Inexact[Array, "..."],
         shape: tuple[int, ...],
-    ) -> "ConditionalCovariance":
-        r"""The covariance given a measurement of all coefficients in a basis, $(C^{-1} +
-        D)^{-1}$.
+        inverse: bool = False,
+    ) -> Inexact[Array, "..."]:
+        r"""Multiply by the symmetric square root of the covariance given a measurement,
+        $(C^{-1} + D)^{-1}$, or by its inverse.
 
         **Arguments:**
 
-        - `precision`: $D$: a scalar, or one number per coefficient.
-        - `basis`: the basis of the coefficients.
+        - `precision`: $D$, of coefficients in a basis: a scalar, or one number for each.
+        - `basis`: that basis.
+        - `x`: coefficients in it, `(*batch, *shape)`.
         - `shape`: the shape of the data.
-        """
+
+        **Raises:** `ValueError` where it would take a decomposition at every time."""
         uniform = precision.size == 1
         inner, rest, vectors, excess = self.in_basis(basis, uniform, shape)
-        precision = jnp.broadcast_to(precision, shape) if precision.size > 1 else precision
-        return ConditionalCovariance(
-            precision.reshape(-1), rest, vectors, excess, inner, basis, shape
-        )
+        if vectors is not None and not uniform:
+            raise ValueError(
+                "The square root of the covariance of data given a state is not known in "
+                "closed form, as the process acts on each coefficient in a basis of its "
+                "own. Give the data a single variance, or variances in the basis of the "
+                f"process: `NormalData(mean, variances, basis={basis!r})`."
+            )
+        precision = precision if uniform else jnp.broadcast_to(precision, shape)
+        precision, power = precision.reshape(-1), -0.5 if inverse else 0.5
+        # Differentiable by the precision also where the variance is 0.
+        scale = lambda v: v**power * (1 + v * precision) ** -power
+        there, back = between(basis, inner, shape)
+        flat = there(x)
+        y = scale(rest)[None] * flat
+        if vectors is not None:
+            assert excess is not None
+            change = scale(rest + excess) - scale(rest)
+            y = y + dot(dot(flat, vectors) * change[None], vectors.T)
+        return back(y, x.shape)
 
     def in_basis(self, basis: AbstractBasis, uniform: bool, shape: tuple[int, ...]):
         """The variances, flattened, the eigenvectors and the excess in a basis: in this
@@ -88,7 +108,24 @@ class Covariance(eqx.Module):
         assert self.excess is not None
         latent = jr.normal(keys[1], (n, len(self.excess)), dtype)
         latent = jnp.sqrt(self.excess)[None] * latent
-        return x + jnp.matmul(latent, self.vectors.T, precision=_highest).reshape(x.shape)
+        return x + dot(latent, self.vectors.T).reshape(x.shape)
+
+
+def between(
+    basis: AbstractBasis, inner: AbstractBasis, shape: tuple[int, ...]
+) -> tuple[Callable[[Array], Array], Callable[[Array, tuple[int, ...]], Array]]:
+    """From coefficients in a basis, `(*batch, *shape)`, to those in another, `(number,
+    size)`, and back to a given shape."""
+
+    def there(x):
+        x = x if inner == basis else inner.forward(basis.inverse(x))
+        return x.reshape(-1, math.prod(shape))
+
+    def back(x, to):
+        x = x.reshape(to)
+        return x if inner == basis else basis.forward(inner.inverse(x))
+
+    return there, back
 
 
 def latent_given(
@@ -99,7 +136,6 @@ def latent_given(
     """The mean of standard normal variables given a measurement of `columns @ latent` with
     a diagonal precision, and the diagonal of a root of their inverse covariance. Where the
     precision is a number the columns must be orthogonal."""
-    dot = ft.partial(jnp.matmul, precision=_highest)
     if precision.size == 1:
         total = 1 + precision * (columns**2).sum(0)
         return dot(pull, columns) / total[None], jnp.sqrt(total)
@@ -112,13 +148,19 @@ def latent_given(
 def make_covariance(
     covariance: Any, basis: AbstractBasis | None, shape: tuple[int, ...], dtype
 ) -> Covariance:
-    """A covariance in one of the forms that [`gddim_eqx.NormalData`][] takes. One that was
-    made before, as from a file, is taken as it is.
+    """A covariance in one of the forms that [`gddim_eqx.NormalData`][] takes.
 
     **Raises:** `ValueError` for anything else. Traced values are not checked."""
-    if isinstance(covariance, Covariance):
-        return covariance
     size = math.prod(shape)
+    if isinstance(covariance, Covariance):
+        rows = size if covariance.vectors is None else len(covariance.vectors)
+        if covariance.variances.shape not in ((), shape) or rows != size:
+            raise ValueError(
+                f"`covariance` is that of data of another shape than `mean`, {shape}."
+            )
+        if basis not in (None, covariance.basis):
+            raise ValueError("This covariance has a basis of its own: leave out `basis`.")
+        return covariance.astype(dtype)
     parts = covariance if isinstance(covariance, tuple) else (covariance,)
     parts = [as_floats("covariance", x) for x in parts]
     shapes = [x.shape for x in parts]
@@ -198,69 +240,4 @@ class _Eigenbasis(AbstractBasis):
 
     def _times(self, x, matrix):
         flat = x.reshape(-1, len(matrix))
-        return jnp.matmul(flat, matrix, precision=_highest).reshape(x.shape)
-
-
-class ConditionalCovariance(eqx.Module):
-    r"""The covariance $(C^{-1} + D)^{-1}$ of data given a measurement. In the coordinates
-    of `inner`, $D$ and the remainder $r$ of $C$ are diagonal."""
-
-    precision: Inexact[Array, " #size"]
-    rest: Inexact[Array, " #size"]
-    vectors: Inexact[Array, "size rank"] | None
-    excess: Inexact[Array, " rank"] | None
-    inner: AbstractBasis
-    basis: AbstractBasis
-    shape: tuple[int, ...] = eqx.field(static=True)
-
-    def mv(self, pull: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
-        """Multiply coefficients in `basis`, `(*batch, *shape)`."""
-        x, back = self._flat(pull)
-        rest, precision = self.rest[None], self.precision[None]
-        shrink = 1 / (1 + rest * precision)
-        if self.vectors is None:
-            return back(rest * shrink * x)
-        assert self.excess is not None
-        # With data `vectors @ latent + remainder`, first the latent variables given the
-        # measurement, then the remainder given both.
-        columns = self.vectors * jnp.sqrt(self.excess)[None]
-        latent, _ = latent_given(shrink * x, columns, (precision * shrink)[0])
-        explained = jnp.matmul(latent, columns.T, precision=_highest)
-        return back(shrink * (explained + rest * x))
-
-    def root_mv(
-        self, x: Inexact[Array, "..."], inverse: bool = False
-    ) -> Inexact[Array, "..."]:
-        """Multiply coefficients in `basis` by the symmetric square root, or its inverse.
-
-        **Raises:** `ValueError` where it would take a decomposition at every time."""
-        if self.vectors is not None and self.precision.size > 1:
-            raise ValueError(
-                "The square root of the covariance of data given a state is not known in "
-                "closed form, as the process acts on each coefficient in a basis of its "
-                "own. Give the data a single variance, or variances in the basis of the "
-                f"process: `NormalData(mean, variances, basis={self.basis!r})`."
-            )
-        power = -0.5 if inverse else 0.5
-        # Differentiable by the precision also where the variance is 0.
-        scale = lambda v: v**power * (1 + v * self.precision) ** -power
-        x, back = self._flat(x)
-        y = scale(self.rest)[None] * x
-        if self.vectors is not None:
-            assert self.excess is not None
-            change = scale(self.rest + self.excess) - scale(self.rest)
-            along = jnp.matmul(x, self.vectors, precision=_highest) * change[None]
-            y = y + jnp.matmul(along, self.vectors.T, precision=_highest)
-        return back(y)
-
-    def _flat(self, x):
-        """Coefficients in `inner`, `(number, size)`, and the way back."""
-        batch = x.shape[: x.ndim - len(self.shape)]
-        same = self.inner == self.basis
-        x = x if same else self.inner.forward(self.basis.inverse(x))
-
-        def back(x):
-            x = x.reshape(*batch, *self.shape)
-            return x if same else self.basis.forward(self.inner.inverse(x))
-
-        return x.reshape(-1, math.prod(self.shape)), back
+        return dot(flat, matrix).reshape(x.shape)

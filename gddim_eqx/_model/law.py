@@ -5,9 +5,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Inexact
 
 from .._custom_types import Args, PredictionName, RealScalarLike, State
@@ -16,16 +16,19 @@ from .._linear import (
     append_axes,
     apply,
     batch_axes,
+    between,
     BlockLinearOperator,
     check_state,
     coefficient_dtype,
     Covariance,
+    dot,
     IdentityBasis,
     join_components,
     latent_given,
     matmul,
     square_root_of_sum,
 )
+from .._misc import show
 from .._process import AbstractProcess, require_process, time_for
 from .._term import check_prediction, make_prediction, Marginal
 
@@ -56,7 +59,6 @@ class Channel(NamedTuple):
     ) -> tuple[BlockLinearOperator, Inexact[Array, "n 1 #size"]]:
         """The inverse of a root of the covariance of a state whose data have independent
         coefficients with these variances, and its product with the signal."""
-
         n, size = len(self.signal), math.prod(self.shape)
         noise = _flat(self.root.reshape(n * n, *self.root.shape[2:]), self.shape)
         signal = _flat(self.signal, self.shape)
@@ -87,14 +89,7 @@ def law_of_normal(
     batch, size = batch_axes(u, shape), math.prod(shape)
     inner, rest, vectors, excess = covariance.in_basis(basis, channel.is_uniform, shape)
 
-    def there(x):
-        x = x if inner is basis else inner.forward(basis.inverse(x))
-        return x.reshape(-1, size)
-
-    def back(x):
-        x = x.reshape(*batch, *shape)
-        return x if inner is basis else basis.forward(inner.inverse(x))
-
+    there, back = between(basis, inner, shape)
     # With the data `columns @ latent + remainder`, where the coefficients of the remainder
     # in the inner basis are independent, `white` is the state given the latent variables,
     # divided by a root of its covariance.
@@ -113,15 +108,18 @@ def law_of_normal(
         columns = vectors * jnp.sqrt(excess)[None]
         precision = (gains**2).sum((0, 1))
         latent, total = latent_given((gains * white).sum(0), columns, precision)
-        data = jnp.matmul(latent, columns.T, precision=jax.lax.Precision.HIGHEST)
+        data = dot(latent, columns.T)
         white = white - gains * data[None]
         square, volume = (latent**2).sum(1), volume + jnp.log(total).sum()
     data = data + rest[None] * (gains * white).sum(0)
     square = square + (white**2).sum((0, 2))
     constant = volume + 0.5 * len(white) * size * math.log(2 * math.pi)
-    pull, data = inverse.transpose().mv(join_components(list(white))), back(data)
+    pull, data = (
+        inverse.transpose().mv(join_components(list(white))),
+        back(data, (*batch, *shape)),
+    )
     return Law(
-        jtu.tree_map(back, pull),
+        jtu.tree_map(lambda x: back(x, (*batch, *shape)), pull),
         _like(mean, data) + data,
         (-0.5 * square).reshape(batch) - constant,
     )
@@ -139,24 +137,30 @@ def _like(x, array):
 
 
 def log_density(
-    law: Callable[[Channel, State], Law],
-    shape: tuple[int, ...],
+    data: Any,
+    law: Callable[[Any, Channel, State], Law],
     u: State,
     process: AbstractProcess | None,
     t: RealScalarLike,
 ) -> Inexact[Array, "*batch"]:
     """The log density of data, or of states under a process."""
-    if process is None:
-        u = check_state(u, 1, shape, "The data")
-        dtype = coefficient_dtype(u)
-        none = jnp.zeros((1, 1), dtype)
-        channel = Channel(jnp.ones(1, dtype), none, IdentityBasis(), shape)
-    else:
+    shape, number = data.shape, 1
+    if process is not None:
         check_shape(process, shape)
-        u = check_state(u, process.num_components, shape, "The state")
-        dtype = coefficient_dtype(u)
+        number = process.num_components
+    u = check_state(u, number, shape, "The data" if process is None else "The state")
+    dtype = coefficient_dtype(u)
+    u, data = _cast((u, data), dtype)
+    if process is not None:
         channel = Channel.of(process, time_for(u, t))
-    return law(channel, jtu.tree_map(lambda x: x.astype(dtype), u)).log_density
+    else:
+        one, none = jnp.ones(1, dtype), jnp.zeros((1, 1), dtype)
+        channel = Channel(one, none, IdentityBasis(), shape)
+    return law(data, channel, u).log_density
+
+
+def _cast(tree, dtype):
+    return jtu.tree_map(lambda x: x.astype(dtype), tree)
 
 
 def check_shape(process: AbstractProcess, shape: tuple[int, ...]) -> None:
@@ -187,16 +191,22 @@ class ExactModel(eqx.Module):
 
     def check_args(self, args: Args) -> None:
         """As in [`gddim_eqx.nn.NetworkModel`][]."""
-        if not (self.no_condition is None or args is None):
-            self.data.check_labels(args)
+        if (none := self.no_condition) is None or args is None:
+            return
+        labels = np.asarray(args)
+        if labels.dtype.kind not in "iu" or ((labels < 0) | (labels > none)).any():
+            raise ValueError(
+                f"The condition must be integer labels from 0 to {none}, which stands for "
+                f"all components; got {show(args)}."
+            )
 
     def __call__(self, t: RealScalarLike, u: State, args: Args = None) -> State:
         process = self.process
         u = check_state(u, process.num_components, process.shape, "The state")
         given, t = jtu.tree_leaves(u)[0].dtype, time_for(u, t)
         # In single precision if states are in half precision.
-        u = process.from_data(jtu.tree_map(lambda x: x.astype(t.dtype), u))
-        data = jtu.tree_map(lambda x: x.astype(t.dtype), self.data)
+        u, data = _cast((u, self.data), t.dtype)
+        u = process.from_data(u)
         channel = Channel.of(process, t)
         # At time 0 there may be no noise, in directions in which data do not vary.
         some = 1e-18 * jnp.eye(process.num_components, dtype=t.dtype)
@@ -210,4 +220,4 @@ class ExactModel(eqx.Module):
             noise = apply(process.factor(t).transpose(), law.pull)
             prediction = make_prediction(self.predicts, "R")
             value = prediction.target(Marginal(process, t), initial, noise)
-        return jtu.tree_map(lambda x: x.astype(given), process.to_data(value))
+        return _cast(process.to_data(value), given)

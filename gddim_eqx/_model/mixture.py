@@ -17,6 +17,7 @@ from .._linear import (
     append_axes,
     batch_axes,
     Covariance,
+    dot,
     IdentityBasis,
     join_components,
 )
@@ -174,9 +175,8 @@ class GaussianMixture(eqx.Module):
     ) -> Inexact[Array, "*batch"]:
         """As [`gddim_eqx.NormalData.log_density`][]. `args` are the labels of a labelled
         mixture."""
-        like = self if self.covariances is not None else _with_covariances(self)
-        law = lambda channel, u: like.law(channel, u, args)
-        return log_density(law, self.shape, u, process, t)
+        law = lambda data, *given: data._by_component(*given, args)
+        return log_density(self, law, u, process, t)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -207,25 +207,10 @@ class GaussianMixture(eqx.Module):
         """
         return ExactModel(self, process, predicts)
 
-    def check_labels(self, args: Args) -> None:
-        """**Raises:** `ValueError` unless given labels."""
-        labels = np.asarray(args)
-        if labels.dtype.kind not in "iu":
-            raise ValueError(
-                "The condition must be integer labels, one per sample, from 0 to "
-                f"{self.no_condition} (for no class); got {show(args)}."
-            )
-        if wrong := labels[(labels < 0) | (labels > self.no_condition)].tolist():
-            raise ValueError(
-                f"Labels must be from 0 to {self.no_condition}, which stands for no class; "
-                f"got {wrong[0]}."
-            )
-
     def law(self, channel: Channel, u: State, args: Args = None) -> Law:
-        prior = self._log_prior(args, batch_axes(u, self.shape))
         if self.covariances is not None:
-            return self._by_component(channel, u, prior)
-        return self._together(channel, u, prior)
+            return self._by_component(channel, u, args)
+        return self._together(channel, u, args)
 
     def _log_prior(self, args, batch):
         """The logarithms of the weights given labels, `(components, *batch)`."""
@@ -246,8 +231,9 @@ class GaussianMixture(eqx.Module):
         log_prior = jnp.where(label == number, log_weights, given)
         return jnp.where((label < 0) | (label > number), jnp.nan, log_prior)
 
-    def _by_component(self, channel, u, log_prior):
-        # One after the other, as each may take as much memory as all states.
+    def _by_component(self, channel, u, args):
+        """One after the other, as each may take as much memory as all states."""
+
         def add(total, part):
             mean, covariance, log_prior = part
             law = law_of_normal(channel, u, mean, covariance)
@@ -266,21 +252,25 @@ class GaussianMixture(eqx.Module):
         batch = batch_axes(u, self.shape)
         none = jnp.full(batch, -jnp.inf, like.dtype)
         start = Law(jtu.tree_map(jnp.zeros_like, u), jnp.zeros_like(like), none)
-        parts = self.means, self.covariances, log_prior
+        covariances = self.covariances
+        if covariances is None:
+            variance = jnp.full_like(self.weights, self.scale**2)
+            covariances = Covariance(variance, IdentityBasis())
+        parts = self.means, covariances, self._log_prior(args, batch)
         return jax.lax.scan(add, start, parts)[0]
 
-    def _together(self, channel, u, log_prior):
+    def _together(self, channel, u, args):
         """As `_by_component`, for equal covariances: by two matrix products."""
         size = math.prod(channel.shape)
         variance = jnp.full(1, self.scale**2, channel.signal.dtype)
         inverse, gains = channel.whiten(variance)
         means = channel.basis.forward(self.means).reshape(-1, size)
-        dot = ft.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
         leaves = [x.reshape(-1, size) for x in jtu.tree_leaves(u)]
         white = jnp.stack(jtu.tree_leaves(inverse.mv(join_components(leaves))))
         fit = dot((gains * white).sum(0), means.T)
         penalty = 0.5 * ((gains**2).sum((0, 1))[None] * means**2).sum(1)
-        logits = fit - penalty[None] + log_prior.reshape(len(means), -1).T
+        prior = self._log_prior(args, batch_axes(u, self.shape))
+        logits = fit - penalty[None] + prior.reshape(len(means), -1).T
         mean = dot(jax.nn.softmax(logits, axis=-1), means)
         white = white - gains * mean[None]
         data = mean + self.scale**2 * (gains * white).sum(0)
@@ -312,11 +302,3 @@ def _as_classes(number: int, x: np.ndarray, labels: Any) -> np.ndarray:
             f"got {show(labels)}."
         )
     return labels
-
-
-def _with_covariances(mixture: GaussianMixture) -> GaussianMixture:
-    variances = jnp.full(len(mixture.means), mixture.scale**2, mixture.means.dtype)
-    covariances = Covariance(variances, IdentityBasis())
-    return eqx.tree_at(
-        lambda x: x.covariances, mixture, covariances, is_leaf=lambda x: x is None
-    )

@@ -1,15 +1,13 @@
-import functools as ft
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Inexact
 
 from .._custom_types import Args, Key, PredictionName, RealScalarLike, State
-from .._linear import AbstractBasis, apply, Covariance, make_covariance
+from .._linear import AbstractBasis, Covariance, make_covariance
 from .._misc import as_floats, check_count, check_instance, check_key
 from .._process import AbstractProcess
 from .law import Channel, ExactModel, Law, law_of_normal, log_density
@@ -39,7 +37,8 @@ class NormalData(eqx.Module):
                 sample;
             - the covariance matrix of flattened samples, `(size, size)`;
             - a tuple of the largest eigenvalues of that matrix, `(rank,)`, their
-                eigenvectors, `(size, rank)`, and the variance in all other directions.
+                eigenvectors, `(size, rank)`, and the variance in all other directions;
+            - the `covariance` of other normal data of this shape.
         - `basis`: the basis of the variances, such as [`gddim_eqx.CosineBasis`][]; by
             default the data's own coordinates.
 
@@ -81,6 +80,11 @@ class NormalData(eqx.Module):
         (moments,), _ = moments_of(data, basis, rank)
         return cls(*moments, basis=basis)
 
+    @property
+    def basis(self) -> AbstractBasis:
+        """The basis of the variances."""
+        return self.covariance.basis
+
     def sample(self, key: Key, n: int) -> Inexact[Array, "n *shape"]:
         """Draw samples.
 
@@ -114,7 +118,7 @@ class NormalData(eqx.Module):
 
         **Raises:** `ValueError` for data or states of another shape.
         """
-        return log_density(self.law, self.shape, u, process, t)
+        return log_density(self, NormalData.law, u, process, t)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -143,54 +147,3 @@ class NormalData(eqx.Module):
         prediction is not defined for it.
         """
         return ExactModel(self, process, predicts)
-
-
-class Measurement(NamedTuple):
-    """What a state says about the data: their coefficients in the process' basis, with
-    independent normal noise of standard deviation 1 in each component."""
-
-    values: tuple[Array, ...]
-    """$L_t^{-1} u$, with the Cholesky factor $L_t$ of the covariance."""
-    gains: Inexact[Array, "n *spectrum"]
-    r"""What multiplies the data in them, $L_t^{-1} \Psi(t, 0)$ times `data_scale`."""
-
-    @classmethod
-    def of(cls, process: AbstractProcess, t: Array, u: State) -> "Measurement":
-        """**Arguments:** the process, the time, which is not 0, and a state in the basis
-        of states."""
-        root = process.cholesky(t).inverse()
-        signal = process.transition(t, jnp.zeros_like(t)) * process.data_scale
-        return cls(tuple(jtu.tree_leaves(apply(root, u))), (root @ signal).blocks[:, 0])
-
-    @property
-    def precision(self) -> Inexact[Array, "*spectrum"]:
-        return (self.gains**2).sum(0)
-
-    def residual(self, data: Array) -> tuple[Array, ...]:
-        """The noise in the measurement, if these are the coefficients of the data."""
-        return tuple(x - _like(a, data) * data for a, x in zip(self.gains, self.values))
-
-    def pull(self, residual: tuple[Array, ...]) -> Array:
-        """The transpose of the measurement."""
-        pulls = [_like(a, x) * x for a, x in zip(self.gains, residual)]
-        return ft.reduce(jnp.add, pulls)
-
-
-def _like(x, array):
-    """With leading axes of size 1."""
-    return jnp.expand_dims(x, tuple(range(array.ndim - x.ndim)))
-
-
-def posterior_mean(
-    process: AbstractProcess,
-    measurement: Measurement,
-    mean: Inexact[Array, "*shape"],
-    covariance: Covariance,
-) -> Inexact[Array, "..."]:
-    """The mean of normal data given a state, in the process' basis.
-
-    **Arguments:** the process, the state, and mean and covariance of the data, the mean in
-    the data's own coordinates."""
-    given = covariance.given(measurement.precision, process.basis, process.shape)
-    mean = _like(process.basis.forward(mean), measurement.values[0])
-    return mean + given.mv(measurement.pull(measurement.residual(mean)))

@@ -8,10 +8,11 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Inexact
 
 from .._custom_types import State
-from .._linear import join_components
+from .._linear import AbstractBasis, join_components
 from .._misc import check_instance, check_positive
 from .._process import AbstractProcess
-from .normal import Measurement, NormalData, posterior_mean
+from .law import Channel, law_of_normal
+from .normal import NormalData
 
 
 def precondition(
@@ -33,10 +34,9 @@ def precondition(
     data = jtu.tree_map(lambda x: jax.lax.stop_gradient(x.astype(t.dtype)), data)
     u = jtu.tree_map(lambda x: x.astype(t.dtype), u)
     clean, t = _without_noise(process, t)
-    measurement = Measurement.of(process, t, u)
-    x = posterior_mean(process, measurement, data.mean, data.covariance)
-    posterior = data.covariance.given(measurement.precision, process.basis, process.shape)
-    x = x + posterior.root_mv(process.basis.forward(output.astype(t.dtype)))
+    x = law_of_normal(Channel.of(process, t), u, data.mean, data.covariance).data
+    output = process.basis.forward(output.astype(t.dtype))
+    x = x + data.covariance.root_given(*_precision(process, t), output, process.shape)
     x = jnp.where(clean, jtu.tree_leaves(u)[0] / process.data_scale, x).astype(given)
     return join_components([x, *[jnp.zeros_like(x)] * (process.num_components - 1)])
 
@@ -47,10 +47,17 @@ def error_of_output(
     """The error of the output of `precondition` that has this error of the prediction. In
     the basis of states."""
     data = jtu.tree_map(lambda x: x.astype(t.dtype), data)
-    error = jtu.tree_map(lambda x: x.astype(t.dtype), error)
-    measurement = Measurement.of(process, _without_noise(process, t)[1], error)
-    posterior = data.covariance.given(measurement.precision, process.basis, process.shape)
-    return posterior.root_mv(jtu.tree_leaves(error)[0], inverse=True)
+    error = jtu.tree_leaves(error)[0].astype(t.dtype)
+    given = _precision(process, _without_noise(process, t)[1])
+    return data.covariance.root_given(*given, error, process.shape, inverse=True)
+
+
+def _precision(process: AbstractProcess, t: Array) -> tuple[Array, AbstractBasis]:
+    """The precision with which a state measures the data, and the basis in which it is
+    diagonal."""
+    signal = process.transition(t, jnp.zeros_like(t)) * process.data_scale
+    gains = (process.cholesky(t).inverse() @ signal).blocks[:, 0]
+    return (gains**2).sum(0), process.basis
 
 
 def _without_noise(process: AbstractProcess, t: Array) -> tuple[Array, Array]:
@@ -88,4 +95,4 @@ def check_normal_data(
     zero = jnp.zeros(process.shape)
     state = join_components([zero] * process.num_components)
     t = jnp.asarray(process.t_max)
-    jax.eval_shape(lambda: precondition(process, data, t, state, zero))
+    jax.eval_shape(lambda data: precondition(process, data, t, state, zero), data)

@@ -207,10 +207,11 @@ def sample(
         - a [`gddim_eqx.GaussianStart`][]: in closed form. `num_steps` is then the number of
             evaluations of the model; a few more steps need none. With `ts`, these are the
             times of all steps, and the start must have its time `t`.
-        - `"auto"`: the same for up to 10 evaluations, if the model has the standard
-            deviation or the moments of its data, as a preconditioned
-            [`gddim_eqx.nn.NetworkModel`][] does. Only for `GDDIM` in data space, on the
-            default grid, and without noise.
+        - `"auto"`: for up to 10 evaluations, the start `GaussianStart(data, None,
+            "sharpest")`, if the model has the standard deviation or the moments of its
+            data, as a preconditioned [`gddim_eqx.nn.NetworkModel`][] does. Only for `GDDIM`
+            in data space, on the default grid, and without noise. Not from a standard
+            deviation under [`gddim_eqx.BDM`][], where frequencies differ.
         - `None`: the model is evaluated at all times.
     - `predicts`, `factor`: as in [`gddim_eqx.ProbabilityFlow`][].
     - `args`: passed to the model: for a conditional one, such as a

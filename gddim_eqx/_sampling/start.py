@@ -186,14 +186,15 @@ def known_start(
     flow: ProbabilityFlow, solver: Any, num_steps: int | None
 ) -> GaussianStart | None:
     """The start for a model that has the moments of its data, where it helps."""
-    model, few = flow.model, num_steps is not None and num_steps <= 10
+    process, model = flow.process, flow.model
+    few = num_steps is not None and num_steps <= 10
     if not (few and isinstance(solver, GDDIM) and solver.space == "data"):
         return None
     std, data = (getattr(model, name, None) for name in ("data_std", "data"))
-    if isinstance(data, NormalData) or isinstance(std, (float, int)):
-        data = normal_data(flow.process, std, data)
-        return None if data is None else GaussianStart(data)
-    return None
+    if isinstance(std, (float, int)):
+        # Data whose frequencies are noised differently have no single variance.
+        data = normal_data(process, std) if process.cholesky(0.0).blocks.ndim == 2 else None
+    return GaussianStart(data, None, "sharpest") if isinstance(data, NormalData) else None
 
 
 # The largest part of the default grid that a start takes.

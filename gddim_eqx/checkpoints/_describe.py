@@ -46,15 +46,15 @@ _classes: dict[str, type] = {
         *(BDM, BlurringCLD, CLD, DiscreteVP, EDM, HOLD, Langevin, PSLD),
         *(RectifiedFlow, SubVP, TrigonometricFlow, VE, VP),
         *(LinearSchedule, CosineSchedule),
-        *(CosineBasis, FourierBasis, IdentityBasis, Covariance, NormalData),
         *(DiT, ImageClassifier, NCSNpp, TimeMLP, NetworkModel, ProbabilityFlow),
         *(GDDIM, LearnedGDDIM, FittedSolver, AdaptedGrid),
+        *(NormalData, Covariance, IdentityBasis, CosineBasis, FourierBasis),
     )
 }
-# Keys; the order of `GDDIM`, which `num_nodes` stores; and the basis of `NormalData`, which
-# its covariance does.
-_not_stored = {"key", "order"}
-_stored_elsewhere = {NormalData: {"basis"}}
+# Keys; and the order of `GDDIM`, which `num_nodes` stores.
+_not_stored = ("key", "order")
+# Those whose arguments may be large arrays, which are parameters.
+_of_arrays = (NormalData, Covariance)
 # What describes more than a value.
 _parts = ("class", "other")
 # Former names, in older files.
@@ -71,13 +71,12 @@ def describe(value: Any, inline: bool = False) -> Any:
     - `inline`: whether to include the values of arrays, not just their shapes.
     """
     if type(value) in _classes.values():
-        left_out = _not_stored | _stored_elsewhere.get(type(value), set())
         names = inspect.signature(type(value)).parameters
-        inline = isinstance(value, eqx.Module)
+        inline = isinstance(value, eqx.Module) and not isinstance(value, _of_arrays)
         arguments = {
             name: describe(getattr(value, name), inline)
             for name in names
-            if name not in left_out
+            if name not in _not_stored
         }
         return {"class": type(value).__name__, "arguments": arguments}
     if type(value) is tuple:
@@ -233,12 +232,15 @@ class _Builder:
                 f"{self.path} was saved with {where} a {cls.__name__}, but `like` has a "
                 f"{type(like).__name__}."
             )
-        make = self if issubclass(cls, tuple) else self._argument
+        parts = issubclass(cls, (tuple, *_of_arrays))
+        make = self if parts else self._argument
         arguments = {
             name: make(x, getattr(like, name) if self.whole else like, f"{where}.{name}")
             for name, x in value["arguments"].items()
         }
         if "key" not in known:
-            return cls(**arguments)
+            # Shapes of arrays are traced, as values would be checked.
+            shapes = cls in _of_arrays
+            return eqx.filter_eval_shape(cls, **arguments) if shapes else cls(**arguments)
         make = functools.partial(cls, **arguments)
         return eqx.filter_eval_shape(make, key=jax.random.key(0))
