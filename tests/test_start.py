@@ -175,7 +175,7 @@ def test_stochastic_start_has_the_law_of_the_data():
 
 
 def test_default_time_is_earlier_for_more_evaluations():
-    process = gd.CLD((3,))
+    process = gd.CLD((30,))
     start = gd.GaussianStart(normal_for(process))
     times = [start.time(process, n) for n in (2, 3, 5, 10, 30)]
     assert times == sorted(times)
