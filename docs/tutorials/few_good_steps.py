@@ -4,8 +4,8 @@
 # You have a model, and its evaluations are expensive. Try, in this order:
 #
 # 1. `gd.sample(flow, key, number, num_steps=20)`: the defaults, which need no tuning.
-# 2. [`gddim_eqx.GaussianStart`][], for 2 to 10 evaluations: a start in closed form, from the
-#    mean and covariance of the data. It costs nothing.
+# 2. [`gddim_eqx.GaussianStart`][], for 2 to 10 evaluations: a start in closed form, from
+#    the mean and covariance of the data. It costs nothing.
 # 3. [`gddim_eqx.adapted_grid`][]: optimise the time grid for your model and any solver.
 # 4. [`gddim_eqx.fit_solver`][]: learn coefficients too, for 5 to 10 evaluations.
 #
@@ -164,10 +164,10 @@ def show(rows):
 show(rows)
 
 # %% [markdown]
-# By default, `sample` starts in closed form here, as the network knows the standard deviation
-# of its data. For this model 5 learned evaluations have about the FID of 10 from noise: 1.58
-# and 1.67, where 5 from noise have 2.46 (1,000 samples each); 5 with a start have 1.6, and
-# 1.2 with the mean and covariance of the images.
+# By default, `sample` starts in closed form here, as the network knows the standard
+# deviation of its data. For this model 5 learned evaluations have about the FID of 10 from
+# noise: 1.58 and 1.67, where 5 from noise have 2.46 (1,000 samples each); 5 with a start
+# have 1.6, and 1.2 with the mean and covariance of the images.
 #
 # Adaptive step sizes do not help with a small budget: a `PIDController` controls the error
 # of each step, but not how it propagates, and rejects many steps. Use one to reach a

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 
-from .._custom_types import Args, Key, RealScalarLike, State
+from .._custom_types import Args, Key, PredictionName, RealScalarLike, State
 from .._linear import (
     add,
     apply,
@@ -104,7 +104,7 @@ class NetworkModel(eqx.Module):
         return normal_data(self.process, self.data_std, self.data)
 
     @property
-    def preconditioned_for(self) -> str | None:
+    def preconditioned_for(self) -> PredictionName | None:
         """What a preconditioned network predicts: `"data"`. `None` for another, when it is
         what the network was trained for."""
         return None if self.data_std is None and self.data is None else "data"
