@@ -278,6 +278,12 @@ _data = gd.NormalData(jnp.zeros(2), 1.0)
             ),
             "pass the time `t`",
         ),
+        (
+            lambda p: gd.adapted_grid(
+                gd.GaussianStart(_data).flow(flow_of(p, _data), 3), p.prior(jr.key(0), 8)
+            ),
+            "Learn them for the flow without it",
+        ),
     ],
 )
 def test_bad_input(make, match):

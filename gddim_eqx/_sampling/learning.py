@@ -20,7 +20,7 @@ from .._custom_types import Args, State
 from .._linear import at_least_single, batch_axes, check_state, coefficient_dtype
 from .._misc import check_args, check_count, pin, show
 from .._process import as_grid
-from .._term import check_flow, ProbabilityFlow
+from .._term import check_flow, ProbabilityFlow, StartedModel
 from ..solvers import GDDIM, LearnedGDDIM
 from .grid import time_grid
 from .inversion import generate
@@ -51,7 +51,11 @@ class Pilots(NamedTuple):
 
     @classmethod
     def of(cls, flow, u, args, num_steps, ts, features=None, batch_size=None):
-        check_flow(flow)
+        if isinstance(check_flow(flow).model, StartedModel):
+            raise ValueError(
+                "Learned times would move across that of the start, and change the number "
+                "of evaluations. Learn them for the flow without it."
+            )
         process = flow.process
         u = check_state(u, process.num_components, process.shape, "The states `u`")
         batch = batch_axes(u, process.shape)

@@ -78,9 +78,8 @@ class GaussianStart(eqx.Module):
             0.5 per dimension.
         - `regime`: what the defaults aim at.
             - `"nearest"`: samples near those of the exact flow of the model.
-            - `"sharpest"`: sample quality. The model is first evaluated later, and more
-                often just after that; its difference from the closed form is amplified, as
-                in guidance. Samples are farther from the exact flow.
+            - `"sharpest"`: sample quality. The model is first evaluated later, and in
+                shorter steps at first. Samples are farther from the exact flow.
         - `slope`: how much the difference between the model and the closed form grows
             over the first step from `t`, relative to the difference at `t`. By default 0.7,
             or 0 for `"sharpest"`.
@@ -195,7 +194,8 @@ def known_start(
     std, data = (getattr(model, name, None) for name in ("data_std", "data"))
     if isinstance(std, (float, int)):
         # Data whose frequencies are noised differently have no single variance.
-        data = normal_data(process, std) if process.cholesky(0.0).blocks.ndim == 2 else None
+        uniform = process.cholesky(process.t_max).blocks.ndim == 2
+        data = normal_data(process, std) if uniform else None
     return GaussianStart(data, None, "sharpest") if isinstance(data, NormalData) else None
 
 
