@@ -280,7 +280,9 @@ _data = gd.NormalData(jnp.zeros(2), 1.0)
         ),
         (
             lambda p: gd.adapted_grid(
-                gd.GaussianStart(_data).flow(flow_of(p, _data), 3), p.prior(jr.key(0), 8)
+                gd.GaussianStart(_data).flow(flow_of(p, _data), 3),
+                p.prior(jr.key(0), (8,)),
+                3,
             ),
             "Learn them for the flow without it",
         ),
