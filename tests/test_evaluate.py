@@ -125,13 +125,14 @@ def test_the_measures_are_those_of_the_samples(run, tmp_path, model):
     assert np.abs(difference).max() <= 1
 
 
-def _draw(model, steps, key, grid="clock", number=8, **options):
+def _draw(model, steps, key, grid="clock", number=8, predicts="data", **options):
     process = model.process
     return gd.sample(
         process,
         model,
         key,
         number,
+        predicts=predicts,
         solver=importlib.import_module("evaluate").SAMPLERS["euler"].solver,
         ts=gd.time_grid(process, steps, grid),
         **options,
@@ -140,7 +141,8 @@ def _draw(model, steps, key, grid="clock", number=8, **options):
 
 def test_samples_are_of_the_whole_model_and_denoised(run, tmp_path, model):
     # What a file says of predictions and their frame is kept to.
-    network = gd.checkpoints.load(model)
+    preconditioned = gd.checkpoints.load(model)
+    network = gd.nn.NetworkModel(preconditioned.process, preconditioned.network)
     flow = gd.ProbabilityFlow(network.process, network, "noise", "cholesky")
     gd.checkpoints.save(tmp_path / "model.npz", flow)
     options = ("--keep-images", [], "--denoise", "exact", "--grid", "quadratic")
@@ -148,8 +150,8 @@ def test_samples_are_of_the_whole_model_and_denoised(run, tmp_path, model):
     assert found["protocol"]["denoise"] == "exact"
     assert found["protocol"]["grid"] == "quadratic"
     assert found["results"][0]["evaluations"] == 3
-    drawn = dict(grid="quadratic", factor="cholesky", denoise="exact")
-    x, _ = _draw(network, 2, jax.random.key(0), **drawn)
+    drawn = dict(predicts="noise", factor="cholesky", denoise="exact")
+    x, _ = _draw(network, 2, jax.random.key(0), "quadratic", **drawn)
     with np.load(tmp_path / "output" / "images-euler-3-0.npz") as file:
         difference = gd.to_uint8(x).astype(int) - file["images"][:8]
     assert np.abs(difference).max() <= 1
@@ -505,7 +507,7 @@ def test_networks_of_ones_own(run, evaluate, tmp_path, monkeypatch):
     options = ("--keep-images", [], "--like", f"{path}:network")
     found = run(*options, path=tmp_path / "mine.npz")
     assert found["results"][0]["outcome"] == "finite"
-    x, _ = _draw(model, 3, jax.random.key(0))
+    x, _ = _draw(model, 3, jax.random.key(0), predicts="noise")
     with np.load(tmp_path / "output" / "images-euler-3-0.npz") as file:
         difference = gd.to_uint8(x).astype(int) - file["images"][:8]
     assert np.abs(difference).max() <= 1
