@@ -139,10 +139,10 @@ def _draw(model, steps, key, grid="clock", number=8, predicts="data", **options)
     )
 
 
-def test_samples_are_of_the_whole_model_and_denoised(run, tmp_path, model):
+def test_samples_are_of_the_whole_model_and_denoised(run, tmp_path):
     # What a file says of predictions and their frame is kept to.
-    preconditioned = gd.checkpoints.load(model)
-    network = gd.nn.NetworkModel(preconditioned.process, preconditioned.network)
+    network = gd.nn.TimeMLP((8, 8, 2), width=16, depth=1, key=jax.random.key(0))
+    network = gd.nn.NetworkModel(gd.CLD((8, 8, 1)), network)
     flow = gd.ProbabilityFlow(network.process, network, "noise", "cholesky")
     gd.checkpoints.save(tmp_path / "model.npz", flow)
     options = ("--keep-images", [], "--denoise", "exact", "--grid", "quadratic")
