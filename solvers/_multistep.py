@@ -1,4 +1,5 @@
 import abc
+import dataclasses
 import functools as ft
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -171,12 +172,9 @@ class AbstractExponentialMultistep(
         linear = error_if_any(c.linear, faults)
         value = self.splitting.evaluate(term, s, y0, args, c.root)
         known, forcing, residual = history.known(t0, made_jump), [], None
-        continues = jnp.asarray(True)
         if isinstance(model := getattr(term, "model", None), StartedModel):
             evaluate = lambda flow: self.splitting.evaluate(flow, s, y0, args, c.root)
-            history, known, continues = _continued(
-                history, known, model, evaluate, c, s, value
-            )
+            history, known = _continued(history, known, model, evaluate, c, s, y0, value)
         if lam is not None:
             assert isinstance(terms, ReverseSDE)
             normal = terms.normal(t0, t1, y0)
@@ -188,7 +186,7 @@ class AbstractExponentialMultistep(
         start = before = y0
         if history.last is not None:
             before, change, moved = _corrected(
-                shape, linear, history.last, corrector, nodes, y0, continues
+                shape, linear, history.last, corrector, nodes, y0
             )
             start, forcing = add(before, change), [*forcing, *moved]
         base = combine(shape, [(linear, before), *forcing])
@@ -313,14 +311,16 @@ def _continued(
     evaluate: Callable[[ProbabilityFlow], State],
     c: StepCoefficients,
     s: Array,
+    y0: State,
     value: State,
 ):
     """The history and which of its slots to use. At the first evaluation of a model that
     was known in closed form before, the stored values are shifted, so that the difference
-    from the closed form is extrapolated linearly."""
+    from the closed form is extrapolated linearly; and the last step, which was that of the
+    closed form, is not corrected."""
     first = model.starts(s, jnp.where(known, history.places.time, jnp.inf).min())
     if history.residual is not None:
-        return history, known & ~first, ~first
+        return history, known & ~first
 
     def shifted():
         difference = subtract(value, evaluate(model.closed_form))
@@ -330,10 +330,13 @@ def _continued(
         def shift(stored, d):
             return stored + append_axes(share, stored.ndim).astype(d.dtype) * d[None]
 
-        return jtu.tree_map(shift, history.values, difference)
+        values = jtu.tree_map(shift, history.values, difference)
+        last = history.last
+        last = last and LastStep(y0, jnp.zeros_like(last.moments), last.start)
+        return values, last
 
-    values = lax.cond(first, shifted, lambda: history.values)
-    return eqx.tree_at(lambda h: h.values, history, values), known, ~first
+    values, last = lax.cond(first, shifted, lambda: (history.values, history.last))
+    return dataclasses.replace(history, values=values, last=last), known
 
 
 def _forcing(shape, history: History, known, c: StepCoefficients, value, normal):
@@ -350,14 +353,12 @@ def _forcing(shape, history: History, known, c: StepCoefficients, value, normal)
     return residual, forcing, later
 
 
-def _corrected(
-    shape, linear, last: LastStep, polynomials, nodes: Nodes, y0: State, continues
-):
+def _corrected(shape, linear, last: LastStep, polynomials, nodes: Nodes, y0: State):
     """The corrected state at the end of the previous step, as a sum: what the linear part
     and the noise made of its start, and the integral over it. And the product of this
     step's linear part with that integral, as pairs of blocks and states: multiplying
     blocks takes less time than multiplying states."""
-    known = nodes.stored[1:].any() & continues
+    known = nodes.stored[1:].any()
     polynomials = jnp.where(known, polynomials, 0)
     before = jtu.tree_map(lambda a, y: jnp.where(known, a, y), last.base, y0)
     change = integral(shape, polynomials, last.moments, nodes.values)

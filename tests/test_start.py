@@ -202,6 +202,9 @@ def test_sample_starts_by_itself_where_it_knows_the_data():
     assert evaluations == 4
     start = gd.GaussianStart(gd.NormalData(jnp.zeros(3), 0.8**2), None, "sharpest")
     np.testing.assert_array_equal(x, gd.sample(flow, jr.key(0), 8, 4, start=start).x)
+    # A flow that has a start keeps it.
+    x, evaluations = gd.sample(start.flow(flow, 4), jr.key(0), 8, 4)
+    assert np.isfinite(x).all() and evaluations < 4
     others: list[dict[str, Any]] = [
         dict(num_steps=4, start=None),
         dict(num_steps=4, lam=1.0),

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import itertools
 import math
 import warnings
@@ -319,6 +320,8 @@ def _started(flow, solver, start, num_steps, ts, dtype):
         raise ValueError("A learned solver has its own times; leave out `start`.")
     if ts is None:
         number = 50 if num_steps is None else num_steps
+        # Searched for once.
+        start = dataclasses.replace(start, t=start.time(flow.process, number))
         ts = start.time_grid(flow.process, number, dtype=dtype)
         return start.flow(flow, number), ts
     if num_steps is not None:

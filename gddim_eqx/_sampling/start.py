@@ -191,6 +191,8 @@ def known_start(
     few = isinstance(num_steps, (int, np.integer)) and 0 < num_steps <= 10
     if not (few and isinstance(solver, GDDIM) and solver.space == "data"):
         return None
+    if isinstance(model, StartedModel):
+        return None
     std, data = (getattr(model, name, None) for name in ("data_std", "data"))
     if isinstance(std, (float, int)):
         # Data whose frequencies are noised differently have no single variance.
