@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import diffrax as dfx
 import equinox as eqx
@@ -18,12 +18,12 @@ from gddim_eqx._exponential import (
 from gddim_eqx._linear import coefficient_dtype
 from gddim_eqx._misc import show
 from gddim_eqx._process import AbstractProcess, require_process
-from gddim_eqx._term import ProbabilityFlow, real_time
+from gddim_eqx._term import ProbabilityFlow, real_time, StartedModel
 
 from ._corrector import AbstractCorrector, FreeCorrector
 from ._gddim import GDDIM
 from ._history import History, Nodes
-from ._multistep import AbstractExponentialMultistep, Problem
+from ._multistep import AbstractExponentialMultistep, is_integer, Problem
 from ._predictor import AbstractPredictor
 
 
@@ -55,6 +55,9 @@ class LearnedGDDIM(dfx.AbstractItoSolver[History]):
     corrector: Float[Array, "steps older powers"]
     log_rates: Float[Array, " steps"]
     shifts: Float[Array, " steps"]
+    data: Any
+    num_free: int = eqx.field(static=True)
+    slope: Float[Array, ""]
 
     term_structure: ClassVar = dfx.AbstractTerm
     interpolation_cls: ClassVar[Callable[..., dfx.AbstractLocalInterpolation]] = (
@@ -70,6 +73,9 @@ class LearnedGDDIM(dfx.AbstractItoSolver[History]):
         corrector: Float[Array, "steps older powers"] | None = None,
         log_rates: Float[Array, " steps"] | None = None,
         shifts: Float[Array, " steps"] | None = None,
+        data: Any = None,
+        num_free: int = 0,
+        slope: RealScalarLike = 0.0,
     ):
         """**Arguments:**
 
@@ -85,6 +91,11 @@ class LearnedGDDIM(dfx.AbstractItoSolver[History]):
             of the interpolation coordinate. Empty unless that is `"clock"`.
         - `shifts`: for each step, the logarithm of the factor that multiplies the time the
             model is given.
+        - `data`: [`gddim_eqx.NormalData`][] or a [`gddim_eqx.GaussianMixture`][], whose
+            predictions replace those of the model in the first steps, as in
+            [`gddim_eqx.GaussianStart`][].
+        - `num_free`: the number of these steps.
+        - `slope`: as in [`gddim_eqx.GaussianStart`][].
 
         All corrections are zero by default.
 
@@ -116,6 +127,23 @@ class LearnedGDDIM(dfx.AbstractItoSolver[History]):
                     f"got {value.shape}."
                 )
             setattr(self, name, value)
+        most = 0 if data is None else steps - 1
+        if not is_integer(num_free, 0 if data is None else 1, most):
+            raise ValueError(
+                f"`num_free` must be an integer from 1 to {steps - 1}, and 0 without "
+                f"`data`; got {show(num_free)} with `data` {show(data)}."
+            )
+        if data is not None:
+            if not hasattr(data, "model"):
+                raise ValueError(f"`data` must be a `NormalData(...)`; got {show(data)}.")
+            data.model(process, "data")  # Checks the shape.
+        self.data, self.num_free = data, int(num_free)
+        self.slope = jnp.asarray(slope, dtype)
+
+    @property
+    def num_evaluations(self) -> int:
+        """The number of evaluations of the model."""
+        return self.ts.shape[0] - 1 - self.num_free
 
     def order(self, terms):
         return 1
@@ -133,6 +161,11 @@ class LearnedGDDIM(dfx.AbstractItoSolver[History]):
             raise ValueError(
                 f"This solver was learned for {show(self.process)}; got "
                 f"{show(problem.equation)}."
+            )
+        if isinstance(getattr(problem.term, "model", None), StartedModel):
+            raise ValueError(
+                "A learned solver has its own start, or none: pass the flow without one. "
+                "To learn a solver with a start, use `fit_solver(flow, u, start=start)`."
             )
         if problem.lam is not None:
             raise ValueError(
@@ -165,6 +198,10 @@ class LearnedGDDIM(dfx.AbstractItoSolver[History]):
         if correction.num_older:
             change = pick(self.corrector, before)
             correction = _Corrector(correction.num_older, change)
+        start = None
+        if self.data is not None:
+            ts = self.ts[self.num_free - 1 : self.num_free + 1]
+            start = self.data, ts.mean().astype(dtype), self.slope.astype(dtype)
         return _Step(
             solver=base,
             splitting=base.splitting,
@@ -175,6 +212,7 @@ class LearnedGDDIM(dfx.AbstractItoSolver[History]):
             ts=self.ts.astype(dtype),
             index=index,
             shift=pick(self.shifts, index),
+            start=start,
             elsewhere=elsewhere,
         )
 
@@ -250,6 +288,8 @@ class _Step(AbstractExponentialMultistep):
     ts: Real[Array, " times"]
     index: Int[Array, ""]
     shift: Array
+    start: tuple[Any, Array, Array] | None
+    """The data, the time and the slope of the start."""
     elsewhere: Bool[Array, ""]
     """Whether this is a step between other times than those of the solver."""
 
@@ -260,6 +300,11 @@ class _Step(AbstractExponentialMultistep):
         flow, process = problem.term, problem.equation
         model = _Shifted(flow.model, process, self.shift)
         flow = ProbabilityFlow(process, model, flow.predicts, flow.factor)
+        if self.start is not None:
+            data, t, slope = self.start
+            closed_form = ProbabilityFlow(process, data.model(process, "data"), "data")
+            model = StartedModel(flow, closed_form, t, slope)
+            flow = ProbabilityFlow(process, model, "data")
         return problem._replace(term=flow)
 
     def faults(self, equation, c, s, stochastic):

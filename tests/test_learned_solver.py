@@ -209,6 +209,83 @@ def test_it_is_saved_alone_and_with_its_model(tmp_path):
     assert eqx.tree_equal(loaded, (flow, solver))
 
 
+# With a start in closed form
+
+
+def _normal(process):
+    return gd.NormalData(jnp.linspace(-0.5, 0.5, 2), jnp.array([[1.0, 0.3], [0.3, 0.5]]))
+
+
+def _of_start(start, process, number):
+    ts = start.time_grid(process, number)
+    options = dict(data=start.data, num_free=start.num_free, slope=start.slope)
+    return gd.LearnedGDDIM(gd.GDDIM(), process, ts, **options)
+
+
+@pytest.mark.precision
+@pytest.mark.parametrize("family", [gd.VP, gd.CLD])
+def test_without_corrections_it_is_the_solver_with_a_start(family, tmp_path):
+    process = family((2,))
+    flow, u = _flow(process), prior_state(process, (3,))
+    start = gd.GaussianStart(_normal(process))
+    solver = _of_start(start, process, 3)
+    expected = _run(start.flow(flow, 3), gd.GDDIM(), solver.ts, u)
+    tolerance = 1e-12 if jax.config.read("jax_enable_x64") else 1e-5
+    got = _run(flow, solver, solver.ts, u)
+    assert max_difference(got, expected) < tolerance * float(jnp.abs(expected).max())
+    for number in (None, 3):
+        assert gd.sample(flow, jr.key(0), 4, number, solver).evaluations == 3
+    gd.checkpoints.save(tmp_path / "solver.npz", solver)
+    loaded = gd.checkpoints.load(tmp_path / "solver.npz")
+    assert eqx.tree_equal(loaded, solver) and loaded.num_evaluations == 3
+
+
+def test_with_a_start_the_model_is_not_evaluated_before():
+    process = gd.VP((2,))
+    solver = _of_start(gd.GaussianStart(_normal(process), 0.4), process, 3)
+    late = lambda t, u, args: jnp.where(t > 0.41, jnp.nan, 0.9 * u)
+    flow = gd.ProbabilityFlow(process, late, "data")
+    x, evaluations = gd.sample(flow, jr.key(0), 4, solver=solver)
+    assert evaluations == 3 and jnp.isfinite(x).all()
+
+
+class _OfUnitVariance(eqx.Module):
+    """A model that has the standard deviation of its data."""
+
+    model: Any
+    data_std: float = 1.0
+
+    def __call__(self, t, u, args):
+        return self.model(t, u, args)
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("given", [True, False])
+def test_a_start_is_learned_too(given):
+    process = gd.VP((2,))
+    angle = np.pi / 4 * np.arange(8)
+    ring = gd.GaussianMixture(np.stack([np.cos(angle), np.sin(angle)], -1), 0.05)
+    data = gd.NormalData(np.zeros(2), 0.5)
+    model = ring.model(process)
+    flow = gd.ProbabilityFlow(process, model if given else _OfUnitVariance(model, 0.5**0.5))
+    start: Any = gd.GaussianStart(data) if given else "auto"
+    u = process.prior(jr.key(1), (32,))
+    fit = ft.partial(gd.fit_solver, flow, u, 4, num_iterations=40, progress=False)
+    fitted, again = (fit(start=start, batch_size=8) for _ in range(2))
+    assert eqx.tree_equal(fitted, again)
+    assert isinstance(fitted.solver, gd.LearnedGDDIM)
+    assert fitted.solver.num_evaluations == 4 and fitted.ts.shape == (11,)
+    assert fitted.held_back_error < 0.8 * fitted.held_back_error_before
+    initial = gd.GaussianStart(data).time_grid(process, 4)
+    assert abs(fitted.ts[6] - initial[6]) > 1e-3
+    assert fitted.solver.slope != 0.7
+    # The first steps are uniform in the default clock, whatever the time of the start is.
+    grid = gd.time_grid(process, 400)
+    places = np.interp(-fitted.ts[:7], -grid, np.arange(401))
+    np.testing.assert_allclose(np.diff(places), places[6] / 6, rtol=5e-3)
+    assert gd.sample(flow, jr.key(0), 2, solver=fitted.solver).evaluations == 4
+
+
 # Learning
 
 
@@ -290,6 +367,36 @@ def _reversed(solver):
     [
         (lambda f, s: _fit(f, _u[:7], 3), "at least 8 pilots.*got 7"),
         (lambda f, s: _fit(f, np.nan * _u, 3), "`u` are not finite"),
+        (
+            lambda f, s: _fit(gd.GaussianStart(_normal(f.process)).flow(f, 3), _u, 3),
+            "Pass the flow without it, and to `fit_solver` its `start`",
+        ),
+        (
+            lambda f, s: gd.generate(
+                gd.GaussianStart(_normal(f.process)).flow(f, 3), f_u(s), solver=s
+            ),
+            "A learned solver has its own start, or none",
+        ),
+        (
+            lambda f, s: _fit(f, _u, 3, start=_normal(f.process)),
+            "a `GaussianStart`, 'auto'",
+        ),
+        (
+            lambda f, s: _fit(
+                f, _u, 4, ts=s.ts, start=gd.GaussianStart(_normal(f.process))
+            ),
+            "Pass `start` or `ts`, not both",
+        ),
+        (
+            lambda f, s: _make(gd.GDDIM(), f.process, s.ts, num_free=1),
+            "`num_free` must be .* without `data`",
+        ),
+        (
+            lambda f, s: _make(
+                gd.GDDIM(), f.process, s.ts, data=_normal(f.process), num_free=4
+            ),
+            "from 1 to 3.*got 4",
+        ),
         (lambda f, s: _fit(f, _u[:, :1], 3), "The states `u` must be"),
         (lambda f, s: _fit(f, _u[None], 3), "one batch axis"),
         (lambda f, s: _fit(f, _u, 0), "`num_steps` must be a positive"),
@@ -317,11 +424,11 @@ def _reversed(solver):
         (lambda f, s: gd.sample(f, jr.key(0), 2, solver=s, lam=1.0), "probability flow"),
         (
             lambda f, s: gd.sample(f, jr.key(0), 2, 5, solver=s),
-            "learned for 4 steps.*num_steps=5",
+            "learned for 4 evaluations.*num_steps=5",
         ),
         (
             lambda f, s: gd.generate(f, f_u(s), 5, solver=s),
-            "learned for 4 steps.*num_steps=5",
+            "learned for 4 evaluations.*num_steps=5",
         ),
         (lambda f, s: gd.generate(_other, f_u(s), solver=s), "was learned for VP.*got VE"),
         (

@@ -287,7 +287,7 @@ _data = gd.NormalData(jnp.zeros(2), 1.0)
                 p.prior(jr.key(0), (8,)),
                 3,
             ),
-            "Learn them for the flow without it",
+            "Pass the flow without it",
         ),
     ],
 )

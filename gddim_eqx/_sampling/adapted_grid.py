@@ -73,7 +73,7 @@ def adapted_grid(
         )
     check_count("num_iterations", num_iterations)
     rate = as_number("learning_rate", learning_rate)
-    pilots = Pilots.of(flow, u, args, num_steps, ts)
+    pilots = Pilots.of(flow, u, args, num_steps, ts, 200)
     learned = Learned(solver, flow, pilots.ts, pilots.grid, corrects=False)
     error = lambda change: float(np.exp(learned.log_distances(change, pilots).mean()))
     best, least, change = learned.zero, math.inf, learned.zero

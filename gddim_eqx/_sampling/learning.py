@@ -5,7 +5,7 @@ each, and states are kept instead of the activations of networks.
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
@@ -19,15 +19,17 @@ from jaxtyping import Array, PyTree
 from .._custom_types import Args, State
 from .._linear import at_least_single, batch_axes, check_state, coefficient_dtype
 from .._misc import check_args, check_count, pin, show
+from .._model import GaussianMixture, NormalData
 from .._process import as_grid
 from .._term import check_flow, ProbabilityFlow, StartedModel
 from ..solvers import GDDIM, LearnedGDDIM
 from .grid import time_grid
 from .inversion import generate
+from .start import GaussianStart
 
 
 # The parameters, and how fast each is learned, in multiples of the learning rate.
-SCALES = {"times": 1.0, "weights": 0.2, "rate": 1.0, "shift": 0.1}
+SCALES = {"times": 1.0, "weights": 0.2, "rate": 1.0, "shift": 0.1, "slope": 0.5}
 
 Change = dict[str, PyTree[Array]]
 
@@ -50,11 +52,12 @@ class Pilots(NamedTuple):
         return self.exact.shape[0]
 
     @classmethod
-    def of(cls, flow, u, args, num_steps, ts, features=None, batch_size=None):
+    def of(cls, flow, u, args, num_steps, ts, fewest, features=None, batch_size=None):
+        """With the endpoints of the exact flow, in at least `fewest` steps."""
         if isinstance(check_flow(flow).model, StartedModel):
             raise ValueError(
                 "Learned times would move across that of the start, and change the number "
-                "of evaluations. Learn them for the flow without it."
+                "of evaluations. Pass the flow without it, and to `fit_solver` its `start`."
             )
         process = flow.process
         u = check_state(u, process.num_components, process.shape, "The states `u`")
@@ -70,6 +73,7 @@ class Pilots(NamedTuple):
             raise ValueError(f"`features` must be callable; got {show(features)}.")
         batch_size = batch[0] if batch_size is None else batch_size
         check_count("batch_size", batch_size)
+        batch_size = min(int(batch_size), batch[0])
         check_args(flow.model, args)
         as_array = lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x
         args = jtu.tree_map(as_array, args)
@@ -78,7 +82,8 @@ class Pilots(NamedTuple):
         ts = as_grid(process, ts)
         # Optimised times need more precision than states.
         ts = jnp.minimum(ts.astype(at_least_single(ts.dtype)), process.t_end)
-        number, ends = max(200, 8 * (len(ts) - 1)), dict(t0=float(ts[0]), t1=float(ts[-1]))
+        ends = dict(t0=float(ts[0]), t1=float(ts[-1]))
+        number = max(fewest, 8 * (len(ts) - 1))
         grid = time_grid(process, number, **ends, dtype=ts.dtype)
         features = _identity if features is None else features
         pilots = cls(u, args, jnp.zeros(batch), features, ts, grid, batch_size)
@@ -96,10 +101,24 @@ class Pilots(NamedTuple):
         u, args, exact = jtu.tree_map(pick, (self.u, self.args, self.exact))
         return self._replace(u=u, args=args, exact=exact)
 
+    @property
+    def is_split(self) -> bool:
+        return self.batch_size < self.number
+
+    def batches(self) -> Iterator["Pilots"]:
+        """Batches of one size, in random order, without end."""
+        rng, index = np.random.default_rng(0), np.arange(0)
+        while self.is_split:
+            if len(index) < self.batch_size:
+                index = rng.permutation(self.number)
+            yield self.some(index[: self.batch_size])
+            index = index[self.batch_size :]
+        while True:
+            yield self
+
     def parts(self) -> list["Pilots"]:
-        index = np.arange(self.number)
-        number = -(-self.number // self.batch_size)
-        return [self.some(part) for part in np.array_split(index, number)]
+        index, size = np.arange(self.number), self.batch_size
+        return [self.some(index[i : i + size]) for i in index[::size]]
 
 
 def _identity(x):
@@ -119,20 +138,34 @@ class Learned(eqx.Module):
     ts: Array
     grid: Array
     corrects: bool
+    start: GaussianStart | None = None
+
+    def started(self, start: GaussianStart, num_steps: int) -> "Learned":
+        """From a start, with its times."""
+        dtype, process = self.ts.dtype, self.flow.process
+        ts = start.time_grid(process, num_steps, dtype=dtype)
+        return Learned(self.solver, self.flow, ts, self.grid, True, start)
+
+    @property
+    def num_free(self) -> int:
+        return 0 if self.start is None else self.start.num_free
 
     @property
     def zero(self) -> Change:
-        steps = jnp.zeros(len(self.ts) - 1, self.ts.dtype)
+        # All steps before the first evaluation count as one.
+        steps = len(self.ts) - max(self.num_free, 1)
+        times = jnp.zeros(steps, self.ts.dtype)
         if not self.corrects:
-            return {"times": steps}
+            return {"times": times}
         assert isinstance(self.solver, GDDIM)
         made = LearnedGDDIM(self.solver, self.flow.process, self.ts)
         weights = made.predictor, made.corrector
         return {
-            "times": steps,
+            "times": times,
             "weights": weights,
             "rate": made.log_rates,
             "shift": made.shifts,
+            "slope": made.slope,
         }
 
     def __call__(self, change) -> tuple[dfx.AbstractSolver, Array]:
@@ -145,6 +178,10 @@ class Learned(eqx.Module):
             return self.solver, ts
         assert isinstance(self.solver, GDDIM)
         predictor, corrector = change["weights"]
+        start: dict[str, Any] = {}
+        if self.start is not None:
+            slope = self.start.slope + change["slope"]
+            start = dict(data=self.start.data, num_free=self.num_free, slope=slope)
         made = LearnedGDDIM(
             self.solver,
             self.flow.process,
@@ -153,6 +190,7 @@ class Learned(eqx.Module):
             corrector,
             change["rate"],
             change["shift"],
+            **start,
         )
         return made, ts
 
@@ -161,10 +199,14 @@ class Learned(eqx.Module):
         # A coordinate in which the default grid is uniform, and the power of time that is
         # interpolated.
         place, root = jnp.linspace(0, 1, len(grid), dtype=ts.dtype), grid**0.25
-        order = jnp.argsort(grid)
-        lengths = jnp.diff(jnp.interp(ts, grid[order], place[order]))
+        order, free = jnp.argsort(grid), self.num_free
+        ends = jnp.concatenate([ts[:1], ts[max(free, 1) :]])
+        lengths = jnp.diff(jnp.interp(ends, grid[order], place[order]))
         steps = lengths * jnp.exp(change)
         places = jnp.cumsum(steps[:-1]) / steps.sum()
+        if free:
+            early = places[0] * jnp.linspace(0, 1, free + 1, dtype=ts.dtype)[1:-1]
+            places = jnp.concatenate([early, places])
         inner = jnp.interp(places, place, root) ** 4
         inner = pin((change == 0).all(), ts[1:-1], inner)
         return jnp.concatenate([ts[:1], inner, ts[-1:]])
@@ -216,9 +258,16 @@ _make = eqx.filter_jit(lambda learned, change: learned(change))
 
 @eqx.filter_jit
 def _pull_back_made(learned, change, back):
-    variables = lambda tree: eqx.filter(tree, eqx.is_inexact_array)
+    variables = lambda tree: eqx.filter(tree, _is_variable(tree))
     _, pull_back = jax.vjp(lambda change: variables(learned(change)), change)
     return pull_back(back)[0]
+
+
+def _is_variable(tree):
+    """Which leaves have gradients: not those of the data that are known."""
+    fixed = lambda x: isinstance(x, NormalData | GaussianMixture)
+    is_variable = lambda x: eqx.is_inexact_array(x) and not fixed(x)
+    return jtu.tree_map(is_variable, tree, is_leaf=fixed)
 
 
 @eqx.filter_jit
@@ -242,7 +291,7 @@ _advance = eqx.filter_jit(_advance_now)
 @eqx.filter_jit
 def _pull_back(solver, flow, t0, t1, y, state, args, back):
     given = solver, t0, t1, y, state
-    variables, fixed = eqx.partition(given, eqx.is_inexact_array)
+    variables, fixed = eqx.partition(given, _is_variable(given))
 
     def run(variables):
         solver, t0, t1, y, state = eqx.combine(variables, fixed)
@@ -278,6 +327,13 @@ def _objective(process, y, exact, features):
 _share_of_rms = 0.5
 
 
+@eqx.filter_jit
+def _average(averaged, chosen, number):
+    """The average over the last iterations, of which there were `number` before."""
+    decay = jnp.minimum(0.9, number / (number + 2))
+    return jtu.tree_map(lambda a, b: b + decay.astype(b.dtype) * (a - b), averaged, chosen)
+
+
 def descend(
     learned: Learned,
     change: Change,
@@ -286,14 +342,14 @@ def descend(
     steps: int,
     rate: float,
 ) -> Iterator[tuple[Change, float]]:
-    """Adam on some of the parameters. Yields them after each step, with the objective
-    before."""
+    """Adam on some of the parameters, on a batch of pilots per step. Yields their average
+    after each step, with the objective before."""
     schedule = optax.cosine_decay_schedule(rate, steps)
     optimiser = optax.chain(optax.zero_nans(), optax.adam(schedule))
-    chosen = {name: change[name] for name in names}
+    chosen = averaged = {name: change[name] for name in names}
     state = optimiser.init(chosen)
-    for _ in range(steps):
-        value, gradient = learned.value_and_gradient(change, pilots)
+    for i, some in zip(range(steps), pilots.batches()):
+        value, gradient = learned.value_and_gradient(change, some)
         assert gradient is not None
         gradient = {name: gradient[name] for name in names}
         # Optax multiplies integers and floats.
@@ -301,4 +357,5 @@ def descend(
             updates, state = optimiser.update(gradient, state)
         chosen = eqx.apply_updates(chosen, updates)
         change = change | chosen
-        yield change, value
+        averaged = _average(averaged, chosen, np.float32(i if pilots.is_split else 0))
+        yield change | averaged, value

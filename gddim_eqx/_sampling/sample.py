@@ -263,7 +263,7 @@ def sample(
     dtype = None if dtype is None else as_dtype(dtype)
     if start == "auto":
         plain = ts is None and isinstance(lam, (int, float)) and lam == 0
-        start = known_start(flow, solver, num_steps) if plain else None
+        start = known_start(flow, solver, num_steps, "sharpest") if plain else None
     if start is not None:
         flow, ts = _started(flow, solver, start, num_steps, ts, dtype)
         num_steps = None
@@ -428,6 +428,8 @@ def _number_evaluated(flow, solver, ts: Array) -> int:
     """The number of evaluations of the model on a grid, if each step takes one at its
     start; and with `reevaluate`, one at its end."""
     evaluated = np.ones(len(ts), bool)
+    if isinstance(solver, LearnedGDDIM):
+        evaluated[: solver.num_free] = False
     if isinstance(flow.model, StartedModel):
         evaluated = ~np.asarray(flow.model.is_closed_form(ts))
     again = isinstance(solver, GDDIM) and solver.reevaluate

@@ -47,10 +47,10 @@ def _learned_times(process, solver, num_steps, ts, direction):
         raise ValueError(
             f"This solver was learned for {show(solver.process)}; got {show(process)}."
         )
-    own, number = solver.ts, solver.ts.shape[0] - 1
+    own, number = solver.ts, solver.num_evaluations
     if num_steps not in (None, number):
         raise ValueError(
-            f"This solver was learned for {number} steps, whose times it has; got "
+            f"This solver was learned for {number} evaluations, and has its times; got "
             f"num_steps={show(num_steps)}. Leave it out, or learn one by `fit_solver(flow, "
             f"u, num_steps={show(num_steps)})`."
         )

@@ -184,7 +184,10 @@ class GaussianStart(eqx.Module):
 
 
 def known_start(
-    flow: ProbabilityFlow, solver: Any, num_steps: int | None
+    flow: ProbabilityFlow,
+    solver: Any,
+    num_steps: int | None,
+    regime: Literal["nearest", "sharpest"],
 ) -> GaussianStart | None:
     """The start for a model that has the moments of its data, where it helps."""
     process, model = flow.process, flow.model
@@ -198,7 +201,7 @@ def known_start(
         # Data whose frequencies are noised differently have no single variance.
         uniform = process.cholesky(process.t_max).blocks.ndim == 2
         data = normal_data(process, std) if uniform else None
-    return GaussianStart(data, None, "sharpest") if isinstance(data, NormalData) else None
+    return GaussianStart(data, None, regime) if isinstance(data, NormalData) else None
 
 
 # The largest part of the default grid that a start takes.

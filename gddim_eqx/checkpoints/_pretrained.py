@@ -3,6 +3,7 @@ import re
 from typing import Any, Literal
 
 from .._misc import show
+from .._model import NormalData
 from .._term import ProbabilityFlow
 from ..solvers import LearnedGDDIM
 from ._file import load
@@ -43,7 +44,34 @@ def pretrained(name: Name) -> ProbabilityFlow:
 
     **Raises:** `ValueError` for an unknown name.
     """
-    return _read(name, "model", [x for x in _names() if not _solver.fullmatch(x)])
+    models = [x for x in _names() if not (_solver.fullmatch(x) or x.endswith(_of_data))]
+    return _read(name, "model", models)
+
+
+def pretrained_data(name: Literal["fashion-mnist"]) -> NormalData:
+    """The moments of the data of pretrained models, included in the library: for a
+    [`gddim_eqx.GaussianStart`][].
+
+    !!! example
+
+        ```python
+        flow = gd.checkpoints.pretrained("fashion-mnist-vp")
+        data = gd.checkpoints.pretrained_data("fashion-mnist")
+        start = gd.GaussianStart(data, None, "sharpest")
+        x, evaluations = gd.sample(flow, jax.random.key(0), 64, 4, start=start)
+        ```
+
+    **Arguments:**
+
+    - `name`: the data: the 60,000 training images of Fashion-MNIST, scaled to [-1, 1].
+
+    **Returns:** normal data with their mean, and with the variances of their coefficients
+    in [`gddim_eqx.CosineBasis`][].
+
+    **Raises:** `ValueError` for an unknown name.
+    """
+    data = [x for x in _names() if x.endswith(_of_data)]
+    return _read(f"{name}{_of_data}", "data", data)
 
 
 def pretrained_solver(name: Name, num_steps: int) -> LearnedGDDIM:
@@ -72,6 +100,7 @@ def pretrained_solver(name: Name, num_steps: int) -> LearnedGDDIM:
 
 
 _ending = ".npz"
+_of_data = "-data"
 _solver = re.compile(r".*-\d+-steps")
 
 
