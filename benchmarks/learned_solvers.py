@@ -1,11 +1,12 @@
 """Learned solvers with few evaluations, against `GDDIM()` on its default grid.
 
-For each case a solver is learned from pilots by `fit_solver`: its times only, and times,
-weights and rates. On fresh noise, the distance to the endpoint of the exact flow, RMS per
-coordinate, divided by that of `GDDIM()` with as many evaluations: the geometric mean over
-samples, the median, and the root mean square. Cases: eight Gaussians on a ring under CLD
-(128 pilots, 512 samples); a mixture around 500 images, whose scores are exact, under VP,
-CLD and BDM (64, 64); and the included networks (64, 64).
+For each case a solver is learned from pilots by `fit_solver`: its times only; times,
+weights, rates and shifts; and all these with a start in closed form. On fresh noise, the
+distance to the endpoint of the exact flow, RMS per coordinate, divided by that of `GDDIM()`
+with as many evaluations: the geometric mean over samples, the median, and the root mean
+square. Cases: eight Gaussians on a ring under CLD (128 pilots, 512 samples); a mixture
+around 500 images, whose scores are exact, under VP, CLD and BDM (64, 64); and the included
+networks (64, 64).
 
     python benchmarks/learned_solvers.py
     python benchmarks/learned_solvers.py --cases "CLD ring" --steps 5
@@ -49,15 +50,20 @@ _here = Path(__file__).resolve().parent
 
 class Case(NamedTuple):
     flow: gd.ProbabilityFlow
+    data: gd.NormalData
+    """The moments of the data."""
     dtype: Any
     pilots: int
     samples: int
     iterations: int
 
 
-def _mixture(process: type, mixture: gd.GaussianMixture) -> gd.ProbabilityFlow:
+def _mixture(process: type, mixture: gd.GaussianMixture, *numbers: Any) -> Case:
     made = process(mixture.means.shape[1:])
-    return gd.ProbabilityFlow(made, mixture.model(made))
+    x = np.asarray(mixture.sample(jr.key(1), 20_000))
+    data = gd.NormalData.from_samples(x, basis=made.basis if process is gd.BDM else None)
+    flow = gd.ProbabilityFlow(made, mixture.model(made))
+    return Case(flow, data, jnp.float64, *numbers)
 
 
 def ring() -> gd.GaussianMixture:
@@ -69,27 +75,31 @@ def images() -> gd.GaussianMixture:
     return gd.GaussianMixture(gd.datasets.fashion_mnist()[:500] / 127.5 - 1, 0.02)
 
 
-def _network(name: Any) -> gd.ProbabilityFlow:
-    return gd.checkpoints.pretrained(name)
+def _network(name: Any, iterations: int = 300) -> Case:
+    flow = gd.checkpoints.pretrained(name)
+    data = gd.checkpoints.pretrained_data("fashion-mnist")
+    return Case(flow, data, jnp.float32, 64, 64, iterations)
 
 
-def _untrained() -> gd.ProbabilityFlow:
+def _untrained() -> Case:
     process = gd.VP((32, 32, 3))
     network = gd.nn.presets.small((32, 32, 3), key=jr.key(0))
     model = gd.nn.NetworkModel(process, network, data_std=0.5)
-    return gd.ProbabilityFlow(process, model, "data")
+    data = gd.NormalData(jnp.zeros((32, 32, 3)), 0.25)
+    flow = gd.ProbabilityFlow(process, model, "data")
+    return Case(flow, data, jnp.float32, 64, 2, 6)
 
 
 CASES: dict[str, Callable[[], Case]] = {
-    "CLD ring": lambda: Case(_mixture(gd.CLD, ring()), jnp.float64, 128, 512, 400),
-    "VP images": lambda: Case(_mixture(gd.VP, images()), jnp.float64, 64, 64, 400),
-    "BDM images": lambda: Case(_mixture(gd.BDM, images()), jnp.float64, 64, 64, 400),
-    "CLD images": lambda: Case(_mixture(gd.CLD, images()), jnp.float64, 64, 64, 400),
-    "VP network": lambda: Case(_network("fashion-mnist-vp"), jnp.float32, 64, 64, 120),
-    "CLD network": lambda: Case(_network("fashion-mnist-cld"), jnp.float32, 64, 64, 120),
-    "BDM network": lambda: Case(_network("fashion-mnist-bdm"), jnp.float32, 64, 64, 120),
+    "CLD ring": lambda: _mixture(gd.CLD, ring(), 128, 512, 400),
+    "VP images": lambda: _mixture(gd.VP, images(), 64, 64, 400),
+    "BDM images": lambda: _mixture(gd.BDM, images(), 64, 64, 400),
+    "CLD images": lambda: _mixture(gd.CLD, images(), 64, 64, 400),
+    "VP network": lambda: _network("fashion-mnist-vp"),
+    "CLD network": lambda: _network("fashion-mnist-cld"),
+    "BDM network": lambda: _network("fashion-mnist-bdm"),
     # Untrained, only for the time and memory of a few iterations.
-    "small at 32x32": lambda: Case(_untrained(), jnp.float32, 64, 2, 6),
+    "small at 32x32": _untrained,
 }
 
 
@@ -128,27 +138,30 @@ def measure(
     grid = lambda *args: gd.time_grid(process, steps, *args, dtype=case.dtype)
     pilots = process.prior(jr.key(9), (case.pilots,), case.dtype)
 
-    def learned(kind: str, *learn: Any):
-        start = time.perf_counter()
+    def learned(kind: str, learn: Any, start: gd.GaussianStart | None = None):
+        began = time.perf_counter()
         fitted = gd.fit_solver(
             case.flow,
             pilots,
             steps,
             learn=learn,
+            start=start,
             num_iterations=case.iterations,
             progress=False,
         )
-        seconds = time.perf_counter() - start
-        if kind == "all":
+        seconds = time.perf_counter() - began
+        if kind == "start":
             label = name.lower().replace(" ", "-")
             gd.checkpoints.save(output / f"{label}-{steps}.npz", fitted.solver)
         return fitted.solver, fitted.ts, seconds
 
+    every = ["times", "weights", "rate", "shift"]
     make = {
         "default": lambda: (gd.GDDIM(), grid(), 0.0),
         "paper": lambda: (gd.GDDIM(3, "noise"), grid("quadratic"), 0.0),
-        "times": lambda: learned("times", "times"),
-        "all": lambda: learned("all", "times", "weights", "rate"),
+        "times": lambda: learned("times", ["times"]),
+        "all": lambda: learned("all", every),
+        "start": lambda: learned("start", every, gd.GaussianStart(case.data)),
     }
     solvers = {kind: make[kind]() for kind in make if kind in ("default", *kinds)}
     found = []
@@ -178,7 +191,7 @@ def table(results: list[dict[str, Any]]) -> str:
     lines.append("| --- | --- |" + " --- |" * len(steps))
     value = {(r["case"], r["solver"], r["steps"]): r for r in results}
     for case in dict.fromkeys(r["case"] for r in results):
-        for solver in ("paper", "times", "all"):
+        for solver in ("paper", "times", "all", "start"):
             row = []
             for n in steps:
                 if (case, solver, n) not in value:
@@ -202,7 +215,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         layout="constrained",
     )
     for axis, name in zip(axes[0], names):
-        for kind in ("paper", "default", "times", "all"):
+        for kind in ("paper", "default", "times", "all", "start"):
             own = [r for r in results if (r["case"], r["solver"]) == (name, kind)]
             own.sort(key=lambda r: r["steps"])
             x, y = [r["steps"] for r in own], [r["mean"] for r in own]
@@ -216,17 +229,17 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def fid(output: Path) -> None:
-    """Fashion-MNIST FIDs of 1,000 samples with learned solvers, and with `GDDIM()`: the
-    mean over three seeds, and half the range. Solvers that are not included are those
-    in `output`."""
+    """Fashion-MNIST FIDs of 1,000 samples with the included learned solvers, with a start,
+    and with `GDDIM()`: the mean over three seeds, and half the range."""
     features, seeds = gd.metrics.Classifier(), (0, 1, 2)
-    budgets = (4, 5, 6, 8, 10, 15)
+    budgets = (2, 3, 4, 5, 6, 8, 10)
     cache = Path.home() / ".cache" / "gddim_eqx"
     reference = gd.metrics.reference(gd.datasets.fashion_mnist(), features, cache)
     results = []
     for process in ("vp", "cld", "bdm"):
         name: Any = f"fashion-mnist-{process}"
-        flow, rows = _network(name), {}
+        case, rows = _network(name), {}
+        flow = case.flow
 
         def value(seed: int, **options: Any) -> float:
             x, _ = gd.sample(flow, jr.key(seed), 1000, batch_size=500, **options)
@@ -235,15 +248,15 @@ def fid(output: Path) -> None:
 
         for steps in budgets:
             grid = gd.time_grid(flow.process, steps, dtype=jnp.float32)
-            chosen: dict[str, Any] = {"default": dict(ts=grid)}
-            learned = None
-            kept = output / f"{process}-network-{steps}.npz"
-            if steps in (5, 8, 10):
-                learned = gd.checkpoints.pretrained_solver(name, steps)
-            elif kept.exists():
-                learned = gd.checkpoints.load(kept)
-            if learned is not None:
-                chosen["learned"] = dict(solver=learned)
+            learned = gd.checkpoints.pretrained_solver(name, steps)
+            start = gd.GaussianStart(case.data, None, "sharpest")
+            chosen: dict[str, dict[str, Any]] = {
+                "default": dict(ts=grid),
+                "start": dict(num_steps=steps, start=gd.GaussianStart(case.data)),
+                "sharpest": dict(num_steps=steps, start=start),
+                "known deviation": dict(num_steps=steps),
+                "learned": dict(solver=learned),
+            }
             for kind, options in chosen.items():
                 values = [value(seed, **options) for seed in seeds]
                 half = (max(values) - min(values)) / 2
@@ -260,8 +273,8 @@ def fid(output: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES)[:-1])
-    parser.add_argument("--steps", nargs="+", type=int, default=[5, 8, 10])
-    kinds = ["paper", "times", "all"]
+    parser.add_argument("--steps", nargs="+", type=int, default=[3, 5, 8, 10])
+    kinds = ["paper", "times", "all", "start"]
     parser.add_argument("--solvers", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--fid", action="store_true", help="only measure FIDs")
@@ -272,8 +285,8 @@ def main() -> None:
         arguments.output = quick if arguments.quick else _here / "learned_solvers"
     cases = {name: CASES[name] for name in arguments.cases}
     if arguments.quick:
-        make = lambda: Case(_mixture(gd.VP, ring()), jnp.float64, 9, 8, 3)
-        cases, arguments.steps, arguments.solvers = {"VP ring": make}, [3], ["all"]
+        make = lambda: _mixture(gd.VP, ring(), 9, 8, 3)
+        cases, arguments.steps, arguments.solvers = {"VP ring": make}, [3], ["start"]
     arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.fid:
         return fid(arguments.output)

@@ -200,7 +200,9 @@ def test_sample_starts_by_itself_where_it_knows_the_data():
     flow = gd.ProbabilityFlow(process, model, "data")
     x, evaluations = gd.sample(flow, jr.key(0), 8, 4)
     assert evaluations == 4
-    start = gd.GaussianStart(gd.NormalData(jnp.zeros(3), 0.8**2), None, "sharpest")
+    data = gd.NormalData(jnp.zeros(3), 0.8**2)
+    # As early as for two more evaluations, as only the standard deviation is known.
+    start = gd.GaussianStart(data, gd.GaussianStart(data).time(process, 6))
     np.testing.assert_array_equal(x, gd.sample(flow, jr.key(0), 8, 4, start=start).x)
     # A flow that has a start keeps it.
     x, evaluations = gd.sample(start.flow(flow, 4), jr.key(0), 8, 4)

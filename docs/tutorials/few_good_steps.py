@@ -7,7 +7,8 @@
 # 2. [`gddim_eqx.GaussianStart`][], for 2 to 10 evaluations: a start in closed form, from
 #    the mean and covariance of the data. It costs nothing.
 # 3. [`gddim_eqx.adapted_grid`][]: optimise the time grid for your model and any solver.
-# 4. [`gddim_eqx.fit_solver`][]: learn coefficients too, for 5 to 10 evaluations.
+# 4. [`gddim_eqx.fit_solver`][]: learn coefficients and the start too, for 3 to 10
+#    evaluations.
 #
 # Here we measure what each gains: first with a model that is exact, then with a network.
 
@@ -126,24 +127,26 @@ plot_both()
 #
 # ## A learned solver
 #
-# [`gddim_eqx.fit_solver`][] also learns corrections of the solver's coefficients. Whatever
-# is learned, a step remains exact if the data are a single point:
-# `gd.fit_solver(flow, flow.process.prior(key, (64,)), num_steps=5).solver`. A third of the
-# pilots is held back, to choose between what was learned and `GDDIM()`.
-# [`gddim_eqx.checkpoints.save`][] keeps the solver, which has its times.
+# [`gddim_eqx.fit_solver`][] also learns corrections of the solver's coefficients, and with
+# `start=` its time and slope. Whatever is learned, a step remains exact if the data are a
+# single point:
+# `gd.fit_solver(flow, flow.process.prior(key, (64,)), num_steps=5, start=start).solver`. A
+# quarter of the pilots is held back, to choose between what was learned and the start.
+# [`gddim_eqx.checkpoints.save`][] keeps the solver, which has its times and its start.
 #
-# It costs, once per model, about `4 * 120 * num_steps` evaluations on two thirds of the
-# pilots, and 200 for their accurate solutions: with 64 pilots and 5 steps as much as
-# drawing 25,000 samples. For the small network below this takes two minutes on two CPU
-# cores; for `gd.nn.presets.small` on images of 32x32 an hour and a half. (`adapted_grid`
-# takes half as many iterations.) The solvers for the included models come with them:
+# It costs, once per model, about `4 * 120 * 8 * num_steps` evaluations, as each of 120
+# iterations takes 8 pilots; 50 per pilot for accurate solutions; and a few to choose. With
+# 64 pilots and 5 steps this is as much as drawing 5,000 samples. For the small network
+# below it takes a minute on two CPU cores. The solvers for the included models come with
+# them:
 
 # %%
 flow = gd.checkpoints.pretrained("fashion-mnist-vp")
+start = gd.GaussianStart(gd.checkpoints.pretrained_data("fashion-mnist"))
 learned = gd.checkpoints.pretrained_solver("fashion-mnist-vp", 5)
 rows = {
     "from noise, 5 evaluations": gd.sample(flow, jax.random.key(0), 12, 5, start=None),
-    "start, 5 evaluations": gd.sample(flow, jax.random.key(0), 12, 5),
+    "start, 5 evaluations": gd.sample(flow, jax.random.key(0), 12, 5, start=start),
     "learned, 5 evaluations": gd.sample(flow, jax.random.key(0), 12, solver=learned),
     "GDDIM(), 100 evaluations": gd.sample(flow, jax.random.key(0), 12, 100),
 }

@@ -177,7 +177,7 @@ def _begin(learned, pilots, num_steps, ts, start):
         first = _Candidate.of(learned, learned.zero, pilots)
         known = None
         if start == "auto" and ts is None:
-            known = known_start(learned.flow, learned.solver, num_steps, "nearest")
+            known = known_start(learned.flow, learned.solver, num_steps)
         if known is None:
             return first, first
         start = known

@@ -208,11 +208,12 @@ def sample(
         - a [`gddim_eqx.GaussianStart`][]: in closed form. `num_steps` is then the number of
             evaluations of the model; a few more steps need none. With `ts`, these are the
             times of all steps, and the start must have its time `t`.
-        - `"auto"`: for up to 10 evaluations, the start `GaussianStart(data, None,
-            "sharpest")`, if the model has the standard deviation or the moments of its
-            data, as a preconditioned [`gddim_eqx.nn.NetworkModel`][] does. Only for `GDDIM`
-            in data space, on the default grid, and without noise. Not from a standard
-            deviation under [`gddim_eqx.BDM`][], where frequencies differ.
+        - `"auto"`: for up to 10 evaluations, the start `GaussianStart(data)`, if the model
+            has the moments of its data, as a preconditioned
+            [`gddim_eqx.nn.NetworkModel`][] does; or an earlier one, if it has only their
+            standard deviation. Only for `GDDIM` in data space, on the default grid, and
+            without noise. Not from a standard deviation under [`gddim_eqx.BDM`][], where
+            frequencies differ.
         - `None`: the model is evaluated at all times.
     - `predicts`, `factor`: as in [`gddim_eqx.ProbabilityFlow`][].
     - `args`: passed to the model: for a conditional one, such as a
@@ -263,7 +264,7 @@ def sample(
     dtype = None if dtype is None else as_dtype(dtype)
     if start == "auto":
         plain = ts is None and isinstance(lam, (int, float)) and lam == 0
-        start = known_start(flow, solver, num_steps, "sharpest") if plain else None
+        start = known_start(flow, solver, num_steps) if plain else None
     if start is not None:
         flow, ts = _started(flow, solver, start, num_steps, ts, dtype)
         num_steps = None

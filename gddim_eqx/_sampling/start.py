@@ -184,24 +184,26 @@ class GaussianStart(eqx.Module):
 
 
 def known_start(
-    flow: ProbabilityFlow,
-    solver: Any,
-    num_steps: int | None,
-    regime: Literal["nearest", "sharpest"],
+    flow: ProbabilityFlow, solver: Any, num_steps: int | None
 ) -> GaussianStart | None:
     """The start for a model that has the moments of its data, where it helps."""
     process, model = flow.process, flow.model
-    few = isinstance(num_steps, (int, np.integer)) and 0 < num_steps <= 10
-    if not (few and isinstance(solver, GDDIM) and solver.space == "data"):
+    if not (isinstance(num_steps, (int, np.integer)) and 0 < num_steps <= 10):
+        return None
+    if not (isinstance(solver, GDDIM) and solver.space == "data"):
         return None
     if isinstance(model, StartedModel):
         return None
     std, data = (getattr(model, name, None) for name in ("data_std", "data"))
-    if isinstance(std, (float, int)):
-        # Data whose frequencies are noised differently have no single variance.
-        uniform = process.cholesky(process.t_max).blocks.ndim == 2
-        data = normal_data(process, std) if uniform else None
-    return GaussianStart(data, None, regime) if isinstance(data, NormalData) else None
+    # Data whose frequencies are noised differently have no single variance.
+    uniform = process.cholesky(process.t_max).blocks.ndim == 2
+    if isinstance(std, (float, int)) and uniform:
+        data = normal_data(process, std)
+        assert data is not None
+        # As little is known, the start is as early as for more evaluations.
+        t = GaussianStart(data).time(process, int(num_steps) + 2)
+        return GaussianStart(data, t)
+    return GaussianStart(data) if isinstance(data, NormalData) else None
 
 
 # The largest part of the default grid that a start takes.

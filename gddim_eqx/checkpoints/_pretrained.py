@@ -89,9 +89,9 @@ def pretrained_solver(name: Name, num_steps: int) -> LearnedGDDIM:
 
     - `name`: the name of the model, as for [`gddim_eqx.checkpoints.pretrained`][], without
         `-classes`.
-    - `num_steps`: the number of steps: 5, 8 or 10.
+    - `num_steps`: the number of evaluations: 2, 3, 4, 5, 6, 8 or 10.
 
-    **Returns:** the solver, which has its times.
+    **Returns:** the solver, which has its times and starts in closed form.
 
     **Raises:** `ValueError` where there is none.
     """
