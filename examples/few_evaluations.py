@@ -69,7 +69,7 @@ def samplers(name: Any) -> dict[str, Sampler]:
 
 @eqx.filter_jit
 def generate(flow, u, solver, ts):
-    return gd.to_uint8(gd.generate(flow, u, solver=solver, ts=ts))
+    return gd.generate(flow, u, solver=solver, ts=ts)
 
 
 def main() -> None:
@@ -92,7 +92,8 @@ def main() -> None:
         axis.set(xticks=[], yticks=[])
         axis.set_frame_on(False)
 
-    def show(axis, images):
+    def show(axis, *made):
+        images = gd.to_uint8(generate(made[0], u, *made[1:]))
         axis.imshow(np.hstack(images)[..., 0], cmap="gray", vmin=0, vmax=255)
 
     for column, number in enumerate(NUMBERS):
@@ -101,9 +102,8 @@ def main() -> None:
             if (made := make(flow, number)) is None:
                 axis.text(0.5, 0.5, "a step takes more", ha="center", va="center")
             else:
-                show(axis, generate(made[0], u, *made[1:]))
-        ts = gd.time_grid(flow.process, 100)
-        show(axes[-1, column], generate(flow, u, gd.GDDIM(), ts))
+                show(axis, *made)
+        show(axes[-1, column], flow, gd.GDDIM(), gd.time_grid(flow.process, 100))
     for axis, name in zip(axes[:, 0], [*rows, "100 evaluations"]):
         axis.set_ylabel(name, rotation=0, ha="right", va="center")
     arguments.output.mkdir(parents=True, exist_ok=True)

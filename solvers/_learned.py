@@ -57,7 +57,7 @@ class LearnedGDDIM(dfx.AbstractItoSolver[History]):
     shifts: Float[Array, " steps"]
     data: Any
     num_free: int = eqx.field(static=True)
-    slope: Float[Array, ""]
+    slope: Float[Array, ""] | None
 
     term_structure: ClassVar = dfx.AbstractTerm
     interpolation_cls: ClassVar[Callable[..., dfx.AbstractLocalInterpolation]] = (
@@ -75,7 +75,7 @@ class LearnedGDDIM(dfx.AbstractItoSolver[History]):
         shifts: Float[Array, " steps"] | None = None,
         data: Any = None,
         num_free: int = 0,
-        slope: RealScalarLike = 0.0,
+        slope: RealScalarLike | None = None,
     ):
         """**Arguments:**
 
@@ -95,7 +95,7 @@ class LearnedGDDIM(dfx.AbstractItoSolver[History]):
             predictions replace those of the model in the first steps, as in
             [`gddim_eqx.GaussianStart`][].
         - `num_free`: the number of these steps.
-        - `slope`: as in [`gddim_eqx.GaussianStart`][].
+        - `slope`: as in [`gddim_eqx.GaussianStart`][]; by default 0.
 
         All corrections are zero by default.
 
@@ -137,8 +137,10 @@ class LearnedGDDIM(dfx.AbstractItoSolver[History]):
             if not hasattr(data, "model"):
                 raise ValueError(f"`data` must be a `NormalData(...)`; got {show(data)}.")
             data.model(process, "data")  # Checks the shape.
-        self.data, self.num_free = data, int(num_free)
-        self.slope = jnp.asarray(slope, dtype)
+            slope = jnp.asarray(0.0 if slope is None else slope, dtype)
+        elif slope is not None:
+            raise ValueError(f"`slope` is that of a start from `data`; got {show(slope)}.")
+        self.data, self.num_free, self.slope = data, int(num_free), slope
 
     @property
     def num_evaluations(self) -> int:
@@ -201,6 +203,7 @@ class LearnedGDDIM(dfx.AbstractItoSolver[History]):
         start = None
         if self.data is not None:
             ts = self.ts[self.num_free - 1 : self.num_free + 1]
+            assert self.slope is not None
             start = self.data, ts.mean().astype(dtype), self.slope.astype(dtype)
         return _Step(
             solver=base,

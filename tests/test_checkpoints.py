@@ -382,6 +382,20 @@ def test_preconditioned_networks_that_predicted_noise(tmp_path):
     assert gd.checkpoints.load(path, like=plain).predicts == "noise"
 
 
+def test_learned_solvers_that_had_no_start(tmp_path):
+    process, path = gd.VP((2,)), tmp_path / "solver.npz"
+    solver = gd.LearnedGDDIM(gd.GDDIM(), process, gd.time_grid(process, 5))
+    gd.checkpoints.save(path, solver)
+    with np.load(path) as file:
+        arrays = dict(file)
+    header = json.loads(arrays["header"].tobytes())
+    for name in ("data", "num_free", "slope"):
+        del header["model"]["arguments"][name]
+    arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    np.savez(path, **arrays)
+    assert eqx.tree_equal(gd.checkpoints.load(path), solver)
+
+
 def _other_frequencies(key):
     return eqx.tree_at(lambda x: x.frequencies, _Own(8, key=key), np.ones(3))
 

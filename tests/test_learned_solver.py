@@ -231,6 +231,7 @@ def test_without_corrections_it_is_the_solver_with_a_start(family, tmp_path):
     solver = _of_start(start, process, 3)
     expected = _run(start.flow(flow, 3), gd.GDDIM(), solver.ts, u)
     tolerance = 1e-12 if jax.config.read("jax_enable_x64") else 1e-5
+    assert _learned(process).num_evaluations == 4
     got = _run(flow, solver, solver.ts, u)
     assert max_difference(got, expected) < tolerance * float(jnp.abs(expected).max())
     for number in (None, 3):
@@ -396,6 +397,24 @@ def _reversed(solver):
                 gd.GDDIM(), f.process, s.ts, data=_normal(f.process), num_free=4
             ),
             "from 1 to 3.*got 4",
+        ),
+        (
+            lambda f, s: _make(gd.GDDIM(), f.process, s.ts, slope=0.5),
+            "`slope` is that of a start",
+        ),
+        (
+            lambda f, s: _make(gd.GDDIM(), f.process, s.ts, data=3, num_free=1),
+            "`data` must be a `NormalData",
+        ),
+        (
+            lambda f, s: _make(
+                gd.GDDIM(),
+                f.process,
+                s.ts,
+                data=gd.NormalData(jnp.zeros(3), 1.0),
+                num_free=1,
+            ),
+            "These data have shape",
         ),
         (lambda f, s: _fit(f, _u[:, :1], 3), "The states `u` must be"),
         (lambda f, s: _fit(f, _u[None], 3), "one batch axis"),

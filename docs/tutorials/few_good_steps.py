@@ -134,10 +134,10 @@ plot_both()
 # quarter of the pilots is held back, to choose between what was learned and the start.
 # [`gddim_eqx.checkpoints.save`][] keeps the solver, which has its times and its start.
 #
-# It costs, once per model, about `4 * 120 * 8 * num_steps` evaluations, as each of 120
+# It costs, once per model, about `4 * 200 * 8 * num_steps` evaluations, as each of 200
 # iterations takes 8 pilots; 50 per pilot for accurate solutions; and a few to choose. With
-# 64 pilots and 5 steps this is as much as drawing 5,000 samples. For the small network
-# below it takes a minute on two CPU cores. The solvers for the included models come with
+# 64 pilots and 5 steps this is as much as drawing 8,000 samples. For the small network
+# below it takes two minutes on two CPU cores. The solvers for the included models come with
 # them:
 
 # %%

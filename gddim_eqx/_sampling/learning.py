@@ -165,7 +165,7 @@ class Learned(eqx.Module):
             "weights": weights,
             "rate": made.log_rates,
             "shift": made.shifts,
-            "slope": made.slope,
+            "slope": jnp.zeros((), self.ts.dtype),
         }
 
     def __call__(self, change) -> tuple[dfx.AbstractSolver, Array]:
