@@ -94,7 +94,7 @@ def main() -> None:
 
     def show(axis, *made):
         images = gd.to_uint8(generate(made[0], u, *made[1:]))
-        axis.imshow(np.hstack(images)[..., 0], cmap="gray", vmin=0, vmax=255)
+        axis.imshow(np.hstack(list(images))[..., 0], cmap="gray", vmin=0, vmax=255)
 
     for column, number in enumerate(NUMBERS):
         axes[0, column].set_title(f"{number} evaluations of the network", fontsize=10)

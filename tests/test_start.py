@@ -204,6 +204,13 @@ def test_sample_starts_by_itself_where_it_knows_the_data():
     # As early as for two more evaluations, as only the standard deviation is known.
     start = gd.GaussianStart(data, gd.GaussianStart(data).time(process, 6))
     np.testing.assert_array_equal(x, gd.sample(flow, jr.key(0), 8, 4, start=start).x)
+    cld = gd.CLD((3,))
+    model = gd.nn.NetworkModel(cld, lambda t, x: 0.1 * jnp.cos(x[..., :3]), data_std=0.8)
+    rows = [
+        gd.sample(cld, model, jr.key(0), 8, 4, predicts="data", **options).x
+        for options in ({}, dict(start=gd.GaussianStart(data, None, "sharpest")))
+    ]
+    np.testing.assert_array_equal(*rows)
     # A flow that has a start keeps it.
     x, evaluations = gd.sample(start.flow(flow, 4), jr.key(0), 8, 4)
     assert np.isfinite(x).all() and evaluations < 4

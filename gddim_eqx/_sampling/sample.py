@@ -211,9 +211,10 @@ def sample(
         - `"auto"`: for up to 10 evaluations, the start `GaussianStart(data)`, if the model
             has the moments of its data, as a preconditioned
             [`gddim_eqx.nn.NetworkModel`][] does; or an earlier one, if it has only their
-            standard deviation. Only for `GDDIM` in data space, on the default grid, and
-            without noise. Not from a standard deviation under [`gddim_eqx.BDM`][], where
-            frequencies differ.
+            standard deviation. For a process with a velocity, such as [`gddim_eqx.CLD`][],
+            in the regime `"sharpest"`. Only for `GDDIM` in data space, on the default grid,
+            and without noise. Not from a standard deviation under [`gddim_eqx.BDM`][],
+            where frequencies differ.
         - `None`: the model is evaluated at all times.
     - `predicts`, `factor`: as in [`gddim_eqx.ProbabilityFlow`][].
     - `args`: passed to the model: for a conditional one, such as a

@@ -197,13 +197,16 @@ def known_start(
     std, data = (getattr(model, name, None) for name in ("data_std", "data"))
     # Data whose frequencies are noised differently have no single variance.
     uniform = process.cholesky(process.t_max).blocks.ndim == 2
-    if isinstance(std, (float, int)) and uniform:
+    if only_std := isinstance(std, (float, int)) and uniform:
         data = normal_data(process, std)
-        assert data is not None
-        # As little is known, the start is as early as for more evaluations.
-        t = GaussianStart(data).time(process, int(num_steps) + 2)
-        return GaussianStart(data, t)
-    return GaussianStart(data) if isinstance(data, NormalData) else None
+    if not isinstance(data, NormalData):
+        return None
+    if process.num_components > 1:
+        # With a velocity, samples are then also nearer to those of the exact flow.
+        return GaussianStart(data, None, "sharpest")
+    # If little is known, the start is as early as for more evaluations.
+    t = GaussianStart(data).time(process, int(num_steps) + 2) if only_std else None
+    return GaussianStart(data, t)
 
 
 # The largest part of the default grid that a start takes.
