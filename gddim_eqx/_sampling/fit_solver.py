@@ -45,7 +45,7 @@ def fit_solver(
     u: State,
     num_steps: int = 8,
     solver: GDDIM = GDDIM(),
-    learn: Sequence[Learnable] = ("times", "weights", "rate", "shift"),
+    learn: Sequence[Learnable] = ("times", "weights", "rate"),
     *,
     ts: Times | None = None,
     start: GaussianStart | Literal["auto"] | None = "auto",
@@ -88,7 +88,8 @@ def fit_solver(
         - `"times"`: the time grid, as [`gddim_eqx.adapted_grid`][] does.
         - `"weights"`: corrections of the coefficients of past predictions.
         - `"rate"`: in each step, the rate of the interpolation coordinate `"clock"`.
-        - `"shift"`: the times that the model is given.
+        - `"shift"`: the times that the model is given. For the included networks this
+            reduces the error by another tenth; with exact models it increases it.
     - `ts`: the initial grid, in place of [`gddim_eqx.time_grid`][] with `num_steps`.
     - `start`: a [`gddim_eqx.GaussianStart`][], whose time and slope are learned too, with
         the times and the weights. With `"auto"`, if the model has the standard deviation or
