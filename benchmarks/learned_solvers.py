@@ -1,12 +1,12 @@
 """Learned solvers with few evaluations, against `GDDIM()` on its default grid.
 
 For each case a solver is learned from pilots by `fit_solver`: its times only; times,
-weights and rates, for networks also shifts; and all these with a start in closed form. On fresh noise, the
-distance to the endpoint of the exact flow, RMS per coordinate, divided by that of `GDDIM()`
-with as many evaluations: the geometric mean over samples, the median, and the root mean
-square. Cases: eight Gaussians on a ring under CLD (128 pilots, 512 samples); a mixture
-around 500 images, whose scores are exact, under VP, CLD and BDM (64, 64); and the included
-networks (64, 64).
+weights and rates, for networks also shifts; and all these with a start in closed form. On
+fresh noise, the distance to the endpoint of the exact flow, RMS per coordinate, divided by
+that of `GDDIM()` with as many evaluations: the geometric mean over samples, the median, and
+the root mean square. Cases: eight Gaussians on a ring under CLD (128 pilots, 512 samples);
+a mixture around 500 images, whose scores are exact, under VP, CLD and BDM (64, 64); and the
+included networks (64, 64).
 
     python benchmarks/learned_solvers.py
     python benchmarks/learned_solvers.py --cases "CLD ring" --steps 5
