@@ -373,7 +373,7 @@ def main() -> None:
     real, others = np.asarray(images[:number]), np.asarray(images[number : 2 * number])
     noise = process.prior(noise_key, (number,))
     # The closed form: that of normal data with the mean and the covariance of the images.
-    start = gd.GaussianStart(gd.NormalData.from_samples(images), None, "nearest")
+    start = gd.GaussianStart(gd.NormalData.from_samples(images))
     results = compare(network, process, real, noise, budgets, start)
 
     # The worst and the best to expect. (But the network was trained on both halves.)

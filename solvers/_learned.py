@@ -18,7 +18,7 @@ from gddim_eqx._exponential import (
 from gddim_eqx._linear import coefficient_dtype
 from gddim_eqx._misc import show
 from gddim_eqx._process import AbstractProcess, require_process
-from gddim_eqx._term import ProbabilityFlow, real_time, StartedModel
+from gddim_eqx._term import ProbabilityFlow, real_time, started_flow, StartedModel
 
 from ._corrector import AbstractCorrector, FreeCorrector
 from ._gddim import GDDIM
@@ -304,10 +304,7 @@ class _Step(AbstractExponentialMultistep):
         model = _Shifted(flow.model, process, self.shift)
         flow = ProbabilityFlow(process, model, flow.predicts, flow.factor)
         if self.start is not None:
-            data, t, slope = self.start
-            closed_form = ProbabilityFlow(process, data.model(process, "data"), "data")
-            model = StartedModel(flow, closed_form, t, slope)
-            flow = ProbabilityFlow(process, model, "data")
+            flow = started_flow(flow, *self.start)
         return problem._replace(term=flow)
 
     def faults(self, equation, c, s, stochastic):

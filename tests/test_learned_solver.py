@@ -212,7 +212,7 @@ def test_it_is_saved_alone_and_with_its_model(tmp_path):
 # With a start in closed form
 
 
-def _normal(process):
+def _normal():
     return gd.NormalData(jnp.linspace(-0.5, 0.5, 2), jnp.array([[1.0, 0.3], [0.3, 0.5]]))
 
 
@@ -227,7 +227,7 @@ def _of_start(start, process, number):
 def test_without_corrections_it_is_the_solver_with_a_start(family, tmp_path):
     process = family((2,))
     flow, u = _flow(process), prior_state(process, (3,))
-    start = gd.GaussianStart(_normal(process))
+    start = gd.GaussianStart(_normal())
     solver = _of_start(start, process, 3)
     expected = _run(start.flow(flow, 3), gd.GDDIM(), solver.ts, u)
     tolerance = 1e-12 if jax.config.read("jax_enable_x64") else 1e-5
@@ -243,14 +243,14 @@ def test_without_corrections_it_is_the_solver_with_a_start(family, tmp_path):
 
 def test_with_a_start_the_model_is_not_evaluated_before():
     process = gd.VP((2,))
-    solver = _of_start(gd.GaussianStart(_normal(process), 0.4), process, 3)
+    solver = _of_start(gd.GaussianStart(_normal(), 0.4), process, 3)
     late = lambda t, u, args: jnp.where(t > 0.41, jnp.nan, 0.9 * u)
     flow = gd.ProbabilityFlow(process, late, "data")
     x, evaluations = gd.sample(flow, jr.key(0), 4, solver=solver)
     assert evaluations == 3 and jnp.isfinite(x).all()
 
 
-class _OfUnitVariance(eqx.Module):
+class _WithStd(eqx.Module):
     """A model that has the standard deviation of its data."""
 
     model: Any
@@ -268,7 +268,7 @@ def test_a_start_is_learned_too(given):
     ring = gd.GaussianMixture(np.stack([np.cos(angle), np.sin(angle)], -1), 0.05)
     data = gd.NormalData(np.zeros(2), 0.5)
     model = ring.model(process)
-    flow = gd.ProbabilityFlow(process, model if given else _OfUnitVariance(model, 0.5**0.5))
+    flow = gd.ProbabilityFlow(process, model if given else _WithStd(model, 0.5**0.5))
     start: Any = gd.GaussianStart(data) if given else "auto"
     u = process.prior(jr.key(1), (32,))
     fit = ft.partial(gd.fit_solver, flow, u, 4, num_iterations=40, progress=False)
@@ -369,23 +369,21 @@ def _reversed(solver):
         (lambda f, s: _fit(f, _u[:7], 3), "at least 8 pilots.*got 7"),
         (lambda f, s: _fit(f, np.nan * _u, 3), "`u` are not finite"),
         (
-            lambda f, s: _fit(gd.GaussianStart(_normal(f.process)).flow(f, 3), _u, 3),
+            lambda f, s: _fit(gd.GaussianStart(_normal()).flow(f, 3), _u, 3),
             "Pass the flow without it, and to `fit_solver` its `start`",
         ),
         (
             lambda f, s: gd.generate(
-                gd.GaussianStart(_normal(f.process)).flow(f, 3), f_u(s), solver=s
+                gd.GaussianStart(_normal()).flow(f, 3), f_u(s), solver=s
             ),
             "A learned solver has its own start, or none",
         ),
         (
-            lambda f, s: _fit(f, _u, 3, start=_normal(f.process)),
+            lambda f, s: _fit(f, _u, 3, start=_normal()),
             "a `GaussianStart`, 'auto'",
         ),
         (
-            lambda f, s: _fit(
-                f, _u, 4, ts=s.ts, start=gd.GaussianStart(_normal(f.process))
-            ),
+            lambda f, s: _fit(f, _u, 4, ts=s.ts, start=gd.GaussianStart(_normal())),
             "Pass `start` or `ts`, not both",
         ),
         (
@@ -393,9 +391,7 @@ def _reversed(solver):
             "`num_free` must be .* without `data`",
         ),
         (
-            lambda f, s: _make(
-                gd.GDDIM(), f.process, s.ts, data=_normal(f.process), num_free=4
-            ),
+            lambda f, s: _make(gd.GDDIM(), f.process, s.ts, data=_normal(), num_free=4),
             "from 1 to 3.*got 4",
         ),
         (

@@ -13,7 +13,7 @@ from .._linear import apply
 from .._misc import as_number, check_count, check_instance, check_positive, show
 from .._model import GaussianMixture, normal_data, NormalData
 from .._process import AbstractProcess, require_process
-from .._term import check_flow, ProbabilityFlow, StartedModel
+from .._term import check_flow, ProbabilityFlow, started_flow, StartedModel
 from ..solvers import GDDIM
 from .grid import clock_times, time_grid
 
@@ -175,12 +175,11 @@ class GaussianStart(eqx.Module):
         **Raises:** `ValueError` for a process for data of another shape.
         """
         process = check_flow(flow).process
-        closed_form = ProbabilityFlow(process, self.data.model(process, "data"), "data")
+        self.data.model(process, "data")  # Checks the shape.
         t = self.time(process, num_steps)
         if isinstance(flow.model, StartedModel):
             raise ValueError("This flow has a start already; pass that of its model.")
-        model = StartedModel(flow, closed_form, jnp.asarray(t), jnp.asarray(self.slope))
-        return ProbabilityFlow(process, model, "data")
+        return started_flow(flow, self.data, jnp.asarray(t), jnp.asarray(self.slope))
 
 
 def known_start(

@@ -17,6 +17,10 @@ from .reverse_sde import (
     unwrap_reverse as unwrap_reverse,
 )
 from .semilinear import LinearPart as LinearPart, Semilinear as Semilinear
-from .started import evaluated_model as evaluated_model, StartedModel as StartedModel
+from .started import (
+    evaluated_model as evaluated_model,
+    started_flow as started_flow,
+    StartedModel as StartedModel,
+)
 from .takes_flow import init_takes_flow as init_takes_flow, takes_flow as takes_flow
 from .times import real_time as real_time, step_faults as step_faults

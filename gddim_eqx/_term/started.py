@@ -54,6 +54,15 @@ class StartedModel(eqx.Module):
         return ~self.is_closed_form(t) & self.is_closed_form(earliest)
 
 
+def started_flow(
+    flow: ProbabilityFlow, data: Any, t: Array, slope: Array
+) -> ProbabilityFlow:
+    """A flow whose model is that of normal data, or of a mixture, at times after `t`."""
+    process = flow.process
+    closed_form = ProbabilityFlow(process, data.model(process, "data"), "data")
+    return ProbabilityFlow(process, StartedModel(flow, closed_form, t, slope), "data")
+
+
 def evaluated_model(flow: ProbabilityFlow) -> Any:
     """The model of a flow that is evaluated, without a closed form before it."""
     model = flow.model
