@@ -14,6 +14,7 @@ and `--float32` samples in single precision.
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -33,6 +34,10 @@ from tqdm import tqdm
 
 import gddim_eqx as gd
 from gddim_eqx import AbstractProcess
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+import data as data_sets
 
 
 Grid = Literal["clock", "quadratic"]
@@ -92,7 +97,7 @@ def mixtures(
 ) -> dict[str, tuple[gd.GaussianMixture, int]]:
     """The data sets, and the number of samples to draw for each."""
     if quick:
-        images = gd.datasets.digits()[:20] / 127.5 - 1
+        images = data_sets.digits()[:20] / 127.5 - 1
         return {
             "2 in 2-D": (gd.GaussianMixture([[-1.0, 0.0], [1.0, 0.0]], 0.1), 16),
             "images": (gd.GaussianMixture(images, 0.1), 8),
@@ -115,7 +120,7 @@ def mixtures(
     if not path.exists():
         print(f"No images: {path} does not exist (Debian: dataset-fashion-mnist).")
         return small
-    raw = gd.datasets.fashion_mnist(path)
+    raw = data_sets.fashion_mnist(path)
     first = 10_000 if others else 0
     images = raw[first : first + 500] / 127.5 - 1
     return small | {"images": (gd.GaussianMixture(images, 0.02), 64)}

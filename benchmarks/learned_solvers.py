@@ -21,6 +21,7 @@ ring and the networks.
 import argparse
 import json
 import resource
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,6 +44,10 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 import gddim_eqx as gd
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+import data as data_sets
 
 
 _here = Path(__file__).resolve().parent
@@ -72,7 +77,7 @@ def ring() -> gd.GaussianMixture:
 
 
 def images() -> gd.GaussianMixture:
-    return gd.GaussianMixture(gd.datasets.fashion_mnist()[:500] / 127.5 - 1, 0.02)
+    return gd.GaussianMixture(data_sets.fashion_mnist()[:500] / 127.5 - 1, 0.02)
 
 
 def _network(name: Any, iterations: int = 300) -> Case:
@@ -236,7 +241,7 @@ def fid(output: Path) -> None:
     features, seeds = gd.metrics.Classifier(), (0, 1, 2)
     budgets = (2, 3, 4, 5, 6, 8, 10)
     cache = Path.home() / ".cache" / "gddim_eqx"
-    reference = gd.metrics.reference(gd.datasets.fashion_mnist(), features, cache)
+    reference = gd.metrics.reference(data_sets.fashion_mnist(), features, cache)
     results = []
     for process in ("vp", "cld", "bdm"):
         name: Any = f"fashion-mnist-{process}"

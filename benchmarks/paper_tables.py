@@ -33,6 +33,7 @@ from gddim_eqx.metrics import frechet_distance, sliced_wasserstein
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+import data as data_sets
 from quickstart import load_images
 
 
@@ -91,7 +92,7 @@ def digits(quick: bool = False) -> Data:
 
 
 def fashion(directory: Path) -> Data:
-    images = gd.datasets.fashion_mnist(directory)
+    images = data_sets.fashion_mnist(directory)
     return Data("fashion-mnist", images[:500] / 127.5 - 1, 0.02, 256)
 
 

@@ -22,7 +22,14 @@ jax.config.update("jax_enable_x64", True)
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from few_steps import cases, exact_flow, fashion_mnist, mixtures, step_through
+from few_steps import (
+    cases,
+    data_sets,
+    exact_flow,
+    fashion_mnist,
+    mixtures,
+    step_through,
+)
 from tqdm import tqdm
 
 import gddim_eqx as gd
@@ -88,7 +95,7 @@ def exact_cases(path: Path, others: bool, quick: bool) -> None:
 
 
 def networks(path: Path) -> None:
-    images = gd.datasets.fashion_mnist(path)
+    images = data_sets.fashion_mnist(path)
     features = gd.metrics.Classifier()
     reference = gd.metrics.reference(images, features)
     print("\n| network, evaluations, start | distance | Frechet | precision | recall |")

@@ -118,7 +118,7 @@ class FromDisk(Ours):
         self.directory = tempfile.TemporaryDirectory()
         path = Path(self.directory.name) / "images.npy"
         np.save(path, images)
-        super().__init__(model, gd.datasets.packed(path), batch)
+        super().__init__(model, np.load(path, mmap_mode="r"), batch)
 
 
 _ways = {"by hand": ByHand, "fit": Ours, "from disk": FromDisk}

@@ -10,6 +10,7 @@ import argparse
 import os
 from pathlib import Path
 
+import data as data_sets
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -69,8 +70,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4000)
     arguments = parser.parse_args()
     classifier = train(
-        gd.datasets.fashion_mnist(),
-        gd.datasets.fashion_mnist_labels(),
+        data_sets.fashion_mnist(),
+        data_sets.fashion_mnist_labels(),
         arguments.steps,
     )
     gd.checkpoints.save(arguments.output, classifier)
@@ -78,9 +79,9 @@ def main() -> None:
         np.asarray(
             jnp.argmax(eqx.filter_jit(logits)(classifier, jnp.asarray(part)), axis=1)
         )
-        for part in np.array_split(gd.datasets.fashion_mnist(train=False), 20)
+        for part in np.array_split(data_sets.fashion_mnist(train=False), 20)
     ]
-    right = np.concatenate(found) == gd.datasets.fashion_mnist_labels(train=False)
+    right = np.concatenate(found) == data_sets.fashion_mnist_labels(train=False)
     print(f"Test accuracy: {right.mean():.2%}. Classifier: {arguments.output}")
 
 

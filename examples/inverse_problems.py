@@ -14,6 +14,7 @@ import argparse
 import os
 from pathlib import Path
 
+import data as data_sets
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -62,7 +63,7 @@ def test_images(number: int, drawn: bool) -> Float[Array, "number 28 28 1"]:
     if drawn:
         flow = gd.checkpoints.pretrained("fashion-mnist-vp")
         return gd.sample(flow, jr.key(2), number, 20).x
-    images = gd.datasets.fashion_mnist(train=False)[:number]
+    images = data_sets.fashion_mnist(train=False)[:number]
     return jnp.asarray(images, jnp.float32) / 127.5 - 1
 
 

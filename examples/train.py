@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import data as data_sets
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,7 @@ class Source:
     ]
     directory: Path | None = None
     """The location of its files. Not needed for rings and digits. For `packed`, a file that
-    `gddim_eqx.datasets.pack_folder` wrote, for more images than fit in memory."""
+    `examples/data.py` wrote, for more images than fit in memory."""
     verify: bool = True
     """Verify the files against their published checksums."""
     size: int | None = None
@@ -422,17 +423,17 @@ def load(data: Source, train: bool = True) -> np.ndarray:
     if not (train or has_test(data)):
         raise ValueError(f"{data.name} has no test set.")
     if data.name in ("rings", "digits"):
-        return getattr(gd.datasets, data.name)()
+        return getattr(data_sets, data.name)()
     if data.name not in OWN:
         directory = {} if data.directory is None else {"directory": data.directory}
-        read = getattr(gd.datasets, data.name)
+        read = getattr(data_sets, data.name)
         return read(train=train, verify=data.verify, **directory)
     directory = data.directory if train or data.test is None else data.test
     assert directory is not None
     if data.name == "folder":
-        images = gd.datasets.folder(directory, data.size, data.crop, data.channels or 3)
+        images = data_sets.folder(directory, data.size, data.crop, data.channels or 3)
         return part_of(images, data, train)
-    images = gd.datasets.packed(directory)
+    images = data_sets.packed(directory)
     if data.size is not None and images.shape[1:3] != (data.size, data.size):
         raise ValueError(
             f"{directory} holds images of {images.shape[1]} x {images.shape[2]}, "
@@ -468,12 +469,12 @@ def load_labels(
     if data.name in ("rings", "packed"):
         raise ValueError(f"The data {data.name!r} have no labels.")
     if data.name == "digits":
-        return gd.datasets.digits_labels(), tuple(map(str, range(10)))
+        return data_sets.digits_labels(), tuple(map(str, range(10)))
     if data.name == "folder":
         assert data.directory is not None
-        labels, found = gd.datasets.folder_labels(data.directory, classes)
+        labels, found = data_sets.folder_labels(data.directory, classes)
         if not train and data.test is not None:
-            return gd.datasets.folder_labels(data.test, found)
+            return data_sets.folder_labels(data.test, found)
         labels = part_of(labels, data, train)
         if train and classes is None and len(np.unique(labels)) < len(found):
             (first, *_) = (name for n, name in enumerate(found) if n not in labels)
@@ -483,7 +484,7 @@ def load_labels(
             )
         return labels, found
     directory = {} if data.directory is None else {"directory": data.directory}
-    read = getattr(gd.datasets, f"{data.name}_labels")
+    read = getattr(data_sets, f"{data.name}_labels")
     names = _CLASSES.get(data.name, map(str, range(10)))
     return read(train=train, verify=data.verify, **directory), tuple(names)
 

@@ -1,8 +1,8 @@
 import importlib.metadata
+from typing import TYPE_CHECKING
 
 from . import (
     checkpoints as checkpoints,
-    datasets as datasets,
     metrics as metrics,
     nn as nn,
     solvers as solvers,
@@ -92,3 +92,15 @@ from .solvers import (
 
 
 __version__ = importlib.metadata.version("gddim_eqx")
+
+# Until the release: former names, and what to use.
+_former = {
+    "datasets": "Copy `examples/data.py` of the repository, or pass NumPy arrays.",
+}
+
+# Hidden from type checkers, which would accept any name.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str):
+        message = f"`gddim_eqx` has no {name!r}. {_former.get(name, '')}".rstrip()
+        raise AttributeError(message, name=name)

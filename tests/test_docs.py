@@ -92,7 +92,7 @@ def test_commands_exist():
                 assert words[0] in ("cd", "git", "pre-commit", "export"), where
 
 
-_modules = (gd, gd.nn, gd.nn.presets, gd.training, gd.metrics, gd.checkpoints, gd.datasets)
+_modules = (gd, gd.nn, gd.nn.presets, gd.training, gd.metrics, gd.checkpoints)
 
 
 def _public():
@@ -132,7 +132,8 @@ def test_all_public_names_are_documented():
 def _messages():
     """All strings of the library, with `...` for what is filled in."""
     paths = [*_root.glob("gddim_eqx/**/*.py"), *_root.glob("solvers/*.py")]
-    for path in (*paths, _root / "examples" / "train.py"):
+    paths += [_root / "examples" / name for name in ("data.py", "train.py")]
+    for path in paths:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 yield node.value

@@ -15,6 +15,7 @@ import PIL.Image
 import pytest
 
 import gddim_eqx as gd
+from examples import data as data_sets
 
 
 # Networks that were hardly trained draw wild samples.
@@ -108,7 +109,7 @@ def test_the_measures_are_those_of_the_samples(run, tmp_path, model):
         images = file["images"]
     assert images.shape == (20, 8, 8, 1) and images.dtype == np.uint8
     metrics, features = gd.metrics, gd.metrics.Pixels()
-    reference = metrics.reference(gd.datasets.digits(), features)
+    reference = metrics.reference(data_sets.digits(), features)
     samples, data = features(images), reference.vectors[:20]
     precision, recall = metrics.precision_recall(samples, data)
     expected = {
@@ -171,7 +172,7 @@ def test_labels_of_the_data_and_guidance(run, evaluate, tmp_path):
     assert found["protocol"]["guidance"] == 2.0
     assert [r["outcome"] for r in found["results"]] == ["finite"] * 2
     # Two of each class, and guided by hand.
-    data = gd.datasets.digits_labels()
+    data = data_sets.digits_labels()
     config = evaluate.Config(path, evaluate.Source("digits"), number=20)
     labels = evaluate.labels_of(config, gd.ProbabilityFlow(model.process, model, "data"))
     assert np.abs(np.bincount(labels) - 20 * np.bincount(data) / len(data)).max() < 1
@@ -381,7 +382,7 @@ def _held_out_by_hand(images):
 def test_samples_and_real_images_are_compared_with_those_held_out(run, tmp_path, capsys):
     colours = _save(tmp_path / "colours.npz", gd.VP((8, 8, 3)))
     options = _folder_of_colours(tmp_path / "images", 60)
-    test, train = _held_out_by_hand(gd.datasets.folder(tmp_path / "images"))
+    test, train = _held_out_by_hand(data_sets.folder(tmp_path / "images"))
     found = run("--keep-images", [], *options, path=colours)
     printed = capsys.readouterr()
     assert found["protocol"]["against"] == "test, 6 images"
@@ -397,7 +398,7 @@ def test_samples_and_real_images_are_compared_with_those_held_out(run, tmp_path,
     assert f"20 real training images: {distance:.3g}\n" in printed.out
     # A second folder, and the other way round.
     _folder_of_colours(tmp_path / "more", 5)
-    more = gd.datasets.folder(tmp_path / "more")
+    more = data_sets.folder(tmp_path / "more")
     for against, kind in (("test", "20 real training"), ("train", "5 real held-out")):
         (tmp_path / "output").rename(tmp_path / f"before-{against}")
         second = ("--data.test", tmp_path / "more", "--against", against)
@@ -405,7 +406,7 @@ def test_samples_and_real_images_are_compared_with_those_held_out(run, tmp_path,
         number = 5 if against == "test" else 60
         assert found["protocol"]["against"] == f"{against}, {number} images"
         assert f"{kind} images: " in capsys.readouterr().out
-    whole = gd.datasets.folder(tmp_path / "images")
+    whole = data_sets.folder(tmp_path / "images")
     distance = gd.metrics.frechet_distance(pixels(more), pixels(whole))
     assert found["real_images"]["frechet_distance"] == pytest.approx(distance, rel=1e-6)
     # As little as 3 images.
@@ -420,7 +421,7 @@ def test_it_is_checked_that_images_were_held_out_and_classes_agree(
     _folder_of_colours(tmp_path / "images", 0)
     for name in ("cat", "dog"):
         _folder_of_colours(tmp_path / "images" / name, 30)
-    _, train = _held_out_by_hand(gd.datasets.folder(tmp_path / "images"))
+    _, train = _held_out_by_hand(data_sets.folder(tmp_path / "images"))
     shape = (8, 8, 3)
     key = jax.random.key(0)
     network = gd.nn.TimeMLP(shape, key=key, width=16, depth=1, num_classes=2)

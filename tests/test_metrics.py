@@ -17,6 +17,7 @@ import scipy.optimize
 from hypothesis import given, settings, strategies as st
 
 import gddim_eqx as gd
+from examples import data
 from gddim_eqx.metrics import (
     frechet_distance,
     kernel_distance,
@@ -360,8 +361,8 @@ def test_the_classifier_sees_noise_and_missing_classes(classifier):
     # Two halves of clothes are as near as they can be; anything else is farther.
     directory = "/usr/share/datasets/fashion-mnist"
     try:
-        images = gd.datasets.fashion_mnist(directory, train=False)[:4000]
-        labels = gd.datasets.fashion_mnist_labels(directory, train=False)[:4000]
+        images = data.fashion_mnist(directory, train=False)[:4000]
+        labels = data.fashion_mnist_labels(directory, train=False)[:4000]
     except ValueError:
         pytest.skip("The Debian package dataset-fashion-mnist is not installed.")
     real, others = classifier(images[:2000]), classifier(images[2000:])

@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 import gddim_eqx as gd
+from examples import data as data_sets
 
 from .helpers import if_interrupted
 
@@ -477,7 +478,7 @@ def test_training_starts_from_a_model_of_the_same_network(class_run, train, tmp_
 def test_images_are_held_out_of_every_class(train, tmp_path):
     directory = _folders(tmp_path / "images", size=4)
     source = train.Source("folder", directory)
-    images = gd.datasets.folder(directory)
+    images = data_sets.folder(directory)
     for share, number in ((None, 2), (0.25, 5), (0.5, 10)):
         source = dataclasses.replace(source, held_out=share)
         parts = [train.load(source, train=x) for x in (True, False)]

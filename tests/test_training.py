@@ -18,6 +18,7 @@ import optax
 import pytest
 
 import gddim_eqx as gd
+from examples import data
 from gddim_eqx.training import (
     adam,
     Batches,
@@ -323,7 +324,7 @@ def test_average_is_the_weighted_mean_of_all_parameters(debias):
 @pytest.mark.float32
 @pytest.mark.parametrize("kind", (gd.VP, gd.CLD))
 def test_what_a_newcomer_writes_first_works(kind):
-    process, x = kind((2,)), gd.datasets.rings()
+    process, x = kind((2,)), data.rings()
     network = gd.nn.presets.points(2 * process.num_components, key=jr.key(0))
     trainer = Trainer(DenoisingLoss(process))
     state = trainer.init(gd.nn.NetworkModel(process, network), jr.key(1))

@@ -10,6 +10,7 @@ import time
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
+from sklearn.datasets import load_digits
 
 import gddim_eqx as gd
 from gddim_eqx.training import (
@@ -25,7 +26,8 @@ from gddim_eqx.training import (
 
 plt.rcParams["figure.facecolor"] = "white"
 
-images = gd.datasets.digits()  # uint8, (1797, 8, 8, 1)
+levels, _ = load_digits(return_X_y=True)  # From 0 to 16.
+images = (levels * (255 / 16)).round().astype(np.uint8).reshape(-1, 8, 8, 1)
 
 
 def show(rows):

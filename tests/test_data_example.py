@@ -9,9 +9,10 @@ import tarfile
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 import gddim_eqx as gd
+from examples import data
 
 
 # NumPy only.
@@ -21,7 +22,7 @@ _random = np.random.default_rng(0)
 
 
 def test_rings_are_five_and_of_unit_variance():
-    points = gd.datasets.rings(5000, seed=1)
+    points = data.rings(5000, seed=1)
     assert points.shape == (5000, 2) and points.dtype == np.float32
     np.testing.assert_allclose(points.std(axis=0), 1, atol=1e-5)
     np.testing.assert_allclose(points.mean(axis=0), 0, atol=1e-5)
@@ -36,7 +37,7 @@ def test_rings_are_five_and_of_unit_variance():
 
 
 def test_digits():
-    images = gd.datasets.digits()
+    images = data.digits()
     assert images.shape == (1797, 8, 8, 1) and images.dtype == np.uint8
     assert images.max() == 255 and images.min() == 0
 
@@ -49,7 +50,7 @@ def idx(tmp_path):
 
 
 @pytest.mark.parametrize("packed", (False, True))
-@pytest.mark.parametrize("read", (gd.datasets.mnist, gd.datasets.fashion_mnist))
+@pytest.mark.parametrize("read", (data.mnist, data.fashion_mnist))
 def test_mnist(idx, packed, read):
     directory, images, content = idx
     name = "t10k-images-idx3-ubyte" + ".gz" * packed
@@ -63,23 +64,21 @@ def test_mnist(idx, packed, read):
 @pytest.mark.parametrize(
     "read, cure",
     [
-        (gd.datasets.mnist, "no train-images-idx3-ubyte in .*cvdf-datasets/mnist"),
-        (gd.datasets.fashion_mnist, "no train-images-idx3-ubyte in .*Debian package"),
-        (gd.datasets.fashion_mnist_labels, "no train-labels-idx1-ubyte in .*Debian"),
-        (gd.datasets.cifar10, "no data_batch_1 in .*cifar-10-python.tar.gz from"),
+        (data.mnist, "no .*train-images-idx3-ubyte.*cvdf-datasets/mnist"),
+        (data.fashion_mnist, "no .*train-images-idx3-ubyte.*Debian package"),
+        (data.fashion_mnist_labels, "no .*train-labels-idx1-ubyte.*Debian"),
+        (data.cifar10, "data_batch_1.*cifar-10-python.tar.gz from"),
     ],
 )
 def test_says_where_to_get_what_is_missing(tmp_path, read, cure):
     with pytest.raises(ValueError, match=cure):
         read(tmp_path)
-    with pytest.raises(ValueError, match="no /not/here. "):
-        read("/not/here")
 
 
 def test_labels(tmp_path):
     content = struct.pack(">ii", 2049, 4) + bytes([3, 0, 9, 1])
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(content)
-    labels = gd.datasets.fashion_mnist_labels(tmp_path, verify=False)
+    labels = data.fashion_mnist_labels(tmp_path, verify=False)
     np.testing.assert_array_equal(labels, [3, 0, 9, 1])
 
 
@@ -89,9 +88,9 @@ def test_labels(tmp_path):
 )
 def test_the_published_fashion_mnist():
     for train, number in ((True, 60_000), (False, 10_000)):
-        images = gd.datasets.fashion_mnist(train=train)
+        images = data.fashion_mnist(train=train)
         assert images.shape == (number, 28, 28, 1) and images.dtype == np.uint8
-        labels = gd.datasets.fashion_mnist_labels(train=train)
+        labels = data.fashion_mnist_labels(train=train)
         np.testing.assert_array_equal(np.bincount(labels), [number // 10] * 10)
 
 
@@ -104,13 +103,7 @@ def test_damaged_fashion_mnist_is_refused(idx):
     for damaged in (packed[:100], b"", cut, gzip.compress(b""), content, flipped):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=f"{path} is not a complete .* file"):
-            gd.datasets.fashion_mnist(directory, verify=False)
-    path.write_bytes(gzip.compress(struct.pack(">i", 2049) + content[4:]))
-    with pytest.raises(ValueError, match=r"begins with b'.*x01'"):
-        gd.datasets.fashion_mnist(directory, verify=False)
-    path.write_bytes(gzip.compress(struct.pack(">iiii", 2051, -1, 28, 28) + content[16:]))
-    with pytest.raises(ValueError, match=r"its shape is \(-1, 28, 28\)"):
-        gd.datasets.fashion_mnist(directory, verify=False)
+            data.fashion_mnist(directory, verify=False)
 
 
 @pytest.fixture
@@ -136,10 +129,10 @@ def _pack(directory):
 def test_cifar10(cifar10, packed):
     path, images = cifar10
     path = _pack(path) if packed else path
-    read = functools.partial(gd.datasets.cifar10, path)
+    read = functools.partial(data.cifar10, path)
     np.testing.assert_array_equal(read(verify=False), images[:10])
     np.testing.assert_array_equal(read(train=False, verify=False), images[10:])
-    labels = gd.datasets.cifar10_labels(path, verify=False)
+    labels = data.cifar10_labels(path, verify=False)
     np.testing.assert_array_equal(labels, [1, 2] * 5)
     with pytest.raises(ValueError, match="data_batch_1.* is not the file .* CIFAR-10: its"):
         read()
@@ -150,16 +143,13 @@ def test_damaged_cifar10_is_refused(cifar10, packed):
     directory, _ = cifar10
     batch = directory / "data_batch_3"
     whole = batch.read_bytes()
-    read = lambda: gd.datasets.cifar10(
-        _pack(directory) if packed else directory, verify=False
-    )
-    others = [np.zeros(5, np.uint8), np.zeros((2, 3072))]
-    for damaged in (whole[:2000], b"", *(pickle.dumps({b"data": x}) for x in others)):
+    read = lambda: data.cifar10(_pack(directory) if packed else directory, verify=False)
+    for damaged in (whole[:2000], b"", pickle.dumps({b"labels": []})):
         batch.write_bytes(damaged)
         with pytest.raises(ValueError, match="data_batch_3.* is not a complete file"):
             read()
     batch.unlink()
-    with pytest.raises(ValueError, match="no .*data_batch_3 in .*Fetch"):
+    with pytest.raises(ValueError, match="data_batch_3.*Fetch"):
         read()
 
 
@@ -170,8 +160,8 @@ def test_a_damaged_archive_is_refused(cifar10):
     flipped[len(whole) // 2] ^= 255
     for damaged in (whole[:100], whole[: len(whole) // 2], b"", bytes(flipped)):
         archive.write_bytes(damaged)
-        with pytest.raises(ValueError, match="is not a complete"):
-            gd.datasets.cifar10(archive, verify=False)
+        with pytest.raises(ValueError, match="not a? ?complete"):
+            data.cifar10(archive, verify=False)
 
 
 class _Runs:
@@ -182,7 +172,7 @@ class _Runs:
 def test_a_pickle_runs_nothing(tmp_path, capsys):
     (tmp_path / "test_batch").write_bytes(pickle.dumps({b"data": _Runs()}))
     with pytest.raises(ValueError, match="it holds builtins.print"):
-        gd.datasets.cifar10(tmp_path, train=False, verify=False)
+        data.cifar10(tmp_path, train=False, verify=False)
     assert capsys.readouterr().out == ""
 
 
@@ -197,10 +187,10 @@ def test_a_folder_of_images(tmp_path):
     (tmp_path / "readme.txt").write_text("not an image")
     names = ["b.png", "a.PNG", "inside/c.png"]
     pixels = {name: _write(tmp_path, name) for name in names}
-    read = gd.datasets.folder(tmp_path)
+    read = data.folder(tmp_path)
     np.testing.assert_array_equal(read, np.stack([pixels[name] for name in sorted(names)]))
-    assert gd.datasets.folder(tmp_path, size=4, crop=6).shape == (3, 4, 4, 3)
-    cropped = gd.datasets.folder(tmp_path, crop=4)
+    assert data.folder(tmp_path, size=4, crop=6).shape == (3, 4, 4, 3)
+    cropped = data.folder(tmp_path, crop=4)
     np.testing.assert_array_equal(cropped, read[:, 1:5, 2:6])
 
 
@@ -209,19 +199,17 @@ def test_a_folder_is_packed_into_one_file(tmp_path):
     directory.mkdir()
     for name in ("b.png", "a.png", "inside/c.png"):
         _write(directory, name)
-    found = gd.datasets.pack_folder(directory, path, size=4, crop=6)
+    found = data.pack_folder(directory, path, size=4, crop=6)
     assert isinstance(found, np.memmap)
-    expected = gd.datasets.folder(directory, size=4, crop=6)
-    for images in (found, gd.datasets.packed(path), np.load(path)):
+    expected = data.folder(directory, size=4, crop=6)
+    for images in (found, data.packed(path), np.load(path)):
         np.testing.assert_array_equal(images, expected)
     # A failure keeps what was there, and leaves nothing else.
     _write(directory, "d.png", 9, 7)
     with pytest.raises(ValueError, match="d.png has 7x9 pixels"):
-        gd.datasets.pack_folder(directory, path)
+        data.pack_folder(directory, path)
     np.testing.assert_array_equal(np.load(path), expected)
     assert sorted(x.name for x in tmp_path.iterdir()) == ["images", "images.npy"]
-    with pytest.raises(ValueError, match="`path` must end in .npy; got .*images.bin"):
-        gd.datasets.pack_folder(directory, tmp_path / "images.bin")
 
 
 def test_a_folder_is_read_as_greyscale(tmp_path):
@@ -231,149 +219,146 @@ def test_a_folder_is_read_as_greyscale(tmp_path):
     Image.fromarray(levels).save(directory / "a.png")
     Image.fromarray(np.repeat(levels[..., None], 3, -1)).save(directory / "b.png")
     colours = _write(directory, "c.png").astype(float)
-    assert gd.datasets.folder(directory).shape == (3, 6, 8, 3)
-    found = gd.datasets.folder(directory, channels=1)
+    assert data.folder(directory).shape == (3, 6, 8, 3)
+    found = data.folder(directory, channels=1)
     assert found.shape == (3, 6, 8, 1)
     np.testing.assert_array_equal(found[:2, ..., 0], [levels, levels])
     # ITU-R 601.
     luma = colours @ [0.299, 0.587, 0.114]
     assert np.abs(found[2, ..., 0] - luma).max() < 1
-    packed = gd.datasets.pack_folder(directory, tmp_path / "x.npy", channels=1)
+    packed = data.pack_folder(directory, tmp_path / "x.npy", channels=1)
     np.testing.assert_array_equal(packed, found)
-    with pytest.raises(ValueError, match="`channels` must be 1, .* or 3; got 4"):
-        gd.datasets.folder(directory, channels=4)
 
 
 def test_packed_files_that_do_not_do_are_refused(tmp_path):
     path = tmp_path / "x.npy"
-    with pytest.raises(ValueError, match="no file .*x.npy. `pack_folder` writes one"):
-        gd.datasets.packed(path)
+    with pytest.raises(
+        ValueError, match="x.npy is not .* No such file.*data.py` writes one"
+    ):
+        data.packed(path)
     np.save(path, np.zeros((5, 4, 4, 1), np.uint8))
     content = path.read_bytes()
     for size in (len(content) - 1, 40, 0):
         path.write_bytes(content[:size])
         with pytest.raises(ValueError, match="x.npy is not a complete file"):
-            gd.datasets.packed(path)
+            data.packed(path)
     for wrong in (np.zeros((5, 4, 4), np.uint8), np.zeros((5, 4, 4, 1))):
         np.save(path, wrong)
         with pytest.raises(ValueError, match="must hold images.*got shape"):
-            gd.datasets.packed(path)
+            data.packed(path)
 
 
 def test_the_classes_of_a_folder_are_its_subdirectories(tmp_path):
     for name in ("cat/b.png", "cat/young/a.png", "ant/z.png", "dog/a.png"):
         _write(tmp_path, name)
-    labels, classes = gd.datasets.folder_labels(tmp_path)
+    labels, classes = data.folder_labels(tmp_path)
     assert classes == ("ant", "cat", "dog") and labels.tolist() == [0, 1, 1, 2]
-    assert len(labels) == len(gd.datasets.folder(tmp_path))
+    assert len(labels) == len(data.folder(tmp_path))
     given = ("dog", "cow", "cat", "ant")
-    labels, classes = gd.datasets.folder_labels(tmp_path, given)
+    labels, classes = data.folder_labels(tmp_path, given)
     assert classes == given and labels.tolist() == [3, 2, 2, 0]
     with pytest.raises(ValueError, match="has images in ant, dog, but the classes are cat"):
-        gd.datasets.folder_labels(tmp_path, ["cat"])
+        data.folder_labels(tmp_path, ["cat"])
     _write(tmp_path, "a.png")
     with pytest.raises(ValueError, match="a.png is not in a subdirectory"):
-        gd.datasets.folder_labels(tmp_path)
+        data.folder_labels(tmp_path)
 
 
-_junk = (
-    ".DS_Store",
-    "Thumbs.db",
-    "desktop.ini",
-    "._a.png",
-    ".hidden.jpg",
-    ".ipynb_checkpoints/a-checkpoint.png",
-    ".thumbnails/large/a.png",
-    "__MACOSX/._a.png",
-    "__macosx/cat/a.png",
-    "@eaDir/a.png/SYNOPHOTO_THUMB_M.jpg",
-    "#recycle/a.png",
-    "$RECYCLE.BIN/S-1-5/a.png",
-    "System Volume Information/a.png",
-    "lost+found/a.png",
-)
-
-
-@pytest.mark.parametrize("where", (".", "cat", "cat/young"))
-def test_what_systems_put_beside_images_is_no_data(tmp_path, where):
-    # The directory itself may be hidden.
-    directory = tmp_path / ".cache" / "@eaDir"
-    directory.mkdir(parents=True)
-    for name in ("cat/b.png", "cat/young/a.png", "dog/a.png"):
-        (directory / name).parent.mkdir(exist_ok=True)
-        _write(directory, name)
-    expected = gd.datasets.folder(directory)
-    labels, classes = gd.datasets.folder_labels(directory)
-    assert len(expected) == 3 and classes == ("cat", "dog")
-    for name in _junk:
-        (directory / where / name).parent.mkdir(parents=True, exist_ok=True)
-        (directory / where / name).write_bytes(b"no image")
-    (directory / where / "empty.png").mkdir()
-    if where == ".":
-        with pytest.raises(ValueError, match="no images in empty.png. Images end in"):
-            gd.datasets.folder_labels(directory)
-        (directory / "empty.png").rmdir()
-    np.testing.assert_array_equal(gd.datasets.folder(directory), expected)
-    packed = gd.datasets.pack_folder(directory, tmp_path / "images.npy")
-    np.testing.assert_array_equal(packed, expected)
-    found, names = gd.datasets.folder_labels(directory)
-    assert names == classes and found.tolist() == labels.tolist()
-
-
-def test_a_class_without_images_is_refused_unless_it_is_named(tmp_path):
-    for name in ("train/ant/a.png", "train/dog/a.png", "test/dog/a.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        _write(tmp_path, name)
-    _, classes = gd.datasets.folder_labels(tmp_path / "train")
-    (tmp_path / "test" / "ant").mkdir()
-    for content in (None, "notes.txt", ".hidden.png"):
-        if content is not None:
-            (tmp_path / "test" / "ant" / content).write_bytes(b"")
-        with pytest.raises(ValueError, match="no images in ant.* pass `classes=`"):
-            gd.datasets.folder_labels(tmp_path / "test")
-        labels, found = gd.datasets.folder_labels(tmp_path / "test", classes)
-        assert labels.tolist() == [1] and found == classes
-    with pytest.raises(ValueError, match="must be different names; got .'dog', 'dog'."):
-        gd.datasets.folder_labels(tmp_path / "train", ("dog", "dog"))
-
-
-def test_links_are_followed_and_broken_ones_refused(tmp_path):
+def test_links_are_followed_and_hidden_files_are_not_read(tmp_path):
     directory = tmp_path / "images"
     for name in ("elsewhere/a.png", "images/ant/a.png"):
         (tmp_path / name).parent.mkdir(parents=True)
         _write(tmp_path, name)
     (directory / "dog").symlink_to(tmp_path / "elsewhere")
     (directory / "ant" / "b.png").symlink_to(tmp_path / "elsewhere" / "a.png")
-    assert gd.datasets.folder_labels(directory)[0].tolist() == [0, 0, 1]
-    images = gd.datasets.folder(directory)
+    for junk in (".hidden/a.png", "ant/._a.png", "__MACOSX/cat/a.png", "@eaDir/a.png"):
+        (directory / junk).parent.mkdir(parents=True, exist_ok=True)
+        (directory / junk).write_bytes(b"no image")
+    labels, classes = data.folder_labels(directory)
+    assert labels.tolist() == [0, 0, 1] and classes == ("ant", "dog")
+    images = data.folder(directory)
     np.testing.assert_array_equal(images[1], images[2])
-    (directory / ".#lock").symlink_to("nobody@nowhere")
-    assert len(gd.datasets.folder(directory)) == 3
-    for name in ("ant/c.png", "cat"):
-        (directory / name).symlink_to(tmp_path / "nowhere")
-        for read in (gd.datasets.folder, gd.datasets.folder_labels):
-            with pytest.raises(ValueError, match=f"{name} is a broken link, to .*nowhere"):
-                read(directory)
-        (directory / name).unlink()
-    (directory / "dog" / "again").symlink_to(directory)
-    with pytest.raises(ValueError, match="again is a link to a directory that it is in"):
-        gd.datasets.folder(directory)
+    (directory / "ant" / "c.png").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="c.png is not a complete image.*No such file"):
+        data.folder(directory)
+
+
+_colour = _random.integers(0, 256, (5, 4, 3), np.uint8)
+_alpha = np.full((5, 4, 1), 255, np.uint8)
+
+
+def _palette():
+    image = Image.fromarray(_colour[..., 0])
+    image.putpalette(_random.integers(0, 256, (256, 3), np.uint8).tobytes())
+    return image
+
+
+@pytest.mark.parametrize(
+    "image",
+    (
+        Image.fromarray(_colour[..., 0]),
+        Image.fromarray(_colour[..., 0] > 127),
+        Image.fromarray(_colour),
+        _palette(),
+        Image.fromarray(np.concatenate([_colour, _alpha], axis=-1)),
+    ),
+    ids=("L", "1", "RGB", "P", "RGBA"),
+)
+def test_images_of_8_bits(tmp_path, image):
+    image.save(tmp_path / "a.png")
+    (found,) = data.folder(tmp_path)
+    np.testing.assert_array_equal(found, np.asarray(image.convert("RGB")))
+
+
+def test_images_are_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(_colour).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(data.folder(tmp_path)[0], np.rot90(_colour, -1))
+
+
+_holes = np.where(np.arange(4)[None, :, None] == 2, np.uint8(7), _alpha)
+
+
+@pytest.mark.parametrize(
+    "image, options, message",
+    [
+        (np.concatenate([_colour, _holes], axis=-1), {}, "a.png is transparent"),
+        (_colour, {"transparency": tuple(_colour[0, 0].tolist())}, "a.png is transparent"),
+        (_colour[..., 0].astype(np.uint16), {}, "a.png is not in 8-bit sRGB .* mode I;16"),
+        (_colour, {"icc_profile": b"Display P3"}, "a.png .* another colour profile"),
+    ],
+)
+def test_what_would_have_to_be_guessed_is_refused(tmp_path, image, options, message):
+    Image.fromarray(image).save(tmp_path / "a.png", **options)
+    with pytest.raises(ValueError, match=message):
+        data.folder(tmp_path)
+
+
+def test_a_profile_of_srgb_changes_nothing(tmp_path):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(_colour).save(tmp_path / "a.png", icc_profile=profile)
+    np.testing.assert_array_equal(data.folder(tmp_path)[0], _colour)
+
+
+def test_former_names_say_what_to_use():
+    with pytest.raises(AttributeError, match="no 'datasets'. Copy `examples/data.py`"):
+        gd.datasets  # pyright: ignore
+    with pytest.raises(AttributeError, match="`gddim_eqx` has no 'nothing'.$"):
+        gd.nothing  # pyright: ignore
 
 
 def test_folders_that_do_not_do_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no images. Images end in .png"):
-        gd.datasets.folder(tmp_path)
+        data.folder(tmp_path)
     with pytest.raises(ValueError, match="nowhere is not a directory"):
-        gd.datasets.folder(tmp_path / "nowhere")
+        data.folder(tmp_path / "nowhere")
     _write(tmp_path, "a.png")
     _write(tmp_path, "b.png", 9, 7)
     with pytest.raises(ValueError, match="b.png has 7x9 pixels, but .*a.png has 8x6"):
-        gd.datasets.folder(tmp_path)
+        data.folder(tmp_path)
     with pytest.raises(ValueError, match="a.png has 8x6 .* `crop` cannot keep 7x7"):
-        gd.datasets.folder(tmp_path, size=4, crop=7)
-    for option in ("size", "crop"):
-        with pytest.raises(ValueError, match=f"`{option}` must be a positive .* got 0"):
-            gd.datasets.folder(tmp_path, **{option: 0})
+        data.folder(tmp_path, size=4, crop=7)
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
     with pytest.raises(ValueError, match="b.png is not a complete image"):
-        gd.datasets.folder(tmp_path)
+        data.folder(tmp_path)
