@@ -27,7 +27,9 @@ class DiscreteVP(AbstractGaussianPath):
     # Not in the repr, where a thousand numbers hide the rest.
     alphas_cumprod: tuple[float, ...] = eqx.field(static=True, repr=False)
 
-    def __init__(self, shape: tuple[int, ...] | int, alphas_cumprod: ArrayLike | list):
+    def __init__(
+        self, shape: tuple[int, ...] | int, alphas_cumprod: ArrayLike | list | tuple
+    ):
         r"""**Arguments:**
 
         - `shape`: the shape of one data sample.

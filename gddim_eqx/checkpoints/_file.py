@@ -14,11 +14,11 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._misc import is_array, write_whole
-from ._describe import build, describe
-from ._rest import check_arrays
+from ._describe import build, describe, name_of, others
+from ._rest import check_arrays, describe_rest, restore_rest
 
 
-_VERSION = 1
+_VERSION = 2
 
 
 def save(path: str | Path, model: Any, metadata: Mapping[str, Any] | None = None) -> None:
@@ -28,9 +28,9 @@ def save(path: str | Path, model: Any, metadata: Mapping[str, Any] | None = None
     The file is a NumPy `.npz` of the parameters and a `header` that describes the model as
     JSON. It is written under another name first, so that `path` is never incomplete.
 
-    Networks, processes and schedules of your own, a `LinearSDE`, a `GaussianPath`, and
-    wrappers such as `WithTime` and guidance, cannot be described: only their arrays and
-    constants are saved, and `load` needs a `like`.
+    Networks, processes and schedules of your own, and what is made of functions, such as a
+    `LinearSDE`, cannot be described: only their arrays and constants are saved, and `load`
+    needs a `like`.
 
     !!! example
 
@@ -56,26 +56,23 @@ def save(path: str | Path, model: Any, metadata: Mapping[str, Any] | None = None
     pytree (make them fields of an `equinox.Module`); and for metadata that cannot be
     serialised as JSON.
     """
-    check_arrays(model)
+    check_arrays(model, "saved")
     try:
         metadata = json.loads(json.dumps(dict(metadata or {})))
     except (TypeError, ValueError) as error:
         raise ValueError(f"`metadata` must be serialisable as JSON: {error}.") from error
-    arrays: dict[str, np.ndarray] = {}
-    dtypes = {}
-    for name, array in _arrays(model):
-        arrays[name], kind = _to_numpy(name, array)
-        if kind is not None:
-            dtypes[name] = kind
+    pairs = [(name, *_to_numpy(name, array)) for name, array in _arrays(model)]
+    description = describe(model)
     header = {
         "format": "gddim_eqx",
         "version": _VERSION,
-        "model": describe(model),
-        "dtypes": dtypes,
+        "model": description,
+        "rest": describe_rest(model) if any(others(description)) else {},
+        "dtypes": {name: kind for name, _, kind in pairs if kind is not None},
         "metadata": metadata,
     }
-    arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
-    contents: Any = arrays
+    contents: Any = {name: array for name, array, _ in pairs}
+    contents["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
     write_whole(Path(path), lambda file: np.savez(file, **contents))
 
 
@@ -94,35 +91,48 @@ def load(path: str | Path, like: Any = None) -> Any:
     **Returns:** the model.
 
     **Raises:** `ValueError` for a file that `save` did not write, that is incomplete, was
-    written by a later version of the library, or needs a `like`; whose arrays are not
+    written by another version of the library, or needs a `like`; whose arrays are not
     those of its architecture; or for a `like` that differs otherwise, or whose arrays are
     out of reach, as in `save`. It names what does not match.
     """
     path = Path(path)
     header, arrays = _read(path)
-    model = build(header["model"], like, path, arrays.keys())
+    try:
+        return _rebuilt(header, arrays, like)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _rebuilt(header: dict[str, Any], arrays: dict[str, np.ndarray], like: Any) -> Any:
+    description, kinds = header["model"], header["dtypes"]
+    arrays = {name: _from_numpy(name, x, kinds.get(name)) for name, x in arrays.items()}
+    name, unknown = name_of(description), sorted(set(others(description)))
+    if like is None and unknown:
+        raise ValueError(
+            f"It holds a {' and a '.join(unknown)}, which the library cannot construct. "
+            "Make one of the same structure, as you did for training, and pass it: "
+            "`load(path, like=...)`."
+        )
+    if like is not None and not unknown and name_of(describe(like)) != name:
+        raise ValueError(
+            f"It needs no `like`, as it has a {name}; got a {type(like).__name__}."
+        )
+    check_arrays(like, "loaded")
+    model = build(description, arrays, like)
+    model = restore_rest(header["rest"], model) if unknown else model
     values = []
-    for name, wanted in _arrays(model):
+    for name, shape in ((name, x.shape) for name, x in _arrays(model)):
         if name not in arrays:
-            raise ValueError(f"{path} has no array {name}, which its network needs.")
-        array = arrays.pop(name)
-        if array.shape != wanted.shape:
+            raise ValueError(f"It has no array {name}, which its network needs.")
+        values.append(arrays.pop(name))
+        if values[-1].shape != shape:
             raise ValueError(
-                f"{path}: the array {name} has shape {array.shape}, but its network needs "
-                f"{wanted.shape}."
+                f"The array {name} has shape {values[-1].shape}, but its network needs "
+                f"{shape}."
             )
-        if isinstance(array, jax.Array) or isinstance(wanted, np.ndarray):
-            values.append(array)
-            continue
-        if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
-            raise ValueError(
-                f"{path}: the array {name} is {array.dtype}. Enable double precision: "
-                '`jax.config.update("jax_enable_x64", True)`.'
-            )
-        values.append(jnp.asarray(array))
     if arrays:
         raise ValueError(
-            f"{path} has an array {next(iter(arrays))}, which has no place in its network."
+            f"It has an array {next(iter(arrays))}, which has no place in its network."
         )
     dynamic, static = eqx.partition(model, is_array)
     dynamic = jtu.tree_unflatten(jtu.tree_structure(dynamic), values)
@@ -138,11 +148,10 @@ def metadata(path: str | Path) -> dict[str, Any]:
 
     **Raises:** `ValueError` for a file that `save` did not write, or that is incomplete.
     """
-    return _read(Path(path))[0].get("metadata", {})
+    return _read(Path(path))[0]["metadata"]
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The header, and the arrays as they were before saving."""
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     try:
         with path.open("rb") as whole, np.load(whole, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -156,10 +165,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if header.get("version") != _VERSION:
         raise ValueError(
             f"{path} has version {header.get('version')} of the format, and this library "
-            f"reads version {_VERSION}. Update `gddim_eqx`."
+            f"reads version {_VERSION}. Use the version that wrote it, or update `gddim_eqx`."
         )
-    kinds = header.get("dtypes", {})
-    arrays = {name: _from_numpy(x, kinds.get(name)) for name, x in arrays.items()}
     return header, arrays
 
 
@@ -169,20 +176,27 @@ def _arrays(model: Any) -> list[tuple[str, Any]]:
 
 
 def _to_numpy(name: str, x: Any) -> tuple[np.ndarray, str | None]:
-    """An array that NumPy can save, and its kind if that is not its dtype."""
+    """An array that NumPy can save, and its kind unless that is JAX's of its dtype."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return np.asarray(jr.key_data(x)), f"key {jr.key_impl(x)}"
+    kind = "numpy" if isinstance(x, np.ndarray) else None
     x = np.asarray(x)
     if x.dtype.isbuiltin == 1 and x.dtype.kind in "fiubc":
-        return x, None
+        return x, kind
     if not jnp.issubdtype(x.dtype, jnp.number):
         raise ValueError(f"The array {name} is {x.dtype}, which is no kind of number.")
     return x.view(f"u{x.dtype.itemsize}"), x.dtype.name
 
 
-def _from_numpy(x: np.ndarray, kind: str | None) -> Any:
-    if kind is None:
+def _from_numpy(name: str, x: np.ndarray, kind: str | None) -> Any:
+    if kind == "numpy":
         return x
-    if kind.startswith("key "):
+    if kind is not None and kind.startswith("key "):
         return jr.wrap_key_data(jnp.asarray(x), impl=kind.removeprefix("key "))
-    return x.view(jnp.dtype(kind))
+    x = x if kind is None else x.view(jnp.dtype(kind))
+    if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
+        raise ValueError(
+            f"The array {name} is {x.dtype}. Enable double precision: "
+            '`jax.config.update("jax_enable_x64", True)`.'
+        )
+    return jnp.asarray(x)

@@ -1,9 +1,5 @@
 """What a model of a class that is not the library's holds beside its arrays."""
 
-import json
-import warnings
-from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,96 +15,62 @@ _advice = (
     "`lambda t, x, args: network(x, t)`, write a class `Model(equinox.Module)` with the "
     "field `network` and `def __call__(self, t, x, args): return self.network(x, t)`."
 )
+_containers = (dict, list, tuple)
 
 
-def check_arrays(model: Any) -> None:
+def check_arrays(model: Any, verb: str) -> None:
     """**Raises:** `ValueError` for a model with arrays that are not in its pytree."""
     lenient = any(map(is_array, jtu.tree_leaves(model)))
-    if (hidden := _hidden(model, lenient)) is not None:
-        raise ValueError(
-            f"This {type(model).__name__} cannot be saved: {hidden}, which `save` cannot "
-            f"reach, so that trained weights would be lost. {_advice}"
-        )
+    for path, part, place in contents(model, lenient, AbstractProcess):
+        if is_weights(part) and (place not in ("leaf", "constant") or not is_array(part)):
+            how = "in a function, a static field or another object"
+            how = "of another library" if place == "leaf" else how
+            raise ValueError(
+                f"This {type(model).__name__} cannot be {verb}: it has an array "
+                f"({type(part).__name__}) {how}, at `{path}`, so that trained weights "
+                f"would be lost. {_advice}"
+            )
 
 
-def describe_rest(value: Any) -> dict[str, dict[str, Any]]:
-    """The constants in a pytree; and its static fields, functions and classes. By their
-    paths, as JSON."""
-    rest = {"leaves": {}, "fixed": {}}
-    for path, part, place in contents(value, True, AbstractProcess):
-        if is_constant(part) and place != "within":
-            rest["leaves" if place == "leaf" else "fixed"][path] = _describe(part)
-        elif place == "constant":
-            rest["fixed"][path] = _describe_array(part)
-        elif not (place == "within" or is_weights(part) or _is_container(part)):
-            rest["fixed"][path] = _describe(part)
+def describe_rest(model: Any) -> dict[str, list[Any]]:
+    """The constants in a pytree, and its static fields, functions and classes, by their
+    paths: whether each is a constant in the pytree, and what it is, as JSON."""
+    rest = {}
+    for path, part, place in contents(model, True, AbstractProcess):
+        if place == "constant":
+            rest[path] = [False, _describe_array(part)]
+        elif is_constant(part) and place != "within":
+            rest[path] = [place == "leaf", _describe(part)]
+        elif not (place == "within" or is_weights(part) or type(part) in _containers):
+            rest[path] = [False, _describe(part)]
     return rest
 
 
-def restore_rest(
-    saved: Any, like: Any, arrays: Collection[str], where: str, path: Path
-) -> Any:
-    """`like` with the constants that were saved.
+def restore_rest(saved: dict[str, list[Any]], model: Any) -> Any:
+    """The model with the constants that were saved.
 
-    **Arguments:**
-
-    - `saved`: from `describe_rest`; `None` in older files.
-    - `like`: as in `load`.
-    - `arrays`: the names of all arrays that were saved.
-    - `where`, `path`: where in the model, and of which file, for messages.
-
-    **Raises:** `ValueError` for anything else that differs, and for arrays in `like` that
-    are not in its pytree.
+    **Raises:** `ValueError` for anything else that differs.
     """
-    if (hidden := _hidden(like, bool(arrays))) is not None:
-        message = f"{path} has no array for {where} of `like`: {hidden}. {_advice}"
-        prefix = where.removeprefix("model")
-        if saved is not None or not any(name.startswith(prefix) for name in arrays):
-            raise ValueError(message + " If it was trained, train and save it again.")
-        # An older version of the library saved what it could.
-        warnings.warn(message, stacklevel=2)
-    if saved is None:
-        return like
-    found, values = describe_rest(like), saved["leaves"]
-    faults = [
-        f"{where}{name} {_show(part[name])}, but `like` has {_show(other[name])}"
-        for part in saved.values()
-        for other in found.values()
-        for name in sorted(part.keys() & other.keys())
-        if not (part is values and other is found["leaves"])
-        and json.dumps(part[name]) != json.dumps(other[name])
-    ]
-    names = {name for name, value in values.items() if value is not None}
-    for name in sorted(names - found["leaves"].keys() - found["fixed"].keys()):
-        faults.append(f"{where}{name} {_show(values[name])}, but `like` has no such number")
-    names = {name for name, value in found["leaves"].items() if value is not None}
-    for name in sorted(names - values.keys() - saved["fixed"].keys()):
-        faults.append(f"no number {where}{name}, but `like` has one")
+    found, faults = describe_rest(model), []
+    for name in sorted(saved.keys() | found.keys()):
+        leaf, was = saved.get(name, (None, None))
+        is_leaf, now = found.get(name, (None, None))
+        if leaf is None and is_leaf and now is not None:
+            faults.append(f"no number model{name}, but `like` has one")
+        elif is_leaf is None and leaf and was is not None:
+            faults.append(f"model{name} {_show(was)}, but `like` has no such number")
+        elif None not in (leaf, is_leaf) and not (leaf and is_leaf):
+            if repr(was) != repr(now):
+                faults.append(f"model{name} {_show(was)}, but `like` has {_show(now)}")
     if faults:
         more = f", and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise ValueError(f"{path} was saved with {'; with '.join(faults[:5])}{more}.")
+        raise ValueError(f"It was saved with {'; with '.join(faults[:5])}{more}.")
 
-    def restore(name, x):
-        name = jtu.keystr(name)
-        changed = name in values and _describe(x) != values[name]
-        return _build(values[name]) if changed and is_constant(x) else x
+    def restore(path, x):
+        was = saved.get(jtu.keystr(path))
+        return _build(was[1]) if was and was[0] and is_constant(x) else x
 
-    return jtu.tree_map_with_path(restore, like, is_leaf=lambda x: x is None)
-
-
-def _hidden(model: Any, lenient: bool) -> str | None:
-    """Where a model holds arrays that are not in its pytree."""
-    for path, part, place in contents(model, lenient, AbstractProcess):
-        if is_weights(part) and (place not in ("leaf", "constant") or not is_array(part)):
-            kind = type(part).__name__
-            how = "in a function, a static field or another object"
-            how = "of another library" if place == "leaf" else how
-            return f"it has an array ({kind}) {how}, at `{path}`"
-    return None
-
-
-def _is_container(x: Any) -> bool:
-    return type(x) in (dict, list, tuple)
+    return jtu.tree_map_with_path(restore, model, is_leaf=lambda x: x is None)
 
 
 def _describe(x: Any) -> Any:
