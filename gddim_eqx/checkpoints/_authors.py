@@ -32,8 +32,7 @@ def load_authors(
         configuration as a mapping (their `config.to_dict()`), complete or only its entry
         `model`; or a network, whose parameters are not used.
     - `size`: the size of images, one number or height and width, for a configuration
-        without `image_size`. By default it is inferred from where the checkpoint has
-        attention; if that is ambiguous, 32x32 is preferred.
+        without `image_size`.
 
     **Returns:** the network with the EMA of its parameters, in single precision. It
     predicts noise with respect to `factor="R"`; if the configuration has `mixed_score`,
@@ -46,14 +45,15 @@ def load_authors(
     """
     path = Path(path)
     arrays = _read(path)
-    if isinstance(config, NCSNpp):
-        network = config
-    elif isinstance(config, Mapping):
-        network = _from_config(_model_entries(config), path, arrays, size)
-    elif callable(config):
+    if isinstance(config, Mapping):
+        kernel = arrays.get("Conv_0/kernel")
+        if kernel is None or kernel.ndim != 4:
+            raise ValueError(f"{path}: there is no convolution 'Conv_0/kernel'. {_other}")
+        network = _from_config(config, kernel.shape[2], size)
+    elif callable(config) and not isinstance(config, NCSNpp):
         network = eqx.filter_eval_shape(config, key=jax.random.key(0))
     else:
-        network = None
+        network = config
     if not isinstance(network, NCSNpp):
         raise ValueError(
             "`config` must be a mapping (`to_dict()` of a `ConfigDict`), an `NCSNpp`, "
@@ -65,13 +65,14 @@ def load_authors(
         arrays.pop(_FREQUENCIES, None)
     leaves, treedef = jtu.tree_flatten(network)
     for name, index, axes in _arrays(treedef.unflatten(range(len(leaves)))):
-        shape = _theirs(leaves[index].shape, axes)
-        if name not in arrays:
+        # Here it may have trailing axes of length 1.
+        shape = tuple(leaves[index].shape[axis] for axis in np.argsort(axes))
+        value = arrays.pop(name, None)
+        if value is None:
             raise ValueError(
                 f"{path} lacks the array {name!r} of shape {shape}, which this network "
                 f"needs. {_other}"
             )
-        value = arrays.pop(name)
         if value.shape != shape or value.dtype != np.float32:
             raise ValueError(
                 f"{path}: the array {name!r} is {value.dtype} of shape {value.shape}, but "
@@ -79,8 +80,7 @@ def load_authors(
             )
         value = value.transpose(axes).reshape(leaves[index].shape)
         leaves[index] = jnp.asarray(value)
-    if arrays:
-        name, value = next(iter(arrays.items()))
+    for name, value in arrays.items():
         raise ValueError(
             f"{path} has an array {name!r} of shape {value.shape}, which this network does "
             f"not have. {_other}"
@@ -122,95 +122,63 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             f"{path} has no averaged parameters, `params_ema`, unlike the authors' "
             f"checkpoints. It holds {keys}."
         )
-    arrays = {}
-
-    def collect(tree, prefix):
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                collect(value, f"{prefix}{key}/")
-            elif isinstance(value, np.ndarray):
-                arrays[f"{prefix}{key}"] = value
-            else:
-                raise ValueError(
-                    f"{path}: {prefix}{key!s} is not an array but {type(value).__name__}."
-                )
-
-    collect(average, "")
-    return arrays
+    leaves = jtu.tree_leaves_with_path(average)
+    return {jtu.keystr(x, simple=True, separator="/"): np.asarray(y) for x, y in leaves}
 
 
-# A name in a checkpoint, an array of a network, and the permutation of the axes there.
-_Array = tuple[str, Any, tuple[int, ...]]
-
-
-def _theirs(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in a checkpoint of an array that has `shape` here. Here it may have
-    trailing axes of length 1."""
-    return tuple(shape[axis] for axis in np.argsort(axes))
-
-
-def _arrays(network: NCSNpp) -> Iterator[_Array]:
-    """Every array of a network. Flax numbers layers of one kind within a module in the
-    order of their use."""
+def _arrays(network: NCSNpp) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
+    """Every array of a network: its name in a checkpoint, the array, and the permutation of
+    the axes there."""
     if network.time_layers is not None:
         frequencies = getattr(network.time_features, "frequencies", None)
         if frequencies is not None:
             yield _FREQUENCIES, frequencies, (0,)
-        for i, layer in enumerate(network.time_layers):
-            yield from _dense(f"Dense_{i}", layer)
-    yield from _convolution("Conv_0", network.first)
-    kind = {"biggan": "BigGAN", "ddpm": "DDPM"}[network.block]
+    for name, layer, (weight, bias), axes in _layers(network):
+        yield f"{name}/{weight}", layer.weight, axes
+        yield f"{name}/{bias}", layer.bias, (0,)
+
+
+# The names of a layer's two arrays, and the permutation of the first one's axes.
+_dense = ("kernel", "bias"), (1, 0)
+_norm = ("scale", "bias"), (0,)
+_conv = ("kernel", "bias"), (3, 2, 0, 1)
+_filtered = ("weight", "bias"), (3, 2, 0, 1)
+_pointwise = ("W", "b"), (1, 0)
+
+
+def _layers(network: NCSNpp) -> Iterator[tuple[str, Any, tuple[str, str], tuple[int, ...]]]:
+    """Every layer. Flax numbers layers of one kind within a module in the order of their
+    use."""
+    for i, layer in enumerate(network.time_layers or ()):
+        yield f"Dense_{i}", layer, *_dense
+    yield "Conv_0", network.first, *_conv
+    kind, shortcut, form = {
+        "biggan": ("BigGAN", "Conv_2", _conv),
+        "ddpm": ("DDPM", "NIN_0", _pointwise),
+    }[network.block]
     for i, block in enumerate(network.blocks):
         name = f"ResnetBlock{kind}pp_{i}"
-        yield from _normalisation(f"{name}/GroupNorm_0", block.first_normalisation)
-        yield from _convolution(f"{name}/Conv_0", block.first_convolution)
+        yield f"{name}/GroupNorm_0", block.first_normalisation, *_norm
+        yield f"{name}/Conv_0", block.first_convolution, *_conv
         if block.embedding is not None:
-            yield from _dense(f"{name}/Dense_0", block.embedding)
-        yield from _normalisation(f"{name}/GroupNorm_1", block.second_normalisation)
-        yield from _convolution(f"{name}/Conv_1", block.second_convolution)
-        if block.shortcut is not None and network.block == "biggan":
-            yield from _convolution(f"{name}/Conv_2", block.shortcut)
-        elif block.shortcut is not None:
-            yield from _pointwise(f"{name}/NIN_0", block.shortcut)
+            yield f"{name}/Dense_0", block.embedding, *_dense
+        yield f"{name}/GroupNorm_1", block.second_normalisation, *_norm
+        yield f"{name}/Conv_1", block.second_convolution, *_conv
+        if block.shortcut is not None:
+            yield f"{name}/{shortcut}", block.shortcut, *form
     for i, attention in enumerate(network.attentions):
         name = f"AttnBlockpp_{i}"
-        yield from _normalisation(f"{name}/GroupNorm_0", attention.normalisation)
-        layers = (attention.query, attention.key, attention.value, attention.output)
-        for j, layer in enumerate(layers):
-            yield from _pointwise(f"{name}/NIN_{j}", layer)
+        yield f"{name}/GroupNorm_0", attention.normalisation, *_norm
+        for j, part in enumerate(("query", "key", "value", "output")):
+            yield f"{name}/NIN_{j}", getattr(attention, part), *_pointwise
     for kind in ("Downsample", "Upsample"):
         for i, layer in enumerate(getattr(network, f"{kind.lower()}s")):
-            if layer.convolution is None:
-                continue
-            if layer.taps is None:
-                yield from _convolution(f"{kind}_{i}/Conv_0", layer.convolution)
-            else:
-                name = f"{kind}_{i}/Conv2d_0"
-                yield from _convolution(name, layer.convolution, "weight")
-    yield from _normalisation("GroupNorm_0", network.normalisation)
-    yield from _convolution("Conv_1", network.last)
-
-
-def _dense(name: str, layer: eqx.nn.Linear) -> Iterator[_Array]:
-    yield f"{name}/kernel", layer.weight, (1, 0)
-    yield f"{name}/bias", layer.bias, (0,)
-
-
-def _normalisation(name: str, layer: eqx.nn.GroupNorm) -> Iterator[_Array]:
-    yield f"{name}/scale", layer.weight, (0,)
-    yield f"{name}/bias", layer.bias, (0,)
-
-
-def _convolution(
-    name: str, layer: eqx.nn.Conv2d, weight: str = "kernel"
-) -> Iterator[_Array]:
-    yield f"{name}/{weight}", layer.weight, (3, 2, 0, 1)
-    yield f"{name}/bias", layer.bias, (0,)
-
-
-def _pointwise(name: str, layer: eqx.nn.Conv2d) -> Iterator[_Array]:
-    yield f"{name}/W", layer.weight, (1, 0)
-    yield f"{name}/b", layer.bias, (0,)
+            if layer.convolution is not None and layer.taps is None:
+                yield f"{kind}_{i}/Conv_0", layer.convolution, *_conv
+            elif layer.convolution is not None:
+                yield f"{kind}_{i}/Conv2d_0", layer.convolution, *_filtered
+    yield "GroupNorm_0", network.normalisation, *_norm
+    yield "Conv_1", network.last, *_conv
 
 
 # Our names for entries of the authors' `config.model`.
@@ -229,7 +197,7 @@ _options = {
 }
 # Entries with a single supported value.
 _fixed = {
-    "normalization": "GroupNorm",
+    "normalization": "groupnorm",
     "nonlinearity": "swish",
     "progressive": "none",
     "scale_by_sigma": False,
@@ -245,80 +213,42 @@ _other_entries = {
 }
 
 
-def _model_entries(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries about the network, of a whole configuration or of its `model`."""
-    if "model" not in config:
-        return dict(config)
-    data = config.get("data", {})
-    if not data.get("centered", True):
-        raise ValueError(
-            "`config` has data.centered=False, for a network that shifts its input from "
-            "[0, 1] to [-1, 1]. Only networks for data in [-1, 1] are supported."
-        )
-    return {"image_size": data.get("image_size"), **config["model"]}
-
-
 def _from_config(
-    config: Mapping[str, Any],
-    path: Path,
-    arrays: dict[str, np.ndarray],
-    size: int | tuple[int, int] | None,
+    config: Mapping[str, Any], channels: int, size: int | tuple[int, int] | None
 ) -> NCSNpp:
     """The network, without values, that the authors' configuration describes."""
-    # The authors' code ignores case in these.
-    lower = {
-        name: str(config[name]).lower()
-        for name in (
-            *("resblock_type", "nonlinearity", "embedding_type"),
-            *("progressive", "progressive_input"),
-        )
-        if name in config
-    }
-    config = {**config, **lower}
+    if "model" in config:
+        data = config.get("data", {})
+        if not data.get("centered", True):
+            raise ValueError(
+                "`config` has data.centered=False, for a network that shifts its input "
+                "from [0, 1] to [-1, 1]. Only networks for data in [-1, 1] are supported."
+            )
+        config = {"image_size": data.get("image_size"), **config["model"]}
+    # The authors' code ignores case.
+    config = {k: x.lower() if isinstance(x, str) else x for k, x in config.items()}
     for name, value in _fixed.items():
         if config.get(name, value) != value:
             raise ValueError(
                 f"`config` has {name}={show(config[name])}; only {value!r} is supported."
             )
-    unknown = set(config) - {*_options, *_fixed, *_other_entries}
-    if unknown:
-        raise ValueError(f"`config` has unknown entries: {sorted(unknown)}.")
-    missing = {*_options, "fir", "attn_resolutions"} - {*config, "fourier_scale"}
-    if missing:
-        raise ValueError(f"`config` lacks the entries {sorted(missing)}.")
-    options = {
-        ours: config[theirs] for theirs, ours in _options.items() if theirs in config
-    }
-    options["filter_taps"] = (
-        config.get("fir_kernel", (1, 3, 3, 1)) if config["fir"] else None
-    )
+    if unknown := sorted(set(config) - {*_options, *_fixed, *_other_entries}):
+        raise ValueError(f"`config` has unknown entries: {unknown}.")
+    size = config.get("image_size") if size is None else size
+    needed = {*_options, "fir", "attn_resolutions"} - {"fourier_scale"}
+    missing = (needed | ({"image_size"} if size is None else set())) - set(config)
+    if missing or size is None:
+        raise ValueError(
+            f"`config` lacks the entries {sorted(missing)}. In place of image_size, pass "
+            "`size`."
+        )
+    options = {ours: config[x] for x, ours in _options.items() if x in config}
+    taps = config.get("fir_kernel", (1, 3, 3, 1)) if config["fir"] else None
     if not config.get("conditional", True):
         options["embedding"] = None
-    kernel = arrays.get("Conv_0/kernel")
-    if kernel is None or kernel.ndim != 4:
-        raise ValueError(f"{path}: there is no convolution 'Conv_0/kernel'. {_other}")
-
-    def network(height: int, width: int) -> NCSNpp:
-        heights = [height // 2**i for i in range(len(options["multipliers"]))]
-        attention = [h for h in config["attn_resolutions"] if h in heights]
-        make = partial(
-            NCSNpp, (height, width, kernel.shape[2]), attention=attention, **options
-        )
-        return eqx.filter_eval_shape(make, key=jax.random.key(0))
-
-    if size is None:
-        size = config.get("image_size")
-    if size is not None:
-        return network(*((size, size) if isinstance(size, int) else size))
-    smallest = 2 ** (len(options["multipliers"]) - 1)
-    sizes = [n for n in (32, 64, 128, 256, 16, 8) if n % smallest == 0]
-    networks = [network(n, n) for n in sizes]
-    return next((n for n in networks if _attends_as(n, arrays)), networks[0])
-
-
-def _attends_as(network: NCSNpp, arrays: dict[str, np.ndarray]) -> bool:
-    """Whether the attention layers of a network have the shapes of the checkpoint's."""
-    theirs = {n: x.shape for n, x in arrays.items() if n.startswith("AttnBlockpp")}
-    ours = {n: _theirs(x.shape, axes) for n, x, axes in _arrays(network)}
-    ours = {n: shape for n, shape in ours.items() if n.startswith("AttnBlockpp")}
-    return ours == theirs
+    height, width = (size, size) if isinstance(size, int) else size
+    heights = [height // 2**i for i in range(len(options["multipliers"]))]
+    attention = [h for h in config["attn_resolutions"] if h in heights]
+    options |= {"filter_taps": taps, "attention": attention}
+    make = partial(NCSNpp, (height, width, channels), **options)
+    return eqx.filter_eval_shape(make, key=jax.random.key(0))

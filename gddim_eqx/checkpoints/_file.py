@@ -56,7 +56,7 @@ def save(path: str | Path, model: Any, metadata: Mapping[str, Any] | None = None
     pytree (make them fields of an `equinox.Module`); and for metadata that cannot be
     serialised as JSON.
     """
-    check_arrays(model, "saved")
+    check_arrays(model, "cannot be saved")
     try:
         metadata = json.loads(json.dumps(dict(metadata or {})))
     except (TypeError, ValueError) as error:
@@ -117,7 +117,7 @@ def _rebuilt(header: dict[str, Any], arrays: dict[str, np.ndarray], like: Any) -
         raise ValueError(
             f"It needs no `like`, as it has a {name}; got a {type(like).__name__}."
         )
-    check_arrays(like, "loaded")
+    check_arrays(like, "cannot be loaded")
     model = build(description, arrays, like)
     model = restore_rest(header["rest"], model) if unknown else model
     values = []
@@ -165,7 +165,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if header.get("version") != _VERSION:
         raise ValueError(
             f"{path} has version {header.get('version')} of the format, and this library "
-            f"reads version {_VERSION}. Use the version that wrote it, or update `gddim_eqx`."
+            f"reads version {_VERSION}. Update the older of the two."
         )
     return header, arrays
 

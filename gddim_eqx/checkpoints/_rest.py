@@ -18,7 +18,7 @@ _advice = (
 _containers = (dict, list, tuple)
 
 
-def check_arrays(model: Any, verb: str) -> None:
+def check_arrays(model: Any, cannot: str) -> None:
     """**Raises:** `ValueError` for a model with arrays that are not in its pytree."""
     lenient = any(map(is_array, jtu.tree_leaves(model)))
     for path, part, place in contents(model, lenient, AbstractProcess):
@@ -26,7 +26,7 @@ def check_arrays(model: Any, verb: str) -> None:
             how = "in a function, a static field or another object"
             how = "of another library" if place == "leaf" else how
             raise ValueError(
-                f"This {type(model).__name__} cannot be {verb}: it has an array "
+                f"This {type(model).__name__} {cannot}: it has an array "
                 f"({type(part).__name__}) {how}, at `{path}`, so that trained weights "
                 f"would be lost. {_advice}"
             )
