@@ -525,7 +525,6 @@ _hidden = {
     "grad of a jit": lambda network: jax.grad(jax.jit(_closure(network))),
     "cached": lambda network: functools.lru_cache(_closure(network)),
     "method": lambda network: _InAMethod(),
-    "matrix in a method": lambda network: _MatrixInAMethod(),
     "class in a function": _in_a_class,
     "other library": lambda network: _Field(_Tensor()),
 }
@@ -600,6 +599,7 @@ _fine = {
     "method": gd.VP((2,)).log_snr,
     "optimiser": optax.adam(1e-3),
     "constants of a module": _WithATable(jnp.ones(2)),
+    "matrix in a method": _MatrixInAMethod(),
 }
 
 

@@ -25,20 +25,46 @@ class Item(NamedTuple):
     `"constant"` for an array that is so in a process; `"within"` other objects."""
 
 
-def contents(tree: Any, lenient: bool, constant: type) -> Iterator[Item]:
+def contents(tree: Any, constant: type) -> Iterator[Item]:
     """What a pytree holds and, as far as Python can tell, what its functions and objects
     hold: arrays, constants, functions and other objects.
 
-    The global variables of functions are searched, except in installed packages.
+    The global variables of functions are searched, except in installed packages. Global
+    arrays that methods of classes use are taken for constants, and left out.
 
     **Arguments:**
 
     - `tree`: a pytree.
-    - `lenient`: whether to pass over global arrays that methods of classes use: with arrays
-        of its own a model has its parameters, and these are constants.
     - `constant`: objects of this class have no parameters: their arrays are constants.
     """
-    return _Search(lenient, constant)(Item("", tree, "leaf"), None)
+    # By identity, and kept alive so that identities stay unique.
+    seen: dict[int, Any] = {}
+
+    def is_new(x: Any) -> bool:
+        new = id(x) not in seen
+        seen[id(x)] = x
+        return new
+
+    def search(path: str, value: Any, place: str, inside: str | None) -> Iterator[Item]:
+        inside = "constant" if isinstance(value, constant) else inside
+        if is_constant(value):
+            yield Item(path, value, place)
+        elif is_weights(value):
+            if inside == "constant" and place == "fixed":
+                yield Item(path, value, "constant")
+            elif not (inside and isinstance(value, np.ndarray) or inside == "constant"):
+                yield Item(path, value, place)
+        elif place == "leaf" or is_new(value):
+            yield Item(path, value, place)
+            for name, part, its in _parts(value):
+                yield from search(
+                    path + name, part, place if its == "leaf" else its, inside
+                )
+            cls = type(value)
+            for name, part in _in_methods(cls) if is_new(cls) else ():
+                yield from search(path + name, part, "within", "method")
+
+    return search("", tree, "leaf", None)
 
 
 def is_array(x: Any) -> bool:
@@ -58,48 +84,13 @@ def is_constant(x: Any) -> bool:
     return x is None or isinstance(x, bool | int | float | complex | str | np.generic)
 
 
-class _Search:
-    def __init__(self, lenient: bool, constant: type):
-        self.lenient, self.constant = lenient, constant
-        # By identity, and kept alive so that identities stay unique.
-        self.seen: dict[int, Any] = {}
-
-    def _is_new(self, x: Any) -> bool:
-        new = id(x) not in self.seen
-        self.seen[id(x)] = x
-        return new
-
-    def __call__(self, item: Item, inside: str | None) -> Iterator[Item]:
-        path, value, place = item
-        inside = "constant" if isinstance(value, self.constant) else inside
-        if is_constant(value):
-            yield item
-        elif is_weights(value):
-            if inside == "constant" and place == "fixed":
-                yield Item(path, value, "constant")
-            elif not (inside and isinstance(value, np.ndarray) or inside == "constant"):
-                yield item
-        elif place == "leaf" or self._is_new(value):
-            yield item
-            for name, part, its_place in _parts(value):
-                inner = Item(path + name, part, place if its_place == "leaf" else its_place)
-                yield from self(inner, inside)
-            if not isinstance(value, type) and self._is_new(type(value)):
-                yield from self._in_methods(path, type(value))
-
-    def _in_methods(self, path: str, cls: type) -> Iterator[Item]:
-        for name, method in _methods(cls):
-            for variable, part in _variables(method):
-                if not (self.lenient and is_weights(part)):
-                    inner = Item(f"{path}.{name}<{variable}>", part, "within")
-                    yield from self(inner, "method" if self.lenient else None)
-
-
 def _parts(x: Any) -> Iterator[tuple[str, Any, str]]:
     if isinstance(x, dict):
         yield from ((f"[{key!r}]", part, "leaf") for key, part in x.items())
         return
-    if isinstance(x, type | types.ModuleType) or jtu.all_leaves([x]):
+    if isinstance(x, type | types.ModuleType):
+        return
+    if jtu.all_leaves([x]):
         yield from _captured(x)
         return
     leaves, treedef = jtu.tree_flatten_with_path(x, is_leaf=lambda y: y is not x)
@@ -115,17 +106,13 @@ def _parts(x: Any) -> Iterator[tuple[str, Any, str]]:
 def _captured(x: Any) -> Iterator[tuple[str, Any, str]]:
     """What functions and objects hold that are no pytrees."""
     attributes = getattr(x, "__dict__", {})
-    if isinstance(x, type | types.ModuleType):
-        return
-    elif isinstance(x, types.FunctionType):
+    if isinstance(x, types.FunctionType):
         yield from ((f"<{name}>", part, "fixed") for name, part in _variables(x))
     elif isinstance(x, functools.partial):
         yield "", x.func, "fixed"
         parts = [*enumerate(x.args), *x.keywords.items()]
         yield from ((f"<{name}>", part, "fixed") for name, part in parts)
-    elif isinstance(
-        x, types.MethodType | types.BuiltinMethodType | types.MethodWrapperType
-    ):
+    elif isinstance(x, _method_types):
         yield "<self>", x.__self__, "within"
         yield "", getattr(x, "__func__", None), "fixed"
     elif "__wrapped__" in attributes:
@@ -133,9 +120,12 @@ def _captured(x: Any) -> Iterator[tuple[str, Any, str]]:
     elif isinstance(x, set | frozenset | collections.deque):
         yield from ((f"[{i}]", part, "within") for i, part in enumerate(x))
     elif _package(type(x).__module__) not in _without_parameters:
-        yield from ((f".{name}", part, "within") for name, part in attributes.items())
         slots = [name for c in type(x).__mro__ for name in getattr(c, "__slots__", ())]
-        yield from ((f".{name}", getattr(x, name, None), "within") for name in slots)
+        found = attributes | {name: getattr(x, name, None) for name in slots}
+        yield from ((f".{name}", part, "within") for name, part in found.items())
+
+
+_method_types = types.MethodType, types.BuiltinMethodType, types.MethodWrapperType
 
 
 def _variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
@@ -152,24 +142,21 @@ def _variables(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def _globals(code: types.CodeType, variables: dict) -> Iterator[tuple[str, Any]]:
-    steps = list(dis.get_instructions(code))
-    for i, step in enumerate(steps):
-        if step.opname not in ("LOAD_GLOBAL", "LOAD_NAME") or step.argval not in variables:
-            continue
-        name, value = step.argval, variables[step.argval]
-        for attribute in steps[i + 1 :]:
-            is_read = attribute.opname in ("LOAD_ATTR", "LOAD_METHOD")
-            if not (isinstance(value, types.ModuleType) and is_read):
-                break
-            name = f"{name}.{attribute.argval}"
-            value = vars(value).get(attribute.argval)
-        yield name, value
+    reads = (x.argval for x in dis.get_instructions(code) if x.opname == "LOAD_GLOBAL")
+    for name in set(reads) & variables.keys():
+        value = variables[name]
+        if isinstance(value, types.ModuleType) and not _is_installed(vars(value)):
+            used = vars(value).keys() & code.co_names
+            yield from ((f"{name}.{x}", vars(value)[x]) for x in sorted(used))
+        else:
+            yield name, value
     for inner in code.co_consts:
         if isinstance(inner, types.CodeType):
             yield from _globals(inner, variables)
 
 
-def _methods(cls: type) -> Iterator[tuple[str, types.FunctionType]]:
+def _in_methods(cls: type) -> Iterator[tuple[str, Any]]:
+    """The variables of the methods of a class that are not their own, but for arrays."""
     for base in cls.__mro__:
         module = sys.modules.get(base.__module__)
         if module is not None and _is_installed(vars(module)):
@@ -178,7 +165,8 @@ def _methods(cls: type) -> Iterator[tuple[str, types.FunctionType]]:
             for wrapper in ("fget", "__func__", "__wrapped__"):
                 method = getattr(method, wrapper, method)
             if isinstance(method, types.FunctionType):
-                yield name, method
+                found = ((x, y) for x, y in _variables(method) if not is_weights(y))
+                yield from ((f".{name}<{x}>", part) for x, part in found)
 
 
 # Whose objects hold no parameters, but possibly many others, as loggers do.

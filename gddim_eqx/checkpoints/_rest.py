@@ -20,8 +20,7 @@ _containers = (dict, list, tuple)
 
 def check_arrays(model: Any, cannot: str) -> None:
     """**Raises:** `ValueError` for a model with arrays that are not in its pytree."""
-    lenient = any(map(is_array, jtu.tree_leaves(model)))
-    for path, part, place in contents(model, lenient, AbstractProcess):
+    for path, part, place in contents(model, AbstractProcess):
         if is_weights(part) and (place not in ("leaf", "constant") or not is_array(part)):
             how = "in a function, a static field or another object"
             how = "of another library" if place == "leaf" else how
@@ -36,7 +35,7 @@ def describe_rest(model: Any) -> dict[str, list[Any]]:
     """The constants in a pytree, and its static fields, functions and classes, by their
     paths: whether each is a constant in the pytree, and what it is, as JSON."""
     rest = {}
-    for path, part, place in contents(model, True, AbstractProcess):
+    for path, part, place in contents(model, AbstractProcess):
         if place == "constant":
             rest[path] = [False, _describe_array(part)]
         elif is_constant(part) and place != "within":
