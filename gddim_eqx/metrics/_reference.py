@@ -1,7 +1,5 @@
 import hashlib
-import json
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +10,6 @@ from jaxtyping import Float
 from .._misc import check_count, check_instance, write_whole
 from ._features import AbstractFeatures, Images
 from ._moments import Moments
-
-
-_VERSION = 1
 
 
 class Reference(NamedTuple):
@@ -60,48 +55,31 @@ def reference(
         raise ValueError("There must be images to compare with; got none.")
     if directory is None:
         return _compute(images, features, number)
-    depends_on = {
-        "version": _VERSION,
-        "features": features.key,
-        "shape": images.shape,
-        "dtype": str(images.dtype),
-        # The precision in which networks compute.
-        "precision": str(jnp.result_type(float)),
-        "images": hashlib.sha256(np.ascontiguousarray(images).data).hexdigest(),
-        "number": number,
-    }
-    key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
-    path = Path(directory) / f"reference-{key[:32]}.npz"
+    # The precision is that in which networks compute.
+    depends_on = (features.key, images.shape, str(jnp.result_type(float)), number)
+    digest = hashlib.sha256(repr(depends_on).encode())
+    digest.update(np.ascontiguousarray(images).data)
+    path = Path(directory) / f"reference-{digest.hexdigest()[:32]}.npz"
     if path.exists():
         try:
             with path.open("rb") as whole, np.load(whole) as file:
                 moments = (file["count"].item(), file["mean"], file["covariance"])
                 return Reference(Moments(*moments), file["vectors"])
-        except (
-            *(ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile),
-            # For damage that looks like an unknown kind of archive.
-            RuntimeError,
-        ) as error:
+        except Exception as error:  # NumPy raises many exceptions for damaged files.
             warnings.warn(f"{path} is damaged, and is computed again: {error}")
     found = _compute(images, features, number)
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays: Any = dict(
-        vectors=found.vectors,
-        count=np.array(found.moments.count),
-        mean=found.moments.mean,
-        covariance=found.moments.covariance,
-    )
+    arrays: Any = {"vectors": found.vectors, **vars(found.moments)}
     write_whole(path, lambda file: np.savez(file, **arrays))
     return found
 
 
 def _compute(images: Images, features: AbstractFeatures, number: int) -> Reference:
-    moments, kept = None, []
     order = np.random.default_rng(0).permutation(len(images))
+    moments, kept = None, []
     for n in range(0, len(images), 1000):
         part = features(images[order[n : n + 1000]])
-        new = Moments.of(part)
-        moments = new if moments is None else moments + new
+        moments = Moments.of(part) if moments is None else moments + Moments.of(part)
         kept.append(part[: max(number - n, 0)])
     assert moments is not None
     return Reference(moments, np.concatenate(kept))
