@@ -1,5 +1,5 @@
-import importlib.metadata
-from typing import TYPE_CHECKING
+import typing as _typing
+from importlib.metadata import version as _version
 
 from . import (
     checkpoints as checkpoints,
@@ -91,7 +91,7 @@ from .solvers import (
 )
 
 
-__version__ = importlib.metadata.version("gddim_eqx")
+__version__ = _version("gddim_eqx")
 
 # Until the release: former names, and what to use.
 _former = {
@@ -99,8 +99,8 @@ _former = {
 }
 
 # Hidden from type checkers, which would accept any name.
-if not TYPE_CHECKING:
+if not _typing.TYPE_CHECKING:
 
     def __getattr__(name: str):
-        message = f"`gddim_eqx` has no {name!r}. {_former.get(name, '')}".rstrip()
-        raise AttributeError(message, name=name)
+        cure = _former.get(name, "")
+        raise AttributeError(f"`gddim_eqx` has no {name!r}. {cure}".rstrip())

@@ -105,6 +105,16 @@ def _public():
                     yield f"{module.__name__}.{name}", value
 
 
+@pytest.mark.parametrize(
+    "module", (gd, gd.nn, gd.training, gd.metrics, gd.checkpoints, gd.solvers)
+)
+def test_nothing_but_the_library_s_own_is_public(module):
+    of = lambda x: x.__name__ if inspect.ismodule(x) else x.__module__
+    found = {of(x) for name, x in vars(module).items() if not name.startswith("_")}
+    # jaxtyping is there because this suite checks types.
+    assert {name.split(".")[0] for name in found} <= {gd.__name__, "jaxtyping"}
+
+
 _results = ("Metrics", "Moments", "NoisedBatch", "TrainState")
 
 
