@@ -24,7 +24,7 @@ Args = PyTree[Any]
 # Times to step to, as an array or a list.
 Times = Real[ArrayLike, " times"] | Sequence[RealScalarLike]
 # The stochasticity of a reverse diffusion, constant or as a function of time.
-Level = RealScalarLike | Callable[[Array], RealScalarLike]
+Stochasticity = RealScalarLike | Callable[[Array], RealScalarLike]
 # What models predict.
 PredictionName = Literal["noise", "data", "score", "v", "flow"]
 # The frame in which noise is predicted: the square root of the covariance, R or L.

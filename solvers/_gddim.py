@@ -3,7 +3,7 @@ from typing import ClassVar, Literal
 import diffrax as dfx
 import equinox as eqx
 
-from gddim_eqx._custom_types import FrameName, Level
+from gddim_eqx._custom_types import FrameName, Stochasticity
 from gddim_eqx._exponential import (
     AbstractCoordinate,
     AbstractSplitting,
@@ -239,7 +239,7 @@ class GDDIM(AbstractExponentialMultistep):
             self._check_stochastic(lam)
         return Problem(flow, flow.process, lam, direction)
 
-    def _check_stochastic(self, lam: Level) -> None:
+    def _check_stochastic(self, lam: Stochasticity) -> None:
         if self != GDDIM(self.num_nodes, "noise", process=self.process):
             raise ValueError(
                 "In noise space the options of `GDDIM` are for the probability flow only, "

@@ -16,9 +16,9 @@ from jaxtyping import Array, PyTree
 from gddim_eqx._custom_types import (
     Args,
     BoolScalarLike,
-    Level,
     RealScalarLike,
     State,
+    Stochasticity,
 )
 from gddim_eqx._exponential import (
     AbstractCoordinate,
@@ -63,7 +63,7 @@ class Problem(NamedTuple):
     """The term whose evaluations are interpolated."""
     equation: Any
     """The linear part: a process, or the `LinearPart` of a semilinear equation."""
-    lam: Level | None
+    lam: Stochasticity | None
     """The stochasticity; `None` for an ordinary differential equation."""
     direction: RealScalarLike
     """1 or -1, which maps the solver's times to those of the term when multiplied."""

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Inexact
 
-from .._custom_types import Level, RealScalarLike
+from .._custom_types import RealScalarLike, Stochasticity
 from .._linear import (
     align,
     append_axes,
@@ -34,8 +34,9 @@ from .._linear import (
     square_root_of_sum,
     transposed,
 )
-from .._misc import as_level, level_at, pin
+from .._misc import pin
 from .._process import AbstractProcess, as_times, require_process
+from .._term import as_lam, lam_at
 from .quadrature import integrals_from_the_end, NODES, step_nodes, StepNodes, WEIGHTS
 
 
@@ -53,7 +54,7 @@ class NoiseTransition(NamedTuple):
     omegas: Inexact[Array, "times n n *spectrum"]
 
 
-def noise_transition(nodes: StepNodes, lam: Level) -> NoiseTransition:
+def noise_transition(nodes: StepNodes, lam: Stochasticity) -> NoiseTransition:
     """The transition of the noise prediction over a step backward in time.
 
     **Arguments:**
@@ -89,12 +90,12 @@ def noise_transition(nodes: StepNodes, lam: Level) -> NoiseTransition:
     return NoiseTransition(omega, noise_root, mean_omega, omegas)
 
 
-def _levels(lam: Level, times):
+def _levels(lam: Stochasticity, times):
     """The mean stochasticity over the nodes and the end of a step, and its values there
     relative to the mean."""
     if not callable(lam):
-        return level_at(lam, times[-1]), jnp.ones_like(times)
-    levels = jax.vmap(ft.partial(level_at, lam))(times)
+        return lam_at(lam, times[-1]), jnp.ones_like(times)
+    levels = jax.vmap(ft.partial(lam_at, lam))(times)
     mean = levels.mean()
     return mean, jnp.where(mean == 0, 1, levels / jnp.where(mean == 0, 1, mean))
 
@@ -176,7 +177,7 @@ def reverse_transition(
     process: AbstractProcess,
     t: RealScalarLike,
     s: RealScalarLike,
-    lam: Level = 1.0,
+    lam: Stochasticity = 1.0,
 ) -> tuple[BlockLinearOperator, BlockLinearOperator]:
     r"""The transition of the reverse diffusion for a single data point at the origin.
 
@@ -196,7 +197,7 @@ def reverse_transition(
     **Raises:** `ValueError` for a negative `lam`, and at run time an error if `t > s`.
     """
     require_process(process)
-    lam = as_level(lam)
+    lam = as_lam(lam)
     after, before = as_times(t, s)
     after = eqx.error_if(
         after,

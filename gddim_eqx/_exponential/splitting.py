@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Inexact
 
-from .._custom_types import Args, FrameName, Level, State
+from .._custom_types import Args, FrameName, State, Stochasticity
 from .._linear import append_axes, apply, BlockLinearOperator, subtract
 from .._misc import pin
 from .._process import AbstractDiagonalProcess, AbstractProcess
@@ -85,7 +85,7 @@ class AbstractSplitting(eqx.Module):
         number: int,
         coordinate: AbstractCoordinate = Time(),
         number_for_error: int = 1,
-        lam: Level | None = None,
+        lam: Stochasticity | None = None,
     ) -> StepCoefficients:
         """The coefficients of a step.
 
@@ -185,7 +185,7 @@ class AbstractProcessSplitting(AbstractSplitting):
         number: int,
         coordinate: AbstractCoordinate = Time(),
         number_for_error: int = 1,
-        lam: Level | None = None,
+        lam: Stochasticity | None = None,
     ) -> StepCoefficients:
         process = equation
         # At time 0 there may be no noise, and then R has no inverse.

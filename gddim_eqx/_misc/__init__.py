@@ -22,7 +22,6 @@ from .contents import (
     is_weights as is_weights,
     Item as Item,
 )
-from .level import as_level as as_level, level_at as level_at
 from .pin import pin as pin
 from .rows import map_rows as map_rows
 from .show import show as show

@@ -17,11 +17,10 @@ from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, PyTree, Shaped
 
-from .._custom_types import Args, FrameName, Key, Level, PredictionName, Times
+from .._custom_types import Args, FrameName, Key, PredictionName, Stochasticity, Times
 from .._linear import at_least_single
 from .._misc import (
     as_dtype,
-    as_level,
     check_args,
     check_count,
     check_instance,
@@ -34,6 +33,7 @@ from .._misc import (
 from .._process import AbstractProcess, as_grid, log_snr_at_start
 from .._sharding import Placement
 from .._term import (
+    as_lam,
     evaluated_model,
     ProbabilityFlow,
     reverse_sde,
@@ -157,7 +157,7 @@ def sample(
     num_steps: int | None = None,
     solver: dfx.AbstractSolver | None = None,
     *,
-    lam: Level = 0.0,
+    lam: Stochasticity = 0.0,
     denoise: Literal["drift", "exact"] | None = None,
     ts: Times | None = None,
     start: GaussianStart | Literal["auto"] | None = "auto",
@@ -284,7 +284,7 @@ def sample(
     args = jtu.tree_map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, args)
     check_args(model, args)
     flow = map_rows(lambda name, x: _check_number(name, x, number, first), flow)
-    given = as_level(lam), solver, denoise, ts, key
+    given = as_lam(lam), solver, denoise, ts, key
     if batch_size is not None:
         _check_other_sizes(flow, args, ts, size, number)
 

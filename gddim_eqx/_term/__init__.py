@@ -22,5 +22,6 @@ from .started import (
     started_flow as started_flow,
     StartedModel as StartedModel,
 )
+from .stochasticity import as_lam as as_lam, lam_at as lam_at
 from .takes_flow import init_takes_flow as init_takes_flow, takes_flow as takes_flow
 from .times import real_time as real_time, step_faults as step_faults

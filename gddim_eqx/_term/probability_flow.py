@@ -6,9 +6,16 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._custom_types import Args, FrameName, Level, PredictionName, RealScalarLike, State
+from .._custom_types import (
+    Args,
+    FrameName,
+    PredictionName,
+    RealScalarLike,
+    State,
+    Stochasticity,
+)
 from .._linear import add, apply, BlockLinearOperator, check_state
-from .._misc import as_level, level_at, show
+from .._misc import show
 from .._process import AbstractProcess, require_process, time_for
 from .prediction import (
     AbstractPrediction,
@@ -19,6 +26,7 @@ from .prediction import (
     Marginal,
     Noise,
 )
+from .stochasticity import as_lam, lam_at
 
 
 class AbstractReverseTerm(dfx.AbstractTerm):
@@ -210,11 +218,13 @@ class ProbabilityFlow(AbstractReverseTerm):
         at, u, value = self._evaluate(t, u, args)
         return self._prediction.score(at, u, value)
 
-    def reverse_drift(self, t: RealScalarLike, u: State, args: Args, lam: Level) -> State:
+    def reverse_drift(
+        self, t: RealScalarLike, u: State, args: Args, lam: Stochasticity
+    ) -> State:
         r"""$F_t\,u - \frac{1 + \lambda^2}{2} G_t G_t^\top \nabla \log p_t(u)$: paper,
         equation 6. Arguments as for [`gddim_eqx.ProbabilityFlow.noise`][], and the
         stochasticity `lam`."""
-        lam = as_level(lam)
+        lam = as_lam(lam)
         at, u, value = self._evaluate(t, u, args)
         flow = self._prediction.flow(at, u, value)
         if isinstance(lam, float) and lam == 0:
@@ -226,7 +236,7 @@ class ProbabilityFlow(AbstractReverseTerm):
             "process with a smaller `t_end`.",
         )
         diffusion = self.process.diffusion(t)
-        strength = -0.5 * level_at(lam, at.t) ** 2
+        strength = -0.5 * lam_at(lam, at.t) ** 2
         score = self._prediction.score(at, u, value)
         return add(flow, apply(diffusion @ diffusion.T * strength, score))
 

@@ -11,10 +11,10 @@ from .._custom_types import (
     Args,
     FrameName,
     Key,
-    Level,
     PredictionName,
     RealScalarLike,
     State,
+    Stochasticity,
 )
 from .._linear import (
     at_least_single,
@@ -22,16 +22,17 @@ from .._linear import (
     coefficient_dtype,
     join_components,
 )
-from .._misc import as_batch, as_level, check_key, check_positive, level_at, show
+from .._misc import as_batch, check_key, check_positive, show
 from .._process import AbstractProcess
 from .diffrax_compat import unwrap
 from .probability_flow import AbstractReverseTerm, check_flow, ProbabilityFlow
+from .stochasticity import as_lam, lam_at
 from .takes_flow import takes_flow
 
 
 class _ReverseDrift(dfx.AbstractTerm):
     flow: ProbabilityFlow
-    lam: Level
+    lam: Stochasticity
 
     def vf(self, t: RealScalarLike, y: State, args: Args) -> State:
         return self.flow.reverse_drift(t, y, args, self.lam)
@@ -46,12 +47,12 @@ class _ReverseDrift(dfx.AbstractTerm):
 class _ReverseDiffusion(dfx.AbstractTerm):
     process: AbstractProcess
     path: dfx.AbstractBrownianPath
-    lam: Level
+    lam: Stochasticity
 
     def vf(self, t: RealScalarLike, y: State, args: Args) -> BlockLinearOperator:
         self.check(y)
         t = jnp.asarray(t, coefficient_dtype(y))
-        return self.process.diffusion(t) * level_at(self.lam, t)
+        return self.process.diffusion(t) * lam_at(self.lam, t)
 
     def contr(self, t0: RealScalarLike, t1: RealScalarLike, **kwargs):
         # Diffrax's Brownian paths do not support times in bfloat16.
@@ -124,7 +125,7 @@ class ReverseSDE(dfx.MultiTerm, AbstractReverseTerm):
 def reverse_sde(
     process: AbstractProcess,
     model: Callable,
-    lam: Level,
+    lam: Stochasticity,
     key: Key | dfx.AbstractBrownianPath,
     batch: tuple[int, ...] = (),
     *,
@@ -194,7 +195,7 @@ def reverse_sde(
         ```
     """
     flow = ProbabilityFlow(process, model, predicts, factor)
-    lam = as_level(lam)
+    lam = as_lam(lam)
     if isinstance(key, dfx.AbstractBrownianPath):
         if batch != () or tol is not None:
             raise ValueError(
@@ -217,7 +218,7 @@ def reverse_sde(
 
 def unwrap_reverse(
     terms: dfx.AbstractTerm,
-) -> tuple[ProbabilityFlow, Level | None, RealScalarLike]:
+) -> tuple[ProbabilityFlow, Stochasticity | None, RealScalarLike]:
     """The probability flow, the stochasticity (`None` if it is statically zero), and the
     direction by which times are multiplied, from the terms that a solver receives.
 
