@@ -210,6 +210,6 @@ def test_the_docstring_lists_what_a_subclass_must_give():
     needed = gd.AbstractProcess.__abstractmethods__ | set(
         eqx.AbstractVar and gd.AbstractProcess.__abstractvars__
     )
-    assert {"shape", "t_zero_signal", "prior_factor"} < needed
+    assert {"shape", "t_zero_signal", "_prior_factor"} < needed
     for name in needed:
         assert f"`{name}`" in doc, name

@@ -97,8 +97,8 @@ class BDM(AbstractDiagonalProcess):
     def _std(self, t):
         return self._sine(t)
 
-    def prior_factor(self):
-        return self._operator(jnp.ones(()))
+    def _prior_factor(self):
+        return jnp.ones(())
 
 
 BDM.__init__.__doc__ = """**Arguments:**

@@ -4,7 +4,7 @@ import numpy as np
 
 from .._misc import as_shape, check_positive, constant_field
 from .gaussian_path import AbstractGaussianPath
-from .times import as_time
+from .time_axis import as_time
 
 
 class RectifiedFlow(AbstractGaussianPath):

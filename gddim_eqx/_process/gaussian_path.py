@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from .._misc import as_constant, as_shape, check_positive, show
 from .diagonal import AbstractScalarProcess
-from .times import as_time
+from .time_axis import as_time
 
 
 class AbstractGaussianPath(AbstractScalarProcess):
@@ -53,8 +53,8 @@ class AbstractGaussianPath(AbstractScalarProcess):
     def _std(self, t):
         return self._noise(t)
 
-    def prior_factor(self):
-        return self.factor(self.t_max)
+    def _prior_factor(self):
+        return self._noise(jnp.asarray(self.t_max))
 
     def signal_rate(self, t):
         return self._operator(self._signal_rate(as_time(t)) / self.data_scale)
@@ -155,8 +155,8 @@ class GaussianPath(AbstractGaussianPath):
     def _noise(self, t):
         return jnp.asarray(self.noise(t), t.dtype)
 
-    def prior_factor(self):
-        return self._operator(jnp.asarray(self.prior_std))
+    def _prior_factor(self):
+        return jnp.asarray(self.prior_std)
 
 
 def _with_rate(fn, t):

@@ -60,8 +60,8 @@ class VE(AbstractScalarProcess):
         # Not written as a product of exponentials, which XLA may merge.
         return at_coarse + at_coarse * jnp.expm1(rest)
 
-    def prior_factor(self):
-        return self.factor(self.t_max)
+    def _prior_factor(self):
+        return self._std(jnp.asarray(self.t_max))
 
 
 VE.__init__.__doc__ = """**Arguments:**
