@@ -27,7 +27,7 @@ class LinearSDE(AbstractProcess):
     equation 17 of the paper. They are solved once, on the host and in float64 regardless
     of JAX's default, by spectral collocation on panels that are refined down to rounding
     errors, and stored as piecewise polynomials. There is a panel for each interval in which
-    states decay or rotate noticeably, at most 4096; each takes about 2 ms to solve.
+    states decay or rotate noticeably, at most 1024; each takes about 2 ms to solve.
 
     The square root $R_t$ is determined up to a constant rotation. It equals the Cholesky
     factor at time 0. If the initial covariance is singular, the ODE cannot start there:
@@ -114,8 +114,7 @@ class LinearSDE(AbstractProcess):
         return as_blocks(self._solution.diffusion(t), t.dtype)
 
     def _transition(self, t, s):
-        within = self._solution.within
-        between = self._solution.between(within.panel(t), within.panel(s), t.dtype)
+        within, between = self._solution.within, self._solution.between(t, s)
         before = self._operator(within(s)).inverse().blocks
         return saturated_product(saturated_product(within(t), between), before)
 
