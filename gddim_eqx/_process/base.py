@@ -47,8 +47,8 @@ class AbstractProcess(eqx.Module):
     !!! info "Implementing a process"
 
         Subclass, and provide the attributes `shape`, `num_components`, `basis`,
-        `data_scale`, `t_min`, `t_max`, `t_end` and `t_zero_signal`, as fields or
-        properties, and the methods `_drift`, `_diffusion`, `_transition`, `_covariance`,
+        `data_scale`, `t_min`, `t_max`, `t_end` and `t_zero_signal`, as static fields, class
+        attributes or properties, and the methods `_drift`, `_diffusion`, `_transition`, `_covariance`,
         `_factor`, `_cholesky` and `_prior_factor`. Each returns the blocks of an operator,
         `(n, n)` or `(n, n, *spectrum)` as in [`gddim_eqx.BlockLinearOperator`][]; the
         public methods `drift`, `diffusion`, ... check times and wrap blocks. For all times:
@@ -82,7 +82,7 @@ class AbstractProcess(eqx.Module):
             rate: float = eqx.field(static=True, default=5.0)
             t_min: float = eqx.field(static=True, default=1e-3)
             t_end: float = eqx.field(static=True, default=1.0)
-            t_zero_signal: float = eqx.field(static=True, default=float("inf"))
+            t_zero_signal = float("inf")
 
             def _drift(self, t):
                 return jnp.full_like(t, -self.rate)

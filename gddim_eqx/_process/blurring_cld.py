@@ -3,7 +3,7 @@ import math
 import equinox as eqx
 import jax.numpy as jnp
 
-from .._linear import AbstractBasis, append_axes, CosineBasis
+from .._linear import append_axes, CosineBasis
 from .._misc import as_shape, constant_field
 from .blur import Blur
 from .cld import CLD
@@ -44,13 +44,8 @@ class BlurringCLD(AbstractAugmentedProcess):
         initial = self.mass_inverse, self.gamma, self.epsilon
         return CLD(self.shape, *rate, *initial, self.t_min, self.t_end)
 
-    @property
-    def num_components(self) -> int:
-        return 2
-
-    @property
-    def basis(self) -> AbstractBasis:
-        return CosineBasis()
+    num_components = 2
+    basis = CosineBasis()
 
     def _drift(self, t):
         fading = self._blurring().fading(t)

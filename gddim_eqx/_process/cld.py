@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .._custom_types import RealScalarLike
-from .._linear import AbstractBasis, BlockLinearOperator, IdentityBasis
+from .._linear import BlockLinearOperator
 from .._misc import as_shape, check_positive, constant_field
 from .langevin import AbstractAugmentedProcess, check_gamma, check_rate
 from .tables import cumulative_integral, PiecewisePolynomial
@@ -62,13 +62,7 @@ class CLD(AbstractAugmentedProcess):
         check_gamma(self.gamma)
         check_rate(self.beta, self.beta_slope, self.t_end)
 
-    @property
-    def num_components(self) -> int:
-        return 2
-
-    @property
-    def basis(self) -> AbstractBasis:
-        return IdentityBasis()
+    num_components = 2
 
     def _elapsed(self, t, s):
         """The increase of rescaled time from `s` to `t`."""

@@ -2,7 +2,7 @@ import abc
 
 from jaxtyping import Array
 
-from .._linear import AbstractBasis, IdentityBasis
+from .._linear import IdentityBasis
 from .base import AbstractProcess
 
 
@@ -28,9 +28,7 @@ class AbstractDiagonalProcess(AbstractProcess):
     def _std(self, t: Array) -> Array:
         """The standard deviation given data."""
 
-    @property
-    def num_components(self) -> int:
-        return 1
+    num_components = 1
 
     def _covariance(self, t):
         return self._std(t) ** 2
@@ -48,13 +46,8 @@ class AbstractScalarProcess(AbstractDiagonalProcess):
     coordinates, and sampling starts at `t_end`. See [`gddim_eqx.AbstractProcess`][] for an
     example."""
 
-    @property
-    def basis(self) -> AbstractBasis:
-        return IdentityBasis()
-
-    @property
-    def data_scale(self) -> float:
-        return 1.0
+    basis = IdentityBasis()
+    data_scale = 1.0
 
     @property
     def t_max(self) -> float:

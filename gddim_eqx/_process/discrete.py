@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Inexact, Real
-from scipy.interpolate import PchipInterpolator
 
 from .._misc import as_floats, as_shape, pin, show
 from .gaussian_path import AbstractGaussianPath
@@ -58,9 +57,7 @@ class DiscreteVP(AbstractGaussianPath):
     def t_min(self) -> float:
         return 1 / len(self.alphas_cumprod)
 
-    @property
-    def t_end(self) -> float:
-        return 1.0
+    t_end = 1.0
 
     @property
     def t_zero_signal(self) -> float:
@@ -142,6 +139,8 @@ class DiscreteVP(AbstractGaussianPath):
 
 @ft.lru_cache(maxsize=64)
 def _squared_angle(alphas_cumprod: tuple[float, ...]) -> PiecewisePolynomial:
+    from scipy.interpolate import PchipInterpolator  # takes long to import
+
     alphas = np.concatenate([[1.0], alphas_cumprod])
     # The arctangent, as neither arccosine nor arcsine is accurate at both ends.
     angles = np.arctan2(np.sqrt(1 - alphas), np.sqrt(alphas))

@@ -89,8 +89,8 @@ class GaussianPath(AbstractGaussianPath):
     t_min: float = eqx.field(static=True)
     t_end: float = eqx.field(static=True)
     prior_std: float = eqx.field(static=True)
-    _data_scale: float = eqx.field(static=True)
-    _t_zero_signal: float = eqx.field(static=True)
+    data_scale: float = eqx.field(static=True)
+    t_zero_signal: float = eqx.field(static=True)
 
     def __init__(
         self,
@@ -136,18 +136,10 @@ class GaussianPath(AbstractGaussianPath):
         prior_std = noises[-1] if prior_std is None else prior_std
         self.prior_std = as_constant("prior_std", prior_std)
         check_positive(prior_std=self.prior_std)
-        self._data_scale = signals[0]
+        self.data_scale = signals[0]
         # By linear extrapolation from the end.
         rest = -signals[-1] / rates[-1] if rates[-1] < 0 else math.inf
-        self._t_zero_signal = float(times[-1] + (rest if signals[-1] > 0 else 0))
-
-    @property
-    def data_scale(self) -> float:
-        return self._data_scale
-
-    @property
-    def t_zero_signal(self) -> float:
-        return self._t_zero_signal
+        self.t_zero_signal = float(times[-1] + (rest if signals[-1] > 0 else 0))
 
     def _signal(self, t):
         return jnp.asarray(self.signal(t), t.dtype)

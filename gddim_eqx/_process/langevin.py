@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from .._linear import AbstractBasis, IdentityBasis
+from .._linear import IdentityBasis
 from .._misc import as_shape, check_positive, constant_field
 from .base import AbstractProcess
 from .linear_sde import LinearSDE
@@ -16,17 +16,14 @@ class AbstractAugmentedProcess(AbstractProcess):
     """A process of the data and auxiliary variables, such as a velocity. Some signal
     remains at `t_end`, where sampling starts."""
 
-    @property
-    def data_scale(self) -> float:
-        return 1.0
+    basis = IdentityBasis()
+    data_scale = 1.0
 
     @property
     def t_max(self) -> float:
         return self.t_end
 
-    @property
-    def t_zero_signal(self) -> float:
-        return math.inf
+    t_zero_signal = math.inf
 
 
 class AbstractLangevin(AbstractAugmentedProcess):
@@ -56,10 +53,6 @@ class AbstractLangevin(AbstractAugmentedProcess):
     @property
     def num_components(self) -> int:
         return len(self._prior_std())
-
-    @property
-    def basis(self) -> AbstractBasis:
-        return IdentityBasis()
 
     def _rate(self, t):
         return self.beta + self.beta_slope * t

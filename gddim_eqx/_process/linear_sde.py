@@ -50,7 +50,7 @@ class LinearSDE(AbstractProcess):
     t_min: float = eqx.field(static=True)
     t_max: float = eqx.field(static=True)
     t_end: float = eqx.field(static=True)
-    t_zero_signal: float = eqx.field(static=True)
+    t_zero_signal = float("inf")
     _solution: Solution = eqx.field(static=True)
 
     def __init__(
@@ -99,7 +99,6 @@ class LinearSDE(AbstractProcess):
         check_instance("basis", self.basis, AbstractBasis, wanted)
         self.data_scale = float(data_scale)
         self.t_min, self.t_max, self.t_end = float(t_min), float(t_max), float(t_end)
-        self.t_zero_signal = float("inf")
         coefficients = Coefficients(self.shape, drift, diffusion, initial_covariance)
         _check_covariance(coefficients.initial_covariance)
         self.num_components = coefficients.num_components

@@ -34,9 +34,7 @@ class VE(AbstractScalarProcess):
     def __check_init__(self):
         check_sigmas(self.sigma_min, self.sigma_max)
 
-    @property
-    def t_zero_signal(self) -> float:
-        return math.inf
+    t_zero_signal = math.inf
 
     def _growth(self) -> float:
         return math.log(self.sigma_max / self.sigma_min)
