@@ -48,10 +48,11 @@ class AbstractProcess(eqx.Module):
 
         Subclass, and provide the attributes `shape`, `num_components`, `basis`,
         `data_scale`, `t_min`, `t_max`, `t_end` and `t_zero_signal`, as static fields, class
-        attributes or properties, and the methods `_drift`, `_diffusion`, `_transition`, `_covariance`,
-        `_factor`, `_cholesky` and `_prior_factor`. Each returns the blocks of an operator,
-        `(n, n)` or `(n, n, *spectrum)` as in [`gddim_eqx.BlockLinearOperator`][]; the
-        public methods `drift`, `diffusion`, ... check times and wrap blocks. For all times:
+        attributes or properties, and the methods `_drift`, `_diffusion`, `_transition`,
+        `_covariance`, `_factor`, `_cholesky` and `_prior_factor`. Each returns the blocks
+        of an operator, `(n, n)` or `(n, n, *spectrum)` as in
+        [`gddim_eqx.BlockLinearOperator`][]; the public methods `drift`, `diffusion`, ...
+        convert times and wrap blocks. For all times:
 
         1. `transition(t, r) @ transition(r, s)` equals `transition(t, s)`, and
             its derivative in `t` is `drift(t) @ transition(t, s)`;
