@@ -22,6 +22,11 @@ def third_order():
     return gd.LinearSDE((3,), drift, diffusion, initial)
 
 
+@ft.cache
+def gaussian_path():
+    return gd.GaussianPath((3,), lambda t: (1 - t) * (1 + t), lambda t: t, t_end=0.99)
+
+
 # Every law in test_process.py is checked for every process here.
 processes = {
     "vp": ft.partial(gd.VP, (3,)),
@@ -40,11 +45,12 @@ processes = {
     "langevin": ft.partial(gd.Langevin, (3,), 0.6),
     "hold": ft.partial(gd.HOLD, (3,)),
     "blurring_cld": ft.partial(gd.BlurringCLD, (4, 6, 2)),
+    "gaussian_path": gaussian_path,
 }
 # These are like others here, so only `make test-slow` checks them.
 _similar = (
     *("edm", "discrete", "trigonometric"),
-    *("psld", "langevin", "hold", "blurring_cld"),
+    *("psld", "langevin", "hold", "blurring_cld", "gaussian_path"),
 )
 solvers = {f"gddim{q}": ft.partial(gd.GDDIM, q) for q in (1, 2, 3, 4)}
 

@@ -82,70 +82,70 @@ def _scaled(name, scale):
 
 
 def _dtype_of_its_own(self, t):
-    return gd.CLD.drift(self, t).astype(jnp.float64)
+    return gd.CLD._drift(self, t).astype(jnp.float64)
 
 
 wrong = {
     "factor is the Cholesky root": (
-        dict(factor=lambda self, t: self.cholesky(t)),
+        dict(_factor=lambda self, t: self._cholesky(t)),
         r"derivative of `factor\(t\)` .* equation 17.* no other square root will do",
     ),
     "factor is scaled": (
-        dict(factor=_scaled("factor", 1.001)),
+        dict(_factor=_scaled("_factor", 1.001)),
         r"`factor\(t\) @ factor\(t\).T` must equal `covariance\(t\)`.* error is 0.00",
     ),
     "cholesky is scaled": (
-        dict(cholesky=_scaled("cholesky", 2.0)),
+        dict(_cholesky=_scaled("_cholesky", 2.0)),
         r"`cholesky\(t\) @ cholesky\(t\).T` must equal `covariance\(t\)`",
     ),
     "cholesky is upper triangular": (
-        dict(cholesky=lambda self, t: gd.CLD.cholesky(self, t).T),
+        dict(_cholesky=lambda self, t: gd.CLD._cholesky(self, t).T),
         r"`cholesky\(t\)` must be lower triangular",
     ),
     "covariance": (
-        dict(covariance=_scaled("covariance", 2.0)),
+        dict(_covariance=_scaled("_covariance", 2.0)),
         r"`covariance\(t\)` must equal `factor.*`covariance` is wrong",
     ),
     "transition does not compose": (
-        dict(transition=_scaled("transition", 1.001)),
+        dict(_transition=_scaled("_transition", 1.001)),
         r"`transition\(t, t\)` must be the identity",
     ),
     "transition of another process": (
-        dict(transition=lambda self, t, s: gd.CLD((2,), 4.01).transition(t, s)),
+        dict(_transition=lambda self, t, s: gd.CLD((2,), 4.01)._transition(t, s)),
         r"derivative of `transition\(t, s\)` in `t` must be `drift",
     ),
     "transition only forward": (
         dict(
-            transition=lambda self, t, s: gd.CLD.transition(self, t, jnp.minimum(s, t)),
+            _transition=lambda self, t, s: gd.CLD._transition(self, t, jnp.minimum(s, t)),
         ),
         r"`transition\(t, s\) @ transition\(s, t\)` must be the identity",
     ),
     "drift of the reverse process": (
-        dict(drift=lambda self, t: -gd.CLD.drift(self, t)),
+        dict(_drift=lambda self, t: -gd.CLD._drift(self, t)),
         r"must be `drift\(t\) @ .*mind the sign",
     ),
     "diffusion": (
-        dict(diffusion=_scaled("diffusion", 2**-0.5)),
+        dict(_diffusion=_scaled("_diffusion", 2**-0.5)),
         r"derivative of `covariance\(t\)` .*`diffusion` is wrong",
     ),
     "prior": (
-        dict(prior_factor=_scaled("prior_factor", 3.0)),
+        dict(_prior_factor=_scaled("_prior_factor", 3.0)),
         r"`prior_factor\(\)` must be about",
     ),
     "number of components": (
         dict(num_components=property(lambda self: 1)),
-        r"`Changed.drift` must act on .*`num_components=1`.* 2 component",
+        r"`Changed._drift` must return blocks .*`num_components=1`.* 2 component",
     ),
     "dtype": (
-        dict(drift=_dtype_of_its_own),
-        r"`Changed.drift` must compute in the dtype of .* float32; it returned float64",
+        dict(_drift=_dtype_of_its_own),
+        r"`Changed._drift` must compute in the dtype of .* float32; it returned float64",
     ),
-    "not an operator": (
-        dict(drift=lambda self, t: t),
-        r"`Changed.drift` must return a `BlockLinearOperator`",
+    "an operator": (
+        dict(_drift=lambda self, t: gd.CLD.drift(gd.CLD((2,)), t)),
+        r"`Changed._drift` must return an array of blocks; .*BlockLinearOperator",
     ),
     "not finite": (
-        dict(diffusion=_scaled("diffusion", float("nan"))),
+        dict(_diffusion=_scaled("_diffusion", float("nan"))),
         r"`diffusion\(t\)` must be finite",
     ),
     "time of vanishing signal": (
@@ -157,12 +157,6 @@ wrong = {
         "`encode` must be `data_scale` times",
     ),
     "decode": (dict(decode=lambda self, u: u.x + 1), "`decode` must undo"),
-    "perturb": (
-        dict(
-            perturb=lambda self, key, x, t: gd.CLD.perturb(self, key, 2 * x, t),
-        ),
-        "`perturb` must return",
-    ),
 }
 
 
@@ -210,6 +204,6 @@ def test_the_docstring_lists_what_a_subclass_must_give():
     needed = gd.AbstractProcess.__abstractmethods__ | set(
         eqx.AbstractVar and gd.AbstractProcess.__abstractvars__
     )
-    assert {"shape", "t_zero_signal", "prior_factor"} < needed
+    assert {"shape", "t_zero_signal", "_prior_factor"} < needed
     for name in needed:
         assert f"`{name}`" in doc, name

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, strategies as st
 
 import gddim_eqx as gd
-from gddim_eqx import BlockLinearOperator
 from gddim_eqx._process import AbstractLangevin
 
 from .helpers import (
@@ -165,8 +164,8 @@ class Trivial(gd.AbstractDiagonalProcess):
     def _std(self, t):
         return t
 
-    def prior_factor(self):
-        return BlockLinearOperator(jnp.ones((1, 1)), self.shape)
+    def _prior_factor(self):
+        return jnp.ones(())
 
 
 @pytest.mark.x64

@@ -152,7 +152,7 @@ def _kink():
 scales = {
     "long": _decay(0.005, 0.1, t_end=1000.0),
     "very long": _decay(5e-5, 0.01, t_end=1e5),
-    "many relaxation times": _decay(5.0, 10**0.5, t_end=400.0),
+    "many relaxation times": _decay(5.0, 10**0.5, t_end=200.0),
     "fast": _decay(400.0, 1.0),
     "short": _decay(1e6, 1.0, t_min=1e-9, t_end=1e-6),
     "early": _decay(5.0, 10**0.5, t_min=1e-6),

@@ -1,4 +1,5 @@
 import functools as ft
+import inspect
 import math
 
 import hypothesis.strategies as st
@@ -53,6 +54,17 @@ def quantities(process, t, s):
     blocks = [operator.blocks for operator in operators]
     blocks = [b.reshape(n, n, *(b.shape[2:] or (1,) * rank)) for b in blocks]
     return [jnp.moveaxis(b, (0, 1), (-2, -1)) for b in blocks]
+
+
+def test_every_public_process_is_in_the_list():
+    public = {
+        cls
+        for cls in vars(gd).values()
+        if inspect.isclass(cls)
+        and issubclass(cls, gd.AbstractProcess)
+        and not inspect.isabstract(cls)
+    }
+    assert public == {type(make()) for make in processes.values()}
 
 
 @ft.cache

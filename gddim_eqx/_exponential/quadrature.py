@@ -1,4 +1,3 @@
-import math
 from typing import NamedTuple
 
 import jax
@@ -101,50 +100,38 @@ def _nodes_at(process, s, t, nodes, weights):
     inverses = jax.vmap(inverse)(regular)
     # The diffusion may be infinite at the ends of the time axis, so not there.
     whitened = jax.vmap(whiten)(tau, inverses)
-    return StepNodes(
-        process,
-        times,
-        fractions,
-        weights,
-        roots,
-        signals,
-        inverses,
-        whitened,
-        noiseless,
-    )
+    values = roots, signals, inverses, whitened
+    return StepNodes(process, times, fractions, weights, *values, noiseless)
 
 
 def _fractions(process, s, t, nodes, weights):
     """Nodes and weights on [0, 1], from the Gauss-Legendre rule in a variable z.
 
-    It is defined by t / (1 - t / t_zero_signal) = t_min * (exp(z) - 1)^2. The noise level
-    first grows like the square root of time, and later changes with the logarithm of time;
-    both are linear in z. So is the logarithm of the signal where the signal vanishes.
+    The noise level first grows like the square root of time, and later changes with the
+    logarithm of time; both are linear in z. So is the logarithm of the signal where the
+    signal vanishes.
     """
     nodes, weights = jnp.asarray(nodes, s.dtype), jnp.asarray(weights, s.dtype)
-    vanishes = math.isfinite(process.t_zero_signal)
     # Finite where the signal is zero.
     t_zero = max(process.t_zero_signal, 1.001 * process.t_end)
 
-    def root(t):
-        """exp(z) - 1"""
-        odds = t / (1 - t / t_zero) if vanishes else t
-        return jnp.sqrt(odds / process.t_min)
+    # t = odds / (1 + odds / t_zero), odds = t_min * root^2, and root = exp(z) - 1.
+    def root_of_t(t):
+        return jnp.sqrt(t / (1 - t / t_zero) / process.t_min)
 
-    root_s, root_t = root(s), root(t)
-    width = jnp.log1p((root_t - root_s) / (1 + root_s))
-    growth = jnp.expm1(width * nodes)
-    still = (width == 0) | (root_t + root_s == 0)
+    root_s, root_t = root_of_t(s), root_of_t(t)
+    z = jnp.log1p((root_t - root_s) / (1 + root_s))  # from s to t
+    growth = jnp.expm1(z * nodes)
+    root = root_s + (1 + root_s) * growth
+    # Fractions of the way from s to t in the odds, and their derivatives: as differences of
+    # squares, without cancellation.
+    still = (z == 0) | (root_t + root_s == 0)
     length = jnp.where(still, 1, growth[-1] * (root_t + root_s))
-    root_x = root_s + (1 + root_s) * growth
-    # Differences of squares, without cancellation.
-    x = growth * (root_x + root_s) / length
-    dx = 2 * width * (1 + growth) * root_x / length
-    if vanishes:
-        # From fractions of t / (1 - t / t_zero_signal) to fractions of t.
-        closeness = process.t_min / t_zero
-        at_s, at_x, at_t = (1 + closeness * r**2 for r in (root_s, root_x, root_t))
-        x, dx = x * at_t / at_x, dx * at_t * at_s / at_x**2
+    odds = growth * (root + root_s) / length
+    d_odds = 2 * z * (1 + growth) * root / length
+    # In time.
+    at_s, at, at_t = (1 + process.t_min / t_zero * r**2 for r in (root_s, root, root_t))
+    fractions, slopes = odds * at_t / at, d_odds * at_t * at_s / at**2
     # Rounding must not move a node past the end, as the process is undefined before time 0.
-    x = jnp.clip(x, 0, 1)
-    return jnp.where(still, nodes, x), jnp.where(still, weights, weights * dx)
+    fractions = jnp.clip(fractions, 0, 1)
+    return jnp.where(still, nodes, fractions), jnp.where(still, weights, weights * slopes)

@@ -48,8 +48,6 @@ class NoiseTransition(NamedTuple):
     # A square root of I - Omega Omega^T, chosen so that its product with the normalised
     # Brownian increments is close to the noise that these add to the noise prediction.
     noise_root: Inexact[Array, "n n *spectrum"]
-    # The mean of Omega(t, tau) over the step; the identity where it is zero.
-    mean_omega: Inexact[Array, "n n *spectrum"]
     # Omega(t, tau) at the start, the quadrature nodes and the end.
     omegas: Inexact[Array, "times n n *spectrum"]
 
@@ -62,32 +60,40 @@ def noise_transition(nodes: StepNodes, lam: Stochasticity) -> NoiseTransition:
     - `nodes`: the quadrature nodes of a step from `s` to `t <= s`.
     - `lam`: the stochasticity, or a function of time.
     """
-    whitened = nodes.whitened[1:-1]
-    step_weights = (nodes.times[0] - nodes.times[-1]) * nodes.weights[1:-1]
-    step_weights = append_axes(step_weights, whitened.ndim)
-    level, levels = _levels(lam, nodes.times[1:])
-    levels = append_axes(levels, whitened.ndim)
-    # Square roots are taken before multiplying by the stochasticity, so that derivatives
-    # with respect to it exist even where it is zero.
-    if nodes.process.num_components == 1:
-        exponents = _exponents(nodes, whitened, step_weights, levels)
-        omegas, omega = (jnp.exp(level**2 * x) for x in exponents)
-        increments = _root(step_weights) * levels[:-1] * omegas * whitened
-        root = _root(-2 * exponents[1] * _expm1_over(2 * level**2 * exponents[1]))
-    else:
-        whitened = levels[:-1] * whitened
-        omegas, omega = _collocate(whitened, step_weights, level)
-        increments = _root(step_weights) * jax.vmap(matmul)(omegas, whitened)
-        root = square_root_of_sum(increments)
+    weights = (nodes.times[0] - nodes.times[-1]) * nodes.weights[1:-1]
+    weights = append_axes(weights, nodes.whitened.ndim)
+    level, relative = _levels(lam, nodes.times[1:])
+    relative = append_axes(relative, nodes.whitened.ndim)
+    solve = _scalar if nodes.process.num_components == 1 else _matrix
+    omegas, omega, increments, root = solve(nodes, weights, level, relative)
     # Proportional to the covariance of the noise with the Brownian increment.
-    target = (_root(step_weights) * increments).sum(0)
-    noise_root = level * align(root, target)
-    mean_omega = (append_axes(nodes.weights[1:-1], omegas.ndim) * omegas).sum(0)
+    target = (_root(weights) * increments).sum(0)
     eye = append_axes(jnp.eye(len(omega), dtype=omega.dtype), omega.ndim)
-    eye = jnp.broadcast_to(eye, omega.shape)
-    mean_omega = jnp.where((mean_omega == 0).all(), eye, mean_omega)
-    omegas = jnp.concatenate([omega[None], omegas, eye[None]])
-    return NoiseTransition(omega, noise_root, mean_omega, omegas)
+    ends = omega[None], jnp.broadcast_to(eye, omega.shape)[None]
+    omegas = jnp.concatenate([ends[0], omegas, ends[1]])
+    return NoiseTransition(omega, level * align(root, target), omegas)
+
+
+# Both return Omega(t, tau) at the nodes and Omega(t, s); and, divided by `level` so that
+# derivatives with respect to it exist even where it is zero, the weighted increments
+# sqrt(dtau) lam Omega R^-1 G, and a square root of I - Omega Omega^T.
+
+
+def _scalar(nodes, weights, level, relative):
+    whitened = nodes.whitened[1:-1]
+    rate = 0.5 * weights * whitened**2
+    logs, log = _log_omegas(nodes, rate, relative)
+    omegas = jnp.exp(level**2 * logs)
+    increments = _root(weights) * relative[:-1] * omegas * whitened
+    root = _root(-2 * log * _expm1_over(2 * level**2 * log))
+    return omegas, jnp.exp(level**2 * log), increments, root
+
+
+def _matrix(nodes, weights, level, relative):
+    whitened = relative[:-1] * nodes.whitened[1:-1]
+    omegas, omega = _collocate(whitened, weights, level)
+    increments = _root(weights) * jax.vmap(matmul)(omegas, whitened)
+    return omegas, omega, increments, square_root_of_sum(increments)
 
 
 def _levels(lam: Stochasticity, times):
@@ -112,11 +118,11 @@ def _expm1_over(x):
     return jnp.where(small, 1 + x / 2, jnp.expm1(x) / jnp.where(small, 1, x))
 
 
-def _exponents(nodes, whitened, step_weights, levels):
-    """The logarithms of Omega(t, tau) and Omega(t, s) in the scalar case, for a mean
-    stochasticity of one. For constant stochasticity, Omega is R_t / (Psi R_s) to the power
-    lam^2. If it varies, its deviation from the value at the end is integrated by
-    quadrature; that integrand is regular at the end."""
+def _log_omegas(nodes, rate, relative):
+    """The logarithms of Omega(t, tau) and Omega(t, s) for a mean stochasticity of one. For
+    constant stochasticity, Omega is R_t / (Psi R_s) to the power lam^2. If it varies, its
+    deviation from the value at the end is integrated by quadrature; that integrand is
+    regular at the end."""
     root, signal, end = nodes.roots[-1], nodes.signals[-1], nodes.times[-1]
 
     def log_ratio(tau, before, signal_before):
@@ -130,18 +136,21 @@ def _exponents(nodes, whitened, step_weights, levels):
         logarithm = jnp.where(regular, jnp.log(ratio), -1e9)
         return pin((tau == end) | (logarithm > 0), 0, logarithm)
 
-    at_nodes = jax.vmap(log_ratio)(nodes.times[:-1], nodes.roots[:-1], nodes.signals[:-1])
+    ratios = jax.vmap(log_ratio)(nodes.times[:-1], nodes.roots[:-1], nodes.signals[:-1])
     # The logarithm of a ratio near 1 suffers from cancellation; the integral does not.
-    rate = 0.5 * step_weights * whitened**2
-    over_step = jnp.where(at_nodes[0] < -0.1, at_nodes[0], -rate.sum(0))
-    at_end, excess = levels[-1] ** 2, rate * (levels[:-1] ** 2 - levels[-1:] ** 2)
-    within = excess / append_axes(jnp.asarray(WEIGHTS, excess.dtype), excess.ndim)
-    within = jnp.tensordot(
-        jnp.asarray(_BACKWARD, excess.dtype), within, 1, precision="highest"
-    )
-    over_step = at_end * over_step - excess.sum(0)
-    over_step = jnp.where(over_step < 0, over_step, 0)
-    return at_end[None] * at_nodes[1:] + within, over_step
+    over_step = jnp.where(ratios[0] < -0.1, ratios[0], -rate.sum(0))
+    at_end, deviation = relative[-1] ** 2, rate * (relative[:-1] ** 2 - relative[-1:] ** 2)
+    over_step = at_end * over_step - deviation.sum(0)
+    logs = at_end[None] * ratios[1:] + _integrals_to_end(deviation)
+    return logs, jnp.where(over_step < 0, over_step, 0)
+
+
+def _integrals_to_end(weighted):
+    """Integrals from the end of the step back to each node, of values at the nodes that
+    are multiplied by the quadrature weights."""
+    weights = append_axes(jnp.asarray(WEIGHTS, weighted.dtype), weighted.ndim)
+    backward = jnp.asarray(_BACKWARD, weighted.dtype)
+    return jnp.tensordot(backward, weighted / weights, 1, precision="highest")
 
 
 def _collocate(whitened, step_weights, level):

@@ -1,5 +1,4 @@
 import functools as ft
-import math
 from typing import Any
 
 import equinox as eqx
@@ -113,13 +112,15 @@ class BlockLinearOperator(lx.AbstractLinearOperator):
     def as_matrix(self) -> Inexact[Array, "size size"]:
         """The dense matrix. Rows and columns are first all coordinates of the first
         component, in C order, then those of the second, and so on."""
-        n, size = self.num_components, math.prod(self.shape)
-        spectrum = self.blocks.shape[2:] or (1,) * len(self.shape)
-        blocks = self.blocks.reshape(n, n, *spectrum)
-        diagonals = jnp.broadcast_to(blocks, (n, n, *self.shape)).reshape(n, n, size)
-        eye = jnp.eye(size, dtype=self.blocks.dtype)
-        matrix = diagonals[:, :, :, None] * eye[None, None]
+        diagonals = self._diagonals()
+        n, _, size = diagonals.shape
+        matrix = diagonals[..., None] * jnp.eye(size, dtype=diagonals.dtype)[None, None]
         return matrix.transpose(0, 2, 1, 3).reshape(n * size, n * size)
+
+    def _diagonals(self) -> Inexact[Array, "n n size"]:
+        """The blocks at every coordinate of the data."""
+        n, blocks = self.num_components, append_axes(self.blocks, 2 + len(self.shape))
+        return jnp.broadcast_to(blocks, (n, n, *self.shape)).reshape(n, n, -1)
 
     def transpose(self) -> "BlockLinearOperator":
         if lx.is_symmetric(self):
@@ -200,16 +201,9 @@ class BlockLinearOperator(lx.AbstractLinearOperator):
         return self._like(matmul(a, b), tags)
 
 
-_CLOSED_UNDER_SUM = frozenset(
-    [
-        lx.symmetric_tag,
-        lx.positive_semidefinite_tag,
-        lx.lower_triangular_tag,
-        lx.upper_triangular_tag,
-    ]
-)
-_CLOSED_UNDER_SCALING = _CLOSED_UNDER_SUM - {lx.positive_semidefinite_tag}
 _CLOSED_UNDER_PRODUCT = frozenset([lx.lower_triangular_tag, lx.upper_triangular_tag])
+_CLOSED_UNDER_SCALING = _CLOSED_UNDER_PRODUCT | {lx.symmetric_tag}
+_CLOSED_UNDER_SUM = _CLOSED_UNDER_SCALING | {lx.positive_semidefinite_tag}
 
 
 def _same_rank(one: BlockLinearOperator, other: BlockLinearOperator) -> tuple[Array, Array]:
@@ -274,11 +268,7 @@ def _(operator):
 
 @lx.diagonal.register(BlockLinearOperator)
 def _(operator):
-    n = operator.num_components
-    spectrum = operator.blocks.shape[2:] or (1,) * len(operator.shape)
-    diagonal = jnp.stack([operator.blocks[i, i] for i in range(n)])
-    diagonal = diagonal.reshape(n, *spectrum)
-    return jnp.broadcast_to(diagonal, (n, *operator.shape)).reshape(-1)
+    return jnp.diagonal(operator._diagonals()).T.reshape(-1)
 
 
 @lx.tridiagonal.register(BlockLinearOperator)
@@ -314,16 +304,12 @@ def _(operator):
     return lx.is_diagonal(operator) or lx.upper_triangular_tag in operator.tags
 
 
-@lx.is_positive_semidefinite.register(BlockLinearOperator)
-def _(operator):
-    return lx.positive_semidefinite_tag in operator.tags
+for query, tag in (
+    (lx.is_positive_semidefinite, lx.positive_semidefinite_tag),
+    (lx.is_negative_semidefinite, lx.negative_semidefinite_tag),
+    (lx.has_unit_diagonal, lx.unit_diagonal_tag),
+):
 
-
-@lx.is_negative_semidefinite.register(BlockLinearOperator)
-def _(operator):
-    return lx.negative_semidefinite_tag in operator.tags
-
-
-@lx.has_unit_diagonal.register(BlockLinearOperator)
-def _(operator):
-    return lx.unit_diagonal_tag in operator.tags
+    @query.register(BlockLinearOperator)
+    def _(operator, tag=tag):
+        return tag in operator.tags

@@ -78,12 +78,11 @@ def _orthogonal_like(target):
         square = (column**2).sum(0, keepdims=True)
         column = jnp.where(square > 0, column, eye[k])
         column = column / jnp.sqrt(jnp.where(square > 0, square, 1))
-        # Map the k-th axis to the column: rotate, or reflect if it is on the far side.
-        near = column[k][None] >= 0
-        normal = column + jnp.where(near, 1, -1) * eye[k]
+        # Map the k-th axis to the column: a Householder reflection, without cancellation,
+        # and the other sign of the axis if it maps that to minus the column.
+        normal = column + jnp.where(column[k][None] >= 0, 1, -1) * eye[k]
         turn = eye - normal[:, None] * normal[None] / (1 + jnp.abs(column[k]))[None, None]
-        turn = turn + jnp.where(near[None], 2 * column[:, None] * eye[k][None], 0)
-        basis = matmul(basis, turn)
+        basis = matmul(basis, turn.at[:, k].set(column))
     return basis
 
 

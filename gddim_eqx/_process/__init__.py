@@ -38,7 +38,13 @@ from .schedule import (
 )
 from .sub_vp import SubVP as SubVP
 from .tables import coarse_and_rest as coarse_and_rest
-from .time_axis import as_grid as as_grid, latest as latest, on_time_axis as on_time_axis
-from .times import as_time as as_time, as_times as as_times, time_for as time_for
+from .time_axis import (
+    as_grid as as_grid,
+    as_time as as_time,
+    as_times as as_times,
+    latest as latest,
+    on_time_axis as on_time_axis,
+    time_for as time_for,
+)
 from .ve import VE as VE
 from .vp import VP as VP

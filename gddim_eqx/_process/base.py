@@ -6,6 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
+import lineax as lx
 from jax import lax
 from jaxtyping import Array, Inexact
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from typing import ClassVar as AbstractVar
 else:
     from equinox import AbstractVar
-from .times import as_time, time_for
+from .time_axis import as_time, as_times, time_for
 
 
 class AbstractProcess(eqx.Module):
@@ -46,9 +47,12 @@ class AbstractProcess(eqx.Module):
     !!! info "Implementing a process"
 
         Subclass, and provide the attributes `shape`, `num_components`, `basis`,
-        `data_scale`, `t_min`, `t_max`, `t_end` and `t_zero_signal`, as fields or
-        properties, and the methods `drift`, `diffusion`, `transition`, `covariance`,
-        `factor`, `cholesky` and `prior_factor`, such that, for all times:
+        `data_scale`, `t_min`, `t_max`, `t_end` and `t_zero_signal`, as static fields, class
+        attributes or properties, and the methods `_drift`, `_diffusion`, `_transition`,
+        `_covariance`, `_factor`, `_cholesky` and `_prior_factor`. Each returns the blocks
+        of an operator, `(n, n)` or `(n, n, *spectrum)` as in
+        [`gddim_eqx.BlockLinearOperator`][]; the public methods `drift`, `diffusion`, ...
+        convert times and wrap blocks. For all times:
 
         1. `transition(t, r) @ transition(r, s)` equals `transition(t, s)`, and
             its derivative in `t` is `drift(t) @ transition(t, s)`;
@@ -60,11 +64,9 @@ class AbstractProcess(eqx.Module):
 
         [`gddim_eqx.check_process`][] checks these, and names the one that fails.
 
-        Compute in the dtype of the time argument. Tag the covariance with
-        `lineax.positive_semidefinite_tag`, and `cholesky` with
-        `lineax.lower_triangular_tag`. Make every number a static field, so that a process
-        is a static pytree: a compile-time constant, which no optimiser can mistake for
-        parameters.
+        Times are scalar arrays: compute in their dtype. Make every number a static field,
+        so that a process is a static pytree: a compile-time constant, which no optimiser
+        can mistake for parameters.
 
         If only the coefficients of the equation are known, use
         [`gddim_eqx.LinearSDE`][], which solves for the rest. For a process of one
@@ -81,7 +83,7 @@ class AbstractProcess(eqx.Module):
             rate: float = eqx.field(static=True, default=5.0)
             t_min: float = eqx.field(static=True, default=1e-3)
             t_end: float = eqx.field(static=True, default=1.0)
-            t_zero_signal: float = eqx.field(static=True, default=float("inf"))
+            t_zero_signal = float("inf")
 
             def _drift(self, t):
                 return jnp.full_like(t, -self.rate)
@@ -95,8 +97,8 @@ class AbstractProcess(eqx.Module):
             def _std(self, t):
                 return jnp.sqrt(-jnp.expm1(-2 * self.rate * t))
 
-            def prior_factor(self):
-                return gd.BlockLinearOperator(jnp.ones((1, 1)), self.shape)
+            def _prior_factor(self):
+                return jnp.ones(())
 
         gd.check_process(OrnsteinUhlenbeck((2,)))
         ```
@@ -131,44 +133,76 @@ class AbstractProcess(eqx.Module):
             )
 
     @abc.abstractmethod
+    def _drift(self, t: Array) -> Array:
+        """The blocks of $F_t$."""
+
+    @abc.abstractmethod
+    def _diffusion(self, t: Array) -> Array:
+        """The blocks of $G_t$."""
+
+    @abc.abstractmethod
+    def _transition(self, t: Array, s: Array) -> Array:
+        r"""The blocks of $\Psi(t, s)$. Either time may be the later."""
+
+    @abc.abstractmethod
+    def _covariance(self, t: Array) -> Array:
+        r"""The blocks of $\Sigma_t$."""
+
+    @abc.abstractmethod
+    def _factor(self, t: Array) -> Array:
+        """The blocks of $R_t$."""
+
+    @abc.abstractmethod
+    def _cholesky(self, t: Array) -> Array:
+        """The blocks of $L_t$."""
+
+    @abc.abstractmethod
+    def _prior_factor(self) -> Array:
+        """The blocks of a square root of the covariance of the prior."""
+
+    def _operator(self, blocks: Array, tags: object = frozenset()) -> BlockLinearOperator:
+        if self.num_components == 1 and blocks.ndim in (0, len(self.shape)):
+            blocks = blocks[None, None]
+        return BlockLinearOperator(blocks, self.shape, tags)
+
     def drift(self, t: RealScalarLike) -> BlockLinearOperator:
         """$F_t$."""
+        return self._operator(self._drift(as_time(t)))
 
-    @abc.abstractmethod
     def diffusion(self, t: RealScalarLike) -> BlockLinearOperator:
         """$G_t$."""
+        return self._operator(self._diffusion(as_time(t)))
 
-    @abc.abstractmethod
     def transition(self, t: RealScalarLike, s: RealScalarLike) -> BlockLinearOperator:
         r"""$\Psi(t, s)$, which maps the mean of the state at time `s` to that at time `t`.
         Either time may be the later."""
+        return self._operator(self._transition(*as_times(t, s)))
 
-    @abc.abstractmethod
     def covariance(self, t: RealScalarLike) -> BlockLinearOperator:
         r"""$\Sigma_t$, the covariance of the state at time `t` given the data."""
+        blocks = self._covariance(as_time(t))
+        return self._operator(blocks, lx.positive_semidefinite_tag)
 
-    @abc.abstractmethod
     def factor(self, t: RealScalarLike) -> BlockLinearOperator:
         r"""$R_t$, the square root of $\Sigma_t$ for which noise predictions are constant
         along the probability flow of a single data point (gDDIM, equation 17).
         """
+        return self._operator(self._factor(as_time(t)))
 
-    @abc.abstractmethod
     def cholesky(self, t: RealScalarLike) -> BlockLinearOperator:
         r"""$L_t$, the Cholesky factor of $\Sigma_t$."""
+        return self._operator(self._cholesky(as_time(t)), lx.lower_triangular_tag)
 
-    @abc.abstractmethod
     def prior_factor(self) -> BlockLinearOperator:
         """A square root of the covariance of the prior, from which sampling starts."""
+        return self._operator(self._prior_factor())
 
     def signal_rate(self, t: RealScalarLike) -> BlockLinearOperator:
         r"""The derivative of $\Psi(t, 0)$ in `t`."""
-        t = as_time(t)
-        return self.drift(t) @ self.transition(t, jnp.zeros_like(t))
+        return self.drift(t) @ self.transition(t, 0.0)
 
     def factor_rate(self, t: RealScalarLike) -> BlockLinearOperator:
         r"""The derivative of $R_t$ (gDDIM, equation 17)."""
-        t = as_time(t)
         factor, diffusion = self.factor(t), self.diffusion(t)
         growth = diffusion @ diffusion.T @ factor.inverse().T * 0.5
         return self.drift(t) @ factor + growth
@@ -196,8 +230,7 @@ class AbstractProcess(eqx.Module):
 
         - `t`: a time in (0, T].
         """
-        t = as_time(t)
-        signal = self.cholesky(t).inverse() @ self.transition(t, jnp.zeros_like(t))
+        signal = self.cholesky(t).inverse() @ self.transition(t, 0.0)
         return log_norm(signal.blocks[:, 0])[0].mean()
 
     def encode(self, x: Inexact[Array, "..."]) -> State:

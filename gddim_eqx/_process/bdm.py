@@ -4,7 +4,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from .._linear import AbstractBasis, CosineBasis
+from .._linear import CosineBasis
 from .._misc import as_shape, check_positive, constant_field
 from .blur import Blur
 from .diagonal import AbstractDiagonalProcess
@@ -45,9 +45,7 @@ class BDM(AbstractDiagonalProcess):
         check_positive(offset=self.offset)
         self._blurring()
 
-    @property
-    def basis(self) -> AbstractBasis:
-        return CosineBasis()
+    basis = CosineBasis()
 
     @property
     def data_scale(self) -> float:
@@ -97,8 +95,8 @@ class BDM(AbstractDiagonalProcess):
     def _std(self, t):
         return self._sine(t)
 
-    def prior_factor(self):
-        return self._operator(jnp.ones(()))
+    def _prior_factor(self):
+        return jnp.ones(())
 
 
 BDM.__init__.__doc__ = """**Arguments:**

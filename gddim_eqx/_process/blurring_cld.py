@@ -3,12 +3,11 @@ import math
 import equinox as eqx
 import jax.numpy as jnp
 
-from .._linear import AbstractBasis, append_axes, BlockLinearOperator, CosineBasis
+from .._linear import append_axes, CosineBasis
 from .._misc import as_shape, constant_field
 from .blur import Blur
 from .cld import CLD
 from .langevin import AbstractAugmentedProcess
-from .times import as_time, as_times
 
 
 class BlurringCLD(AbstractAugmentedProcess):
@@ -45,47 +44,37 @@ class BlurringCLD(AbstractAugmentedProcess):
         initial = self.mass_inverse, self.gamma, self.epsilon
         return CLD(self.shape, *rate, *initial, self.t_min, self.t_end)
 
-    @property
-    def num_components(self) -> int:
-        return 2
+    num_components = 2
+    basis = CosineBasis()
 
-    @property
-    def basis(self) -> AbstractBasis:
-        return CosineBasis()
-
-    def drift(self, t):
-        t = as_time(t)
+    def _drift(self, t):
         fading = self._blurring().fading(t)
         eye = append_axes(jnp.eye(2, dtype=t.dtype), 5)
-        blocks = append_axes(self._cld().drift(t).blocks, 5) - eye * fading[None, None]
-        return BlockLinearOperator(blocks, self.shape)
+        return append_axes(self._cld()._drift(t), 5) - eye * fading[None, None]
 
-    def diffusion(self, t):
+    def _diffusion(self, t):
         # The square root of G G^T + 2 D' / D Sigma, from the Cholesky factor of Sigma.
-        t = as_time(t)
         cld, speed = self._cld(), math.sqrt(2) * self._blurring().root_of_fading(t)
-        (p, zero), (q, r) = cld.cholesky(t).blocks
-        noise = jnp.sqrt(cld.diffusion(t).blocks[1, 1] ** 2 + (speed * r) ** 2)
-        rows = [[speed * p, speed * zero], [speed * q, noise]]
-        return BlockLinearOperator(jnp.array(rows), self.shape)
+        (p, zero), (q, r) = cld._cholesky(t)
+        noise = jnp.sqrt(cld._diffusion(t)[1, 1] ** 2 + (speed * r) ** 2)
+        return jnp.array([[speed * p, speed * zero], [speed * q, noise]])
 
-    def transition(self, t, s):
-        t, s = as_times(t, s)
-        blur, blocks = self._blurring(), self._cld().transition(t, s).blocks
+    def _transition(self, t, s):
+        blur = self._blurring()
         ratio = blur.scale(t) / blur.scale(s)
-        return BlockLinearOperator(append_axes(blocks, 5) * ratio[None, None], self.shape)
+        return append_axes(self._cld()._transition(t, s), 5) * ratio[None, None]
 
-    def covariance(self, t):
-        return self._cld().covariance(t)
+    def _covariance(self, t):
+        return self._cld()._covariance(t)
 
-    def factor(self, t):
-        return self._cld().factor(t)
+    def _factor(self, t):
+        return self._cld()._factor(t)
 
-    def cholesky(self, t):
-        return self._cld().cholesky(t)
+    def _cholesky(self, t):
+        return self._cld()._cholesky(t)
 
-    def prior_factor(self):
-        return self._cld().prior_factor()
+    def _prior_factor(self):
+        return self._cld()._prior_factor()
 
 
 BlurringCLD.__init__.__doc__ = """**Arguments:**

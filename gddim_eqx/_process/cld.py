@@ -8,11 +8,11 @@ import numpy as np
 from jaxtyping import Array
 
 from .._custom_types import RealScalarLike
-from .._linear import AbstractBasis, BlockLinearOperator, IdentityBasis
+from .._linear import BlockLinearOperator
 from .._misc import as_shape, check_positive, constant_field
 from .langevin import AbstractAugmentedProcess, check_gamma, check_rate
 from .tables import cumulative_integral, PiecewisePolynomial
-from .times import as_time, as_times
+from .time_axis import as_times
 
 
 class CLD(AbstractAugmentedProcess):
@@ -62,13 +62,7 @@ class CLD(AbstractAugmentedProcess):
         check_gamma(self.gamma)
         check_rate(self.beta, self.beta_slope, self.t_end)
 
-    @property
-    def num_components(self) -> int:
-        return 2
-
-    @property
-    def basis(self) -> AbstractBasis:
-        return IdentityBasis()
+    num_components = 2
 
     def _elapsed(self, t, s):
         """The increase of rescaled time from `s` to `t`."""
@@ -76,61 +70,51 @@ class CLD(AbstractAugmentedProcess):
         return math.sqrt(self.mass_inverse) * (t - s) * rate
 
     def _rescaled_time(self, t: Array) -> Array:
-        return self._elapsed(t, jnp.zeros_like(t))
+        return self._elapsed(t, 0.0)
 
     def _initial_variances(self) -> tuple[float, float]:
         return self.epsilon, self.gamma + self.epsilon * self.mass_inverse
 
-    def _operator(self, rows, scale_rows, scale_columns, tags: object = frozenset()):
+    def _unscaled(self, rows, power_of_rows, power_of_columns) -> Array:
         """Convert blocks from (x, w) to (x, v): multiply the velocity's row and column by
         the given powers of sqrt(M)."""
         root = 1 / math.sqrt(self.mass_inverse)
-        down, right = root**scale_rows, root**scale_columns
+        down, right = root**power_of_rows, root**power_of_columns
         (a, b), (c, d) = rows
-        blocks = jnp.array([[a, right * b], [down * c, down * right * d]])
-        return BlockLinearOperator(blocks, self.shape, tags)
+        return jnp.array([[a, right * b], [down * c, down * right * d]])
 
-    def drift(self, t):
-        t = as_time(t)
+    def _drift(self, t):
         speed = math.sqrt(self.mass_inverse) * (self.beta + self.beta_slope * t)
-        zero = jnp.zeros_like(t)
-        return self._operator([[zero, speed], [-speed, -2 * speed]], 1, -1)
+        return self._unscaled([[0.0, speed], [-speed, -2 * speed]], 1, -1)
 
-    def diffusion(self, t):
-        t = as_time(t)
+    def _diffusion(self, t):
         speed = math.sqrt(self.mass_inverse) * (self.beta + self.beta_slope * t)
-        zero = jnp.zeros_like(t)
-        return self._operator([[zero, zero], [zero, 2 * jnp.sqrt(speed)]], 1, 0)
+        return self._unscaled([[0.0, 0.0], [0.0, 2 * jnp.sqrt(speed)]], 1, 0)
 
-    def transition(self, t, s):
-        y = self._elapsed(*as_times(t, s))
+    def _transition(self, t, s):
+        y = self._elapsed(t, s)
         decay = jnp.exp(-y)
         rows = [[decay * (1 + y), decay * y], [-decay * y, decay * (1 - y)]]
-        return self._operator(rows, 1, -1)
+        return self._unscaled(rows, 1, -1)
 
-    def covariance(self, t):
-        y = self._rescaled_time(as_time(t))
-        xx, xw, ww = _covariance(y, *self._initial_variances())
-        rows = [[xx, xw], [xw, ww]]
-        return self._operator(rows, 1, 1, lx.positive_semidefinite_tag)
+    def _covariance(self, t):
+        xx, xw, ww = _covariance(self._rescaled_time(t), *self._initial_variances())
+        return self._unscaled([[xx, xw], [xw, ww]], 1, 1)
 
-    def cholesky(self, t):
-        y = self._rescaled_time(as_time(t))
-        p, q, r = _cholesky(y, *self._initial_variances())
-        rows = [[p, jnp.zeros_like(p)], [q, r]]
-        return self._operator(rows, 1, 0, lx.lower_triangular_tag)
+    def _cholesky(self, t):
+        p, q, r = _cholesky(self._rescaled_time(t), *self._initial_variances())
+        return self._unscaled([[p, 0.0], [q, r]], 1, 0)
 
-    def factor(self, t):
-        y = self._rescaled_time(as_time(t))
+    def _factor(self, t):
+        y = self._rescaled_time(t)
         p, q, r = _cholesky(y, *self._initial_variances())
         end = self._elapsed(np.float64(self.t_end), np.float64(0))
-        table = _rotation(float(end), *self._initial_variances())
-        cosine, sine = table(y)
+        cosine, sine = _rotation(float(end), *self._initial_variances())(y)
         rows = [
             [p * cosine, -p * sine],
             [q * cosine + r * sine, r * cosine - q * sine],
         ]
-        return self._operator(rows, 1, 0)
+        return self._unscaled(rows, 1, 0)
 
     def stationary_reversal(
         self, t: RealScalarLike, s: RealScalarLike
@@ -154,13 +138,12 @@ class CLD(AbstractAugmentedProcess):
         p = jnp.sqrt(xx)
         q = -xw / jnp.where(p > 0, p, 1)
         r = jnp.sqrt(ww - q * q)
-        zero = jnp.zeros_like(y)
-        root = self._operator([[p, zero], [q, r]], 1, 0, lx.lower_triangular_tag)
-        return self._operator(rows, 1, -1), root
+        root = self._unscaled([[p, 0.0], [q, r]], 1, 0)
+        transition = self._operator(self._unscaled(rows, 1, -1))
+        return transition, self._operator(root, lx.lower_triangular_tag)
 
-    def prior_factor(self):
-        one, zero = jnp.ones(()), jnp.zeros(())
-        return self._operator([[one, zero], [zero, one]], 1, 0)
+    def _prior_factor(self):
+        return self._unscaled(jnp.eye(2), 1, 0)
 
 
 CLD.__init__.__doc__ = """**Arguments:**

@@ -59,9 +59,7 @@ class DiscreteVP(AbstractGaussianPath):
     def t_min(self) -> float:
         return 1 / len(self.alphas_cumprod)
 
-    @property
-    def t_end(self) -> float:
-        return 1.0
+    t_end = 1.0
 
     @property
     def t_zero_signal(self) -> float:
@@ -137,46 +135,22 @@ class DiscreteVP(AbstractGaussianPath):
         # Valid also at the start, where the noise has an infinite derivative.
         return jnp.sqrt(-2 * self._drift(t))
 
-    def prior_factor(self):
-        return self._operator(jnp.ones(()))
+    def _prior_factor(self):
+        return jnp.ones(())
 
 
 @ft.lru_cache(maxsize=64)
 def _squared_angle(alphas_cumprod: tuple[float, ...]) -> PiecewisePolynomial:
+    from scipy.interpolate import PchipInterpolator  # takes long to import
+
     alphas = np.concatenate([[1.0], alphas_cumprod])
     # The arctangent, as neither arccosine nor arcsine is accurate at both ends.
     angles = np.arctan2(np.sqrt(1 - alphas), np.sqrt(alphas))
     rests = np.arctan2(np.sqrt(alphas), np.sqrt(1 - alphas))
     values = np.stack([angles**2, rests * (0.5 * np.pi + angles)], axis=-1)
     edges = np.linspace(0, 1, len(alphas))
-    slopes = _monotone_slopes(edges, values[:, 0])
-    return PiecewisePolynomial(
-        edges, _hermite(edges, values, np.stack([slopes, -slopes], -1))
-    )
-
-
-def _monotone_slopes(x, y) -> Float[np.ndarray, " points"]:
-    """Slopes for monotone cubic Hermite interpolation (Fritsch & Butland 1984)."""
-    steps, secants = np.diff(x), np.diff(y) / np.diff(x)
-    before, after = secants[:-1], secants[1:]
-    first, second = 2 * steps[1:] + steps[:-1], steps[1:] + 2 * steps[:-1]
-    inner = (first + second) / (first / before + second / after)
-    ends = []
-    for one, two in (secants[:2], secants[:-3:-1]):
-        slope = 1.5 * one - 0.5 * two
-        ends.append(np.clip(slope, 0, 3 * one))
-    return np.concatenate([ends[:1], inner, ends[1:]])
-
-
-def _hermite(edges, values, slopes):
-    """Cubic Hermite interpolation at the nodes of each panel."""
-    width = np.diff(edges)[:, None]
-    u = ((nodes_of_panels(edges, 3) - edges[:-1, None]) / width)[..., None]
-    width = width[..., None]
-    (a, b), (c, d) = ((x[:-1, None], x[1:, None]) for x in (values, slopes))
-    rise = u**2 * (3 - 2 * u)
-    bend = u * (1 - u) * width * ((1 - u) * c - u * d)
-    return a + (b - a) * rise + bend
+    interpolated = PchipInterpolator(edges, values)(nodes_of_panels(edges, 3))
+    return PiecewisePolynomial(edges, interpolated)
 
 
 def _as_list(name: str, values) -> Float[np.ndarray, " N"]:

@@ -34,9 +34,7 @@ class EDM(AbstractGaussianPath):
     def t_end(self) -> float:
         return self.sigma_max
 
-    @property
-    def t_zero_signal(self) -> float:
-        return math.inf
+    t_zero_signal = math.inf
 
     def _signal(self, t):
         return jnp.ones_like(t)

@@ -4,7 +4,7 @@ import numpy as np
 
 from .._misc import as_shape, check_positive, constant_field
 from .gaussian_path import AbstractGaussianPath
-from .times import as_time
+from .time_axis import as_time
 
 
 class RectifiedFlow(AbstractGaussianPath):
@@ -35,9 +35,7 @@ class RectifiedFlow(AbstractGaussianPath):
         check_positive(shift=self.shift)
         _check_end(self.t_end)
 
-    @property
-    def t_zero_signal(self) -> float:
-        return 1.0
+    t_zero_signal = 1.0
 
     def sigma(self, t):
         r"""The noise level $\sigma_t$."""
@@ -81,9 +79,7 @@ class TrigonometricFlow(AbstractGaussianPath):
     def __check_init__(self):
         _check_end(self.t_end)
 
-    @property
-    def t_zero_signal(self) -> float:
-        return 1.0
+    t_zero_signal = 1.0
 
     # The cosine, as the sine of the distance to t = 1: exact there.
 

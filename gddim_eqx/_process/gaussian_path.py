@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from .._misc import as_constant, as_shape, check_positive, show
 from .diagonal import AbstractScalarProcess
-from .times import as_time
+from .time_axis import as_time
 
 
 class AbstractGaussianPath(AbstractScalarProcess):
@@ -53,8 +53,8 @@ class AbstractGaussianPath(AbstractScalarProcess):
     def _std(self, t):
         return self._noise(t)
 
-    def prior_factor(self):
-        return self.factor(self.t_max)
+    def _prior_factor(self):
+        return self._noise(jnp.asarray(self.t_max))
 
     def signal_rate(self, t):
         return self._operator(self._signal_rate(as_time(t)) / self.data_scale)
@@ -89,8 +89,8 @@ class GaussianPath(AbstractGaussianPath):
     t_min: float = eqx.field(static=True)
     t_end: float = eqx.field(static=True)
     prior_std: float = eqx.field(static=True)
-    _data_scale: float = eqx.field(static=True)
-    _t_zero_signal: float = eqx.field(static=True)
+    data_scale: float = eqx.field(static=True)
+    t_zero_signal: float = eqx.field(static=True)
 
     def __init__(
         self,
@@ -136,18 +136,10 @@ class GaussianPath(AbstractGaussianPath):
         prior_std = noises[-1] if prior_std is None else prior_std
         self.prior_std = as_constant("prior_std", prior_std)
         check_positive(prior_std=self.prior_std)
-        self._data_scale = signals[0]
+        self.data_scale = signals[0]
         # By linear extrapolation from the end.
         rest = -signals[-1] / rates[-1] if rates[-1] < 0 else math.inf
-        self._t_zero_signal = float(times[-1] + (rest if signals[-1] > 0 else 0))
-
-    @property
-    def data_scale(self) -> float:
-        return self._data_scale
-
-    @property
-    def t_zero_signal(self) -> float:
-        return self._t_zero_signal
+        self.t_zero_signal = float(times[-1] + (rest if signals[-1] > 0 else 0))
 
     def _signal(self, t):
         return jnp.asarray(self.signal(t), t.dtype)
@@ -155,8 +147,8 @@ class GaussianPath(AbstractGaussianPath):
     def _noise(self, t):
         return jnp.asarray(self.noise(t), t.dtype)
 
-    def prior_factor(self):
-        return self._operator(jnp.asarray(self.prior_std))
+    def _prior_factor(self):
+        return jnp.asarray(self.prior_std)
 
 
 def _with_rate(fn, t):

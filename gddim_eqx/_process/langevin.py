@@ -6,28 +6,24 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from .._linear import AbstractBasis, BlockLinearOperator, IdentityBasis
+from .._linear import IdentityBasis
 from .._misc import as_shape, check_positive, constant_field
 from .base import AbstractProcess
 from .linear_sde import LinearSDE
-from .times import as_time
 
 
 class AbstractAugmentedProcess(AbstractProcess):
     """A process of the data and auxiliary variables, such as a velocity. Some signal
     remains at `t_end`, where sampling starts."""
 
-    @property
-    def data_scale(self) -> float:
-        return 1.0
+    basis = IdentityBasis()
+    data_scale = 1.0
 
     @property
     def t_max(self) -> float:
         return self.t_end
 
-    @property
-    def t_zero_signal(self) -> float:
-        return math.inf
+    t_zero_signal = math.inf
 
 
 class AbstractLangevin(AbstractAugmentedProcess):
@@ -58,10 +54,6 @@ class AbstractLangevin(AbstractAugmentedProcess):
     def num_components(self) -> int:
         return len(self._prior_std())
 
-    @property
-    def basis(self) -> AbstractBasis:
-        return IdentityBasis()
-
     def _rate(self, t):
         return self.beta + self.beta_slope * t
 
@@ -72,34 +64,26 @@ class AbstractLangevin(AbstractAugmentedProcess):
         matrices = tuple(tuple(map(tuple, x.tolist())) for x in self._coefficients())
         return _solved(matrices, self._rescaled(self.t_min), self._rescaled(self.t_end))
 
-    def _operator(self, operator: BlockLinearOperator) -> BlockLinearOperator:
-        return BlockLinearOperator(operator.blocks, self.shape, operator.tags)
+    def _drift(self, t):
+        return jnp.asarray(self._coefficients()[0], t.dtype) * self._rate(t)
 
-    def drift(self, t):
-        t = as_time(t)
-        blocks = jnp.asarray(self._coefficients()[0], t.dtype)
-        return BlockLinearOperator(blocks * self._rate(t), self.shape)
+    def _diffusion(self, t):
+        return jnp.asarray(self._coefficients()[1], t.dtype) * jnp.sqrt(self._rate(t))
 
-    def diffusion(self, t):
-        t = as_time(t)
-        blocks = jnp.asarray(self._coefficients()[1], t.dtype)
-        return BlockLinearOperator(blocks * jnp.sqrt(self._rate(t)), self.shape)
+    def _transition(self, t, s):
+        return self._sde()._transition(self._rescaled(t), self._rescaled(s))
 
-    def transition(self, t, s):
-        t, s = (self._rescaled(as_time(x)) for x in (t, s))
-        return self._operator(self._sde().transition(t, s))
+    def _covariance(self, t):
+        return self._sde()._covariance(self._rescaled(t))
 
-    def covariance(self, t):
-        return self._operator(self._sde().covariance(self._rescaled(as_time(t))))
+    def _factor(self, t):
+        return self._sde()._factor(self._rescaled(t))
 
-    def factor(self, t):
-        return self._operator(self._sde().factor(self._rescaled(as_time(t))))
+    def _cholesky(self, t):
+        return self._sde()._cholesky(self._rescaled(t))
 
-    def cholesky(self, t):
-        return self._operator(self._sde().cholesky(self._rescaled(as_time(t))))
-
-    def prior_factor(self):
-        return BlockLinearOperator(jnp.diag(jnp.array(self._prior_std())), self.shape)
+    def _prior_factor(self):
+        return jnp.diag(jnp.array(self._prior_std()))
 
 
 @ft.lru_cache(maxsize=64)

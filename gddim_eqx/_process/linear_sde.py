@@ -2,18 +2,22 @@ from collections.abc import Callable
 
 import equinox as eqx
 import jax.numpy as jnp
-import lineax as lx
 import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike
 
-from .._linear import AbstractBasis, BlockLinearOperator, IdentityBasis
+from .._linear import (
+    AbstractBasis,
+    BlockLinearOperator,
+    IdentityBasis,
+    matmul,
+    transposed,
+)
 from .._misc import as_shape, check_instance, check_positive
 from .base import AbstractProcess
 from .edge_transitions import saturated_product
 from .linear_sde_coefficients import as_blocks, Coefficients
 from .linear_sde_solution import Solution
-from .times import as_time, as_times
 
 
 class LinearSDE(AbstractProcess):
@@ -23,7 +27,7 @@ class LinearSDE(AbstractProcess):
     equation 17 of the paper. They are solved once, on the host and in float64 regardless
     of JAX's default, by spectral collocation on panels that are refined down to rounding
     errors, and stored as piecewise polynomials. There is a panel for each interval in which
-    states decay or rotate noticeably, at most 4096; each takes about 2 ms to solve.
+    states decay or rotate noticeably, at most 1024; each takes about 2 ms to solve.
 
     The square root $R_t$ is determined up to a constant rotation. It equals the Cholesky
     factor at time 0. If the initial covariance is singular, the ODE cannot start there:
@@ -46,7 +50,7 @@ class LinearSDE(AbstractProcess):
     t_min: float = eqx.field(static=True)
     t_max: float = eqx.field(static=True)
     t_end: float = eqx.field(static=True)
-    t_zero_signal: float = eqx.field(static=True)
+    t_zero_signal = float("inf")
     _solution: Solution = eqx.field(static=True)
 
     def __init__(
@@ -95,47 +99,36 @@ class LinearSDE(AbstractProcess):
         check_instance("basis", self.basis, AbstractBasis, wanted)
         self.data_scale = float(data_scale)
         self.t_min, self.t_max, self.t_end = float(t_min), float(t_max), float(t_end)
-        self.t_zero_signal = float("inf")
         coefficients = Coefficients(self.shape, drift, diffusion, initial_covariance)
         _check_covariance(coefficients.initial_covariance)
         self.num_components = coefficients.num_components
         self._solution = Solution(coefficients, self.t_min, self.t_end)
 
-    def _operator(self, blocks, tags: object = frozenset()) -> BlockLinearOperator:
-        return BlockLinearOperator(blocks, self.shape, tags)
+    def _drift(self, t):
+        t = _not_after(t, self.t_end)
+        return as_blocks(self._solution.drift(t), t.dtype)
 
-    def drift(self, t):
-        t = _not_after(as_time(t), self.t_end)
-        return self._operator(as_blocks(self._solution.drift(t), t.dtype))
+    def _diffusion(self, t):
+        t = _not_after(t, self.t_end)
+        return as_blocks(self._solution.diffusion(t), t.dtype)
 
-    def diffusion(self, t):
-        t = _not_after(as_time(t), self.t_end)
-        return self._operator(as_blocks(self._solution.diffusion(t), t.dtype))
-
-    def transition(self, t, s):
-        t, s = as_times(t, s)
-        within = self._solution.within
-        between = self._solution.between(within.panel(t), within.panel(s), t.dtype)
+    def _transition(self, t, s):
+        within, between = self._solution.within, self._solution.between(t, s)
         before = self._operator(within(s)).inverse().blocks
-        after = saturated_product(within(t), between)
-        return self._operator(saturated_product(after, before))
+        return saturated_product(saturated_product(within(t), between), before)
 
-    def covariance(self, t):
-        cholesky = self.cholesky(t)
-        covariance = cholesky @ cholesky.T
-        return self._operator(covariance.blocks, lx.positive_semidefinite_tag)
+    def _covariance(self, t):
+        cholesky = self._cholesky(t)
+        return matmul(cholesky, transposed(cholesky))
 
-    def cholesky(self, t):
-        t = as_time(t)
-        blocks = self._solution.cholesky(t)
-        return self._operator(blocks, lx.lower_triangular_tag)
+    def _cholesky(self, t):
+        return self._solution.cholesky(t)
 
-    def factor(self, t):
-        t = as_time(t)
-        return self.cholesky(t) @ self._operator(self._solution.rotation(t))
+    def _factor(self, t):
+        return matmul(self._cholesky(t), self._solution.rotation(t))
 
-    def prior_factor(self):
-        return self.cholesky(self.t_max)
+    def _prior_factor(self):
+        return self._cholesky(jnp.asarray(self.t_max))
 
 
 def _check_covariance(covariance: np.ndarray) -> None:

@@ -53,15 +53,12 @@ class Coefficients:
             if not callable(fn):
                 raise ValueError(f"`{name}` must be a function of time; got {show(fn)}.")
         with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-            starting = [
-                _known_blocks("drift", drift(jnp.zeros(()))),
-                _known_blocks("diffusion", diffusion(jnp.zeros(()))),
-            ]
+            values = dict(drift=drift(jnp.zeros(())), diffusion=diffusion(jnp.zeros(())))
             if initial_covariance is not None:
-                known = _known_blocks("initial_covariance", initial_covariance)
-                starting.append(known)
-        spectrum, n = (), starting[0].shape[0]
-        for name, value in zip(("drift", "diffusion", "initial_covariance"), starting):
+                values["initial_covariance"] = initial_covariance
+            values = {name: _known_blocks(name, value) for name, value in values.items()}
+        spectrum, n = (), len(values["drift"])
+        for name, value in values.items():
             if value.shape[:2] != (n, n):
                 raise ValueError(
                     f"`{name}` must be made of {n} x {n} blocks, like the drift; got an "
@@ -70,9 +67,8 @@ class Coefficients:
             BlockLinearOperator(jnp.asarray(value), shape)  # checks the spectrum
             spectrum = np.broadcast_shapes(spectrum, value.shape[2:])
         self.num_components, self.batch = n, (*spectrum, n, n)
-        self.initial_covariance = np.zeros(self.batch)
-        if initial_covariance is not None:
-            self.initial_covariance += self._to_host(starting[2][None])[0]
+        initial = values.get("initial_covariance", np.zeros((n, n)))
+        self.initial_covariance = self._to_host(initial[None])[0]
 
         @jax.jit
         @jax.vmap

@@ -1,10 +1,10 @@
-import dataclasses
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .edge_transitions import EdgeTransitions
+from .edge_transitions import edge_transitions
 from .linear_sde_coefficients import Coefficients
 from .tables import (
     differentiation_matrix,
@@ -24,7 +24,7 @@ _TOLERANCE_EARLY = 1e-9
 _NARROWEST = 2.0**-36
 # The largest relative rounding errors of the coefficients that are tolerated.
 _MOST_ROUNDING, _MOST_ROUNDING_EARLY = 1e-6, 1e-2
-_MOST_PANELS = 4096
+_MOST_PANELS = 1024
 
 
 class Solution:
@@ -35,31 +35,33 @@ class Solution:
     """
 
     within: PiecewisePolynomial  # Psi(t, left edge of t's panel)
-    between: EdgeTransitions
     rotation: PiecewisePolynomial  # L^-1 R
 
     def __init__(self, coefficients: Coefficients, t_min: float, t_end: float):
         self.drift, self.diffusion = coefficients.drift, coefficients.diffusion
         with np.errstate(all="ignore"):
             singular = _is_singular(coefficients.initial_covariance)
-            panels = _solve(coefficients, singular, t_min, t_end)
-            self.between = EdgeTransitions(
-                np.stack([panel.within_end for panel in panels])[:-1]
-            )
-        edges = np.array([panel.left for panel in panels] + [t_end])
+            edges, panels = _solve(coefficients, singular, t_min, t_end)
+            steps = np.stack([panel.within[-1] for panel in panels[:-1]])
+            self._between = edge_transitions(steps)
 
         def table(values):
-            values = np.moveaxis(np.stack(values), (-2, -1), (2, 3))
+            values = np.moveaxis(np.stack(values)[:, :-1], (-2, -1), (2, 3))
             return PiecewisePolynomial(edges, values)
 
         self.within = table([panel.within for panel in panels])
         self.rotation = table([panel.rotation for panel in panels])
         self._cholesky = table([panel.cholesky for panel in panels])
         self._early = float(edges[1]) if singular else 0.0
-        self._early_ends = [
-            np.moveaxis(x, (-2, -1), (0, 1))
-            for x in (panels[0].cholesky_start, panels[0].cholesky_end)
-        ]
+        ends = _cholesky(coefficients.initial_covariance), panels[0].cholesky[-1]
+        self._early_ends = [np.moveaxis(x, (-2, -1), (0, 1)) for x in ends]
+
+    def between(self, t: Array, s: Array) -> Array:
+        """The transition from the left edge of the panel of `s` to that of `t`. Overflow
+        saturates at the largest number of the dtype."""
+        largest = float(jnp.finfo(t.dtype).max)
+        table = np.clip(self._between, -largest, largest).astype(t.dtype)
+        return jnp.asarray(table)[self.within.panel(t), self.within.panel(s)]
 
     def cholesky(self, t: Array) -> Array:
         value = self._cholesky(t)
@@ -71,19 +73,14 @@ class Solution:
         return jnp.where(early, start + (end - start) * fraction, value)
 
 
-@dataclasses.dataclass
-class _Panel:
-    """The solution on one panel: at its nodes, and at its right end."""
+class _Panel(NamedTuple):
+    """The solution on one panel: at its nodes, and in the last row at its right end."""
 
-    left: float
     within: np.ndarray
-    within_end: np.ndarray
-    covariance_end: np.ndarray
-    cholesky_start: np.ndarray
     cholesky: np.ndarray
-    cholesky_end: np.ndarray
     rotation: np.ndarray
-    rotation_end: np.ndarray
+    # At the right end.
+    covariance: np.ndarray
 
 
 class _Unresolved(Exception):
@@ -92,18 +89,17 @@ class _Unresolved(Exception):
 
 def _solve(
     coefficients: Coefficients, singular: bool, t_min: float, t_end: float
-) -> list[_Panel]:
-    """Solve on panels, halving each until it is resolved."""
+) -> tuple[np.ndarray, list[_Panel]]:
+    """Solve on panels, halving each until it is resolved. Returns their edges too."""
     covariance = coefficients.initial_covariance
     rotation = np.broadcast_to(np.eye(coefficients.num_components), coefficients.batch)
     rotation = None if singular else rotation
     start = t_min / 1000
     doublings = int(np.log2(t_end / start))
-    edges = [0.0, *(start * 2.0 ** np.arange(doublings)), t_end]
-    todo = list(zip(edges[:-1], edges[1:]))[::-1]
-    panels: list[_Panel] = []
+    todo = [t_end, *(start * 2.0 ** np.arange(doublings))[::-1]]
+    edges, panels = [0.0], []
     while todo:
-        left, right = todo.pop()
+        left, right = edges[-1], todo[-1]
         try:
             panel = _solve_panel(
                 coefficients, left, right, covariance, rotation, early=right <= t_min
@@ -112,7 +108,7 @@ def _solve(
             fault = str(error)
             if not isinstance(error, _Unresolved):
                 fault = f"The transition near t = {left:.6g} is singular."
-            if _is_narrowest(left, right) or right < _NARROWEST * start:
+            if right - left < _NARROWEST * right or right < _NARROWEST * start:
                 raise ValueError(fault) from None
             if len(panels) + len(todo) > _MOST_PANELS:
                 raise ValueError(
@@ -121,12 +117,12 @@ def _solve(
                     "earlier, or let states decay or rotate fewer times along it. At this "
                     f"time: {fault}"
                 ) from None
-            middle = 0.5 * (left + right)
-            todo += [(middle, right), (left, middle)]
+            todo.append(0.5 * (left + right))
             continue
         panels.append(panel)
-        covariance, rotation = panel.covariance_end, panel.rotation_end
-    return panels
+        edges.append(todo.pop())
+        covariance, rotation = panel.covariance, panel.rotation[-1]
+    return np.array(edges), panels
 
 
 def _solve_panel(coefficients, left, right, covariance, rotation, *, early) -> _Panel:
@@ -177,17 +173,9 @@ def _solve_panel(coefficients, left, right, covariance, rotation, *, early) -> _
     _check_resolved(f"The factor R near t = {near}", rotations[:-1], tolerance)
     # The nearest rotation, so that rounding errors do not accumulate.
     left_vectors, _, right_vectors = np.linalg.svd(rotations[-1])
-    return _Panel(
-        left,
-        within[:-1],
-        within[-1],
-        0.5 * (covariances[-1] + _T(covariances[-1])),
-        _cholesky(covariance),
-        cholesky[:-1],
-        cholesky[-1],
-        rotations[:-1],
-        left_vectors @ right_vectors,
-    )
+    rotations = np.append(rotations[:-1], (left_vectors @ right_vectors)[None], axis=0)
+    symmetric = 0.5 * (covariances[-1] + _T(covariances[-1]))
+    return _Panel(within, cholesky, rotations, symmetric)
 
 
 def _rotations(drift, noise, cholesky, start, integrate):
@@ -239,10 +227,6 @@ def _check_coefficients(coefficients, left, right, values, negligible, tolerance
             )
         solution_tolerance += relative
     return solution_tolerance
-
-
-def _is_narrowest(left, right):
-    return right - left < _NARROWEST * right
 
 
 def _check_resolved(name, values, tolerance):

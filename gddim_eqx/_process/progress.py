@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Inexact
+from jaxtyping import Float
 
 from .base import AbstractProcess
 from .gaussian_path import AbstractGaussianPath
@@ -16,13 +16,9 @@ from .gaussian_path import AbstractGaussianPath
 _LEAST = -1.0
 
 
-def clock(
-    process: AbstractProcess,
-    t: Inexact[Array, " *times"],
-    log_snr: Inexact[Array, " *times"],
-) -> Inexact[Array, " *times"]:
-    """The progress of sampling, given a time and `process.log_snr` there: 0 at `t_max`, 1
-    at `t_min`.
+def clock(process: AbstractProcess, t: Any, log_snr: Any) -> Any:
+    """The progress of sampling, given times and `process.log_snr` there, both NumPy or both
+    JAX arrays: 0 at `t_max`, 1 at `t_min`.
 
     The mean of two clocks with this range: one linear in the logarithm of the signal-to-
     noise ratio, which is independent of the scale of the data, and one linear in the square
@@ -31,7 +27,24 @@ def clock(
     time is replaced by the variable in which the logarithm of the variance-preserving
     signal falls quadratically, as it nearly does in time for VP.
     """
-    return _mean_of_clocks(process, t, log_snr)
+    ends = np.array([process.t_max, process.t_min])
+    at_ends = np.array([log_snr_at_start(process), log_snr_table(process)[1][0]])
+    clocks = zip(_clocks(process, t, log_snr), _clocks(process, ends, at_ends))
+    first, second = (
+        (value - float(start)) / (float(end) - float(start))
+        for value, (start, end) in clocks
+    )
+    return 0.5 * (first + second)
+
+
+def _clocks(process, t, log_snr) -> tuple[Any, Any]:
+    """The variables in which the two clocks are linear."""
+    log_snr, xp = bounded_log_snr(process, log_snr), log_snr.__array_namespace__()
+    if not isinstance(process, AbstractGaussianPath):
+        return log_snr, xp.sqrt(t)
+    # Kept away from zero, where the root has no derivative.
+    bounded = xp.where(log_snr < 40, log_snr, 40)
+    return log_snr, xp.log1p(xp.exp(-2 * bounded)) ** 0.25
 
 
 def clock_table(
@@ -40,7 +53,7 @@ def clock_table(
     """Times from 0 to `t_end`, and the clock at each, in double precision. Below `t_min`,
     where the signal-to-noise ratio may be unbounded, the log-SNR is that at `t_min`."""
     times, log_snr = log_snr_table(process)
-    return times, _mean_of_clocks(process, times, log_snr)
+    return times, clock(process, times, log_snr)
 
 
 def log_snr_at_start(process: AbstractProcess) -> float:
@@ -53,31 +66,8 @@ def bounded_log_snr(process: AbstractProcess, log_snr: Any) -> Any:
     """The log-SNR, but finite where the signal vanishes on the time axis."""
     if process.t_zero_signal > process.t_end:
         return log_snr
-    xp = np if isinstance(log_snr, np.ndarray) else jnp
-    return xp.logaddexp(log_snr, xp.asarray(_LEAST, log_snr.dtype))
-
-
-def _mean_of_clocks(process, t, log_snr) -> Any:
-    ends = np.array([process.t_max, process.t_min])
-    at_ends = np.array([log_snr_at_start(process), log_snr_table(process)[1][0]])
-    at_ends, log_snr = (bounded_log_snr(process, x) for x in (at_ends, log_snr))
-    pairs = (
-        (at_ends, log_snr),
-        (_root(process, *x) for x in ((ends, at_ends), (t, log_snr))),
-    )
-    first, second = (
-        (value - float(start)) / (float(end) - float(start))
-        for (start, end), value in pairs
-    )
-    return 0.5 * (first + second)
-
-
-def _root(process, t, log_snr) -> Any:
-    xp = np if isinstance(t, np.ndarray) else jnp
-    if not isinstance(process, AbstractGaussianPath):
-        return xp.sqrt(t)
-    # Kept away from zero, where the root has no derivative.
-    return xp.log1p(xp.exp(-2 * xp.where(log_snr < 40, log_snr, 40))) ** 0.25
+    xp = log_snr.__array_namespace__()
+    return xp.logaddexp(log_snr, xp.asarray(_LEAST, dtype=log_snr.dtype))
 
 
 # The tables of processes still in use.
@@ -97,16 +87,15 @@ def log_snr_table(
             "`equinox.field(static=True)`."
         ) from None
     if process not in _tables:
+        first, last, end = process.t_min, process.t_max, process.t_end
         quarter = lambda a, b, number: np.linspace(a**0.25, b**0.25, number) ** 4
-        early = quarter(0.0, process.t_min, 401)[:-1]
-        times = quarter(process.t_min, process.t_max, 4001)
+        early, times = quarter(0.0, first, 401)[:-1], quarter(first, last, 4001)
         # Set exactly, as the powers are rounded.
-        times[0], times[-1] = process.t_min, process.t_max
-        late = np.linspace(process.t_max, process.t_end, 401)[1:]
-        late = late[late > process.t_max]
+        times[0], times[-1] = first, last
+        late = np.linspace(last, end, 401)[1:] if end > last else []
         times, table = _refined(process, np.append(times, late))
-        table = np.concatenate([np.full(len(early), table[0]), table])
-        _tables[process] = np.concatenate([early, times]), table
+        table = np.append(np.full(len(early), table[0]), table)
+        _tables[process] = np.append(early, times), table
     return _tables[process]
 
 
@@ -142,9 +131,8 @@ def _refined(process, times) -> tuple[np.ndarray, np.ndarray]:
     """Times and the log-SNR at each. Where it changes fast, as at the last indices of a
     discrete model, intervals are halved until it is linear on each."""
     log_snr = _on_host(process)
-    values = log_snr(times)
-    found = [np.stack([times, values])]
-    left, right = found[0][:, :-1], found[0][:, 1:]
+    points = np.stack([times, log_snr(times)])
+    left, right = points[:, :-1], points[:, 1:]
     for iteration in range(50):
         t = 0.5 * (left[0] + right[0])
         middle = np.stack([t, log_snr(t)])
@@ -152,13 +140,12 @@ def _refined(process, times) -> tuple[np.ndarray, np.ndarray]:
         with np.errstate(invalid="ignore"):  # of two infinite values
             bend, rise = np.abs(b - 0.5 * (a + c)), np.abs(c - a)
         if iteration == 0 and not ((bend > 3e-3) | (rise > 0.2)).any():
-            return times, values
+            break
         coarse = (bend > 1e-5) | (rise > 0.02)
+        left, middle, right = (x[:, coarse] for x in (left, middle, right))
+        points = np.append(points, middle, axis=1)
+        left, right = np.append(left, middle, axis=1), np.append(middle, right, axis=1)
         if not coarse.any():
             break
-        left, middle, right = (x[:, coarse] for x in (left, middle, right))
-        found.append(middle)
-        left, right = np.append(left, middle, axis=1), np.append(middle, right, axis=1)
-    table = np.concatenate(found, axis=1)
-    times, values = table[:, np.argsort(table[0], kind="stable")]
+    times, values = points[:, np.argsort(points[0], kind="stable")]
     return times, values

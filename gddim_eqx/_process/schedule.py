@@ -59,9 +59,7 @@ class LinearSchedule(AbstractSchedule):
         if self.beta_max < 0:
             raise ValueError(f"`beta_max` must not be negative; got {self.beta_max}.")
 
-    @property
-    def t_zero_signal(self) -> float:
-        return math.inf
+    t_zero_signal = math.inf
 
     def _integral(self, t, s):
         return (t - s) * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * (t + s))
@@ -105,9 +103,7 @@ class CosineSchedule(AbstractSchedule):
                 f"{self.offset} and {self.t_end}."
             )
 
-    @property
-    def t_zero_signal(self) -> float:
-        return 1.0
+    t_zero_signal = 1.0
 
     def _cosine(self, t):
         # As the sine of the distance to the end: exact there.

@@ -30,8 +30,8 @@ class AbstractScheduledProcess(AbstractScalarProcess):
     def _transition(self, t, s):
         return self.schedule.decay(t, s)
 
-    def prior_factor(self):
-        return self._operator(jnp.ones(()))
+    def _prior_factor(self):
+        return jnp.ones(())
 
 
 arguments = """**Arguments:**

@@ -5,14 +5,44 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Real
 
-from .._custom_types import Times
+from .._custom_types import RealScalarLike, State, Times
+from .._linear import coefficient_dtype
 from .._misc import as_constant, as_floats, show
-from .base import AbstractProcess
 
 
-def on_time_axis(
-    process: AbstractProcess, name: str, t: Any, dtype: Any = np.float32
-) -> float:
+def as_time(t: RealScalarLike) -> Array:
+    """A time as an array of floating dtype."""
+    try:
+        if isinstance(t, str):
+            raise TypeError
+        t = jnp.asarray(float(t) if isinstance(t, int) else t)
+    except (TypeError, ValueError):
+        raise ValueError(f"A time must be a number; got {show(t)}.") from None
+    if jnp.issubdtype(t.dtype, jnp.complexfloating):
+        raise ValueError(f"A time must be real; got {show(t)}.")
+    if t.ndim:
+        raise ValueError(
+            f"A time must be a scalar; got an array of shape {t.shape}. For one time per "
+            "sample, use `jax.vmap`."
+        )
+    if not jnp.issubdtype(t.dtype, jnp.floating):
+        t = t.astype(jnp.result_type(float))
+    return t
+
+
+def time_for(state: State, t: RealScalarLike) -> Array:
+    """A time in the dtype of the operators that act on a state."""
+    return as_time(t).astype(coefficient_dtype(state))
+
+
+def as_times(*times: RealScalarLike) -> list[Array]:
+    """Several times as arrays of one floating dtype."""
+    arrays = [as_time(t) for t in times]
+    dtype = jnp.result_type(*arrays)
+    return [t if t.dtype == dtype else t.astype(dtype) for t in arrays]
+
+
+def on_time_axis(process: Any, name: str, t: Any, dtype: Any = np.float32) -> float:
     """A time as a Python number. The end of the time axis may round up in single precision,
     so times that exceed it by no more than rounding are moved to it.
 
@@ -41,7 +71,7 @@ def latest(t_end: float, *dtypes: Any) -> float:
 
 
 def as_grid(
-    process: AbstractProcess,
+    process: Any,
     ts: Times,
     direction: Literal["decreasing", "increasing"] | None = None,
 ) -> Real[Array, " times"]:

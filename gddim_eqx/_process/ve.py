@@ -34,9 +34,7 @@ class VE(AbstractScalarProcess):
     def __check_init__(self):
         check_sigmas(self.sigma_min, self.sigma_max)
 
-    @property
-    def t_zero_signal(self) -> float:
-        return math.inf
+    t_zero_signal = math.inf
 
     def _growth(self) -> float:
         return math.log(self.sigma_max / self.sigma_min)
@@ -60,8 +58,8 @@ class VE(AbstractScalarProcess):
         # Not written as a product of exponentials, which XLA may merge.
         return at_coarse + at_coarse * jnp.expm1(rest)
 
-    def prior_factor(self):
-        return self.factor(self.t_max)
+    def _prior_factor(self):
+        return self._std(jnp.asarray(self.t_max))
 
 
 VE.__init__.__doc__ = """**Arguments:**
