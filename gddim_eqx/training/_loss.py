@@ -33,6 +33,10 @@ class NoisedBatch(NamedTuple):
 
 
 def _holds(dtype, value) -> bool:
+    if isinstance(value, Tracer):
+        return jnp.issubdtype(dtype, jnp.inexact) or jnp.issubdtype(
+            value.dtype, jnp.integer
+        )
     value = np.asarray(value)
     with np.errstate(invalid="ignore", over="ignore"):
         return bool((value.astype(dtype) == value).all())
@@ -195,7 +199,7 @@ class DenoisingLoss(eqx.Module):
         dropped = jr.bernoulli(key, self.condition_dropout, (number,))
 
         def replace(x, none):
-            if not (isinstance(none, Tracer) or _holds(x.dtype, none)):
+            if not _holds(x.dtype, none):
                 raise ValueError(
                     f"The condition has dtype {x.dtype}, which cannot hold `no_condition`, "
                     f"{none}. Convert it, for example to float32."
