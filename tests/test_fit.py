@@ -628,7 +628,7 @@ except OSError as error:
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: Batches(_points[:0], 4), r"must hold samples; got .* \(0, 2\)"),
+        (lambda: Batches(_points[:0], 4), r"must hold samples: .*; got .*\(0, 2\)"),
         (
             lambda: Augmentation(flip=True)(jr.key(0), jnp.asarray(_points)),
             r"`flip` is for images.*got an array of shape \(40, 2\)",
