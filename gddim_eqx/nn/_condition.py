@@ -1,10 +1,12 @@
 """Embeddings of conditions, which networks add to that of the time."""
 
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
+import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Float, Inexact
 
 from .._custom_types import Key
@@ -116,6 +118,24 @@ class AbstractConditionalNetwork(eqx.Module):
                 "batch, use `jax.vmap`."
             )
 
+    def in_dtype(self, *arrays: Array | None) -> tuple[Any, ...]:
+        """This network and arrays in its `dtype` of computation, by default that of the
+        first layer."""
+        network: Any = self
+        dtype = network.dtype or network.first.weight.dtype
+        cast = lambda y: y.astype(dtype) if eqx.is_inexact_array(y) else y
+        return jtu.tree_map(cast, (self, *arrays))
+
+
+def as_sizes(
+    num_classes: int | None, context_size: int | None
+) -> tuple[int | None, int | None]:
+    # Not NumPy's integers, which files cannot hold.
+    return (
+        None if num_classes is None else int(num_classes),
+        None if context_size is None else int(context_size),
+    )
+
 
 def make_embedding(
     num_classes: int | None, context_size: int | None, size: int, *, key: Key
@@ -134,19 +154,31 @@ def make_embedding(
     return None
 
 
-def embed(embedding: Embedding | None, condition: Any) -> Float[Array, " size"] | None:
-    """**Raises:** `ValueError` for a condition that the network does not take, or lacks."""
+def embed(
+    embedding: Embedding | None, condition: Any
+) -> Float[Array, " size"] | Literal[0]:
+    """What a condition adds to the embedding of the time.
+
+    **Raises:** `ValueError` for a condition that the network does not take, or lacks.
+    """
     if embedding is None:
-        if condition is not None:
-            raise ValueError(
-                "This network takes no condition, but one was given, as `args`. Make it "
-                "with `num_classes` or `context_size`, or leave out `args`: beside a "
-                "conditional model, by `gddim_eqx.WithArgs(model, None)`."
-            )
-        return None
+        if condition is None:
+            return 0
+        raise ValueError(
+            "This network takes no condition, but one was given, as `args`. Make it with "
+            "`num_classes` or `context_size`, or leave out `args`: beside a conditional "
+            "model, by `gddim_eqx.WithArgs(model, None)`."
+        )
     if condition is None:
         raise ValueError(
             "This network needs a condition: pass `args`, one entry per sample. "
             "`network.no_condition` stands for none."
         )
     return embedding(condition)
+
+
+def embed_time(
+    layers: tuple[eqx.nn.Linear, eqx.nn.Linear], features: Inexact[Array, " features"]
+) -> Inexact[Array, " size"]:
+    first, second = layers
+    return second(jax.nn.silu(first(features)))

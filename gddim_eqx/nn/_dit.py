@@ -6,14 +6,20 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import jax.tree_util as jtu
 import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Inexact
 
 from .._custom_types import Key, RealScalarLike
 from .._misc import as_shape, check_count, show
-from ._condition import AbstractConditionalNetwork, embed, Embedding, make_embedding
+from ._condition import (
+    AbstractConditionalNetwork,
+    as_sizes,
+    embed,
+    embed_time,
+    Embedding,
+    make_embedding,
+)
 from ._embedding import Positional
 from ._layers import dense
 
@@ -104,9 +110,7 @@ class DiT(AbstractConditionalNetwork):
         self.num_heads, self.mlp_ratio = num_heads, mlp_ratio
         self.dtype = None if dtype is None else jnp.dtype(dtype)
         self.checkpoint, self.attention = checkpoint, attention
-        # Not NumPy's integers, which files cannot hold.
-        self.num_classes = None if num_classes is None else int(num_classes)
-        self.context_size = None if context_size is None else int(context_size)
+        self.num_classes, self.context_size = as_sizes(num_classes, context_size)
         self._check()
         keys = jr.split(key, 6)
         self.first = dense(patch**2 * self.shape[-1], width, key=keys[0])
@@ -164,23 +168,17 @@ class DiT(AbstractConditionalNetwork):
         """
         self.check_input(x)
         embedding = self._embed(t, condition)
-        dtype = self.first.weight.dtype if self.dtype is None else self.dtype
-        cast = lambda y: y.astype(dtype) if eqx.is_inexact_array(y) else y
         rows, side = self.shape[0] // self.patch, self.patch
         h = rearrange(x, "(h a) (w b) c -> (h w) (a b c)", a=side, b=side)
-        network, h, embedding = jtu.tree_map(cast, (self, h, embedding))
+        network, h, embedding = self.in_dtype(h, embedding)
         h = network._run(h, embedding)
         y = rearrange(h, "(h w) (a b c) -> (h a) (w b) c", h=rows, a=side, b=side)
         return y.astype(x.dtype)
 
     def _embed(self, t: RealScalarLike, condition: Any) -> Float[Array, " width"]:
-        first, second = self.time_layers
-        features = Positional(_num_time_features)
-        time = second(
-            jax.nn.silu(first(features(999 * jnp.asarray(t, first.weight.dtype))))
-        )
-        embedded = embed(self.condition, condition)
-        return jax.nn.silu(time if embedded is None else time + embedded)
+        t = jnp.asarray(t, self.first.weight.dtype)
+        time = embed_time(self.time_layers, Positional(_num_time_features)(999 * t))
+        return jax.nn.silu(time + embed(self.condition, condition))
 
     def _run(
         self, h: Inexact[Array, "tokens size"], embedding: Inexact[Array, " width"]

@@ -221,14 +221,14 @@ class ResidualBlock(eqx.Module):
         self,
         channels: int,
         out_channels: int,
-        embedding_size: int | None,
+        resample: Literal["up", "down"] | None = None,
         *,
         key: Key,
+        embedding_size: int | None,
         dropout: float,
         rescale: bool,
         init_scale: float,
         shortcut_scale: float,
-        resample: Literal["up", "down"] | None = None,
         taps: Taps = BOX,
     ):
         keys = jr.split(key, 4)
