@@ -8,18 +8,11 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Float, Inexact
+from jaxtyping import Array, Inexact
 
 from .._custom_types import Key, RealScalarLike
 from .._misc import as_shape, check_count, show
-from ._condition import (
-    AbstractConditionalNetwork,
-    as_sizes,
-    embed,
-    embed_time,
-    Embedding,
-    make_embedding,
-)
+from ._condition import AbstractConditionalNetwork, Embedding, make_embedding
 from ._embedding import Positional
 from ._layers import dense
 
@@ -110,7 +103,8 @@ class DiT(AbstractConditionalNetwork):
         self.num_heads, self.mlp_ratio = num_heads, mlp_ratio
         self.dtype = None if dtype is None else jnp.dtype(dtype)
         self.checkpoint, self.attention = checkpoint, attention
-        self.num_classes, self.context_size = as_sizes(num_classes, context_size)
+        made = make_embedding(num_classes, context_size, width, key=key)
+        self.condition, self.num_classes, self.context_size = made
         self._check()
         keys = jr.split(key, 6)
         self.first = dense(patch**2 * self.shape[-1], width, key=keys[0])
@@ -123,7 +117,6 @@ class DiT(AbstractConditionalNetwork):
         self.modulation = dense(width, 2 * width, key=keys[4], scale=0.0)
         out_size = patch**2 * self.out_channels
         self.last = dense(width, out_size, key=keys[5], scale=0.0)
-        self.condition = make_embedding(num_classes, context_size, width, key=key)
 
     def _check(self) -> None:
         if len(self.shape) != 3:
@@ -167,18 +160,15 @@ class DiT(AbstractConditionalNetwork):
         **Raises:** `ValueError` for an input of another shape.
         """
         self.check_input(x)
-        embedding = self._embed(t, condition)
+        t = jnp.asarray(t, self.first.weight.dtype)
+        features = Positional(_num_time_features)(999 * t)
+        embedding = jax.nn.silu(self.embed(features, condition))
         rows, side = self.shape[0] // self.patch, self.patch
         h = rearrange(x, "(h a) (w b) c -> (h w) (a b c)", a=side, b=side)
         network, h, embedding = self.in_dtype(h, embedding)
         h = network._run(h, embedding)
         y = rearrange(h, "(h w) (a b c) -> (h a) (w b) c", h=rows, a=side, b=side)
         return y.astype(x.dtype)
-
-    def _embed(self, t: RealScalarLike, condition: Any) -> Float[Array, " width"]:
-        t = jnp.asarray(t, self.first.weight.dtype)
-        time = embed_time(self.time_layers, Positional(_num_time_features)(999 * t))
-        return jax.nn.silu(time + embed(self.condition, condition))
 
     def _run(
         self, h: Inexact[Array, "tokens size"], embedding: Inexact[Array, " width"]

@@ -8,18 +8,11 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from einops import rearrange
-from jaxtyping import Array, Float, Inexact
+from jaxtyping import Array, Inexact
 
 from .._custom_types import Key, RealScalarLike
 from .._misc import as_shape, check_count, show
-from ._condition import (
-    AbstractConditionalNetwork,
-    as_sizes,
-    embed,
-    embed_time,
-    Embedding,
-    make_embedding,
-)
+from ._condition import AbstractConditionalNetwork, Embedding, make_embedding
 from ._embedding import Fourier, Positional
 from ._layers import (
     add,
@@ -163,8 +156,8 @@ class NCSNpp(AbstractConditionalNetwork):
         self.init_scale, self.checkpoint = float(init_scale), checkpoint
         self.dtype = None if dtype is None else jnp.dtype(dtype)
         self.patch = patch
-        self.num_classes, self.context_size = as_sizes(num_classes, context_size)
-        self.condition = make_embedding(num_classes, context_size, 4 * features, key=key)
+        made = make_embedding(num_classes, context_size, 4 * features, key=key)
+        self.condition, self.num_classes, self.context_size = made
         self._check()
         keys = (jr.fold_in(key, i) for i in itertools.count())
         self.time_features = {
@@ -318,22 +311,17 @@ class NCSNpp(AbstractConditionalNetwork):
         **Raises:** `ValueError` for an input of another shape.
         """
         self.check_input(x)
-        embedding = self._embed(t, condition)
+        label = 999 * jnp.asarray(t, self.first.weight.dtype)
+        if self.embedding == "fourier":
+            label = jnp.log(label)
+        features = None if self.time_features is None else self.time_features(label)
+        embedding = self.embed(features, condition)
         side = self.patch
         h = rearrange(x, "(h a) (w b) c -> (a b c) h w", a=side, b=side)
         network, h, embedding = self.in_dtype(h, embedding)
         h = network._run(h, embedding, key)
         y = rearrange(h, "(a b c) h w -> (h a) (w b) c", a=side, b=side)
         return y.astype(x.dtype)
-
-    def _embed(self, t: RealScalarLike, condition: Any) -> Float[Array, " size"] | None:
-        embedded = embed(self.condition, condition)
-        if self.time_features is None or self.time_layers is None:
-            return None
-        label = 999 * jnp.asarray(t, self.first.weight.dtype)
-        if self.embedding == "fourier":
-            label = jnp.log(label)
-        return embed_time(self.time_layers, self.time_features(label)) + embedded
 
     def _run(self, h, embedding, key):
         blocks, attentions = iter(self.blocks), iter(self.attentions)
