@@ -11,10 +11,10 @@ from einops import rearrange
 from jaxtyping import Array, Inexact
 
 from .._custom_types import Key, RealScalarLike
-from .._misc import as_shape, check_count, show
+from .._misc import check_count, show
 from ._condition import AbstractConditionalNetwork, Embedding, make_embedding
 from ._embedding import Positional
-from ._layers import dense
+from ._layers import as_image_shape, dense
 
 
 Tokens = Inexact[Array, "tokens width"]
@@ -97,7 +97,7 @@ class DiT(AbstractConditionalNetwork):
 
         **Raises:** `ValueError` for options that do not fit together.
         """
-        self.shape = as_shape(tuple(shape))
+        self.shape = as_image_shape(shape)
         self.out_channels = self.shape[-1] if out_channels is None else out_channels
         self.patch, self.width, self.depth = patch, width, depth
         self.num_heads, self.mlp_ratio = num_heads, mlp_ratio
@@ -119,10 +119,6 @@ class DiT(AbstractConditionalNetwork):
         self.last = dense(width, out_size, key=keys[5], scale=0.0)
 
     def _check(self) -> None:
-        if len(self.shape) != 3:
-            raise ValueError(
-                f"`shape` must be (height, width, channels); got {self.shape}."
-            )
         for name in ("out_channels", "patch", "width", "depth", "num_heads", "mlp_ratio"):
             check_count(name, getattr(self, name))
         if self.shape[0] % self.patch or self.shape[1] % self.patch:

@@ -11,11 +11,12 @@ from einops import rearrange
 from jaxtyping import Array, Inexact
 
 from .._custom_types import Key, RealScalarLike
-from .._misc import as_shape, check_count, show
+from .._misc import check_count, show
 from ._condition import AbstractConditionalNetwork, Embedding, make_embedding
 from ._embedding import Fourier, Positional
 from ._layers import (
     add,
+    as_image_shape,
     AttentionBlock,
     BOX,
     convolution,
@@ -144,7 +145,7 @@ class NCSNpp(AbstractConditionalNetwork):
         num_classes: int | None = None,
         context_size: int | None = None,
     ):
-        self.shape = as_shape(tuple(shape))
+        self.shape = as_image_shape(shape)
         self.out_channels = self.shape[-1] if out_channels is None else out_channels
         self.features, self.num_blocks = features, num_blocks
         self.multipliers, self.attention = tuple(multipliers), tuple(attention)
@@ -249,10 +250,6 @@ class NCSNpp(AbstractConditionalNetwork):
         return self.shape[0] // (self.patch * 2**level)
 
     def _check(self) -> None:
-        if len(self.shape) != 3:
-            raise ValueError(
-                f"`shape` must be (height, width, channels); got {self.shape}."
-            )
         for name in ("features", "num_blocks", "out_channels", "patch"):
             check_count(name, getattr(self, name))
         if not self.multipliers:

@@ -131,10 +131,8 @@ class Trainer(eqx.Module):
         wanted = "an Optax optimiser, such as `optax.adam(1e-3)`"
         check_instance("optimiser", optimiser, optax.GradientTransformation, wanted)
         check_instance("placement", placement, Placement | None, "a `Placement()`")
-        if prepare is not None and not callable(prepare):
-            raise ValueError(
-                f"`prepare` must be callable as `prepare(key, batch)`; got {show(prepare)}."
-            )
+        wanted = "callable as `prepare(key, batch)`"
+        check_instance("prepare", prepare, Callable | None, wanted)
         ema_decay = as_constant("ema_decay", ema_decay)
         if not 0 <= ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1); got {ema_decay}.")
