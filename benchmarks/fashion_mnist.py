@@ -115,7 +115,8 @@ def differences(results: list[dict[str, Any]], first: Path) -> list[dict[str, An
         with np.load(first / f"{sampler}-{budget}-0.npz") as file:
             return file["images"].astype(float)
 
-    results = [r for r in results if r["seed"] == 0 and SAMPLERS[r["sampler"]].lam == 0]
+    flows = [name for name, sampler in SAMPLERS.items() if sampler.lam == 0]
+    results = [r for r in results if r["seed"] == 0 and r["sampler"] in flows]
     best = images("gddim", max(r["budget"] for r in results))
     for r in results:
         if r["outcome"] == "finite":

@@ -62,7 +62,7 @@ def make(case: str, dtype: str):
 class ByHand:
     def __init__(self, model, images, batch):
         process = model.process
-        optimiser = gd.training.adam()
+        optimiser = gd.training.Trainer(gd.training.DenoisingLoss(process)).optimiser
         parameters, static = eqx.partition(model, eqx.is_inexact_array)
 
         def loss(parameters, x, key):

@@ -5,7 +5,7 @@ r"""Evaluate the samples of a trained model.
         --samplers gddim heun --evaluations 10 20 50
     python examples/evaluate.py runs/photos/model.npz --data.name folder \
         --data.directory photos --data.size 32
-    python examples/evaluate.py mine.npz --like mine.py:network --data.name digits
+    python examples/evaluate.py mine.npz --like mine:network --data.name digits
     python examples/evaluate.py checkpoint_15 --authors cifar10_cld --data.name cifar10 \
         --data.directory cifar-10-python.tar.gz --features inception \
         --weights pt_inception-2015-12-05-6726825d.pth --number 50000
@@ -18,26 +18,22 @@ other real images with them too. Writes `results.json`, with the protocol, and `
 the output directory. If interrupted, run the same command again to resume.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
-import importlib
-import importlib.util
+import inspect
 import json
 import operator
 import os
+import pkgutil
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, cast, Literal, NamedTuple
-from zipfile import BadZipFile
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
 
 import diffrax as dfx
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -59,19 +55,16 @@ class Sampler:
     name: str
     solver: dfx.AbstractSolver
     lam: float = 0.0
-    grid: Literal["clock", "quadratic"] | None = "clock"
-    """The time grid; `None` for adaptive steps."""
+    grid: Literal["clock", "quadratic"] = "clock"
+    """The time grid."""
     evaluations_per_step: int = 1
     evaluations_at_start: int = 0
-    only: type | None = None
-    """The only kind of process that it applies to; `None` for all."""
-
-    def steps(self, evaluations: int) -> int:
-        return (evaluations - self.evaluations_at_start) // self.evaluations_per_step
+    only: type = gd.AbstractProcess
+    """The only kind of process that it applies to."""
 
     @property
     def described(self) -> str:
-        return f"{self.solver!r}, lambda {self.lam}, grid {self.grid or 'by tolerance'}"
+        return f"{self.solver!r}, lambda {self.lam}, grid {self.grid}"
 
 
 SAMPLERS = {
@@ -82,7 +75,6 @@ SAMPLERS = {
     "ddim": Sampler("gDDIM, order 1", gd.GDDIM(1, "noise")),
     "heun": Sampler("Heun", dfx.Heun(), evaluations_per_step=2),
     "tsit5": Sampler("Tsit5", dfx.Tsit5(), evaluations_per_step=6, evaluations_at_start=1),
-    "dopri5": Sampler("Dopri5, adaptive", dfx.Dopri5(), grid=None),
     "euler": Sampler("Euler", dfx.Euler()),
     "ancestral": Sampler("Ancestral", gd.GDDIM(1), lam=1.0),
     "em": Sampler("Euler-Maruyama", dfx.Euler(), lam=1.0),
@@ -97,33 +89,22 @@ def _names(samplers: dict[str, Sampler]) -> list[str]:
 class Bench:
     """Draws samples from a model, in batches of one size."""
 
-    def __init__(
-        self,
-        flow: gd.ProbabilityFlow,
-        batch_size: int,
-        denoise: Literal["drift", "exact"] | None,
-        labels: np.ndarray | None = None,
-    ):
-        """`labels`: those of all samples, for a class-conditional model."""
+    def __init__(self, config: "Config", flow: gd.ProbabilityFlow):
         devices = jax.devices()
         self.placement = gd.Placement(devices) if len(devices) > 1 else None
-        if self.placement is not None:
-            flow = self.placement.put(flow)
-        self.flow, self.denoise = flow, denoise
-        self.labels = labels
-        self.batch_size = -(-batch_size // len(devices)) * len(devices)
-        self._evaluations = 0
-        self._tolerances: list[tuple[float, float]] = []
+        # Those of all samples, for a class-conditional model.
+        self.labels = labels_of(config, flow)
+        flow = guided(config, flow)
+        self.flow = flow if self.placement is None else self.placement.put(flow)
+        self.denoise: Any = config.denoise
+        size = min(config.batch_size, config.number)
+        self.batch_size = -(-size // len(devices)) * len(devices)
 
     def steps(self, sampler: Sampler, budget: int) -> int:
-        return sampler.steps(budget - (self.denoise is not None))
-
-    def can(self, sampler: Sampler, budget: int) -> bool:
-        if sampler.only is not None and not isinstance(self.flow.process, sampler.only):
-            return False
-        if sampler.grid is None:
-            return self._tolerance(budget) is not None
-        return self.steps(sampler, budget) > 0
+        """The number of steps; 0 if the sampler does not apply."""
+        rest = budget - (self.denoise is not None) - sampler.evaluations_at_start
+        applies = isinstance(self.flow.process, sampler.only)
+        return max(rest, 0) // sampler.evaluations_per_step if applies else 0
 
     def draw(
         self, sampler: Sampler, budget: int, key, first: int, number: int
@@ -137,15 +118,13 @@ class Bench:
         labels = self.labels
         if labels is not None:
             labels = labels[np.arange(first, first + rounded) % len(labels)]
-        if sampler.grid is None:
-            return self._adaptive_batches(key, budget, first, number, labels)
         x, evaluations = gd.sample(
             self.flow,
             key,
             rounded,
             solver=sampler.solver,
             lam=sampler.lam,
-            denoise=self.denoise,  # pyright: ignore[reportArgumentType]
+            denoise=self.denoise,
             ts=gd.time_grid(self.flow.process, self.steps(sampler, budget), sampler.grid),
             args=labels,
             first=first,
@@ -153,73 +132,6 @@ class Bench:
             placement=self.placement,
         )
         return np.asarray(x[:number]), evaluations
-
-    def _adaptive_batches(
-        self, key, budget: int, first: int, number: int, labels: np.ndarray | None
-    ) -> tuple[np.ndarray, float]:
-        tolerance, size, drawn = self._tolerance(budget), self.batch_size, []
-        for start in range(0, number, size):
-            some = None if labels is None else labels[start : start + size]
-            one = jr.fold_in(key, first + start)
-            drawn.append(self._adaptive(one, tolerance, size, self.placement, some))
-        x, evaluations = zip(*drawn)
-        return np.concatenate(x)[:number], float(np.mean(evaluations))
-
-    def _tolerance(self, budget: int) -> float | None:
-        """The smallest tolerance that stays within the budget for a few samples. More
-        samples may take a few more evaluations, or fewer."""
-        tried = self._tolerances
-        # Always the same tolerances, so that the result is independent of other budgets.
-        while not tried or (tried[-1][0] <= 500 and len(tried) < 30):
-            tolerance = 10 ** (1 - len(tried) / 4)
-            labels = None if self.labels is None else np.resize(self.labels, 16)
-            evaluations = self._adaptive(jr.key(1000), tolerance, 16, None, labels)[1]
-            tried.append((evaluations, tolerance))
-        fit = [tolerance for used, tolerance in tried if used <= budget]
-        return min(fit, default=None)
-
-    def _adaptive(
-        self, key, tolerance, number, placement, labels
-    ) -> tuple[np.ndarray, float]:
-        self._evaluations = 0
-        # An array, so as to compile only once.
-        tolerance = jnp.asarray(tolerance)
-        labels = None if labels is None else jnp.asarray(labels)
-        x = _adaptive(self.flow, key, tolerance, number, placement, self._count, labels)
-        jax.block_until_ready(x)
-        jax.effects_barrier()
-        if not bool(jnp.isfinite(x).all()):
-            raise FloatingPointError("The samples are not finite.")
-        return np.asarray(x), self._evaluations
-
-    def _count(self) -> None:
-        self._evaluations += 1
-
-
-@eqx.filter_jit
-def _adaptive(flow, key, tolerance, number, placement, count, labels):
-    def model(t, u, args):
-        jax.debug.callback(count)
-        return flow.model(t, u, args)
-
-    process = flow.process
-    u = process.prior(key, (number,))
-    if placement is not None:
-        u, labels = placement.shard((u, labels))
-    solution = dfx.diffeqsolve(
-        gd.ProbabilityFlow(process, model, flow.predicts, flow.factor),
-        dfx.Dopri5(),
-        process.t_max,
-        process.t_min,
-        None,
-        u,
-        labels,
-        stepsize_controller=dfx.PIDController(rtol=tolerance, atol=tolerance),
-        max_steps=1000,
-        throw=False,
-    )
-    x = process.decode(solution.ys)[-1]
-    return jnp.where(solution.result == dfx.RESULTS.successful, x, jnp.nan)
 
 
 #
@@ -240,9 +152,9 @@ class Config:
     process: Literal["cld", "bdm"] | None = None
     """The process of a checkpoint of the authors' code; by default CLD."""
     like: str | None = None
-    """For a model with a custom network or process: `path.py:name` or `module:name` of a
-    function without arguments that returns a model of the same structure, as for
-    `gddim_eqx.checkpoints.load(path, like=...)`."""
+    """For a model with a custom network or process: `module:name` of a function without
+    arguments that returns a model of the same structure, as for
+    `gddim_eqx.checkpoints.load(path, like=...)`. The module may be in this directory."""
     against: Literal["train", "test"] | None = None
     """Which split of the data to compare with: by default `test` for a folder or packed
     images of which some are held out, and otherwise `train`, as in the literature."""
@@ -258,8 +170,8 @@ class Config:
     evaluations: tuple[int, ...] = (10, 20, 50)
     """Budgets: the maximum number of network evaluations for each sampler."""
     grid: Literal["clock", "quadratic"] | None = None
-    """The time grid of all samplers with fixed steps; by default `clock`, and `quadratic`
-    for gDDIM as in the paper. It can matter more than the sampler."""
+    """The time grid of all samplers; by default `clock`, and `quadratic` for gDDIM as in
+    the paper. It can matter more than the sampler."""
     denoise: Literal["drift", "exact"] | None = None
     """How to remove the noise that is left at the end, as in `gddim_eqx.sample`. It uses
     one of the evaluations. The authors of the paper use `drift`."""
@@ -277,14 +189,12 @@ class Config:
     cache: Path = Path.home() / ".cache" / "gddim_eqx"
     """Where to cache the features of the data."""
     keep_images: bool = False
-    """Save all samples too, as `images-*.npz`, for other tools."""
+    """Save all samples that are drawn, as `images-*.npz`, for other tools."""
 
 
 def sampler_of(config: Config, name: str) -> Sampler:
     sampler = SAMPLERS[name]
-    if config.grid is None or sampler.grid is None:
-        return sampler
-    return dataclasses.replace(sampler, grid=config.grid)
+    return dataclasses.replace(sampler, grid=config.grid or sampler.grid)
 
 
 def read_model(config: Config, shape: tuple[int, ...]) -> gd.ProbabilityFlow:
@@ -368,37 +278,21 @@ def read_ours(path: Path, like: str | None) -> Any:
         return gd.checkpoints.load(path)
     except ValueError as error:
         if "like=" in str(error):
-            raise ValueError(f"{error} Here: `--like path.py:function`.") from error
+            raise ValueError(f"{error} Here: `--like module:function`.") from error
         raise
 
 
 def named(name: str) -> Callable[[], Any]:
     """The function that `--like` names."""
-    where, _, function = name.rpartition(":")
+    sys.path.append(os.getcwd())
     try:
-        found = getattr(module(where), function)
-    except (ImportError, AttributeError, OSError, ValueError) as error:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"`--like` must be path.py:name or module:name of a function; got {name!r}: "
-            f"{error}."
+            f"`--like` must be module:name of a function; got {name!r}: {error}."
         ) from error
     if not callable(found):
         raise ValueError(f"`--like` must name a function; {name} is {found!r}.")
-    return found
-
-
-@functools.cache
-def module(where: str) -> Any:
-    path = Path(where)
-    if path.suffix != ".py":
-        sys.path.append(os.getcwd())
-        return importlib.import_module(where)
-    # By its path, as its name may clash with another module's, such as `train`.
-    sys.path.append(str(path.resolve().parent))
-    spec = importlib.util.spec_from_file_location(f"like_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
     return found
 
 
@@ -437,7 +331,9 @@ def features_of(config: Config) -> str:
 
 def read_features(config: Config, shape: tuple[int, ...]) -> gd.metrics.AbstractFeatures:
     name = features_of(config)
-    found = gd.metrics.Pixels()
+    print(f"Features: {name}.", file=sys.stderr)
+    if name == "pixels":
+        return gd.metrics.Pixels()
     if name == "classifier":
         found = gd.metrics.Classifier()
         if shape != found.classifier.shape:
@@ -445,20 +341,14 @@ def read_features(config: Config, shape: tuple[int, ...]) -> gd.metrics.Abstract
                 f"`--features classifier` is for images of shape {found.classifier.shape}; "
                 f"got {shape}. Use `--features pixels`."
             )
-    if name == "inception":
-        if config.weights is None:
-            raise ValueError(
-                "Inception is read from a file: give `--weights`; or `--features pixels`, "
-                "whose distances are not FIDs."
-            )
-        if shape[-1] != 3:
-            raise ValueError(
-                f"`--features inception` is for images in colour; got the shape {shape}. "
-                "Use `--features pixels`."
-            )
-        found = gd.metrics.Inception(config.weights)
-    print(f"Features: {name}.", file=sys.stderr)
-    return found
+        return found
+    if config.weights is None or shape[-1] != 3:
+        raise ValueError(
+            f"`--features inception` is for images in colour, of shape {shape} here, and "
+            "read from a file: give `--weights`. Or use `--features pixels`, whose "
+            "distances are not FIDs."
+        )
+    return gd.metrics.Inception(config.weights)
 
 
 def check(config: Config) -> None:
@@ -469,21 +359,15 @@ def check(config: Config) -> None:
         given = getattr(config, name)
         if not given or len(set(given)) < len(given):
             raise ValueError(f"`{name}` must not be empty or have duplicates; got {given}.")
-    if config.number < 4 or config.batch_size < 1:
-        raise ValueError(
-            "`number` must be at least 4, and `batch_size` 1; got "
-            f"{config.number} and {config.batch_size}."
-        )
-    if min(config.evaluations) < 1:
-        raise ValueError(f"`evaluations` must be positive; got {config.evaluations}.")
-    adaptive = [name for name in config.samplers if SAMPLERS[name].grid is None]
-    if config.denoise is not None and adaptive:
-        raise ValueError(f"`denoise` is not for {adaptive[0]}, whose steps are adaptive.")
+    if config.number < 4:
+        raise ValueError(f"`number` must be at least 4; got {config.number}.")
+    if min(config.batch_size, *config.evaluations) < 1:
+        raise ValueError("`evaluations` and `batch_size` must be positive.")
     if config.weights is not None and config.features not in (None, "inception"):
         raise ValueError("`weights` are for `--features inception`.")
-    if config.process is not None and config.authors is None:
+    if config.authors is None and config.process is not None:
         raise ValueError("`process` is for `--authors`; other files record theirs.")
-    if config.like is not None and config.authors is not None:
+    if config.authors is not None and config.like is not None:
         raise ValueError("`like` is not for `--authors`, which specifies the network.")
 
 
@@ -505,79 +389,14 @@ class Cell(NamedTuple):
 _per_part = 2048
 
 
-def parts_of(config: Config, bench: Bench) -> list[tuple[int, int]]:
-    """The first sample of each part, and how many it has."""
-    size = -(-_per_part // bench.batch_size) * bench.batch_size
-    starts = range(0, config.number, size)
-    return [(start, min(size, config.number - start)) for start in starts]
-
-
-def draw_parts(
-    config: Config,
-    bench: Bench,
-    features: gd.metrics.AbstractFeatures,
-    directory: Path,
-    cell: Cell,
-    progress: tqdm,
-) -> list[dict[str, np.ndarray]]:
-    """Draw samples and compute their features, part by part; parts that are in the
-    directory are not drawn again."""
-    parts, sampler = [], sampler_of(config, cell.sampler)
-    for n, (first, number) in enumerate(parts_of(config, bench)):
-        path = directory / f"{n:05d}.npz"
-        part = read_part(path, number)
-        if part is None:
-            key = jr.key(cell.seed)
-            x, evaluations = bench.draw(sampler, cell.budget, key, first, number)
-            images = gd.to_uint8(x)
-            part = {
-                "images": images,
-                "vectors": features(images),
-                "evaluations": np.array(evaluations),
-            }
-            write(path, **part)
-        parts.append(part)
-        progress.update()
-    return parts
-
-
-def read_part(path: Path, number: int) -> dict[str, np.ndarray] | None:
-    if not path.exists():
-        return None
-    try:
-        with path.open("rb") as whole, np.load(whole) as file:
-            part = {key: file[key] for key in ("images", "vectors", "evaluations")}
-        if len(part["images"]) != number or len(part["vectors"]) != number:
-            raise ValueError(f"it holds {len(part['images'])} images, not {number}")
-        return part
-    except (*(ValueError, KeyError, EOFError, OSError), RuntimeError, BadZipFile) as error:
-        print(f"{path} is damaged, and will be redrawn: {error}.", file=sys.stderr)
-        return None
-
-
-def accuracy(
-    features: gd.metrics.AbstractFeatures,
-    labels: np.ndarray | None,
-    parts: list[dict[str, np.ndarray]],
-) -> dict[str, float]:
-    """The share of samples that the classifier takes for their label."""
-    if labels is None or not isinstance(features, gd.metrics.Classifier):
-        return {}
-    vectors = jnp.asarray(np.concatenate([part["vectors"] for part in parts]))
-    found = jax.vmap(features.classifier.last)(vectors).argmax(1)
-    return {"accuracy": float((np.asarray(found) == labels).mean())}
+_subsets = 20  # For the kernel distance.
 
 
 def measure(
-    parts: list[dict[str, np.ndarray]], reference: gd.metrics.Reference
+    vectors: np.ndarray, moments: gd.metrics.Moments, reference: gd.metrics.Reference
 ) -> dict[str, float]:
-    metrics = gd.metrics
-    moments = functools.reduce(
-        operator.add, (metrics.Moments.of(part["vectors"]) for part in parts)
-    )
-    some = np.concatenate([part["vectors"] for part in parts])
-    number = min(len(some), len(reference.vectors))
-    some, data = some[:number], reference.vectors[:number]
+    metrics, number = gd.metrics, min(len(vectors), len(reference.vectors))
+    some, data = vectors[:number], reference.vectors[:number]
     kernel = metrics.kernel_distance(some, data, _subsets, min(1000, number))
     precision, recall = metrics.precision_recall(some, data)
     return {
@@ -589,55 +408,80 @@ def measure(
     }
 
 
-_subsets = 20  # For the kernel distance.
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    config: Config
+    bench: Bench
+    features: gd.metrics.AbstractFeatures
+    reference: gd.metrics.Reference
+    output: Path
+    parts: Path
+    """A directory for the samples of cells that are not complete."""
+
+    @property
+    def size(self) -> int:
+        """The number of samples in each part but the last."""
+        return -(-_per_part // self.bench.batch_size) * self.bench.batch_size
+
+    def draw(self, cell: Cell, progress: tqdm) -> dict[str, list[np.ndarray]]:
+        """Draw samples and compute their features, part by part; parts that are in the
+        directory are not drawn again."""
+        found: dict[str, list] = {"images": [], "vectors": [], "evaluations": []}
+        sampler, key = sampler_of(self.config, cell.sampler), jr.key(cell.seed)
+        for first in range(0, self.config.number, self.size):
+            path = self.parts / str(cell) / f"{first:08d}.npz"
+            if not path.exists():
+                number = min(self.size, self.config.number - first)
+                x, evaluations = self.bench.draw(sampler, cell.budget, key, first, number)
+                images = gd.to_uint8(x)
+                vectors = self.features(images)
+                write_arrays(path, images, vectors=vectors, evaluations=evaluations)
+            with np.load(path) as file:
+                for name, values in found.items():
+                    values.append(file[name])
+            progress.update()
+        return found
+
+    def __call__(self, cell: Cell, progress: tqdm) -> dict[str, Any]:
+        """The result of a cell."""
+        sampler = sampler_of(self.config, cell.sampler)
+        result: dict[str, Any] = {**cell._asdict(), "solver": sampler.described}
+        try:
+            if not self.bench.steps(sampler, cell.budget):
+                return result | {"outcome": "impossible"}
+            drawn = self.draw(cell, progress)
+        except (FloatingPointError, RuntimeError) as error:
+            return result | {"outcome": "diverged", "message": str(error)}
+        images, vectors = (np.concatenate(drawn[name]) for name in ("images", "vectors"))
+        if self.config.keep_images:
+            write_arrays(self.output / f"images-{cell}.npz", images)
+        write_arrays(self.output / "first" / f"{cell}.npz", images[:16])
+        moments = map(gd.metrics.Moments.of, drawn["vectors"])
+        result |= {
+            "outcome": "finite",
+            "evaluations": float(np.mean(drawn["evaluations"])),
+            **measure(vectors, functools.reduce(operator.add, moments), self.reference),
+        }
+        if self.bench.labels is not None and isinstance(
+            self.features, gd.metrics.Classifier
+        ):
+            # The share of samples that the classifier takes for their label.
+            found = jax.vmap(self.features.classifier.last)(jnp.asarray(vectors)).argmax(1)
+            result["accuracy"] = float((np.asarray(found) == self.bench.labels).mean())
+        return result
 
 
-def run_cell(
-    config: Config,
-    bench: Bench,
-    features: gd.metrics.AbstractFeatures,
-    reference: gd.metrics.Reference,
-    output: Path,
-    directory: Path,
-    cell: Cell,
-    progress: tqdm,
-) -> dict[str, Any]:
-    sampler = sampler_of(config, cell.sampler)
-    found: dict[str, Any] = {**cell._asdict(), "solver": sampler.described}
-    try:
-        if not bench.can(sampler, cell.budget):
-            return found | {"outcome": "impossible"}
-        parts = draw_parts(config, bench, features, directory, cell, progress)
-    except (FloatingPointError, RuntimeError) as error:
-        return found | {"outcome": "diverged", "message": str(error)}
-    if config.keep_images:
-        images = np.concatenate([part["images"] for part in parts])
-        write(output / f"images-{cell}.npz", images=images)
-    write(output / "first" / f"{cell}.npz", images=parts[0]["images"][:16])
-    return found | {
-        "outcome": "finite",
-        "evaluations": float(np.mean([part["evaluations"] for part in parts])),
-        **measure(parts, reference),
-        **accuracy(features, bench.labels, parts),
-    }
+def write_arrays(path: Path, images: np.ndarray, **arrays: Any) -> None:
+    write(path, lambda file: np.savez(file, images=images, **arrays))
 
 
-def write(path: Path, **arrays: np.ndarray) -> None:
-    replace(path, lambda file: np.savez(file, **cast(Any, arrays)))
-
-
-def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file atomically."""
+def write(path: Path, save: Callable[[BinaryIO], object]) -> None:
+    """Write a file under another name first, so that it is never incomplete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        save(file)
+    partial.replace(path)
 
 
 #
@@ -653,18 +497,20 @@ def protocol(
     batch_size: int,
 ) -> dict[str, Any]:
     """Everything that the numbers depend on, besides sampler, budget and seed."""
-    authors = config.authors
+    like, authors = config.like, config.authors
     if authors is not None and Path(authors).is_file():
         authors = digest(Path(authors).read_bytes())
-    dtype = flow.process.prior(jr.key(0), (1,))
-    dtype = jax.tree_util.tree_leaves(dtype)[0].dtype
+    if like is not None:
+        file = inspect.getsourcefile(named(like))
+        like += f" {file and digest(Path(file).read_bytes())}"
+    dtype = jax.tree_util.tree_leaves(flow.process.prior(jr.key(0), (1,)))[0].dtype
     used = min(config.number, len(images), 10_000)
     return {
         "frechet_distance": features.name,
         "features": features.key,
         "model": digest(config.model.read_bytes()),
         "authors": authors,
-        "like": None if config.like is None else source_of(config.like),
+        "like": like,
         "data": {k: to_json(config.data)[k] for k in ("name", "size", "crop")},
         "against": f"{config.against}, {len(images)} images",
         "images": digest(np.ascontiguousarray(images).data),
@@ -683,12 +529,6 @@ def protocol(
     }
 
 
-def source_of(like: str) -> str:
-    """The name and a digest of the file that defines it."""
-    file = module(like.rpartition(":")[0]).__file__
-    return f"{like} {digest(Path(file).read_bytes())}"
-
-
 def digest(content: Any) -> str:
     return hashlib.sha256(content).hexdigest()
 
@@ -698,27 +538,20 @@ def read_results(
 ) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    try:
-        found = json.loads(path.read_text())
-        before, results = dict(found["protocol"]), list(found["results"])
-        cells = [(r["sampler"], r["solver"], r["outcome"]) for r in results]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}). Delete it to start over."
-        ) from error
+    found = json.loads(path.read_text())
+    before, results = found["protocol"], found["results"]
     # A run that failed before it drew anything leaves no samples of another protocol.
-    if not cells and not any((path.parent / "parts").glob("*/*/*.npz")):
+    if not results and not any((path.parent / "parts").glob("*/*/*.npz")):
         return []
+    for r in results:
+        name, solver = r["sampler"], r["solver"]
+        known = name in SAMPLERS and sampler_of(config, name).described
+        before, wanted = before | {name: solver}, wanted | {name: known}
     for key in {**wanted, **before}:
         if before.get(key) != wanted.get(key):
             raise ValueError(
                 f"{path} was measured with another {key}: {before.get(key)!r} instead of "
                 f"{wanted.get(key)!r}. Give another `--output`."
-            )
-    for name, solver, _ in cells:
-        if name not in SAMPLERS or solver != sampler_of(config, name).described:
-            raise ValueError(
-                f"{path} was measured when {name} was {solver}. Give another `--output`."
             )
     return results
 
@@ -742,13 +575,9 @@ def evaluate(config: Config) -> list[dict[str, Any]]:
     check_held_out(config, other)
     flow = read_model(config, images.shape[1:])
     features = read_features(config, images.shape[1:])
-    batch_size = min(config.batch_size, config.number)
-    labels = labels_of(config, flow)
-    bench = Bench(guided(config, flow), batch_size, config.denoise, labels)
+    bench = Bench(config, flow)
     wanted = protocol(config, flow, features, images, bench.batch_size)
-    output.mkdir(parents=True, exist_ok=True)
-    with only_one(output / ".lock"):
-        return run_cells(config, bench, features, images, other, wanted, output)
+    return run_cells(config, bench, features, images, other, wanted, output)
 
 
 def other_split(config: Config) -> np.ndarray | None:
@@ -774,18 +603,8 @@ def measure_real(
     if images is None or len(images) < 4:
         return None
     vectors = gd.metrics.reference(images, features, config.cache).vectors[: config.number]
-    return {"number": len(vectors), **measure([{"vectors": vectors}], reference)}
-
-
-@contextlib.contextmanager
-def only_one(path: Path):
-    """Hold a lock, as concurrent evaluations would overwrite each other's results."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"Another evaluation writes to {path.parent}.") from error
-        yield
+    measured = measure(vectors, gd.metrics.Moments.of(vectors), reference)
+    return {"number": len(vectors), **measured}
 
 
 def run_cells(
@@ -804,43 +623,32 @@ def run_cells(
     def save() -> None:
         found = {"protocol": wanted, "real_images": real, "results": results}
         text = json.dumps(found, indent=1)
-        replace(path, lambda file: file.write(text.encode()))
+        write(path, lambda file: file.write(text.encode()))
 
     # Before anything is drawn, so that no samples are taken for another protocol's.
     save()
-    text = json.dumps(wanted)
-    parts = output / "parts" / digest(text.encode())[:16]
+    parts = output / "parts" / digest(json.dumps(wanted).encode())[:16]
     print(f"Comparing with {len(images)} images.", file=sys.stderr)
     reference = gd.metrics.reference(images, features, config.cache)
     real = measure_real(config, features, reference, other)
     save()
+    evaluation = Evaluation(config, bench, features, reference, output, parts)
+    done = {(r["sampler"], r["budget"], r["seed"]) for r in results}
     # Seed by seed, so that a whole table is complete early.
     cells = [
-        Cell(name, budget, seed)
+        cell
         for seed in config.seeds
         for name in config.samplers
         for budget in config.evaluations
+        if (cell := Cell(name, budget, seed)) not in done
     ]
-    done = {Cell(r["sampler"], r["budget"], r["seed"]): r for r in results}
-    if config.keep_images:
-        # Redraw what was measured before without keeping the images.
-        for cell, result in list(done.items()):
-            kept = (output / f"images-{cell}.npz").exists()
-            if cell in cells and result["outcome"] == "finite" and not kept:
-                results.remove(done.pop(cell))
-    cells = [cell for cell in cells if cell not in done]
-    each = len(parts_of(config, bench))
+    each = -(-config.number // evaluation.size)
     with tqdm(total=each * len(cells), unit=" parts", mininterval=1) as progress:
         for n, cell in enumerate(cells):
             progress.set_description(str(cell), refresh=False)
-            directory = parts / str(cell)
-            results.append(
-                run_cell(
-                    config, bench, features, reference, output, directory, cell, progress
-                )
-            )
+            results.append(evaluation(cell, progress))
             save()
-            shutil.rmtree(directory, ignore_errors=True)
+            shutil.rmtree(parts / str(cell), ignore_errors=True)
             # Compiled programs take hundreds of memory maps, which Linux limits to 65,530.
             if n % 32 == 31:
                 jax.clear_caches()

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import matplotlib
 import numpy as np
+import optax
 from jaxtyping import Float
 from sklearn.model_selection import cross_val_score
 from sklearn.neural_network import MLPClassifier
@@ -35,7 +36,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import gddim_eqx as gd
-from gddim_eqx.training import adam, Batches, DenoisingLoss, fit, Trainer
+from gddim_eqx.training import Batches, DenoisingLoss, fit, Trainer
 
 
 matplotlib.use("agg")  # Draws to files, without a display.
@@ -75,9 +76,10 @@ def train(
     """A model of the parameters given the measurements."""
     network = gd.nn.TimeMLP(2, width=128, depth=4, key=jr.key(0), context_size=2)
     model = gd.nn.NetworkModel(process, network, data_std=float(parameters.std()))
-    optimiser = adam(2e-3, num_steps // 40 + 1, num_steps=num_steps)
+    warmup = num_steps // 40 + 1
+    learning_rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, warmup, num_steps)
     loss = DenoisingLoss(process, "data", weighting="noise")
-    trainer = Trainer(loss, optimiser, ema_decay=0.999)
+    trainer = Trainer(loss, optax.adam(learning_rate), ema_decay=0.999)
     batches = Batches((parameters, measurements), 256)
     return fit(trainer, trainer.init(model, jr.key(1)), batches, num_steps).averaged
 

@@ -21,6 +21,7 @@ import dataclasses
 import functools as ft
 import hashlib
 import importlib.util
+import itertools
 import math
 import os
 import sys
@@ -33,14 +34,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import jax.tree_util as jtu
 import numpy as np
+import optax
 import tyro
 from einops import rearrange
 
 import gddim_eqx as gd
 from gddim_eqx.training import (
-    adam,
     Augmentation,
     Batches,
     Checkpoints,
@@ -107,9 +107,9 @@ class Network:
     mixed_score: bool = False
     """For CLD: add to the output the noise prediction if the velocity were pure noise."""
     features: int | None = None
-    """For `small`: the number of channels at full resolution; 32 by default."""
-    patch: int = 1
-    """For `small`: the patch size in pixels. Larger patches are faster, but coarser."""
+    """For U-Nets: the number of channels at full resolution; 32 by default for `small`."""
+    patch: int | None = None
+    """For U-Nets: the patch size in pixels. Larger patches are faster, but coarser."""
     precondition: bool = False
     """Precondition the network: its output is then the data minus their posterior mean
     given the state, in units of their posterior standard deviation, if they were normal."""
@@ -181,14 +181,12 @@ class Config:
     log_every: int = 100
     samples_every: int = 5000
     """The number of steps between pictures of samples; 0 for none."""
-    tensorboard: bool = False
-    """Log metrics to TensorBoard too (`pip install tensorboardX`)."""
-    wandb: str | None = None
-    """A Weights & Biases project to log metrics to (`pip install wandb`)."""
 
 
 # From the paper's Table 4 and the authors' configurations.
 PAPER = Optimiser(2e-4, warmup=5000, ema_decay=0.9999, debias=False)
+
+QUICK = Optimiser(2e-3, warmup=100, cosine=True, ema_decay=0.999, debias=True)
 
 FASHION_MNIST = Config(
     Data("fashion_mnist"),
@@ -196,9 +194,18 @@ FASHION_MNIST = Config(
     "cld",
     steps=8000,
     batch_size=64,
-    optimiser=Optimiser(2e-3, warmup=100, cosine=True, ema_decay=0.999, debias=True),
+    optimiser=QUICK,
     times="stratified",
     samples_every=2000,
+)
+
+CIFAR10_CLD = Config(
+    Data("cifar10", flip=True),
+    Network("cifar10_cld"),
+    "cld",
+    steps=1_000_000,
+    optimiser=PAPER,
+    save_every=10_000,
 )
 
 PRESETS = {
@@ -223,9 +230,7 @@ PRESETS = {
             "cld",
             steps=10_000,
             batch_size=256,
-            optimiser=Optimiser(
-                2e-3, warmup=100, cosine=True, ema_decay=0.999, debias=True
-            ),
+            optimiser=QUICK,
             times="stratified",
             samples_every=2500,
         ),
@@ -248,33 +253,17 @@ PRESETS = {
             "cld",
             steps=40_000,
             batch_size=128,
-            optimiser=Optimiser(
-                1e-3, warmup=1000, cosine=True, ema_decay=0.999, debias=True
-            ),
+            optimiser=dataclasses.replace(QUICK, learning_rate=1e-3, warmup=1000),
             times="stratified",
         ),
     ),
     "cifar10-cld": (
         "CIFAR10 under CLD, with the values of the paper's Table 4.",
-        Config(
-            Data("cifar10", flip=True),
-            Network("cifar10_cld"),
-            "cld",
-            steps=1_000_000,
-            optimiser=PAPER,
-            save_every=10_000,
-        ),
+        CIFAR10_CLD,
     ),
     "cifar10-bdm": (
         "CIFAR10 under BDM, with the values of the paper's Table 4.",
-        Config(
-            Data("cifar10", flip=True),
-            Network("cifar10_bdm"),
-            "bdm",
-            steps=1_000_000,
-            optimiser=PAPER,
-            save_every=10_000,
-        ),
+        dataclasses.replace(CIFAR10_CLD, network=Network("cifar10_bdm"), process="bdm"),
     ),
     "celeba-cld": (
         "CELEBA, 64x64, under CLD, with the values of the paper's Table 4.",
@@ -293,32 +282,18 @@ PRESETS = {
 def check(config: Config) -> None:
     """Refuse invalid settings before any expensive work."""
     optimiser, network, several = config.optimiser, config.network, config.processes
-    lowest = {
-        "--steps": (config.steps, 1),
-        "--batch-size": (config.batch_size, 1),
-        "--save-every": (config.save_every, 1),
-        "--log-every": (config.log_every, 1),
-        "--keep": (config.keep, 1),
-        "--samples-every": (config.samples_every, 0),
-        "--seed": (config.seed, 0),
-        "--optimiser.warmup": (optimiser.warmup, 0),
-        "--optimiser.accumulate": (optimiser.accumulate, 1),
-        "--network.patch": (network.patch, 1),
-    }
-    for option, (value, least) in lowest.items():
-        if value < least:
-            raise ValueError(f"`{option}` must be at least {least}; got {value}.")
-    for option, value in {
+    positive = {
+        "--steps": config.steps,
+        "--save-every": config.save_every,
+        "--log-every": config.log_every,
+        "--keep": config.keep,
         "--optimiser.learning-rate": optimiser.learning_rate,
         "--optimiser.clip": optimiser.clip,
-    }.items():
+    }
+    for option, value in positive.items():
         if not 0 < value < math.inf:
-            raise ValueError(f"`{option}` must be positive and finite; got {value}.")
-    if not 0 <= optimiser.ema_decay < 1:
-        raise ValueError(
-            f"`--optimiser.ema-decay` must be in [0, 1); got {optimiser.ema_decay}."
-        )
-    if config.batch_size % optimiser.accumulate:
+            raise ValueError(f"`{option}` must be positive; got {value}.")
+    if optimiser.accumulate < 1 or config.batch_size % optimiser.accumulate:
         raise ValueError(
             f"`--batch-size` {config.batch_size} cannot be divided into "
             f"`--optimiser.accumulate` {optimiser.accumulate} equal parts."
@@ -328,10 +303,6 @@ def check(config: Config) -> None:
             "`--processes.number` and `--processes.index` need `--processes.coordinator`."
         )
     check_warmup(config)
-    if not 0 <= config.label_dropout < 1:
-        raise ValueError(
-            f"`--label-dropout` must be in [0, 1); got {config.label_dropout}."
-        )
     if config.weighting == "data" and config.predicts not in ("noise", "data"):
         raise ValueError("`--weighting data` is for `--predicts data` or `noise`.")
     for option, value, predicts in (
@@ -495,48 +466,31 @@ def make_model(
     shape = data.shape[1:]
     processes = dict(vp=gd.VP, sub_vp=gd.SubVP, ve=gd.VE, cld=gd.CLD, bdm=gd.BDM)
     process = processes[config.process](shape)
-    network, options = config.network, {}
+    network = config.network
     input_shape = (*shape[:-1], process.num_components * shape[-1])
-    if network.name in ("points", "mlp"):
-        if network.bfloat16 or network.checkpoint:
-            raise ValueError(
-                f"{network.name} has no `bfloat16` or `checkpoint`: leave out "
-                "`--network.bfloat16` and `--network.checkpoint`."
-            )
-    else:
-        options = dict(
-            dtype=jnp.bfloat16 if network.bfloat16 else None, checkpoint=network.checkpoint
-        )
-    if num_classes is not None:
-        if network.name not in ("points", "mlp", "small"):
-            raise ValueError(f"{network.name} takes no labels: leave out `--data.labels`.")
-        options["num_classes"] = num_classes
-    if network.name == "small":
-        options |= dict(features=network.features or 32, patch=network.patch)
-    elif network.features is not None or network.patch != 1:
-        raise ValueError(
-            f"{network.name} has no `features` or `patch`: leave out "
-            "`--network.features` and `--network.patch`."
-        )
-    make = ft.partial(getattr(gd.nn.presets, network.name), **options)
-    if network.name == "points":
-        make = ft.partial(make, math.prod(input_shape))
-    elif network.name in ("mlp", "small"):
-        out_channels = shape[-1] if network.precondition else None
-        make = ft.partial(make, input_shape, out_channels)
-    made_for = eqx.filter_eval_shape(make, key=key).shape
+    options = {
+        "dtype": jnp.bfloat16 if network.bfloat16 else None,
+        "checkpoint": network.checkpoint or None,
+        "features": network.features,
+        "patch": network.patch,
+        "num_classes": num_classes,
+        "out_channels": shape[-1] if network.precondition else None,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    sizes = {"points": (math.prod(input_shape),), "mlp": (input_shape,)}
+    sizes |= {"small": (input_shape,)}
+    preset = getattr(gd.nn.presets, network.name)
+    make = ft.partial(preset, *sizes.get(network.name, ()), **options)
+    try:
+        made_for = eqx.filter_eval_shape(make, key=key).shape
+    except TypeError as error:
+        raise ValueError(f"{network.name} does not have all these options: {error}.")
     if made_for != input_shape:
         raise ValueError(
             f"{network.name} is for inputs of shape {made_for}, but {config.data.name} "
             f"under {config.process} gives {input_shape}."
         )
-    std = None
-    if network.precondition:
-        if network.name not in ("mlp", "small"):
-            raise ValueError(
-                f"{network.name} has no `precondition`: give `--network.no-precondition`."
-            )
-        std = standard_deviation(data)
+    std = standard_deviation(data) if network.precondition else None
     return gd.nn.NetworkModel(process, make(key=key), network.mixed_score, std)
 
 
@@ -546,42 +500,28 @@ def read_init(config: Config, model: gd.nn.NetworkModel) -> gd.nn.NetworkModel:
     **Raises:** `ValueError` unless it has the structure of `model`, which is what was asked
     for.
     """
-    path, frame = config.init, None
-    assert path is not None
-    found = gd.checkpoints.load(path)
-    if isinstance(found, gd.ProbabilityFlow):
-        frame, found = (found.predicts, found.factor), found.model
-    if not isinstance(found, gd.nn.NetworkModel):
-        raise ValueError(f"`--init` {path} holds a {type(found).__name__}, not a model.")
-    frame = frame or (found.preconditioned_for or "noise", "R")
-    if found.data_std is not None and model.data_std is not None:
+    assert config.init is not None
+    found: Any = gd.checkpoints.load(config.init)
+    if isinstance(found, gd.nn.NetworkModel):
+        predicts: Any = found.preconditioned_for or "noise"
+        found = gd.ProbabilityFlow(found.process, found, predicts)
+    if not isinstance(getattr(found, "model", None), gd.nn.NetworkModel):
+        kind = type(found).__name__
+        raise ValueError(f"`--init` {config.init} holds a {kind}, not a model.")
+    if found.model.data_std is not None and model.data_std is not None:
         # That of the data it was trained on, which its parameters expect.
-        model = gd.nn.NetworkModel(model.process, model.network, data_std=found.data_std)
-    there = described(found, *frame)
-    here = described(model, str(config.predicts), "R")
-    for name in {**there, **here}:
-        if there.get(name) != here.get(name):
-            found, wanted = (" ".join(repr(x.get(name)).split()) for x in (there, here))
+        std = found.model.data_std
+        model = gd.nn.NetworkModel(model.process, model.network, data_std=std)
+    predicts = config.predicts
+    wanted = gd.ProbabilityFlow(model.process, model, predicts)
+    lines = (eqx.tree_pformat(flow).splitlines() for flow in (found, wanted))
+    for there, here in itertools.zip_longest(*lines, fillvalue="nothing"):
+        if there != here:
             raise ValueError(
-                f"`--init` {path} is another model ({name}: {found:.200} there, "
-                f"{wanted:.200} here). Give the options it was trained with."
+                f"`--init` {config.init} is another model ({there.strip()} there, "
+                f"{here.strip()} here). Give the options it was trained with."
             )
-    return found
-
-
-def described(model: gd.nn.NetworkModel, predicts: str, factor: str) -> dict[str, Any]:
-    """All that must agree for the arrays of one model to be those of another."""
-    about: dict[str, Any] = {"predicts": predicts, "factor": factor}
-    network: Any = model.network
-    for name, part in (("", model), ("network.", network)):
-        about[f"{name}kind"] = type(part).__name__
-        for field in dataclasses.fields(part):
-            value = getattr(part, field.name)
-            if not jtu.tree_leaves(eqx.filter(value, eqx.is_array)):
-                about[name + field.name] = value
-    arrays = jtu.tree_leaves_with_path(eqx.filter(model, eqx.is_array))
-    about |= {jtu.keystr(path): x.shape for path, x in arrays}
-    return about | {"structure": jtu.tree_structure(model)}
+    return found.model
 
 
 def standard_deviation(data: np.ndarray) -> float:
@@ -641,30 +581,6 @@ def tiled(images: np.ndarray, rows: int | None = None) -> np.ndarray:
     return grid[..., 0] if grid.shape[-1] == 1 else grid
 
 
-@contextlib.contextmanager
-def tensorboard(directory: Path):
-    try:
-        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ImportError("`--tensorboard` needs `pip install tensorboardX`.") from error
-
-    with SummaryWriter(str(directory)) as writer:
-        yield lambda step, metrics: [
-            writer.add_scalar(name, value, step) for name, value in metrics.items()
-        ]
-
-
-@contextlib.contextmanager
-def wandb(project: str, config: dict[str, Any]):
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ImportError("`--wandb` needs `pip install wandb`.") from error
-
-    with wandb.init(project=project, config=config) as run:
-        yield lambda step, metrics: run.log(metrics, step=step)
-
-
 def train(config: Config) -> TrainState:
     placement = gd.Placement(shard_parameters=config.shard_parameters)
     placement.check_batch(config.batch_size)
@@ -679,7 +595,8 @@ def train(config: Config) -> TrainState:
         model = read_init(config, model)
     process, first = model.process, jax.process_index() == 0
     if first:
-        describe_folder(config.data, x)
+        if config.data.name == "folder" and has_test(config.data):
+            print(f"Training on {len(x)} images; the others are held out, for evaluation.")
     weighting: Any = config.weighting
     if weighting == "data":
         weighting = DataWeighting(process, standard_deviation(x))
@@ -695,14 +612,13 @@ def train(config: Config) -> TrainState:
         no_condition=num_classes,
     )
     optimiser = config.optimiser
+    rate, warmup = optimiser.learning_rate, optimiser.warmup
+    schedule = optax.warmup_constant_schedule(0.0, rate, warmup)
+    if optimiser.cosine:
+        schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, config.steps)
     trainer = Trainer(
         loss,
-        adam(
-            optimiser.learning_rate,
-            optimiser.warmup,
-            optimiser.clip,
-            config.steps if optimiser.cosine else None,
-        ),
+        optax.chain(optax.clip_by_global_norm(optimiser.clip), optax.adam(schedule)),
         ema_decay=optimiser.ema_decay,
         debias=optimiser.debias,
         accumulate=optimiser.accumulate,
@@ -737,10 +653,6 @@ def train(config: Config) -> TrainState:
         logs: list[Any] = []
         if first:
             logs.append(stack.enter_context(JSONLines(output / "metrics.jsonl", done)))
-            if config.tensorboard:
-                logs.append(stack.enter_context(tensorboard(output / "tensorboard")))
-            if config.wandb is not None:
-                logs.append(stack.enter_context(wandb(config.wandb, to_json(config))))
 
         def flow(state):
             model = placement.gather(state.averaged)
@@ -786,16 +698,6 @@ def is_finished(output: Path) -> bool:
     path = output / "model.npz"
     about = gd.checkpoints.metadata(path) if path.exists() else {"steps": 1}
     return about.get("step", 0) >= about.get("steps", 0)
-
-
-def describe_folder(data: Source, x: np.ndarray) -> None:
-    """Say what was read from a folder, if it may not be what was meant."""
-    if data.name != "folder":
-        return
-    if data.test is None and data.held_out != 0:
-        print(f"Training on {len(x)} images; the others are held out, for evaluation.")
-    if x.shape[-1] == 3 and all((image == image[..., :1]).all() for image in x):
-        print("All images are greyscale: `--data.channels 1` trains on one channel.")
 
 
 def to_json(value: Any) -> Any:

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
+import optax
 import pytest
 
 import gddim_eqx as gd
 from gddim_eqx.training import (
-    adam,
     Augmentation,
     Batches,
     Checkpoints,
@@ -141,7 +141,7 @@ def _trainer(placement=None):
         condition_dropout=0.2,
         no_condition=model.network.no_condition,
     )
-    trainer = Trainer(loss, adam(1e-2, 2), ema_decay=0.9, placement=placement)
+    trainer = Trainer(loss, optax.adam(1e-2), ema_decay=0.9, placement=placement)
     return trainer, trainer.init(model, jr.key(1))
 
 
@@ -185,7 +185,7 @@ def test_a_linear_measurement_has_the_posterior_in_closed_form():
         condition_dropout=0.2,
         no_condition=network.no_condition,
     )
-    trainer = Trainer(loss, adam(2e-3, 50, num_steps=1500))
+    trainer = Trainer(loss, optax.adam(optax.cosine_decay_schedule(2e-3, 1500)))
     state = trainer.init(model, jr.key(1))
     trained = fit(trainer, state, Batches((x, y), 256), 1500, progress=False).averaged
     for value in (-1.0, 0.5, 2.0):

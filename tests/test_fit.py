@@ -22,7 +22,6 @@ import pytest
 
 import gddim_eqx as gd
 from gddim_eqx.training import (
-    adam,
     Augmentation,
     Batches,
     Checkpoints,
@@ -202,7 +201,7 @@ def _trainer(placement=None, **options):
     model = gd.nn.NetworkModel(process, gd.nn.TimeMLP(2, width=16, key=jr.key(0)))
     trainer = Trainer(
         DenoisingLoss(process),
-        adam(1e-2, 2),
+        optax.adam(1e-2),
         ema_decay=0.9,
         placement=placement,
         **options,
@@ -376,7 +375,7 @@ def test_an_average_of_initial_parameters_is_warned_of():
         process = gd.VP((2,))
         model = gd.nn.NetworkModel(process, gd.nn.TimeMLP(2, width=16, key=jr.key(0)))
         options = dict(ema_decay=decay, debias=debias)
-        trainer = Trainer(DenoisingLoss(process), adam(1e-2, 2), **options)
+        trainer = Trainer(DenoisingLoss(process), optax.adam(1e-2), **options)
         expected = (
             pytest.warns(UserWarning, match="initial parameters are still 59%")
             if warns
@@ -454,7 +453,6 @@ def _check_damaged(directory, copy):
     damages = {
         "cut": lambda content: content[: len(content) // 2],
         "emptied": lambda content: b"",
-        "flipped": lambda content: _flipped(content),
         "lost": None,
     }
     for kind, damage in damages.items():
@@ -477,12 +475,6 @@ def _check_damaged(directory, copy):
         assert refused >= 3, kind
 
 
-def _flipped(content):
-    middle = len(content) // 2
-    change = bytes(x ^ 0x55 for x in content[middle : middle + 1])
-    return content[:middle] + change + content[middle + 1 :]
-
-
 def _run_apart(script):
     """In a process of its own: for instance as Orbax leaves coroutines behind that reads
     began which failed."""
@@ -503,30 +495,34 @@ import pathlib
 directory, copy = pathlib.Path({str(finished[1])!r}), pathlib.Path({str(tmp_path / "c")!r})
 _check_damaged(directory, copy)
 """)
-    assert len(out.splitlines()) == 4
+    assert len(out.splitlines()) == 3
 
 
 def test_a_checkpoint_of_another_run_is_refused(finished):
     _, directory = finished
     with pytest.raises(ValueError, match="another config .seed: 0 there, 1 here"):
         _fit(directory, 12, config={"seed": 1})
-    with pytest.raises(ValueError, match="rate: 'absent' there, 0.1 here"):
+    with pytest.raises(ValueError, match="rate: absent there, 0.1 here"):
         _fit(directory, 12, config={"seed": 0, "rate": 0.1})
     nested = {"seed": 0, "optimiser": {"rate": 0.1, "none": {}}}
-    with pytest.raises(
-        ValueError, match=r"\(optimiser.none: .*; optimiser.rate: 'abs.*1 h"
-    ):
+    with pytest.raises(ValueError, match=r"\(optimiser.none: .*; optimiser.rate: abs.*1 h"):
         _fit(directory, 12, config=nested)
     process = gd.VP((2,))
     model = gd.nn.NetworkModel(process, gd.nn.TimeMLP(2, width=32, key=jr.key(0)))
-    state = Trainer(DenoisingLoss(process), adam(1e-2, 2)).init(model, jr.key(0))
+    state = Trainer(DenoisingLoss(process), optax.adam(1e-2)).init(model, jr.key(0))
     with Checkpoints(directory, {"seed": 0}) as checkpoints:
-        with pytest.raises(ValueError, match="model.network.* of shape .*where this"):
+        with pytest.raises(
+            ValueError,
+            match=r"first.weight: 'float32\[16, 2\]' there, 'float32\[32, 2\]' here.*; and",
+        ):
             checkpoints.restore(state)
     model = gd.nn.NetworkModel(process, gd.nn.TimeMLP(2, width=16, key=jr.key(0)))
     other = Trainer(DenoisingLoss(process), optax.sgd(0.1)).init(model, jr.key(0))
     with Checkpoints(directory, {"seed": 0}) as checkpoints:
-        with pytest.raises(ValueError, match="an array optimiser.*which has no place"):
+        with pytest.raises(
+            ValueError,
+            match=r"another network or optimiser \(optimiser.*mu.* there, absent",
+        ):
             checkpoints.restore(other)
         with pytest.raises(ValueError, match=r"no checkpoint of step 3; it has \[8, 10\]"):
             checkpoints.restore(other, 3)
@@ -536,38 +532,36 @@ def _state(dtype=jnp.float32, key=jr.key(1), optimiser=None, **options):
     process = gd.VP((2,))
     model = gd.nn.NetworkModel(process, gd.nn.TimeMLP(2, width=16, key=jr.key(0)))
     cast = lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x
-    trainer = Trainer(DenoisingLoss(process), optimiser or adam(1e-2, 2), **options)
+    trainer = Trainer(DenoisingLoss(process), optimiser or optax.adam(1e-2), **options)
     return trainer.init(jtu.tree_map(cast, model), key)
 
 
 @pytest.mark.parametrize(
     "saved, wanted, message",
     [
-        ({}, dict(dtype=jnp.bfloat16), "saved as float32, asked for as bfloat16"),
-        (dict(dtype=jnp.bfloat16), {}, "saved as bfloat16, asked for as float32"),
+        ({}, dict(dtype=jnp.bfloat16), r"model.*: 'float32\[.* there, 'bfloat16\[.* here"),
         (
             dict(dtype=jnp.bfloat16),
-            dict(dtype=jnp.float16),
-            "saved as bfloat16, asked for as float16",
+            {},
+            r"ema.*: absent there|model.*: 'bfloat16\[.* there, 'float32\[.* here",
         ),
         (
             {},
-            dict(optimiser=adam(1e-2, 2, mu_dtype=jnp.bfloat16)),
-            r"array optimiser.*mu.* was saved as float32, asked for as bfloat16",
+            dict(optimiser=optax.adam(1e-2, mu_dtype=jnp.bfloat16)),
+            r"optimiser.*mu.*: 'float32\[.* there, 'bfloat16\[.* here",
         ),
         (
             {},
             dict(key=jr.key(1, impl="rbg")),
-            "array key was saved as threefry2x32 key, asked for as rbg key",
+            r"\(key: 'threefry2x32 key\[\]' there, 'rbg key\[\]' here\)",
         ),
         (
             dict(key=jr.key(1, impl="unsafe_rbg")),
             dict(key=jr.key(1, impl="rbg")),
-            "array key was saved as unsafe_rbg key, asked for as rbg key",
+            r"\(key: 'unsafe_rbg key\[\]' there, 'rbg key\[\]' here\)",
         ),
-        ({}, dict(optimiser=optax.adamw(1e-2)), "array optimiser.* is not there"),
-        ({}, dict(optimiser=optax.sgd(1e-2)), "an array optimiser.*which has no place"),
-        ({}, dict(ema_decay=0.999999), "array lost.* is not there"),
+        ({}, dict(optimiser=optax.adagrad(1e-2)), r"optimiser\[0\].count: .* absent here"),
+        ({}, dict(optimiser=optax.sgd(1e-2)), "optimiser.*: .* there, absent here"),
     ],
 )
 def test_a_checkpoint_in_another_precision_is_refused(tmp_path, saved, wanted, message):
@@ -583,7 +577,7 @@ def test_a_checkpoint_in_another_precision_is_refused(tmp_path, saved, wanted, m
 
 def test_a_checkpoint_of_double_precision_is_refused_in_single(tmp_path, finished):
     with jax.enable_x64(True), Checkpoints(finished[1], {"seed": 0}) as checkpoints:
-        with pytest.raises(ValueError, match="saved as float32, asked for as float64"):
+        with pytest.raises(ValueError, match=r"'float32\[.* there, 'float64\[.* here"):
             checkpoints.restore(_state(jnp.float64), 10)
 
 
@@ -634,7 +628,7 @@ except OSError as error:
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: Batches(_points[:0], 4), r"must hold samples; got .* \(0, 2\)"),
+        (lambda: Batches(_points[:0], 4), r"must hold samples: .*; got .*\(0, 2\)"),
         (
             lambda: Augmentation(flip=True)(jr.key(0), jnp.asarray(_points)),
             r"`flip` is for images.*got an array of shape \(40, 2\)",

@@ -9,9 +9,10 @@
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
+import optax
 
 import gddim_eqx as gd
-from gddim_eqx.training import adam, Batches, DenoisingLoss, fit, StratifiedTimes, Trainer
+from gddim_eqx.training import Batches, DenoisingLoss, fit, StratifiedTimes, Trainer
 
 
 plt.rcParams["figure.facecolor"] = "white"
@@ -49,7 +50,8 @@ loss = DenoisingLoss(
     condition_dropout=0.1,
     no_condition=network.no_condition,
 )
-trainer = Trainer(loss, adam(2e-3, num_steps=1200), ema_decay=0.99)
+learning_rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, 100, 1200)
+trainer = Trainer(loss, optax.adam(learning_rate), ema_decay=0.99)
 batches = Batches((points, labels), 128)
 start = trainer.init(model, jax.random.key(1))
 state = fit(trainer, start, batches, 1200, progress=False)

@@ -10,11 +10,11 @@ import time
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
+import optax
 from sklearn.datasets import load_digits
 
 import gddim_eqx as gd
 from gddim_eqx.training import (
-    adam,
     Batches,
     DataWeighting,
     DenoisingLoss,
@@ -79,7 +79,8 @@ model = gd.nn.NetworkModel(process, network, data_std=data_std)
 num_steps = 1200
 weighting = DataWeighting(process, data_std)
 loss = DenoisingLoss(process, "data", times=StratifiedTimes(), weighting=weighting)
-trainer = Trainer(loss, adam(2e-3, warmup=100, num_steps=num_steps), ema_decay=0.99)
+learning_rate = optax.warmup_cosine_decay_schedule(0.0, 2e-3, 100, num_steps)
+trainer = Trainer(loss, optax.adam(learning_rate), ema_decay=0.99)
 losses = []
 begin = time.perf_counter()
 state = fit(

@@ -8,7 +8,8 @@ import jax.random as jr
 from jaxtyping import Array, Float, Inexact
 
 from .._custom_types import Key
-from .._misc import as_shape, check_count, show
+from .._misc import check_count, show
+from ._layers import as_image_shape
 
 
 class ImageClassifier(eqx.Module):
@@ -43,13 +44,9 @@ class ImageClassifier(eqx.Module):
 
         **Raises:** `ValueError` for invalid numbers.
         """
-        self.shape, self.num_classes = as_shape(tuple(shape)), num_classes
+        self.shape, self.num_classes = as_image_shape(shape), num_classes
         self.features = tuple(features)
         check_count("num_classes", num_classes)
-        if len(self.shape) != 3:
-            raise ValueError(
-                f"`shape` must be (height, width, channels); got {self.shape}."
-            )
         if not self.features or any(n < 8 or n % 8 for n in self.features):
             raise ValueError(
                 f"`features` must be multiples of 8; got {show(self.features)}."

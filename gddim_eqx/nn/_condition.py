@@ -3,8 +3,10 @@
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
+import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Float, Inexact
 
 from .._custom_types import Key
@@ -99,6 +101,7 @@ Embedding = LabelEmbedding | ContextEmbedding
 class AbstractConditionalNetwork(eqx.Module):
     """A network of one sample, which may take a condition."""
 
+    time_layers: eqx.AbstractVar[tuple[eqx.nn.Linear, eqx.nn.Linear] | None]
     condition: eqx.AbstractVar[Embedding | None]
     shape: eqx.AbstractVar[tuple[int, ...]]
 
@@ -116,37 +119,52 @@ class AbstractConditionalNetwork(eqx.Module):
                 "batch, use `jax.vmap`."
             )
 
+    def embed(self, features: Any, condition: Any) -> Any:
+        """The embedding of the time, given by its features, and of the condition.
 
-def make_embedding(
-    num_classes: int | None, context_size: int | None, size: int, *, key: Key
-) -> Embedding | None:
-    """The embedding of a condition, if there is one."""
-    if num_classes is not None and context_size is not None:
-        raise ValueError("Pass `num_classes` or `context_size`, not both.")
-    # Unlike any key that the other layers split off.
-    key = jr.fold_in(key, 2**31 - 1)
-    if num_classes is not None:
-        check_count("num_classes", num_classes)
-        return LabelEmbedding(num_classes, size, key=key)
-    if context_size is not None:
-        check_count("context_size", context_size)
-        return ContextEmbedding(context_size, size, key=key)
-    return None
-
-
-def embed(embedding: Embedding | None, condition: Any) -> Float[Array, " size"] | None:
-    """**Raises:** `ValueError` for a condition that the network does not take, or lacks."""
-    if embedding is None:
-        if condition is not None:
+        **Raises:** `ValueError` for a condition that the network does not take, or lacks.
+        """
+        added: Any = 0
+        if self.condition is not None:
+            if condition is None:
+                raise ValueError(
+                    "This network needs a condition: pass `args`, one entry per sample. "
+                    "`network.no_condition` stands for none."
+                )
+            added = self.condition(condition)
+        elif condition is not None:
             raise ValueError(
                 "This network takes no condition, but one was given, as `args`. Make it "
                 "with `num_classes` or `context_size`, or leave out `args`: beside a "
                 "conditional model, by `gddim_eqx.WithArgs(model, None)`."
             )
-        return None
-    if condition is None:
-        raise ValueError(
-            "This network needs a condition: pass `args`, one entry per sample. "
-            "`network.no_condition` stands for none."
-        )
-    return embedding(condition)
+        if self.time_layers is None:
+            return None
+        first, second = self.time_layers
+        return second(jax.nn.silu(first(features))) + added
+
+    def in_dtype(self, *arrays: Array | None) -> tuple[Any, ...]:
+        """This network and arrays in its `dtype` of computation, by default that of the
+        first layer."""
+        network: Any = self
+        dtype = network.dtype or network.first.weight.dtype
+        cast = lambda y: y.astype(dtype) if eqx.is_inexact_array(y) else y
+        return jtu.tree_map(cast, (self, *arrays))
+
+
+def make_embedding(
+    num_classes: int | None, context_size: int | None, size: int, *, key: Key
+) -> tuple[Embedding | None, int | None, int | None]:
+    """The embedding of a condition, if there is one, and the first two arguments."""
+    if num_classes is not None and context_size is not None:
+        raise ValueError("Pass `num_classes` or `context_size`, not both.")
+    # Unlike any key that the other layers split off.
+    key = jr.fold_in(key, 2**31 - 1)
+    # The sizes are not left NumPy's integers, which files cannot hold.
+    if num_classes is not None:
+        check_count("num_classes", num_classes)
+        return LabelEmbedding(num_classes, size, key=key), int(num_classes), None
+    if context_size is not None:
+        check_count("context_size", context_size)
+        return ContextEmbedding(context_size, size, key=key), None, int(context_size)
+    return None, None, None

@@ -6,16 +6,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import jax.tree_util as jtu
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Float, Inexact
+from jaxtyping import Array, Inexact
 
 from .._custom_types import Key, RealScalarLike
-from .._misc import as_shape, check_count, show
-from ._condition import AbstractConditionalNetwork, embed, Embedding, make_embedding
+from .._misc import check_count, show
+from ._condition import AbstractConditionalNetwork, Embedding, make_embedding
 from ._embedding import Positional
-from ._layers import dense
+from ._layers import as_image_shape, dense
 
 
 Tokens = Inexact[Array, "tokens width"]
@@ -98,15 +97,14 @@ class DiT(AbstractConditionalNetwork):
 
         **Raises:** `ValueError` for options that do not fit together.
         """
-        self.shape = as_shape(tuple(shape))
+        self.shape = as_image_shape(shape)
         self.out_channels = self.shape[-1] if out_channels is None else out_channels
         self.patch, self.width, self.depth = patch, width, depth
         self.num_heads, self.mlp_ratio = num_heads, mlp_ratio
         self.dtype = None if dtype is None else jnp.dtype(dtype)
         self.checkpoint, self.attention = checkpoint, attention
-        # Not NumPy's integers, which files cannot hold.
-        self.num_classes = None if num_classes is None else int(num_classes)
-        self.context_size = None if context_size is None else int(context_size)
+        made = make_embedding(num_classes, context_size, width, key=key)
+        self.condition, self.num_classes, self.context_size = made
         self._check()
         keys = jr.split(key, 6)
         self.first = dense(patch**2 * self.shape[-1], width, key=keys[0])
@@ -119,13 +117,8 @@ class DiT(AbstractConditionalNetwork):
         self.modulation = dense(width, 2 * width, key=keys[4], scale=0.0)
         out_size = patch**2 * self.out_channels
         self.last = dense(width, out_size, key=keys[5], scale=0.0)
-        self.condition = make_embedding(num_classes, context_size, width, key=key)
 
     def _check(self) -> None:
-        if len(self.shape) != 3:
-            raise ValueError(
-                f"`shape` must be (height, width, channels); got {self.shape}."
-            )
         for name in ("out_channels", "patch", "width", "depth", "num_heads", "mlp_ratio"):
             check_count(name, getattr(self, name))
         if self.shape[0] % self.patch or self.shape[1] % self.patch:
@@ -163,24 +156,15 @@ class DiT(AbstractConditionalNetwork):
         **Raises:** `ValueError` for an input of another shape.
         """
         self.check_input(x)
-        embedding = self._embed(t, condition)
-        dtype = self.first.weight.dtype if self.dtype is None else self.dtype
-        cast = lambda y: y.astype(dtype) if eqx.is_inexact_array(y) else y
+        t = jnp.asarray(t, self.first.weight.dtype)
+        features = Positional(_num_time_features)(999 * t)
+        embedding = jax.nn.silu(self.embed(features, condition))
         rows, side = self.shape[0] // self.patch, self.patch
         h = rearrange(x, "(h a) (w b) c -> (h w) (a b c)", a=side, b=side)
-        network, h, embedding = jtu.tree_map(cast, (self, h, embedding))
+        network, h, embedding = self.in_dtype(h, embedding)
         h = network._run(h, embedding)
         y = rearrange(h, "(h w) (a b c) -> (h a) (w b) c", h=rows, a=side, b=side)
         return y.astype(x.dtype)
-
-    def _embed(self, t: RealScalarLike, condition: Any) -> Float[Array, " width"]:
-        first, second = self.time_layers
-        features = Positional(_num_time_features)
-        time = second(
-            jax.nn.silu(first(features(999 * jnp.asarray(t, first.weight.dtype))))
-        )
-        embedded = embed(self.condition, condition)
-        return jax.nn.silu(time if embedded is None else time + embedded)
 
     def _run(
         self, h: Inexact[Array, "tokens size"], embedding: Inexact[Array, " width"]

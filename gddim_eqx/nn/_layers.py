@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Inexact
 
 from .._custom_types import Key
 from .._linear import at_least_single, coefficient_dtype
+from .._misc import as_shape
 
 
 Image = Inexact[Array, "_ _ _"]
@@ -22,6 +23,14 @@ Taps = tuple[float, ...]
 
 # A box filter: upsampling repeats pixels, and downsampling averages them.
 BOX = (1.0, 1.0)
+
+
+def as_image_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """**Raises:** `ValueError` unless given (height, width, channels)."""
+    shape = as_shape(tuple(shape))
+    if len(shape) != 3:
+        raise ValueError(f"`shape` must be (height, width, channels); got {shape}.")
+    return shape
 
 
 def _initialised(kind, *args, key: Key, scale: float, **options):
@@ -221,14 +230,14 @@ class ResidualBlock(eqx.Module):
         self,
         channels: int,
         out_channels: int,
-        embedding_size: int | None,
+        resample: Literal["up", "down"] | None = None,
         *,
         key: Key,
+        embedding_size: int | None,
         dropout: float,
         rescale: bool,
         init_scale: float,
         shortcut_scale: float,
-        resample: Literal["up", "down"] | None = None,
         taps: Taps = BOX,
     ):
         keys = jr.split(key, 4)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Inexact
 
 from .._custom_types import Key, RealScalarLike
 from .._misc import as_shape, check_count
-from ._condition import AbstractConditionalNetwork, embed, Embedding, make_embedding
+from ._condition import AbstractConditionalNetwork, Embedding, make_embedding
 from ._embedding import Fourier
 
 
@@ -84,10 +84,8 @@ class TimeMLP(AbstractConditionalNetwork):
         self.first = eqx.nn.Linear(size, width, key=keys[2])
         self.layers = tuple(eqx.nn.Linear(width, width, key=k) for k in keys[4:])
         self.last = eqx.nn.Linear(width, out_size, key=keys[3])
-        # Not NumPy's integers, which files cannot hold.
-        self.num_classes = None if num_classes is None else int(num_classes)
-        self.context_size = None if context_size is None else int(context_size)
-        self.condition = make_embedding(num_classes, context_size, width, key=key)
+        made = make_embedding(num_classes, context_size, width, key=key)
+        self.condition, self.num_classes, self.context_size = made
 
     def __call__(
         self,
@@ -106,12 +104,8 @@ class TimeMLP(AbstractConditionalNetwork):
         """
         self.check_input(x)
         dtype = self.first.weight.dtype
-        silu = jax.nn.silu
-        first, second = self.time_layers
-        time = second(silu(first(self.time_features(jnp.asarray(t, dtype)))))
-        condition = embed(self.condition, condition)
-        time = time if condition is None else time + condition
-        h = silu(self.first(x.astype(dtype).ravel()) + time)
+        embedding = self.embed(self.time_features(jnp.asarray(t, dtype)), condition)
+        h = jax.nn.silu(self.first(x.astype(dtype).ravel()) + embedding)
         for layer in self.layers:
-            h = silu(layer(h))
+            h = jax.nn.silu(layer(h))
         return self.last(h).astype(x.dtype).reshape(self.out_shape)

@@ -1,21 +1,22 @@
+import functools as ft
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import jax.tree_util as jtu
 from einops import rearrange
-from jaxtyping import Array, Float, Inexact
+from jaxtyping import Array, Inexact
 
 from .._custom_types import Key, RealScalarLike
-from .._misc import as_shape, check_count, show
-from ._condition import AbstractConditionalNetwork, embed, Embedding, make_embedding
+from .._misc import check_count, show
+from ._condition import AbstractConditionalNetwork, Embedding, make_embedding
 from ._embedding import Fourier, Positional
 from ._layers import (
     add,
+    as_image_shape,
     AttentionBlock,
     BOX,
     convolution,
@@ -144,7 +145,7 @@ class NCSNpp(AbstractConditionalNetwork):
         num_classes: int | None = None,
         context_size: int | None = None,
     ):
-        self.shape = as_shape(tuple(shape))
+        self.shape = as_image_shape(shape)
         self.out_channels = self.shape[-1] if out_channels is None else out_channels
         self.features, self.num_blocks = features, num_blocks
         self.multipliers, self.attention = tuple(multipliers), tuple(attention)
@@ -156,39 +157,10 @@ class NCSNpp(AbstractConditionalNetwork):
         self.init_scale, self.checkpoint = float(init_scale), checkpoint
         self.dtype = None if dtype is None else jnp.dtype(dtype)
         self.patch = patch
-        # Not NumPy's integers, which files cannot hold.
-        self.num_classes = None if num_classes is None else int(num_classes)
-        self.context_size = None if context_size is None else int(context_size)
-        self.condition = make_embedding(num_classes, context_size, 4 * features, key=key)
+        made = make_embedding(num_classes, context_size, 4 * features, key=key)
+        self.condition, self.num_classes, self.context_size = made
         self._check()
-        channels = patch**2 * self.shape[-1]
-
         keys = (jr.fold_in(key, i) for i in itertools.count())
-        blocks, attentions, downsamples, upsamples = [], [], [], []
-        embedding_size = None if embedding is None else 4 * features
-        options: Any = dict(rescale=skip_rescale, init_scale=self.init_scale)
-        taps, with_convolution = self.filter_taps, resample_with_convolution
-
-        def add_block(channels, out_channels, resample=None):
-            blocks.append(
-                ResidualBlock(
-                    channels,
-                    out_channels,
-                    embedding_size,
-                    key=next(keys),
-                    dropout=self.dropout,
-                    resample=resample,
-                    taps=BOX if taps is None else taps,
-                    # The authors' two kinds of blocks are initialised like this.
-                    shortcut_scale=1.0 if block == "biggan" else 0.1,
-                    **options,
-                )
-            )
-            return out_channels
-
-        def add_attention(channels):
-            attentions.append(AttentionBlock(channels, key=next(keys), **options))
-
         self.time_features = {
             "fourier": lambda: Fourier(features, self.fourier_scale, key=next(keys)),
             "positional": lambda: Positional(features),
@@ -202,48 +174,74 @@ class NCSNpp(AbstractConditionalNetwork):
                 dense(4 * features, 4 * features, key=next(keys)),
             )
         )
-        self.first = convolution(channels, features, key=next(keys))
-        size, pyramid = features, channels
-        # The channels of the skip connections.
-        skips = [size]
-        for level, multiplier in enumerate(self.multipliers):
-            for _ in range(num_blocks):
-                size = add_block(size, features * multiplier)
-                if self._attends(level):
-                    add_attention(size)
-                skips.append(size)
-            if level < len(self.multipliers) - 1:
-                if block == "biggan":
-                    add_block(size, size, "down")
-                else:
-                    downsamples.append(
-                        Downsample(size, size, taps, with_convolution, key=next(keys))
-                    )
-                if progressive_input == "residual":
-                    downsamples.append(
-                        Downsample(pyramid, size, taps, True, key=next(keys))
-                    )
-                    pyramid = size
-                skips.append(size)
-        add_block(size, size)
-        add_attention(size)
-        add_block(size, size)
-        for level, multiplier in reversed(list(enumerate(self.multipliers))):
-            for _ in range(num_blocks + 1):
-                size = add_block(size + skips.pop(), features * multiplier)
-            if self._attends(level):
-                add_attention(size)
-            if level > 0:
-                if block == "biggan":
-                    add_block(size, size, "up")
-                else:
-                    upsamples.append(Upsample(size, taps, with_convolution, key=next(keys)))
-        self.blocks, self.attentions = tuple(blocks), tuple(attentions)
-        self.downsamples, self.upsamples = tuple(downsamples), tuple(upsamples)
+        self.first = convolution(patch**2 * self.shape[-1], features, key=next(keys))
+        layers = self._layers(keys)
+        self.blocks, self.attentions, self.downsamples, self.upsamples = layers
+        size = features * self.multipliers[0]
         self.normalisation = normalisation(size)
         self.last = convolution(
             size, patch**2 * self.out_channels, key=next(keys), scale=self.init_scale
         )
+
+    def _layers(self, keys: Iterator[Key]) -> tuple[tuple[Any, ...], ...]:
+        """All blocks, attentions, downsamples and upsamples."""
+        options: Any = dict(rescale=self.skip_rescale, init_scale=self.init_scale)
+        taps, with_convolution = self.filter_taps, self.resample_with_convolution
+        block = ft.partial(
+            ResidualBlock,
+            embedding_size=None if self.embedding is None else 4 * self.features,
+            dropout=self.dropout,
+            taps=BOX if taps is None else taps,
+            # The authors' two kinds of blocks are initialised like this.
+            shortcut_scale=1.0 if self.block == "biggan" else 0.1,
+            **options,
+        )
+        down = ft.partial(Downsample, taps=taps)
+        makers: dict[str, tuple[int, Callable]] = {
+            "block": (0, block),
+            "attention": (1, ft.partial(AttentionBlock, **options)),
+            "down": (2, ft.partial(down, convolve=with_convolution)),
+            "pyramid": (2, ft.partial(down, convolve=True)),
+            "up": (3, ft.partial(Upsample, taps=taps, convolve=with_convolution)),
+        }
+        layers: tuple[list, ...] = [], [], [], []
+        for kind, *sizes in self._plan():
+            if kind in makers:
+                place, make = makers[kind]
+                layers[place].append(make(*sizes, key=next(keys)))
+        return tuple(map(tuple, layers))
+
+    def _plan(self) -> Iterator[tuple]:
+        """The kinds of layers between the first and the last, in order, each with its
+        numbers of channels; and where skip connections begin (`"push"`) and end
+        (`"pop"`)."""
+        biggan, lowest = self.block == "biggan", len(self.multipliers) - 1
+        size, pyramid = self.features, self.patch**2 * self.shape[-1]
+        skips = [size]
+        for level, multiplier in enumerate(self.multipliers):
+            for _ in range(self.num_blocks):
+                yield "block", size, (size := self.features * multiplier)
+                if self._attends(level):
+                    yield "attention", size
+                yield ("push",)
+                skips.append(size)
+            if level < lowest:
+                yield ("block", size, size, "down") if biggan else ("down", size, size)
+                if self.progressive_input == "residual":
+                    yield "pyramid", pyramid, (pyramid := size)
+                yield ("push",)
+                skips.append(size)
+        yield "block", size, size
+        yield "attention", size
+        yield "block", size, size
+        for level, multiplier in reversed(list(enumerate(self.multipliers))):
+            for _ in range(self.num_blocks + 1):
+                yield ("pop",)
+                yield "block", size + skips.pop(), (size := self.features * multiplier)
+            if self._attends(level):
+                yield "attention", size
+            if level > 0:
+                yield ("block", size, size, "up") if biggan else ("up", size)
 
     def _attends(self, level: int) -> bool:
         return self._height(level) in self.attention
@@ -252,14 +250,8 @@ class NCSNpp(AbstractConditionalNetwork):
         return self.shape[0] // (self.patch * 2**level)
 
     def _check(self) -> None:
-        if len(self.shape) != 3:
-            raise ValueError(
-                f"`shape` must be (height, width, channels); got {self.shape}."
-            )
-        check_count("features", self.features)
-        check_count("num_blocks", self.num_blocks)
-        check_count("out_channels", self.out_channels)
-        check_count("patch", self.patch)
+        for name in ("features", "num_blocks", "out_channels", "patch"):
+            check_count(name, getattr(self, name))
         if not self.multipliers:
             raise ValueError("`multipliers` must hold a number per resolution; got none.")
         for multiplier in self.multipliers:
@@ -316,26 +308,17 @@ class NCSNpp(AbstractConditionalNetwork):
         **Raises:** `ValueError` for an input of another shape.
         """
         self.check_input(x)
-        embedding = self._embed(t, condition)
-        dtype = self.first.weight.dtype if self.dtype is None else self.dtype
-        cast = lambda y: y.astype(dtype) if eqx.is_inexact_array(y) else y
+        label = 999 * jnp.asarray(t, self.first.weight.dtype)
+        if self.embedding == "fourier":
+            label = jnp.log(label)
+        features = None if self.time_features is None else self.time_features(label)
+        embedding = self.embed(features, condition)
         side = self.patch
         h = rearrange(x, "(h a) (w b) c -> (a b c) h w", a=side, b=side)
-        network, h, embedding = jtu.tree_map(cast, (self, h, embedding))
+        network, h, embedding = self.in_dtype(h, embedding)
         h = network._run(h, embedding, key)
         y = rearrange(h, "(a b c) h w -> (h a) (w b) c", a=side, b=side)
         return y.astype(x.dtype)
-
-    def _embed(self, t: RealScalarLike, condition: Any) -> Float[Array, " size"] | None:
-        embedded = embed(self.condition, condition)
-        if self.time_features is None or self.time_layers is None:
-            return None
-        first, second = self.time_layers
-        label = 999 * jnp.asarray(t, first.weight.dtype)
-        if self.embedding == "fourier":
-            label = jnp.log(label)
-        time = second(jax.nn.silu(first(self.time_features(label))))
-        return time if embedded is None else time + embedded
 
     def _run(self, h, embedding, key):
         blocks, attentions = iter(self.blocks), iter(self.attentions)
@@ -344,35 +327,25 @@ class NCSNpp(AbstractConditionalNetwork):
         keys = iter(keys)
         run = eqx.filter_checkpoint if self.checkpoint else lambda block: block
 
-        def through_block(h):
-            return run(next(blocks))(h, embedding, next(keys))
-
-        def through_attention(h):
-            return run(next(attentions))(h)
-
-        biggan = self.block == "biggan"
         pyramid = h
         h = convolve(self.first, h)
         skips = [h]
-        for level in range(len(self.multipliers)):
-            for _ in range(self.num_blocks):
-                h = through_block(h)
-                if self._attends(level):
-                    h = through_attention(h)
-                skips.append(h)
-            if level < len(self.multipliers) - 1:
-                h = through_block(h) if biggan else next(downsamples)(h)
-                if self.progressive_input == "residual":
+        for kind, *_ in self._plan():
+            match kind:
+                case "block":
+                    h = run(next(blocks))(h, embedding, next(keys))
+                case "attention":
+                    h = run(next(attentions))(h)
+                case "down":
+                    h = next(downsamples)(h)
+                case "up":
+                    h = next(upsamples)(h)
+                case "pyramid":
                     h = pyramid = add(next(downsamples)(pyramid), h, self.skip_rescale)
-                skips.append(h)
-        h = through_block(through_attention(through_block(h)))
-        for level in reversed(range(len(self.multipliers))):
-            for _ in range(self.num_blocks + 1):
-                h = through_block(jnp.concatenate([h, skips.pop()]))
-            if self._attends(level):
-                h = through_attention(h)
-            if level > 0:
-                h = through_block(h) if biggan else next(upsamples)(h)
+                case "push":
+                    skips.append(h)
+                case "pop":
+                    h = jnp.concatenate([h, skips.pop()])
         return convolve(self.last, jax.nn.silu(normalise(self.normalisation, h)))
 
 

@@ -1,6 +1,7 @@
+import functools as ft
 import hashlib
 import threading
-from collections.abc import Generator, Iterator, Sized
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -76,53 +77,29 @@ class Batches:
         self.placement = placement
         # Objects that read files seldom expect two threads.
         self._lock = threading.Lock()
-        self._orders: dict[int, np.ndarray] = {}
 
     def indices(self, n: int) -> np.ndarray:
         """The indices of the samples in batch n, counted from 0."""
-        number = self.number
         places = np.arange(n * self.batch_size, (n + 1) * self.batch_size)
-        epochs, within = np.divmod(places, number)
-        indices = np.empty(self.batch_size, np.int64)
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            indices[chosen] = self._order(int(epoch))[within[chosen]]
-        return indices
-
-    def _order(self, epoch: int) -> np.ndarray:
-        # Replaced as a whole, as several threads read ahead.
-        orders = self._orders
-        if epoch not in orders:
-            random = np.random.default_rng([self.seed, epoch])
-            before = {e: o for e, o in orders.items() if e == epoch - 1}
-            self._orders = orders = before | {epoch: random.permutation(self.number)}
-        return orders[epoch]
-
-    def __iter__(self) -> Iterator[PyTree[np.ndarray]]:
-        """All samples once, in the order of the data, on the host."""
-        for n in range(0, self.number, self.batch_size):
-            yield self._read(np.arange(n, min(n + self.batch_size, self.number)))
+        epochs, within = np.divmod(places, self.number)
+        orders = {e: _order(self.seed, e, self.number) for e in np.unique(epochs).tolist()}
+        return np.array([orders[e][i] for e, i in zip(epochs.tolist(), within.tolist())])
 
     def __getitem__(self, n: int) -> PyTree[Array]:
         """Batch n, on its devices."""
-        indices = self.indices(n)
         if self.placement is None:
-            return jax.device_put(self._read(indices))
-        # Samples are read once for all leaves and shards of this process.
-        shards = self.placement.batch.addressable_devices_indices_map((self.batch_size,))
-        parts = {_ends(part): part[0] for part in shards.values() if part is not None}
-        read = {ends: self._read(indices[part]) for ends, part in parts.items()}
-        example = next(iter(read.values()))
-        leaves = [
-            jax.make_array_from_callback(
-                (self.batch_size, *leaf.shape[1:]),
-                self.placement.batch,
-                # Only the first axis is sharded.
-                lambda part, i=i: jtu.tree_leaves(read[_ends(part)])[i],
-            )
-            for i, leaf in enumerate(jtu.tree_leaves(example))
-        ]
-        return jtu.tree_unflatten(jtu.tree_structure(example), leaves)
+            return jax.device_put(self.read(n))
+        indices, size = self.indices(n), self.batch_size
+        sharding = self.placement.batch
+        # Each process reads what its devices need.
+        parts = sharding.addressable_devices_indices_map((size,)).items()
+        shards = [jax.device_put(self._read(indices[i]), device) for device, i in parts]
+
+        def join(*leaves):
+            shape = (size, *leaves[0].shape[1:])
+            return jax.make_array_from_single_device_arrays(shape, sharding, leaves)
+
+        return jtu.tree_map(join, *shards)
 
     def read(self, n: int) -> PyTree[np.ndarray]:
         """Batch n, whole, on the host."""
@@ -194,26 +171,28 @@ def _stacked(samples: list) -> np.ndarray:
 def _common_length(sources: list[Any]) -> int:
     """**Raises:** `ValueError` unless all are samples, and equally many."""
     for source in sources:
-        sized = isinstance(source, Sized) and hasattr(source, "__getitem__")
-        if not sized or (_is_array(source) and getattr(source, "ndim", 1) == 0):
+        try:
+            empty = len(source) == 0
+        except TypeError:
+            empty = True
+        if empty or not hasattr(source, "__getitem__"):
             raise ValueError(
                 "`data` must hold samples: an array with a leading axis, or an object with "
                 f"`len(data)` and `data[index]`; got {show(source)}."
             )
+        if _is_array(source):
+            _check_numbers(source)
     lengths = [len(source) for source in sources]
-    if not lengths or min(lengths) == 0:
-        shapes = [getattr(source, "shape", type(source).__name__) for source in sources]
-        raise ValueError(
-            f"`data` must hold samples; got shapes {', '.join(map(str, shapes)) or 'none'}."
-        )
-    if len(set(lengths)) > 1:
+    if len(set(lengths)) != 1:
         raise ValueError(
             f"All leaves of `data` must be equally long; got lengths {lengths}."
         )
-    for source in sources:
-        if _is_array(source):
-            _check_numbers(source)
     return lengths[0]
+
+
+@ft.lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, number: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(number)
 
 
 def _is_array(source: Any) -> bool:
@@ -253,10 +232,6 @@ def _rows(source: Any, indices: np.ndarray) -> PyTree[np.ndarray]:
     for leaf in jtu.tree_leaves(stacked):
         _check_numbers(leaf)
     return stacked
-
-
-def _ends(part: Any) -> tuple[Any, Any]:
-    return part[0].start, part[0].stop
 
 
 class Augmentation(eqx.Module):

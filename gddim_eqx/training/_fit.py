@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from .._misc import check_args, check_count, check_instance, show
+from .._misc import check_args, check_count, check_instance, write_whole
 from ._batches import Augmentation, Batches, split_condition
 from ._checkpoints import Checkpoints
 from ._trainer import copy, Metrics, Trainer, TrainState
@@ -40,9 +40,8 @@ class JSONLines:
         path = Path(path)
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
         kept = [line for line in lines if json.loads(line)["step"] <= since]
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text("".join(f"{line}\n" for line in kept))
-        partial.replace(path)
+        text = "".join(f"{line}\n" for line in kept)
+        write_whole(path, lambda file: file.write(text.encode()))
         self._file = path.open("a")
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
@@ -59,61 +58,79 @@ class JSONLines:
         self.close()
 
 
-class _Stop:
-    """Whether this process, and the others with it, were asked to stop, by SIGTERM or
-    SIGINT.
+@contextlib.contextmanager
+def _signals_to_stop(notice: bool) -> Iterator[Callable[[int], bool]]:
+    """Whether this process, or another with it, was asked to stop by SIGTERM or SIGINT, as
+    a function of the step. A second signal is handled as it would be without this."""
+    asked: list[int] = []
+    # With several processes, JAX handles SIGTERM itself, and tells the others.
+    several = jax.process_count() > 1
+    numbers = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
+    # Python allows signal handlers in the main thread only.
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    # Not if it is ignored, as under `nohup`, or was not installed from Python.
+    handlers = {n: signal.getsignal(n) for n in numbers}
+    handlers = {n: h for n, h in handlers.items() if h not in (None, signal.SIG_IGN)}
 
-    A second SIGINT is handled as it would be without this: it raises `KeyboardInterrupt`.
-    """
+    def ask(number, _):
+        signal.signal(number, handlers[number])
+        asked.append(number)
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if notice and number == signal.SIGINT:
+            # `print` must not be used here: it may be running already.
+            os.write(2, b"\nStopping after this step. Interrupt again to stop at once.\n")
 
-    def __init__(self, notice: bool):
-        self._asked, self._notice = False, notice
-        # With several processes, JAX handles SIGTERM itself.
-        self._several = jax.process_count() > 1
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self):
-        # Python allows signal handlers in the main thread only.
-        if threading.current_thread() is threading.main_thread():
-            self._listen(signal.SIGINT, self._interrupt)
-            if not self._several:
-                self._listen(signal.SIGTERM, self._ask)
-        return self
-
-    def __exit__(self, *_):
-        while self._before:
-            signal.signal(*self._before.popitem())
-
-    def _listen(self, number, handler):
-        before = signal.getsignal(number)
-        # Not if it is ignored, as under `nohup`, or was not installed from Python.
-        if before not in (None, signal.SIG_IGN):
-            self._before[number] = before
+    try:
+        for number in handlers:
+            signal.signal(number, ask)
+        sync = multihost_utils.reached_preemption_sync_point
+        yield sync if several else lambda _: bool(asked)
+    finally:
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
-    def _ask(self, *_):
-        self._asked = True
 
-    def _interrupt(self, *_):
-        # Restore the previous handler for the next interrupt. (None is left while
-        # `__exit__` does so.)
-        before = self._before.pop(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGINT, before)
-        self._asked = True
-        if self._several:
-            # JAX then tells the other processes too.
-            os.kill(os.getpid(), signal.SIGTERM)
-        if self._notice:
-            # `print` must not be used here: it may be running already.
-            os.write(2, _notice)
+class _Meter:
+    """Means of the metrics of steps, some of which are still being computed."""
 
-    def __call__(self, step: int) -> bool:
-        if self._several:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._asked
+    def __init__(self, batch_size: int, check: Callable[[int, float, float], None]):
+        self._batch_size, self._check = batch_size, check
+        self._pending: list[tuple[int, Metrics]] = []
+        self._values: list[tuple[float, float]] = []
+        self._since: float | None = None
+        self._timed = 0
 
+    def push(self, step: int, metrics: Metrics) -> None:
+        self._pending.append((step, metrics))
+        self._timed += 1
+        if self._since is None:
+            # Compilation does not count.
+            self.read()
+            self._since, self._timed = time.perf_counter(), 0
+        # One step is being computed while Python prepares the next.
+        self.read(keep=1)
 
-_notice = b"\nStopping after this step. Interrupt again to stop at once.\n"
+    def read(self, keep: int = 0) -> None:
+        """Wait for all but the last `keep` steps, and check them."""
+        while len(self._pending) > keep:
+            step, metrics = self._pending.pop(0)
+            values = float(metrics.loss), float(metrics.gradient_norm)
+            self._check(step, *values)
+            self._values.append(values)
+
+    def means(self) -> dict[str, float]:
+        """The means since the last call."""
+        self.read()
+        loss, norm = np.mean(self._values, axis=0)
+        means = {"loss": float(loss), "gradient_norm": float(norm)}
+        now = time.perf_counter()
+        if self._since is not None and self._timed:
+            seconds = now - self._since
+            means["images_per_second"] = self._timed * self._batch_size / seconds
+        self._values, self._since, self._timed = [], now, 0
+        return means
 
 
 def fit(
@@ -135,11 +152,12 @@ def fit(
     parameters as if it had never stopped.
 
     On SIGTERM, and on SIGINT (Ctrl-C, or a notebook's "interrupt"), it finishes the step,
-    saves if there are `checkpoints`, and returns the newest state; a second SIGINT raises
-    `KeyboardInterrupt` at once. Signals are handled in the main thread only.
+    saves if there are `checkpoints`, and returns the newest state. A second one acts as
+    usual: SIGINT raises `KeyboardInterrupt` at once. Signals are handled in the main thread
+    only.
 
     Afterwards, sample with `state.averaged`; see [`gddim_eqx.training.Trainer`][] for how
-    to choose the EMA decay, and [`gddim_eqx.training.adam`][] for the learning rate.
+    to choose the EMA decay and the optimiser.
 
     **Arguments:**
 
@@ -180,87 +198,61 @@ def fit(
     check_count("save_every", save_every)
     check_count("log_every", log_every)
     for log in logs:
-        if not callable(log):
-            raise ValueError(
-                f"`logs` must be callable as `log(step, metrics)`; got {show(log)}."
-            )
+        check_instance("logs", log, Callable, "callable as `log(step, metrics)`")
     for pair in callbacks:
-        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and callable(pair[1])):
-            raise ValueError(
-                "`callbacks` must be pairs of a number of steps and a function to call "
-                f"with the state; got {show(pair)}."
-            )
-        check_count("callbacks", pair[0])
+        wanted = "pairs of a number of steps and a function to call with the state"
+        check_instance("callbacks", pair, tuple | list, wanted)
+        every, callback = pair
+        check_count("callbacks", every)
+        check_instance("callbacks", callback, Callable, wanted)
     _check_condition(trainer, state, batches, 0)
     if checkpoints is not None and checkpoints.steps:
         state = checkpoints.restore(state)
     elif int(state.step) < num_steps:
         # A step donates the buffers of its state.
         state = copy(state)
-    start = done = int(state.step)
-    first = jax.process_index() == 0
-    measured: list[tuple[int, Metrics]] = []
-    totals: list[tuple[float, float]] = []
-    since, timed = time.perf_counter(), 0
+    start, first = int(state.step), jax.process_index() == 0
 
-    def read(keep: int) -> None:
-        """Wait for all but the last `keep` steps, and check that they are finite."""
-        while len(measured) > keep:
-            step, metrics = measured.pop(0)
-            loss, norm = float(metrics.loss), float(metrics.gradient_norm)
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                _check_condition(trainer, state, batches, step - 1)
-                raise FloatingPointError(
-                    f"In step {step} the loss is {loss} and its gradient has norm {norm}. "
-                    + _kept(checkpoints)
-                )
-            totals.append((loss, norm))
+    def check_finite(step: int, loss: float, norm: float) -> None:
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            _check_condition(trainer, state, batches, step - 1)
+            raise FloatingPointError(
+                f"In step {step} the loss is {loss} and its gradient has norm {norm}. "
+                + _kept(checkpoints)
+            )
 
+    meter = _Meter(batches.batch_size, check_finite)
     with contextlib.ExitStack() as stack:
         # First, so that signals are handled while the last checkpoint is written.
-        stop = stack.enter_context(_Stop(notice=progress))
+        asked_to_stop = stack.enter_context(_signals_to_stop(notice=progress))
         if checkpoints is not None:
             stack.callback(checkpoints.wait)
-        bar = stack.enter_context(_bar(num_steps, done)) if progress and first else None
-        stream = stack.enter_context(contextlib.closing(batches.iterate_from(done)))
-        while done < num_steps:
+        bar = stack.enter_context(_bar(num_steps, start)) if progress and first else None
+        stream = stack.enter_context(contextlib.closing(batches.iterate_from(start)))
+        for step in range(start + 1, num_steps + 1):
             state, metrics = trainer.step(state, next(stream))
-            done, timed = done + 1, timed + 1
-            measured.append((done, metrics))
-            if done == start + 1:
-                # Compilation does not count.
-                read(keep=0)
-                since, timed = time.perf_counter(), 0
-            # One step is being computed while Python prepares the next.
-            read(keep=1)
+            meter.push(step, metrics)
+            stop = asked_to_stop(step)
+            last = stop or step == num_steps
             if bar is not None:
                 bar.update()
-            if done % log_every == 0 or done == num_steps:
-                read(keep=0)
-                losses, norms = map(np.mean, zip(*totals))
-                means = {"loss": float(losses), "gradient_norm": float(norms)}
-                if timed:
-                    rate = timed * batches.batch_size / (time.perf_counter() - since)
-                    means["images_per_second"] = rate
+            if step % log_every == 0 or step == num_steps:
+                means = meter.means()
                 for log in logs if first else ():
-                    log(done, means)
+                    log(step, means)
                 if bar is not None:
                     bar.set_postfix({name: f"{x:.4g}" for name, x in means.items()})
-                totals.clear()
-                since, timed = time.perf_counter(), 0
-            stopped = stop(done)
-            at_end = stopped or done == num_steps
-            if checkpoints is not None and (done % save_every == 0 or at_end):
-                read(keep=0)
+            if checkpoints is not None and (step % save_every == 0 or last):
+                meter.read()
                 checkpoints.save(state)
             for every, callback in callbacks:
-                if done % every == 0:
-                    read(keep=0)
+                if step % every == 0:
+                    meter.read()
                     callback(state)
-            if stopped:
+            if stop:
                 break
-    if done >= num_steps and first:
-        _warn_of_initial(trainer, done)
+    if int(state.step) >= num_steps and first:
+        _warn_of_initial(trainer, int(state.step))
     return state
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Inexact, PyTree
 
 from .._custom_types import Args, FrameName, Key, PredictionName, State
 from .._linear import append_axes, apply, check_state, coefficient_dtype, subtract
-from .._misc import as_constant, check_key, check_per_sample, show
+from .._misc import as_constant, check_instance, check_key, check_per_sample, show
 from .._process import AbstractProcess, DiscreteVP, latest, require_process
 from .._term import check_prediction, make_prediction, Marginal, ProbabilityFlow
 from ._times import AbstractTimeSampler, UniformTimes
@@ -33,6 +33,10 @@ class NoisedBatch(NamedTuple):
 
 
 def _holds(dtype, value) -> bool:
+    if isinstance(value, Tracer):
+        return jnp.issubdtype(dtype, jnp.inexact) or jnp.issubdtype(
+            value.dtype, jnp.integer
+        )
     value = np.asarray(value)
     with np.errstate(invalid="ignore", over="ignore"):
         return bool((value.astype(dtype) == value).all())
@@ -118,11 +122,8 @@ class DenoisingLoss(eqx.Module):
                 f"`weighting` must be one of {known}, a function of time or a "
                 f"`DataWeighting`; got {show(weighting)}."
             )
-        if not isinstance(times, AbstractTimeSampler):
-            raise ValueError(
-                f"`times` must be a time sampler such as `UniformTimes()`; got "
-                f"{show(times)}."
-            )
+        wanted = "a time sampler such as `UniformTimes()`"
+        check_instance("times", times, AbstractTimeSampler, wanted)
         start, end = _ends(process, times)
         # Before its first index, a discrete-time process has no network to train.
         least = process.t_min if isinstance(process, DiscreteVP) else 0
@@ -195,7 +196,7 @@ class DenoisingLoss(eqx.Module):
         dropped = jr.bernoulli(key, self.condition_dropout, (number,))
 
         def replace(x, none):
-            if not (isinstance(none, Tracer) or _holds(x.dtype, none)):
+            if not _holds(x.dtype, none):
                 raise ValueError(
                     f"The condition has dtype {x.dtype}, which cannot hold `no_condition`, "
                     f"{none}. Convert it, for example to float32."

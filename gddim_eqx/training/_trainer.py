@@ -1,4 +1,3 @@
-import functools as ft
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._custom_types import Key
-from .._misc import as_constant, as_number, check_count, check_instance, check_key, show
+from .._misc import as_constant, check_count, check_instance, check_key, show
 from .._sharding import Placement
 from ._batches import Augmentation, split_condition
 from ._loss import DenoisingLoss
@@ -36,9 +35,6 @@ class TrainState(eqx.Module):
     """Master weights: single-precision copies of the parameters that are in half precision,
     which the optimiser updates, as half precision would lose small updates. `None`
     elsewhere."""
-    lost: PyTree = None
-    """The rounding error in the EMA, where the decay is so close to 1 that it would matter.
-    `None` elsewhere."""
 
     @property
     def averaged(self) -> Any:
@@ -97,12 +93,25 @@ class Trainer(eqx.Module):
         """**Arguments:**
 
         - `loss`: what to minimise.
-        - `optimiser`: by default [`gddim_eqx.training.adam`][].
+        - `optimiser`: an Optax optimiser. By default Adam with the learning rate 5e-4,
+            reached after 100 steps, and gradients clipped to norm 1, for small networks and
+            thousands of steps. The paper's, for large networks and hundreds of thousands of
+            steps, has the learning rate 2e-4 after 5,000 (Table 4, and the authors'
+            configurations):
+
+            ```python
+            learning_rate = optax.warmup_constant_schedule(0.0, 2e-4, 5000)
+            optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate))
+            ```
+
+            For short runs take a higher rate, up to 2e-3 for small networks, that decays
+            to 0: `optax.warmup_cosine_decay_schedule(0.0, 2e-3, 100, num_steps)`.
         - `ema_decay`: the decay of the EMA of the parameters. It averages over about
             the last `1 / (1 - ema_decay)` steps, which should be at most a tenth of
             all: 0.995 suits runs of at least 2,000 steps, 0.999 of 10,000, and 0.9999, as
             in the paper, of 100,000. With a longer EMA, `state.averaged` may be worse than
-            `state.model`.
+            `state.model`; and single precision loses changes of the parameters of less than
+            `1e-7 / (1 - ema_decay)` of their size.
         - `debias`: whether to remove the initial parameters from the EMA, by Adam's bias
             correction. Otherwise, as in the authors' code, the EMA starts at them, and they
             still have weight `ema_decay**n` after n steps.
@@ -118,14 +127,12 @@ class Trainer(eqx.Module):
         **Raises:** `ValueError` for numbers out of range.
         """
         check_instance("loss", loss, DenoisingLoss, "a `DenoisingLoss(process)`")
-        optimiser = adam() if optimiser is None else optimiser
-        wanted = "an Optax optimiser, such as `adam()`"
+        optimiser = _default_optimiser() if optimiser is None else optimiser
+        wanted = "an Optax optimiser, such as `optax.adam(1e-3)`"
         check_instance("optimiser", optimiser, optax.GradientTransformation, wanted)
         check_instance("placement", placement, Placement | None, "a `Placement()`")
-        if prepare is not None and not callable(prepare):
-            raise ValueError(
-                f"`prepare` must be callable as `prepare(key, batch)`; got {show(prepare)}."
-            )
+        wanted = "callable as `prepare(key, batch)`"
+        check_instance("prepare", prepare, Callable | None, wanted)
         ema_decay = as_constant("ema_decay", ema_decay)
         if not 0 <= ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in [0, 1); got {ema_decay}.")
@@ -149,31 +156,21 @@ class Trainer(eqx.Module):
         """
         check_key(key)
         if callable(model) and not jtu.tree_leaves(_parameters(model)):
-            arrays, rest = self._init_compiled(model, key)
-            return eqx.combine(arrays(key), rest)
+            try:
+                return self._init_compiled(model, key)
+            except TypeError as error:
+                raise ValueError(
+                    "`model` must be a model with parameters, that is, floating-point JAX "
+                    "arrays, or a function without arguments that returns one; got "
+                    f"{show(model)}, which raised: {error}"
+                ) from error
         state = self._init(model, key)
         return state if self.placement is None else self.placement.put(state)
 
-    def _init_compiled(self, make_model: Callable[[], Any], key: Key):
-        """A compiled function of the key that returns the arrays of the first state, and
-        the rest of the state."""
-
-        def make(key):
-            return self._init(make_model(), key)
-
-        try:
-            shapes = eqx.filter_eval_shape(make, key)
-        except TypeError as error:
-            raise ValueError(
-                "`model` must be a model with parameters, that is, floating-point JAX "
-                "arrays, or a function without arguments that returns one; got "
-                f"{show(make_model)}, which raised: {error}"
-            ) from error
-        is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)
-        shapes, rest = eqx.partition(shapes, is_shape)
-        sharding = None if self.placement is None else self.placement.of(shapes)
-        arrays = lambda key: eqx.filter(make(key), eqx.is_array)
-        return jax.jit(arrays, out_shardings=sharding), rest
+    @eqx.filter_jit
+    def _init_compiled(self, make_model: Callable[[], Any], key: Key) -> TrainState:
+        state = self._init(make_model(), key)
+        return state if self.placement is None else self.placement.constrain(state)
 
     def _init(self, model: PyTree, key: Key) -> TrainState:
         if not jtu.tree_leaves(_parameters(model)):
@@ -185,9 +182,9 @@ class Trainer(eqx.Module):
         copied, ema = copy(model), copy(_in_single(_parameters(model)))
         optimiser = copy(self.optimiser.init(ema))
         precise = copy(_where_changed(ema, _parameters(model)))
-        lost = jtu.tree_map(lambda x: jnp.zeros_like(x) if self._rounds(x) else None, ema)
-        step = jnp.zeros((), jnp.int32)
-        return TrainState(copied, ema, optimiser, step, copy(key), precise, lost)
+        return TrainState(
+            copied, ema, optimiser, jnp.zeros((), jnp.int32), copy(key), precise
+        )
 
     def step(
         self, state: TrainState, batch: PyTree, args: Any = None
@@ -210,14 +207,12 @@ class Trainer(eqx.Module):
         """
         check_instance("state", state, TrainState, "a state from `Trainer.init`")
         batch = jnp.asarray(batch) if isinstance(batch, list) else batch
-        fixed, leaves = _Fixed.of(self, state)
-        leaves, metrics = _step(fixed, leaves, batch, args)
-        return fixed.unflatten(leaves), metrics
+        return _step((self, batch, args), state)
 
     def lower(self, state: TrainState, batch: PyTree, args: Any = None) -> Any:
         """A lowered step, as from `jax.jit(...).lower`, for inspection."""
-        fixed, leaves = _Fixed.of(self, state)
-        return _step.lower(fixed, leaves, batch, args)
+        step: Any = _step
+        return step.lower((self, batch, args), state).lowered
 
     def _step(self, state, batch, args):
         key = jr.fold_in(state.key, state.step)
@@ -226,73 +221,53 @@ class Trainer(eqx.Module):
         x, condition = split_condition(batch)
         noised = self.loss.noised(loss_key, x, condition)
         parameters, static = eqx.partition(state.model, eqx.is_inexact_array)
+        precise = eqx.combine(state.precise, parameters)
 
-        def mean_loss(parameters, noised):
-            model = eqx.combine(parameters, static)
+        def mean_loss(precise, noised):
+            model = eqx.combine(_cast_like(precise, parameters), static)
             return self.loss(model, noised, args).mean()
 
-        loss, gradient = self._gradient(mean_loss, parameters, noised)
+        loss, gradient = self._gradient(mean_loss, precise, noised)
         if self.placement is not None:
             gradient = self.placement.constrain(gradient)
         metrics = Metrics(loss, optax.tree.norm(gradient))
-        precise = eqx.combine(state.precise, parameters)
         # Optax mixes integers with floats.
         with jax.numpy_dtype_promotion("standard"):
             updates, optimiser = self.optimiser.update(gradient, state.optimiser, precise)
         precise = eqx.apply_updates(precise, updates)
         parameters = _cast_like(precise, parameters)
         model, step = eqx.combine(parameters, static), state.step + 1
-        ema, lost = self._update_ema(state, parameters, step)
+        ema = self._update_ema(state.ema, parameters, step)
         precise = _where_changed(precise, parameters)
-        state = TrainState(model, ema, optimiser, step, state.key, precise, lost)
+        state = TrainState(model, ema, optimiser, step, state.key, precise)
         if self.placement is not None:
             state = self.placement.constrain(state)
         return state, metrics
 
-    def _update_ema(self, state, parameters, step):
-        """The updated EMA, and its rounding error."""
+    def _update_ema(self, ema, parameters, step):
+        # Not `optax.ema`, whose rounding of the decay rescales the average: at 0.9999, by
+        # 1e-4 in single precision.
+        share = 1 - self.ema_decay
+        if self.debias:
+            # One minus a power of the decay, without cancellation.
+            log = math.log(max(self.ema_decay, 1e-300))
+            share = share / -jnp.expm1(step.astype(float) * log)
 
-        def change(old, new):
-            return self._share(step, old.dtype) * (new.astype(old.dtype) - old)
+        def update(old, new):
+            new = new.astype(old.dtype)
+            return old + jnp.asarray(share, old.real.dtype) * (new - old)
 
-        changes = jtu.tree_map(change, state.ema, parameters)
-        # Kahan summation, where `lost` is not `None`.
-        known = eqx.combine(state.lost, jtu.tree_map(jnp.zeros_like, changes))
-        changes = jtu.tree_map(jnp.subtract, changes, known)
-        ema = jtu.tree_map(jnp.add, state.ema, changes)
-        lost = jtu.tree_map(
-            lambda old, new, change: new - old - change if self._rounds(old) else None,
-            state.ema,
-            ema,
-            changes,
-        )
-        return ema, lost
+        return jtu.tree_map(update, ema, parameters)
 
-    def _share(self, step, dtype) -> Array:
-        """The weight of the newest parameters in the EMA."""
-        dtype, share = jnp.finfo(dtype).dtype, 1 - self.ema_decay
-        if not self.debias:
-            return jnp.asarray(share, dtype)
-        log = math.log(self.ema_decay) if self.ema_decay else -math.inf
-        # One minus a power of the decay, without cancellation.
-        return share / -jnp.expm1(step.astype(dtype) * log)
-
-    def _rounds(self, x: Array) -> bool:
-        """Whether the EMA would lose all but a few bits of an update."""
-        return 1 - self.ema_decay < 2**9 * float(jnp.finfo(x.dtype).eps)
-
-    def _gradient(self, mean_loss, parameters, noised):
-        def value_and_gradient(parameters, noised):
-            value, gradient = jax.value_and_grad(mean_loss)(parameters, noised)
-            return value, _in_single(gradient)
-
+    def _gradient(self, mean_loss, precise, noised):
+        value_and_gradient = jax.value_and_grad(mean_loss)
         number = self.accumulate
         size = noised.x.shape[0]
         if self.placement is not None:
             self.placement.check_batch(size)
             noised = self.placement.shard(noised)
         if number == 1:
-            return value_and_gradient(parameters, noised)
+            return value_and_gradient(precise, noised)
         if size % number:
             raise ValueError(
                 f"A batch of {size} cannot be divided into `accumulate={number}` equal "
@@ -306,10 +281,10 @@ class Trainer(eqx.Module):
         def add(total, part):
             if self.placement is not None:
                 part = self.placement.shard(part)
-            return jtu.tree_map(jnp.add, total, value_and_gradient(parameters, part)), None
+            return jtu.tree_map(jnp.add, total, value_and_gradient(precise, part)), None
 
-        zero = jax.eval_shape(value_and_gradient, parameters, noised)
-        zero = jtu.tree_map(lambda x: jnp.zeros(x.shape, x.dtype), zero)
+        shapes = jax.eval_shape(value_and_gradient, precise, noised)
+        zero = jtu.tree_map(jnp.zeros_like, shapes)
         total, _ = jax.lax.scan(add, zero, parts)
         return jtu.tree_map(lambda x: x / number, total)
 
@@ -338,82 +313,12 @@ def _where_changed(tree: PyTree, other: PyTree) -> Any:
     return jtu.tree_map(lambda x, y: None if x.dtype == y.dtype else x, tree, other)
 
 
-class _Fixed:
-    """The static part of a step: the trainer, and all of a state but its arrays.
-    `equinox.filter_jit` would do the same, but adds a millisecond to every step."""
-
-    def __init__(self, trainer: Trainer, treedef: Any, others: tuple):
-        self.trainer, self.treedef, self.others = trainer, treedef, others
-
-    @classmethod
-    def of(cls, trainer: Trainer, state: TrainState) -> tuple["_Fixed", list[Array]]:
-        leaves, treedef = jtu.tree_flatten(state)
-        is_array = [eqx.is_array(x) for x in leaves]
-        others = tuple(None if a else (x,) for x, a in zip(leaves, is_array))
-        return cls(trainer, treedef, others), [x for x, a in zip(leaves, is_array) if a]
-
-    def unflatten(self, arrays: list[Array]) -> TrainState:
-        values = iter(arrays)
-        leaves = [next(values) if x is None else x[0] for x in self.others]
-        return jtu.tree_unflatten(self.treedef, leaves)
-
-    def __hash__(self):
-        return hash((id(self.trainer), self.others))
-
-    def __eq__(self, other):
-        return (
-            self.trainer is other.trainer
-            and self.others == other.others
-            and self.treedef == other.treedef
-        )
+@eqx.filter_jit(donate="all-except-first")
+def _step(inputs: tuple[Trainer, PyTree, Any], state: TrainState):
+    trainer, batch, args = inputs
+    return trainer._step(state, batch, args)
 
 
-@ft.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _step(fixed: _Fixed, arrays: list[Array], batch: PyTree, args: Any):
-    state, metrics = fixed.trainer._step(fixed.unflatten(arrays), batch, args)
-    after, arrays = _Fixed.of(fixed.trainer, state)
-    assert after == fixed
-    return arrays, metrics
-
-
-def adam(
-    learning_rate: float = 5e-4,
-    warmup: int = 100,
-    clip: float = 1.0,
-    num_steps: int | None = None,
-    **options: Any,
-) -> optax.GradientTransformation:
-    """Adam with gradient clipping and linear learning-rate warm-up, as in the paper, which
-    uses `adam(2e-4, warmup=5000)` (Table 4, and the authors' configurations), for large
-    networks and hundreds of thousands of steps. The defaults are for small networks and
-    thousands of steps.
-
-    **Arguments:**
-
-    - `learning_rate`: after the warm-up. Up to 2e-3 for small networks with `num_steps`.
-    - `warmup`: the number of warm-up steps; 0 for none. Use at most a tenth of all steps.
-    - `clip`: the maximum global norm of the gradient.
-    - `num_steps`: if given, the learning rate decays to 0 until then, along a cosine. The
-        paper does not do this; use it for short training with a high learning rate.
-    - `options`: passed to `optax.adam`.
-
-    **Raises:** `ValueError` for numbers out of range, and if `num_steps` is within the
-    warm-up.
-    """
-    check_count("warmup", warmup, least=0)
-    for name, value in (("learning_rate", learning_rate), ("clip", clip)):
-        if not as_number(name, value) > 0:
-            raise ValueError(f"`{name}` must be positive; got {value}.")
-    if num_steps is not None:
-        check_count("num_steps", num_steps)
-    if num_steps is None:
-        rest = optax.constant_schedule(learning_rate)
-    elif num_steps > warmup:
-        rest = optax.cosine_decay_schedule(learning_rate, num_steps - warmup)
-    else:
-        raise ValueError(
-            f"`num_steps` must be more than `warmup`, {warmup}; got {num_steps}."
-        )
-    rise = optax.linear_schedule(0.0, learning_rate, warmup)
-    schedule = optax.join_schedules([rise, rest], [warmup]) if warmup else rest
-    return optax.chain(optax.clip_by_global_norm(clip), optax.adam(schedule, **options))
+def _default_optimiser() -> optax.GradientTransformation:
+    learning_rate = optax.warmup_constant_schedule(0.0, 5e-4, 100)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(learning_rate))
