@@ -8,6 +8,7 @@ from .prediction import (
 from .probability_flow import (
     AbstractReverseTerm as AbstractReverseTerm,
     check_flow as check_flow,
+    flow_first as flow_first,
     flow_of_ode as flow_of_ode,
     ProbabilityFlow as ProbabilityFlow,
 )

@@ -1,5 +1,7 @@
 import functools as ft
+import re
 from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import diffrax as dfx
 import equinox as eqx
@@ -19,6 +21,10 @@ from .prediction import (
     Marginal,
     Noise,
 )
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class AbstractReverseTerm(dfx.AbstractTerm):
@@ -258,14 +264,33 @@ def flow_of_ode(process: AbstractProcess, term: dfx.ODETerm) -> ProbabilityFlow:
     return ProbabilityFlow(process, _FromVectorField(term, process), "flow")
 
 
-def check_flow(flow: object) -> ProbabilityFlow:
-    """**Raises:** `ValueError` unless given a probability flow."""
-    if not isinstance(flow, ProbabilityFlow):
-        raise ValueError(
-            "`flow` must be a `ProbabilityFlow(process, model)`; got "
-            f"{type(flow).__name__}."
-        )
-    return flow
+def check_flow(flow: object, call: str | None = None) -> ProbabilityFlow:
+    """**Raises:** `ValueError` unless given a probability flow. It writes out the call,
+    such as `"sample(flow, key, number)"`."""
+    if isinstance(flow, ProbabilityFlow):
+        return flow
+    made = "ProbabilityFlow(process, model)"
+    if call is not None and isinstance(flow, AbstractProcess):
+        name, call = call.split("(")[0], re.sub(r"\bflow\b", made, call)
+        raise ValueError(f"`{name}` takes a flow, not a process and a model: `{call}`.")
+    raise ValueError(f"`flow` must be a `{made}`; got {type(flow).__name__}.")
+
+
+def flow_first(call: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Until the release: the error of `check_flow` also for calls with a process that have
+    more arguments, such as `predicts`, than there are now."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @ft.wraps(function)
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+            for x in (*args[:2], kwargs.get("process")):
+                if isinstance(x, AbstractProcess):
+                    check_flow(x, call)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    return decorate
 
 
 def _check_same_kind(model: Callable, predicts: str, factor: str) -> None:
