@@ -18,10 +18,10 @@ from jaxtyping import Array, PyTree
 
 from .._custom_types import Args, State
 from .._linear import at_least_single, batch_axes, check_state, coefficient_dtype
-from .._misc import check_args, check_count, pin, show
+from .._misc import check_count, pin, show
 from .._model import GaussianMixture, NormalData
 from .._process import as_grid
-from .._term import check_flow, ProbabilityFlow, StartedModel
+from .._term import as_model, check_flow, ProbabilityFlow, StartedModel
 from ..solvers import GDDIM, LearnedGDDIM
 from .grid import time_grid
 from .inversion import generate
@@ -74,7 +74,7 @@ class Pilots(NamedTuple):
         batch_size = batch[0] if batch_size is None else batch_size
         check_count("batch_size", batch_size)
         batch_size = min(int(batch_size), batch[0])
-        check_args(flow.model, args)
+        as_model(flow.model).check_args(args)
         as_array = lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x
         args = jtu.tree_map(as_array, args)
         if ts is None:

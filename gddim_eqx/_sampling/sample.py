@@ -17,12 +17,11 @@ from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, PyTree, Shaped
 
-from .._custom_types import Args, FrameName, Key, Level, PredictionName, Times
+from .._custom_types import Args, Key, Level, Times
 from .._linear import at_least_single
 from .._misc import (
     as_dtype,
     as_level,
-    check_args,
     check_count,
     check_instance,
     check_key,
@@ -34,11 +33,13 @@ from .._misc import (
 from .._process import AbstractProcess, as_grid, log_snr_at_start
 from .._sharding import Placement
 from .._term import (
+    as_model,
+    check_flow,
     evaluated_model,
+    flow_first,
     ProbabilityFlow,
     reverse_sde,
     StartedModel,
-    takes_flow,
 )
 from ..solvers import GDDIM, LearnedGDDIM, SSCS
 from .diagnosis import find_fault
@@ -148,10 +149,9 @@ def _solve(flow, lam, solver, denoise, grid, key, index, wanted, args, meter, pl
     return x, sol.result, sol.stats["num_steps"], bad, total
 
 
-@takes_flow
+@flow_first("sample(flow, key, number)")
 def sample(
-    process: AbstractProcess,
-    model: Callable,
+    flow: ProbabilityFlow,
     key: Key,
     number: int,
     num_steps: int | None = None,
@@ -161,8 +161,6 @@ def sample(
     denoise: Literal["drift", "exact"] | None = None,
     ts: Times | None = None,
     start: GaussianStart | Literal["auto"] | None = "auto",
-    predicts: PredictionName = "noise",
-    factor: FrameName = "R",
     args: Args = None,
     dtype=None,
     first: int = 0,
@@ -181,10 +179,8 @@ def sample(
 
     **Arguments:**
 
-    - `process`, `model`: the forward process, and a model called as `model(t, u, args)` on
-        the whole batch. Alternatively, pass a [`gddim_eqx.ProbabilityFlow`][] in place of
-        both, `predicts` and `factor`: `sample(flow, key, number)`. Passing the same object
-        again does not recompile; a new `lambda`, or another Python number in a model, does.
+    - `flow`: the probability flow of the model. Passing the same model again does not
+        recompile; a new `lambda`, or another Python number in a model, does.
     - `key`: a random key.
     - `number`: the number of samples.
     - `num_steps`: the number of steps of the default grid; 50 if neither this nor `ts`
@@ -216,7 +212,6 @@ def sample(
             and without noise. Not from a standard deviation under [`gddim_eqx.BDM`][],
             where frequencies differ.
         - `None`: the model is evaluated at all times.
-    - `predicts`, `factor`: as in [`gddim_eqx.ProbabilityFlow`][].
     - `args`: passed to the model: for a conditional one, such as a
         [`gddim_eqx.nn.NetworkModel`][], the condition of each sample, `(number, ...)`, or a
         pytree of these.
@@ -251,7 +246,7 @@ def sample(
             "by `jax.jit`, `jax.vmap` or `jax.grad`. There, call "
             "`diffrax.diffeqsolve(ProbabilityFlow(process, model), GDDIM(), ...)`."
         )
-    flow = ProbabilityFlow(process, model, predicts, factor)
+    process, model = check_flow(flow).process, flow.model
     check_key(key)
     check_count("number", number, least=0)
     solver = GDDIM() if solver is None else solver
@@ -282,7 +277,7 @@ def sample(
     if denoise is not None and float(ts[-1]) == 0:
         raise ValueError("At time 0 nothing is left to denoise; leave out `denoise`.")
     args = jtu.tree_map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, args)
-    check_args(model, args)
+    as_model(model).check_args(args)
     flow = map_rows(lambda name, x: _check_number(name, x, number, first), flow)
     given = as_level(lam), solver, denoise, ts, key
     if batch_size is not None:
@@ -463,11 +458,10 @@ def _on_host(x: Array) -> np.ndarray:
 
 def _most_expected(process: AbstractProcess, model: Callable) -> float:
     """The root mean square above which samples are implausibly large: a hundred times the
-    `data_std` of the model; or, if it has none, that of data whose signal-to-noise ratio at
-    `t_max` would be 0.01, but at most a hundred."""
-    data_std = getattr(model, "data_std", None)
-    if isinstance(data_std, (float, int)):
-        return 100.0 * data_std
+    standard deviation of the data, if the model knows it; or that of data whose
+    signal-to-noise ratio at `t_max` would be 0.01, but at most a hundred."""
+    if (data := as_model(model).normal_data(process)) is not None:
+        return 100.0 * float(data.std)
     return 0.1 * math.exp(min(-log_snr_at_start(process), math.log(1000)))
 
 
