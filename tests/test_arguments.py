@@ -25,9 +25,7 @@ _x = np.zeros((3, 2))
 
 
 def _sample(**kwargs):
-    arguments = dict(process=_process, model=_model, key=_key, number=4) | kwargs
-    names = ("process", "model", "key", "number")
-    return gd.sample(*[arguments.pop(name) for name in names], **arguments)
+    return gd.sample(**(dict(flow=_flow, key=_key, number=4) | kwargs))
 
 
 _refused = {
@@ -55,12 +53,14 @@ _refused = {
         lambda: gd.invert(_flow, _x, 0),
     ],
     "`model` must be callable": [
-        lambda: _sample(model=None),
+        lambda: gd.ProbabilityFlow(_process, None),
         lambda: gd.reverse_sde(_process, 3, 1.0, _key),
     ],
-    "`model` is a `ProbabilityFlow`": [lambda: _sample(model=_flow)],
+    "`model` is a `ProbabilityFlow`": [
+        lambda: gd.ProbabilityFlow(_process, _flow)
+    ],
     "`process` must be a forward process": [
-        lambda: _sample(process="vp"),
+        lambda: gd.ProbabilityFlow("vp", _model),
         lambda: _data.model("vp"),
         lambda: gd.reverse_transition(_model, 0.1, 0.5),
     ],
@@ -176,7 +176,6 @@ _refused = {
     ],
     "`log_likelihood` must be": [lambda: gd.bits_per_dimension("a", (2,))],
     "is a part of the flow": [
-        lambda: gd.sample(_flow, _key, 4, predicts="data"),
         lambda: gd.reverse_sde(_flow, 1.0, _key, factor="R"),
         lambda: gd.DataGuidance(_flow, gd.Clip(), model=_model),
     ],
@@ -239,7 +238,9 @@ def test_complex_data_work_as_real_and_imaginary_parts():
     x = jnp.stack([z.real, z.imag], -1)
     process = gd.VP(x.shape)
     data = gd.GaussianMixture(x[None])
-    samples = gd.sample(process, data.model(process), _key, 3, 10, denoise="exact").x
+    samples = gd.sample(
+        gd.ProbabilityFlow(process, data.model(process)), _key, 3, 10, denoise="exact"
+    ).x
     np.testing.assert_allclose(samples, jnp.broadcast_to(x, (3, *x.shape)), atol=1e-4)
 
 
@@ -252,7 +253,9 @@ def test_lists_and_arrays_of_numpy_are_data_without_warnings():
             _process.prior_log_density(_process.encode(x))
             _flow.noise(0.5, x, None)
         assert _process.prior(_key, 3, np.float64).shape == (3, 2)
-        assert gd.sample(_process, _model, _key, 2, ts=[1.0, 0.5, 0.001]).x.shape == (2, 2)
+        assert gd.sample(
+            gd.ProbabilityFlow(_process, _model), _key, 2, ts=[1.0, 0.5, 0.001]
+        ).x.shape == (2, 2)
         assert gd.log_likelihood(_flow, [[0.0, 1.0]]).value.shape == (1,)
 
 
@@ -382,7 +385,7 @@ def test_another_guidance_scale_does_not_compile_anew():
     number = []
     for scale in (1.0, 2.0, 3):
         guided = gd.ClassifierFreeGuidance(model, model, scale)
-        gd.sample(_process, guided, _key, 2, 3)
+        gd.sample(gd.ProbabilityFlow(_process, guided), _key, 2, 3)
         number.append(len(traces))
     assert number[0] == number[1] == number[2]
 
@@ -392,15 +395,13 @@ def test_what_a_model_raises_says_how_it_was_called():
         return jnp.eye(2) @ u
 
     with pytest.raises(Exception) as caught:
-        gd.sample(_process, of_one, _key, 5, 3)
+        gd.sample(gd.ProbabilityFlow(_process, of_one), _key, 5, 3)
     notes = " ".join(caught.value.__notes__)
     assert "(5, 2)" in notes and "NetworkModel" in notes
 
 
 def _outputs(flow, kind):
     u = prior_state(flow.process, (4,))
-    if kind == "sample":
-        return gd.sample(flow, _key, 4, num_steps=3, lam=0.5).x
     if kind == "reverse_sde":
         return gd.reverse_sde(flow, 0.5, _key, (4,)).terms[0].vf(0.5, u, None)
     if kind == "ClassifierGuidance":
@@ -408,9 +409,7 @@ def _outputs(flow, kind):
     return gd.DataGuidance(flow, gd.Clip())(0.5, u, None)
 
 
-@pytest.mark.parametrize(
-    "kind", ["sample", "reverse_sde", "ClassifierGuidance", "DataGuidance"]
-)
+@pytest.mark.parametrize("kind", ["reverse_sde", "ClassifierGuidance", "DataGuidance"])
 def test_a_flow_stands_for_its_parts(kind):
     def data(t, u, args):
         return 0.5 * u
@@ -419,9 +418,6 @@ def test_a_flow_stands_for_its_parts(kind):
     u = prior_state(_process, (4,))
     parts = dict(predicts="data", factor="R")
     expected = {
-        "sample": lambda: (
-            gd.sample(_process, data, _key, 4, num_steps=3, lam=0.5, **parts).x
-        ),
         "reverse_sde": lambda: (
             gd.reverse_sde(_process, data, 0.5, _key, (4,), **parts)
             .terms[0]

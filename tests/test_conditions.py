@@ -201,7 +201,7 @@ def test_a_linear_measurement_has_the_posterior_in_closed_form():
         ValueError, match="predicts 'data'; this ClassifierFreeGuidance got"
     ):
         gd.ProbabilityFlow(process, gd.ClassifierFreeGuidance(trained))
-    samples = gd.sample(process, alone, jr.key(3), 4000, 20, predicts="data").x
+    samples = gd.sample(gd.ProbabilityFlow(process, alone, "data"), jr.key(3), 4000, 20).x
     assert abs(float(samples.mean())) < 0.08
     np.testing.assert_allclose(samples.var(), 1.0, rtol=0.15)
 
@@ -476,7 +476,7 @@ def test_bad_conditions(case, message, without_type_checks):
     }
     models["fit"] = lambda data: fit(*_trainer(), Batches(data, 4), 2, progress=False)
     models["draw"] = lambda name, args: gd.sample(
-        process, models[name], jr.key(0), 4, 2, args=args, predicts="data"
+        gd.ProbabilityFlow(process, models[name], "data"), jr.key(0), 4, 2, args=args
     )
     with pytest.raises(ValueError, match=message):
         case(models)

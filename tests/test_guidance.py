@@ -117,7 +117,7 @@ def test_a_guided_model_predicts_what_the_model_does():
     flow = gd.ProbabilityFlow(process, mixture_for(process).model(process, "v"), "v")
     guided = gd.DataGuidance(flow, gd.Clip())
     with pytest.raises(ValueError, match="a DataGuidance of a model with predicts='v'"):
-        gd.sample(process, guided, jax.random.key(0), 4)
+        gd.sample(gd.ProbabilityFlow(process, guided), jax.random.key(0), 4)
     gd.ProbabilityFlow(process, guided, "v")
 
 

@@ -242,7 +242,7 @@ def test_sampling_with_a_network():
     model = gd.nn.NetworkModel(process, network)
     # It is not trained.
     with pytest.warns(UserWarning, match="far larger|plausible"):
-        samples = gd.sample(process, model, jax.random.key(1), 3, 4)
+        samples = gd.sample(gd.ProbabilityFlow(process, model), jax.random.key(1), 3, 4)
     assert samples.x.shape == (3, 8, 8, 1) and samples.evaluations == 4
 
 

@@ -103,9 +103,11 @@ def test_samples_agree_with_the_measurement(name, method):
     model = gd.PosteriorGuidance(
         process, data.model(process), _measure(truth), _measure, noise, method
     )
-    x = gd.sample(process, model, jax.random.key(0), 64, 40).x
+    x = gd.sample(gd.ProbabilityFlow(process, model), jax.random.key(0), 64, 40).x
     residual = jnp.abs(_measure(x) - _measure(truth)[None]).mean()
-    free = gd.sample(process, data.model(process), jax.random.key(0), 64, 40).x
+    free = gd.sample(
+        gd.ProbabilityFlow(process, data.model(process)), jax.random.key(0), 64, 40
+    ).x
     before = jnp.abs(_measure(free) - _measure(truth)[None]).mean()
     assert residual < 0.5 * before
     if method == "moments":
@@ -122,7 +124,7 @@ def test_a_nonlinear_measurement():
     model = gd.PosteriorGuidance(
         process, data.model(process), jnp.array([1.5]), radius, 0.05
     )
-    x = gd.sample(process, model, jax.random.key(0), 200, 40).x
+    x = gd.sample(gd.ProbabilityFlow(process, model), jax.random.key(0), 200, 40).x
     assert jnp.median(jnp.abs(radius(x) - 1.5)) < 0.1
     assert (jnp.abs(x.mean(0)) < 0.4).all()
 
@@ -247,7 +249,9 @@ _per_sample = {
 
 
 def _draw(model, number, **options):
-    return gd.sample(_plane, model, jax.random.key(0), number, 2, **options).x
+    return gd.sample(
+        gd.ProbabilityFlow(_plane, model), jax.random.key(0), number, 2, **options
+    ).x
 
 
 @pytest.mark.parametrize("make", _per_sample.values(), ids=_per_sample)

@@ -13,7 +13,6 @@ from .check import (
     check_positive as check_positive,
     constant_field as constant_field,
     error_if_any as error_if_any,
-    errors_as_nan as errors_as_nan,
 )
 from .contents import (
     contents as contents,

@@ -11,6 +11,7 @@ from .probability_flow import (
     flow_first as flow_first,
     flow_of_ode as flow_of_ode,
     ProbabilityFlow as ProbabilityFlow,
+    without_errors as without_errors,
 )
 from .reverse_sde import (
     reverse_sde as reverse_sde,

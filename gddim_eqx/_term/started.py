@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool
 from .._custom_types import Args, RealScalarLike, State
 from .._misc import check_args
 from .._process import AbstractProcess, as_time
-from .probability_flow import ProbabilityFlow
+from .probability_flow import ProbabilityFlow, without_errors
 
 
 class StartedModel(eqx.Module):
@@ -60,7 +60,8 @@ def started_flow(
     """A flow whose model is that of normal data, or of a mixture, at times after `t`."""
     process = flow.process
     closed_form = ProbabilityFlow(process, data.model(process, "data"), "data")
-    return ProbabilityFlow(process, StartedModel(flow, closed_form, t, slope), "data")
+    started = ProbabilityFlow(process, StartedModel(flow, closed_form, t, slope), "data")
+    return started if flow.raises else without_errors(started)
 
 
 def evaluated_model(flow: ProbabilityFlow) -> Any:
