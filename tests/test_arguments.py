@@ -56,9 +56,7 @@ _refused = {
         lambda: gd.ProbabilityFlow(_process, None),
         lambda: gd.reverse_sde(_process, 3, 1.0, _key),
     ],
-    "`model` is a `ProbabilityFlow`": [
-        lambda: gd.ProbabilityFlow(_process, _flow)
-    ],
+    "`model` is a `ProbabilityFlow`": [lambda: gd.ProbabilityFlow(_process, _flow)],
     "`process` must be a forward process": [
         lambda: gd.ProbabilityFlow("vp", _model),
         lambda: _data.model("vp"),
@@ -70,7 +68,7 @@ _refused = {
         lambda: gd.log_likelihood_bound(_model, _x, _key),
         lambda: gd.invert(_process, _x),
         lambda: gd.generate(_model, _x),
-        lambda: gd.adapted_grid(_process, _x),
+        lambda: gd.fit_solver(_process, _x),
     ],
     "`key` must be one random key": [
         lambda: _sample(key=0),
@@ -86,7 +84,7 @@ _refused = {
         lambda: _sample(solver="heun"),
         lambda: _sample(solver=gd.GDDIM),
         lambda: gd.invert(_flow, _x, solver="heun"),
-        lambda: gd.adapted_grid(_flow, _x, 3, "heun"),
+        lambda: gd.fit_solver(_flow, _x, 3, "heun"),
         lambda: gd.log_likelihood(_flow, _x, solver="heun"),
     ],
     "`placement` must be": [lambda: _sample(placement=3)],
@@ -134,7 +132,7 @@ _refused = {
         lambda: gd.DynamicThreshold((2,), "a"),
     ],
     "`(learning_rate|tol)` must be": [
-        lambda: gd.adapted_grid(_flow, _x, 3, learning_rate="a"),
+        lambda: gd.fit_solver(_flow, np.ones((8, 2)), 3, learning_rate="a"),
         lambda: gd.reverse_sde(_flow, 1.0, _key, (4,), tol="a"),
     ],
     "`(order|corrector)` must be": [
@@ -172,7 +170,7 @@ _refused = {
     "shape of one data sample": [
         lambda: gd.log_likelihood(_flow, 1.0),
         lambda: gd.invert(_flow, 1.0),
-        lambda: gd.adapted_grid(_flow, 1.0),
+        lambda: gd.fit_solver(_flow, 1.0),
     ],
     "`log_likelihood` must be": [lambda: gd.bits_per_dimension("a", (2,))],
     "is a part of the flow": [
@@ -205,7 +203,7 @@ _complex = {
     "GDDIM": lambda p, u: gd.GDDIM().init(_zero_flow(p), 1.0, 0.5, u, None),
     "generate": lambda p, u: gd.generate(_zero_flow(p), u, 2),
     "invert": lambda p, u: gd.invert(_zero_flow(p), jtu.tree_leaves(u)[0], 2),
-    "adapted_grid": lambda p, u: gd.adapted_grid(_zero_flow(p), u, 2),
+    "fit_solver": lambda p, u: gd.fit_solver(_zero_flow(p), u, 2),
     "log_density": lambda p, u: gd.log_density(_zero_flow(p), u),
     "reverse_sde": lambda p, u: (
         gd.reverse_sde(_zero_flow(p), 1.0, _key, ()).terms[0].vf(0.5, u, None)

@@ -291,7 +291,7 @@ _data = gd.NormalData(jnp.zeros(2), 1.0)
             "pass the time `t`",
         ),
         (
-            lambda p: gd.adapted_grid(
+            lambda p: gd.fit_solver(
                 gd.GaussianStart(_data).flow(flow_of(p, _data), 3),
                 p.prior(jr.key(0), (8,)),
                 3,

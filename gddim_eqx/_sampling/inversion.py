@@ -50,7 +50,7 @@ def invert(
     - `check`: whether to decode the codes again, on the same grid, and report the error.
     - `args`: passed to the model.
 
-    **Returns:** [`gddim_eqx.Inversion`][]: the codes and the round-trip error.
+    **Returns:** [`gddim_eqx.results.Inversion`][]: the codes and the round-trip error.
 
     **Raises:** `ValueError` for invalid arguments.
     """

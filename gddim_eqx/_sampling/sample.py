@@ -89,8 +89,10 @@ class _PathPerSample(dfx.AbstractBrownianPath):
 
 
 class _Sampler(eqx.Module):
-    """What all batches of samples share."""
+    """What to draw samples with; all of it, or with the rows of one batch."""
 
+    flow: ProbabilityFlow
+    args: Args
     solver: dfx.AbstractSolver
     lam: Level
     denoise: str | None = eqx.field(static=True)
@@ -99,9 +101,10 @@ class _Sampler(eqx.Module):
     placement: Placement | None
 
     @eqx.filter_jit
-    def draw(self, flow: ProbabilityFlow, args: Args, index: Array, meter):
+    def draw(self, index: UInt32[Array, " size"], meter: dfx.AbstractProgressMeter):
         """The samples of these indices; for each, whether it is finite, and its mean
         square; and how the solve ended."""
+        flow, args = self.flow, self.args
         if self.placement is not None:
             size, shard = len(index), self.placement.shard
             flow = map_rows(lambda _, x: shard(x), flow)
@@ -218,8 +221,8 @@ def sample(
     - `progress_meter`: for example `diffrax.TextProgressMeter()`. With `batch_size` it
         shows progress over all batches.
 
-    **Returns:** [`gddim_eqx.Samples`][]: the data, `(number, *shape)`, and the number of
-    evaluations of the model.
+    **Returns:** [`gddim_eqx.results.Samples`][]: the data, `(number, *shape)`, and the
+    number of evaluations of the model.
 
     **Raises:** `ValueError` for invalid arguments, or if called while JAX is tracing.
     `FloatingPointError` if a sample is not finite.
@@ -269,23 +272,20 @@ def sample(
     flow = map_rows(lambda name, x: _check_number(name, x, number, first), flow)
 
     size = _size_of_batch(number, batch_size, placement)
-    sampler = _Sampler(solver, as_level(lam), denoise, PaddedGrid.of(ts), key, placement)
+    grid = PaddedGrid.of(ts)
+    sampler = _Sampler(flow, args, solver, as_level(lam), denoise, grid, key, placement)
     if batch_size is None:
-        index = jnp.uint32(first) + jnp.arange(size, dtype=jnp.uint32)
-        x, square = _draw(sampler, flow, args, ts, index, number, progress_meter)
+        x, square = _draw(sampler, _indices(first, size), number, progress_meter)
     else:
-        _check_other_sizes(flow, args, ts, size, number)
-        x, square = _in_batches(
-            sampler, flow, args, ts, first, number, size, progress_meter
-        )
+        _check_other_sizes(sampler, size, number)
+        x, square = _in_batches(sampler, first, number, size, progress_meter)
+        sampler = _rows(sampler, np.arange(size), number)
     most = _most_expected(flow)
     if (root_mean_square := (square / max(number, 1)) ** 0.5) > most:
-        if batch_size is not None:
-            flow, args = _rows(flow, args, np.arange(size), number)
-        fault = find_fault(flow, args, size, ts.dtype, key, most, placement)
         warnings.warn(
             f"The samples have a root mean square of {root_mean_square:.1e}, but at most "
-            f"about {most:.1e} is plausible for this process and model. {fault}",
+            f"about {most:.1e} is plausible for this process and model. "
+            f"{_fault(sampler, size)}",
             stacklevel=3,
         )
     return Samples(x, _number_evaluated(flow, solver, ts, denoise))
@@ -340,26 +340,33 @@ def _check_number(name: str, x: Array, number: int, first: int) -> Array:
     return x
 
 
-def _rows(flow: ProbabilityFlow, args: Args, index: np.ndarray, number: int):
-    """The flow and args of some samples. Those beyond the last get those of the last."""
-    arrays, rest = eqx.partition(args, lambda x: eqx.is_array(x) and x.ndim > 0)
+def _rows(sampler: _Sampler, index: np.ndarray, number: int) -> _Sampler:
+    """A sampler for some samples. Those beyond the last have the rows of the last."""
+    arrays, rest = eqx.partition(sampler.args, lambda x: eqx.is_array(x) and x.ndim > 0)
     check_per_sample("With `batch_size`, every array in `args`", arrays, (number,))
     index = np.minimum(index, max(number - 1, 0))
     take = lambda x: x[index] if len(x) else x
-    flow = map_rows(lambda _, x: take(x), flow)
-    return flow, eqx.combine(jtu.tree_map(take, arrays), rest)
+    rows = (
+        map_rows(lambda _, x: take(x), sampler.flow),
+        eqx.combine(jtu.tree_map(take, arrays), rest),
+    )
+    return eqx.tree_at(lambda s: (s.flow, s.args), sampler, rows, is_leaf=_is_none)
 
 
-def _check_other_sizes(flow, args: Args, ts: Array, size: int, number: int) -> None:
+def _is_none(x) -> bool:
+    return x is None
+
+
+def _check_other_sizes(sampler: _Sampler, size: int, number: int) -> None:
     """**Raises:** `ValueError` for a model that is for batches of one size only, if there
     are several: it may hold one row per sample, and every batch would get the same."""
     if number <= size:
         return
 
     def predict(size):
-        some, its_args = _rows(flow, args, np.arange(size), number)
-        u = flow.process.prior(jr.key(0), (size,), ts.dtype)
-        return some.predict(ts[0], u, its_args)
+        some, ts = _rows(sampler, np.arange(size), number), sampler.grid.ts
+        u = some.flow.process.prior(jr.key(0), (size,), ts.dtype)
+        return some.flow.predict(ts[0], u, some.args)
 
     try:
         jax.eval_shape(lambda: predict(2 * size))
@@ -376,41 +383,40 @@ def _check_other_sizes(flow, args: Args, ts: Array, size: int, number: int) -> N
         ) from error
 
 
-def _draw(sampler: _Sampler, flow, args, ts, index: Array, wanted: int, meter):
+def _indices(first: int, size: int) -> UInt32[Array, " size"]:
+    return jnp.uint32(first) + jnp.arange(size, dtype=jnp.uint32)
+
+
+def _draw(sampler: _Sampler, index: Array, wanted: int, meter):
     """A batch of samples, and the sum of their mean squares."""
-    x, finite, squares, result = sampler.draw(without_errors(flow), args, index, meter)
+    quiet = eqx.tree_at(lambda s: s.flow, sampler, without_errors(sampler.flow))
+    x, finite, squares, result = quiet.draw(index, meter)
     if result != dfx.RESULTS.successful:
         raise RuntimeError(f"The solver failed: {dfx.RESULTS[result]}")
     finite, squares = (_on_host(x)[:wanted] for x in (finite, squares))
     if not finite.all():
         # If the solver or the model cannot start at this time, this raises the reason.
-        step = eqx.tree_at(lambda s: s.grid, sampler, PaddedGrid.of(ts[:2]))
-        step.draw(flow, args, index, dfx.NoProgressMeter())
+        first_step = PaddedGrid.of(sampler.grid.ts[:2])
+        first = eqx.tree_at(lambda s: s.grid, sampler, first_step)
+        first.draw(index, dfx.NoProgressMeter())
         where = f", from index {index[0]}," if index[0] else ""
-        most = _most_expected(flow)
-        fault = find_fault(
-            flow, args, len(index), ts.dtype, sampler.key, most, sampler.placement
-        )
         raise FloatingPointError(
-            f"{(~finite).sum()} of {wanted} samples{where} are not finite after "
-            f"{len(ts) - 1} steps. {fault}"
+            f"{(~finite).sum()} of {wanted} samples{where} are not finite. "
+            f"{_fault(sampler, len(index))}"
         )
     return x, float(squares.sum(dtype=np.float64))
 
 
-def _in_batches(
-    sampler: _Sampler, flow, args, ts, first: int, number: int, size: int, meter
-):
+def _in_batches(sampler: _Sampler, first: int, number: int, size: int, meter):
     """As `_draw`, for all batches, with the data on the host."""
     starts, shown = range(0, number, size) if number else (0,), meter.init()
     whole, total = np.empty(0), 0.0
     try:
         for n, start in enumerate(starts, 1):
             # The last batch is filled up.
-            index = jnp.uint32(first + start) + jnp.arange(size, dtype=jnp.uint32)
-            some = _rows(flow, args, start + np.arange(size), number)
-            wanted = min(size, number - start)
-            x, square = _draw(sampler, *some, ts, index, wanted, dfx.NoProgressMeter())
+            some = _rows(sampler, start + np.arange(size), number)
+            index, wanted = _indices(first + start, size), min(size, number - start)
+            x, square = _draw(some, index, wanted, dfx.NoProgressMeter())
             x = _on_host(x)[:wanted]
             whole = np.empty((number, *x.shape[1:]), x.dtype) if n == 1 else whole
             whole[start : start + size] = x
@@ -418,6 +424,12 @@ def _in_batches(
     finally:
         meter.close(shown)
     return whole, total
+
+
+def _fault(sampler: _Sampler, size: int) -> str:
+    most, dtype = _most_expected(sampler.flow), sampler.grid.ts.dtype
+    key, placement = sampler.key, sampler.placement
+    return find_fault(sampler.flow, sampler.args, size, dtype, key, most, placement)
 
 
 def _number_evaluated(flow, solver, ts: Array, denoise: str | None) -> int | None:
