@@ -5,6 +5,7 @@ from . import (
     datasets as datasets,
     metrics as metrics,
     nn as nn,
+    results as results,
     solvers as solvers,
     training as training,
 )
@@ -59,22 +60,15 @@ from ._process import (
     VP as VP,
 )
 from ._sampling import (
-    adapted_grid as adapted_grid,
-    AdaptedGrid as AdaptedGrid,
     fit_solver as fit_solver,
-    FittedSolver as FittedSolver,
     GaussianStart as GaussianStart,
     generate as generate,
-    Inversion as Inversion,
     invert as invert,
-    Likelihood as Likelihood,
     log_density as log_density,
     log_likelihood as log_likelihood,
     log_likelihood_bound as log_likelihood_bound,
-    ModelConventions as ModelConventions,
     process_from_config as process_from_config,
     sample as sample,
-    Samples as Samples,
     time_grid as time_grid,
 )
 from ._sharding import Placement as Placement
@@ -96,13 +90,23 @@ __version__ = importlib.metadata.version("gddim_eqx")
 
 
 def __getattr__(name: str):
-    """Until the release: an error that names what was renamed."""
-    renamed = {
+    # Until the release.
+    if name in vars(results):
+        raise AttributeError(f"`gddim_eqx.{name}` is now `gddim_eqx.results.{name}`.")
+    if name in ("adapted_grid", "AdaptedGrid"):
+        raise AttributeError(
+            "`adapted_grid` is now a part of `fit_solver`: "
+            "`fitted = fit_solver(flow, u, num_steps, solver, 'times')`, with `fitted.ts`."
+        )
+    guidance = {
         "ClassifierFreeGuidance": "classifier_free_guidance(flow)",
         "ClassifierGuidance": "classifier_guidance(flow, log_likelihood)",
         "DataGuidance": "data_guidance(flow, function)",
         "PosteriorGuidance": "posterior_guidance(flow, y, measurement, noise)",
         "WithArgs": "with_args(flow, args)",
     }
-    hint = f" Use `{renamed[name]}`, which returns a flow." if name in renamed else ""
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{hint}")
+    if name in guidance:
+        raise AttributeError(
+            f"`{name}` is now `{guidance[name]}`, which takes a flow and returns one."
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

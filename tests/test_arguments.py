@@ -72,7 +72,7 @@ _refused = {
         lambda: gd.log_likelihood_bound(_model, _x, _key),
         lambda: gd.invert(_process, _x),
         lambda: gd.generate(_model, _x),
-        lambda: gd.adapted_grid(_process, _x),
+        lambda: gd.fit_solver(_process, _x),
     ],
     "`key` must be one random key": [
         lambda: _sample(key=0),
@@ -88,7 +88,7 @@ _refused = {
         lambda: _sample(solver="heun"),
         lambda: _sample(solver=gd.GDDIM),
         lambda: gd.invert(_flow, _x, solver="heun"),
-        lambda: gd.adapted_grid(_flow, _x, 3, "heun"),
+        lambda: gd.fit_solver(_flow, _x, 3, "heun"),
         lambda: gd.log_likelihood(_flow, _x, solver="heun"),
     ],
     "`placement` must be": [lambda: _sample(placement=3)],
@@ -138,7 +138,7 @@ _refused = {
         lambda: gd.DynamicThreshold((2,), "a"),
     ],
     "`(learning_rate|tol)` must be": [
-        lambda: gd.adapted_grid(_flow, _x, 3, learning_rate="a"),
+        lambda: gd.fit_solver(_flow, np.ones((8, 2)), 3, learning_rate="a"),
         lambda: gd.reverse_sde(_flow, 1.0, _key, (4,), tol="a"),
     ],
     "`(order|corrector)` must be": [
@@ -176,7 +176,7 @@ _refused = {
     "shape of one data sample": [
         lambda: gd.log_likelihood(_flow, 1.0),
         lambda: gd.invert(_flow, 1.0),
-        lambda: gd.adapted_grid(_flow, 1.0),
+        lambda: gd.fit_solver(_flow, 1.0),
     ],
     "`log_likelihood` must be": [lambda: gd.bits_per_dimension("a", (2,))],
 }
@@ -205,7 +205,7 @@ _complex = {
     "GDDIM": lambda p, u: gd.GDDIM().init(_zero_flow(p), 1.0, 0.5, u, None),
     "generate": lambda p, u: gd.generate(_zero_flow(p), u, 2),
     "invert": lambda p, u: gd.invert(_zero_flow(p), jtu.tree_leaves(u)[0], 2),
-    "adapted_grid": lambda p, u: gd.adapted_grid(_zero_flow(p), u, 2),
+    "fit_solver": lambda p, u: gd.fit_solver(_zero_flow(p), u, 2),
     "log_density": lambda p, u: gd.log_density(_zero_flow(p), u),
     "reverse_sde": lambda p, u: (
         gd.reverse_sde(_zero_flow(p), 1.0, _key, ()).terms[0].vf(0.5, u, None)
@@ -388,7 +388,7 @@ def test_guidance_says_what_to_pass():
 
 @pytest.mark.parametrize("name", ["ClassifierFreeGuidance", "DataGuidance", "WithArgs"])
 def test_former_names_say_the_new_ones(name):
-    with pytest.raises(AttributeError, match=f"no attribute '{name}'.* Use `[a-z_]+.flow"):
+    with pytest.raises(AttributeError, match=f"`{name}` is now `[a-z_]+.flow"):
         getattr(gd, name)
     assert not hasattr(gd, "NoName")
 

@@ -128,11 +128,9 @@ def test_the_measures_are_those_of_the_samples(run, tmp_path, model):
 def _draw(model, steps, key, grid="clock", number=8, predicts="data", **options):
     process = model.process
     return gd.sample(
-        process,
-        model,
+        gd.ProbabilityFlow(process, model, predicts),
         key,
         number,
-        predicts=predicts,
         solver=importlib.import_module("evaluate").SAMPLERS["euler"].solver,
         ts=gd.time_grid(process, steps, grid),
         **options,

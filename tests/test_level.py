@@ -148,4 +148,4 @@ def test_what_is_no_level_raises(lam, without_type_checks):
     process = gd.VP((2,))
     model = gd.GaussianMixture(jnp.ones((1, 2))).model(process)
     with pytest.raises(ValueError, match="lam"):
-        gd.sample(process, model, jax.random.key(0), 4, 2, lam=lam)
+        gd.sample(gd.ProbabilityFlow(process, model), jax.random.key(0), 4, 2, lam=lam)

@@ -242,7 +242,7 @@ def test_sampling_with_a_network():
     model = gd.nn.NetworkModel(process, network)
     # It is not trained.
     with pytest.warns(UserWarning, match="far larger|plausible"):
-        samples = gd.sample(process, model, jax.random.key(1), 3, 4)
+        samples = gd.sample(gd.ProbabilityFlow(process, model), jax.random.key(1), 3, 4)
     assert samples.x.shape == (3, 8, 8, 1) and samples.evaluations == 4
 
 
@@ -269,11 +269,15 @@ def test_a_preconditioned_network_predicts_data_only(dropout):
     with pytest.raises(ValueError, match="This NetworkModel predicts 'data'; got .*'flow'"):
         gd.ProbabilityFlow(process, model, "flow")
     edm = gd.nn.EDMPreconditioned(lambda noise, x, args: x)
-    with pytest.raises(ValueError, match="EDMPreconditioned predicts 'data'; got .*'noise'"):
+    with pytest.raises(
+        ValueError, match="EDMPreconditioned predicts 'data'; got .*'noise'"
+    ):
         gd.ProbabilityFlow(gd.EDM((2,)), edm, "noise")
     assert gd.ProbabilityFlow(gd.EDM((2,)), edm).predicts == "data"
     loss = gd.training.DenoisingLoss(process, dropout=dropout)
-    match = r"NetworkModel predicts 'data'.*DenoisingLoss\(process, 'data', weighting='noise'\)"
+    match = (
+        r"NetworkModel predicts 'data'.*DenoisingLoss\(process, 'data', weighting='noise'\)"
+    )
     with pytest.raises(ValueError, match=match):
         loss(model, loss.noised(jax.random.key(0), jnp.zeros((4, 2))))
 

@@ -12,7 +12,6 @@ from .check import (
     check_positive as check_positive,
     constant_field as constant_field,
     error_if_any as error_if_any,
-    errors_as_nan as errors_as_nan,
 )
 from .contents import (
     contents as contents,
@@ -23,6 +22,5 @@ from .contents import (
 )
 from .level import as_level as as_level, level_at as level_at
 from .pin import pin as pin
-from .rows import map_rows as map_rows
 from .show import show as show
 from .write import write_whole as write_whole

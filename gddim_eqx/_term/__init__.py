@@ -3,6 +3,7 @@ from .model import (
     AbstractModel as AbstractModel,
     AbstractWrapper as AbstractWrapper,
     as_model as as_model,
+    map_rows as map_rows,
 )
 from .prediction import (
     check_frame as check_frame,
@@ -16,6 +17,7 @@ from .probability_flow import (
     flow_first as flow_first,
     flow_of_ode as flow_of_ode,
     ProbabilityFlow as ProbabilityFlow,
+    without_errors as without_errors,
 )
 from .reverse_sde import (
     reverse_sde as reverse_sde,

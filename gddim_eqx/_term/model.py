@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax.tree_util as jtu
+from jaxtyping import Array
 
 from .._custom_types import Args, PredictionName, RealScalarLike, State
 from .._process import AbstractProcess
@@ -62,6 +64,11 @@ class AbstractModel(eqx.Module):
         **Raises:** `ValueError` for what the model does not take.
         """
 
+    @property
+    def rows(self) -> dict[str, Array]:
+        """The fields that have one row per sample, by name."""
+        return {}
+
     @abc.abstractmethod
     def __call__(self, t: RealScalarLike, u: State, args: Args) -> State:
         """As the `model` of [`gddim_eqx.ProbabilityFlow`][]."""
@@ -102,3 +109,22 @@ def as_model(model: Callable) -> AbstractModel:
     # In training with dropout, the model has its key.
     inner = model.func if isinstance(model, ft.partial) else model
     return inner if isinstance(inner, AbstractModel) else _Function(model)
+
+
+def map_rows(function: Callable[[str, Array], Array], model: Any) -> Any:
+    """Apply a function to the arrays of a model, and of models in it, that have one row per
+    sample.
+
+    **Arguments:**
+
+    - `function`: called with a name and an array.
+    - `model`: a model, or a flow.
+    """
+    if isinstance(model, AbstractModel):
+        for name, x in model.rows.items():
+            at = lambda model, name=name: getattr(model, name)
+            where = f"`{name}` of `{type(model).__name__}`"
+            model = eqx.tree_at(at, model, function(where, x))
+    is_inner = lambda x: x is not model and isinstance(x, AbstractModel)
+    inner = lambda x: map_rows(function, x) if is_inner(x) else x
+    return jtu.tree_map(inner, model, is_leaf=is_inner)

@@ -28,6 +28,8 @@ class Marginal(NamedTuple):
     t: Array
     known_root: BlockLinearOperator | None = None
     """$R_t$, if already computed."""
+    raises: bool = True
+    """Whether run-time errors are raised, or give NaN."""
 
     def root(self, frame: FrameName = "R") -> BlockLinearOperator:
         """The square root of the covariance that defines a frame."""
@@ -255,7 +257,7 @@ def error_without_signal(at: Marginal, message: str) -> Array:
     """The time, with a run-time error if there is no signal at it."""
     if at.process.t_end < at.process.t_zero_signal:
         return at.t
-    return error_if_any(at.t, [(at.t >= at.process.t_zero_signal, message)])
+    return error_if_any(at.t, [(at.t >= at.process.t_zero_signal, message)], at.raises)
 
 
 def _to_score(at, noise):

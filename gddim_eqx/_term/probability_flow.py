@@ -1,3 +1,4 @@
+import copy
 import functools as ft
 import re
 from collections.abc import Callable
@@ -47,6 +48,8 @@ class ProbabilityFlow(AbstractReverseTerm):
     model: Callable
     predicts: PredictionName = eqx.field(static=True)
     factor: FrameName = eqx.field(static=True)
+    # Whether run-time errors are raised, or give NaN.
+    raises: bool = eqx.field(static=True, init=False, default=True)
 
     def __init__(
         self,
@@ -147,7 +150,7 @@ class ProbabilityFlow(AbstractReverseTerm):
             return jnp.asarray(p, x.dtype)
 
         value = process.from_data(jtu.tree_map(same, prediction, u))
-        return Marginal(process, t, root), u, value
+        return Marginal(process, t, root, self.raises), u, value
 
     def predict(self, t: RealScalarLike, u: State, args: Args) -> State:
         """The model's prediction in the basis of states. Arguments as for
@@ -255,6 +258,14 @@ class ProbabilityFlow(AbstractReverseTerm):
 
     def prod(self, vf: State, control: RealScalarLike) -> State:
         return jtu.tree_map(lambda v: jnp.asarray(control, v.dtype) * v, vf)
+
+
+def without_errors(flow: ProbabilityFlow) -> ProbabilityFlow:
+    """The flow, with NaN in place of run-time errors: JAX's persistent cache stores no
+    program that can raise one."""
+    flow = copy.copy(flow)
+    object.__setattr__(flow, "raises", False)
+    return flow
 
 
 class _FromVectorField(eqx.Module):

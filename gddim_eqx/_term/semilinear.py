@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import diffrax as dfx
 import equinox as eqx
@@ -101,6 +101,7 @@ class Semilinear(dfx.AbstractTerm):
     linear: BlockLinearOperator | Callable[[Array], Any]
     nonlinear: Callable[[Any, Any, Any], State]
     basis: AbstractBasis
+    raises: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -31,7 +31,7 @@ from .._process import (
     VE,
     VP,
 )
-from .._sampling import AdaptedGrid, FittedSolver
+from .._sampling import FittedSolver
 from .._term import ProbabilityFlow
 from ..nn import DiT, ImageClassifier, NCSNpp, NetworkModel, TimeMLP
 from ..solvers import GDDIM, LearnedGDDIM
@@ -47,7 +47,7 @@ _classes: dict[str, type] = {
         *(RectifiedFlow, SubVP, TrigonometricFlow, VE, VP),
         *(LinearSchedule, CosineSchedule),
         *(DiT, ImageClassifier, NCSNpp, TimeMLP, NetworkModel, ProbabilityFlow),
-        *(GDDIM, LearnedGDDIM, FittedSolver, AdaptedGrid),
+        *(GDDIM, LearnedGDDIM, FittedSolver),
         *(NormalData, Covariance, IdentityBasis, CosineBasis, FourierBasis),
     )
 }
