@@ -552,7 +552,7 @@ def read_init(config: Config, model: gd.nn.NetworkModel) -> gd.nn.NetworkModel:
         frame, found = (found.predicts, found.factor), found.model
     if not isinstance(found, gd.nn.NetworkModel):
         raise ValueError(f"`--init` {path} holds a {type(found).__name__}, not a model.")
-    frame = frame or (found.preconditioned_for or "noise", "R")
+    frame = frame or (found.predicts or "noise", "R")
     if found.data_std is not None and model.data_std is not None:
         # That of the data it was trained on, which its parameters expect.
         model = gd.nn.NetworkModel(model.process, model.network, data_std=found.data_std)

@@ -19,15 +19,15 @@ from ._linear import (
     Phase as Phase,
 )
 from ._model import (
-    ClassifierFreeGuidance as ClassifierFreeGuidance,
-    ClassifierGuidance as ClassifierGuidance,
+    classifier_free_guidance as classifier_free_guidance,
+    classifier_guidance as classifier_guidance,
     Clip as Clip,
-    DataGuidance as DataGuidance,
+    data_guidance as data_guidance,
     DynamicThreshold as DynamicThreshold,
     GaussianMixture as GaussianMixture,
     NormalData as NormalData,
-    PosteriorGuidance as PosteriorGuidance,
-    WithArgs as WithArgs,
+    posterior_guidance as posterior_guidance,
+    with_args as with_args,
     WithTime as WithTime,
 )
 from ._pixels import (
@@ -73,6 +73,7 @@ from ._sampling import (
 )
 from ._sharding import Placement as Placement
 from ._term import (
+    AbstractModel as AbstractModel,
     ProbabilityFlow as ProbabilityFlow,
     reverse_sde as reverse_sde,
     Semilinear as Semilinear,
@@ -89,12 +90,17 @@ __version__ = importlib.metadata.version("gddim_eqx")
 
 
 def __getattr__(name: str):
-    # Until the release.
+    """Until the release: an error that names what was renamed."""
+    renamed = {
+        "ClassifierFreeGuidance": "classifier_free_guidance(flow)",
+        "ClassifierGuidance": "classifier_guidance(flow, log_likelihood)",
+        "DataGuidance": "data_guidance(flow, function)",
+        "PosteriorGuidance": "posterior_guidance(flow, y, measurement, noise)",
+        "WithArgs": "with_args(flow, args)",
+    }
+    hint = f" Use `{renamed[name]}`, which returns a flow." if name in renamed else ""
     if name in vars(results):
-        raise AttributeError(f"`gddim_eqx.{name}` is now `gddim_eqx.results.{name}`.")
-    if name in ("adapted_grid", "AdaptedGrid"):
-        raise AttributeError(
-            "`adapted_grid` is now a part of `fit_solver`: "
-            "`fitted = fit_solver(flow, u, num_steps, solver, 'times')`, with `fitted.ts`."
-        )
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        hint = f" Use `gddim_eqx.results.{name}`."
+    elif name in ("adapted_grid", "AdaptedGrid"):
+        hint = " Use `fit_solver(flow, u, num_steps, solver, 'times')`, for its `ts`."
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{hint}")

@@ -5,7 +5,6 @@ from .check import (
     as_floats as as_floats,
     as_number as as_number,
     as_shape as as_shape,
-    check_args as check_args,
     check_count as check_count,
     check_instance as check_instance,
     check_key as check_key,

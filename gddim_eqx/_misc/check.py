@@ -25,12 +25,6 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"`{name}` must be {kind} integer; got {show(value)}.")
 
 
-def check_args(model: Any, args: Any) -> None:
-    """Let a model check the `args` of its calls, if it can."""
-    if check := getattr(model, "check_args", None):
-        check(args)
-
-
 def check_per_sample(name: str, tree: Any, batch: tuple[int, ...]) -> None:
     """**Raises:** `ValueError` unless every leaf has these leading axes."""
     for leaf in jtu.tree_leaves(tree):

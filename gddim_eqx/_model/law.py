@@ -30,7 +30,7 @@ from .._linear import (
 )
 from .._misc import show
 from .._process import AbstractProcess, require_process, time_for
-from .._term import check_prediction, make_prediction, Marginal
+from .._term import AbstractModel, check_prediction, make_prediction, Marginal
 
 
 class Channel(NamedTuple):
@@ -173,16 +173,20 @@ def check_shape(process: AbstractProcess, shape: tuple[int, ...]) -> None:
         )
 
 
-class ExactModel(eqx.Module):
+class ExactModel(AbstractModel):
     """The model of data whose law is known."""
 
     data: Any
     process: AbstractProcess
-    predicts: PredictionName = eqx.field(static=True)
+    kind: PredictionName = eqx.field(static=True)
 
     def __check_init__(self):
         check_shape(self.process, self.data.shape)
-        check_prediction(self.process, self.predicts, "R")
+        check_prediction(self.process, self.kind, "R")
+
+    @property
+    def predicts(self) -> PredictionName:
+        return self.kind
 
     @property
     def no_condition(self) -> int | None:
@@ -212,12 +216,12 @@ class ExactModel(eqx.Module):
         some = 1e-18 * jnp.eye(process.num_components, dtype=t.dtype)
         some = append_axes(jnp.where(t <= 0, some, 0), channel.root.ndim)
         law = data.law(channel._replace(root=channel.root + some), u, args)
-        if self.predicts == "score":
+        if self.kind == "score":
             value = jtu.tree_map(jnp.negative, law.pull)
         else:
             rest = [jnp.zeros_like(law.data)] * (process.num_components - 1)
             initial = join_components([law.data, *rest])
             noise = apply(process.factor(t).transpose(), law.pull)
-            prediction = make_prediction(self.predicts, "R")
+            prediction = make_prediction(self.kind, "R")
             value = prediction.target(Marginal(process, t), initial, noise)
         return _cast(process.to_data(value), given)

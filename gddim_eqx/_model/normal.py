@@ -85,6 +85,13 @@ class NormalData(eqx.Module):
         """The basis of the variances."""
         return self.covariance.basis
 
+    @property
+    def std(self) -> Array:
+        """The standard deviation of a coordinate, in root mean square."""
+        excess = self.covariance.excess
+        more = 0.0 if excess is None else excess.sum() / self.mean.size
+        return jnp.sqrt(self.covariance.variances.mean() + more)
+
     def sample(self, key: Key, n: int) -> Inexact[Array, "n *shape"]:
         """Draw samples.
 

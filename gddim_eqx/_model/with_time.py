@@ -14,12 +14,13 @@ from .._process import (
     DiscreteVP,
     require_process,
 )
+from .._term import AbstractWrapper
 
 
 TimeName = Literal["index", "1000 t", "sigma", "log(sigma) / 4", "1 - t"]
 
 
-class WithTime(eqx.Module):
+class WithTime(AbstractWrapper):
     r"""Wraps a model whose time input is not the time of the process, but for example an
     index or a noise level.
 
@@ -104,8 +105,8 @@ class WithTime(eqx.Module):
         return 0.25 * log_sigma if self.time == "log(sigma) / 4" else jnp.exp(log_sigma)
 
     @property
-    def preconditioned_for(self) -> str | None:
-        return getattr(self.model, "preconditioned_for", None)
+    def inner(self) -> Callable:
+        return self.model
 
     def __call__(self, t: RealScalarLike, u: State, args: Args) -> State:
         time = self.convert(t)

@@ -10,9 +10,9 @@ from jaxtyping import Array, Real
 
 from .._custom_types import Args, State, Times
 from .._linear import at_least_single, batch_axes, check_state, coefficient_dtype
-from .._misc import as_number, check_args, check_count, check_instance, map_rows, show
+from .._misc import as_number, check_count, check_instance, map_rows, show
 from .._process import as_grid
-from .._term import check_flow, ProbabilityFlow, StartedModel
+from .._term import as_model, check_flow, ProbabilityFlow, StartedModel
 from ..solvers import GDDIM, LearnedGDDIM
 from .grid import time_grid
 from .learning import Change, descend, Learned, Pilots
@@ -215,7 +215,7 @@ def _checked_pilots(flow, u, args) -> State:
         )
     if not all(bool(jnp.isfinite(leaf).all()) for leaf in jtu.tree_leaves(u)):
         raise ValueError("The states `u` are not finite.")
-    check_args(flow.model, args)
+    as_model(flow.model).check_args(args)
     return u
 
 

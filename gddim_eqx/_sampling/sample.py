@@ -20,7 +20,6 @@ from .._linear import at_least_single
 from .._misc import (
     as_dtype,
     as_level,
-    check_args,
     check_count,
     check_instance,
     check_key,
@@ -31,6 +30,7 @@ from .._misc import (
 from .._process import AbstractProcess, as_grid, log_snr_at_start
 from .._sharding import Placement
 from .._term import (
+    as_model,
     check_flow,
     evaluated_model,
     flow_first,
@@ -268,7 +268,7 @@ def sample(
         ts = as_grid(flow.process, ts.astype(dtype), "decreasing")
     _check_ends(flow.process, ts, denoise)
     args = jtu.tree_map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, args)
-    check_args(evaluated_model(flow), args)
+    as_model(flow.model).check_args(args)
     flow = map_rows(lambda name, x: _check_number(name, x, number, first), flow)
 
     size = _size_of_batch(number, batch_size, placement)
@@ -450,9 +450,8 @@ def _on_host(x: Array) -> np.ndarray:
 
 def _most_expected(flow: ProbabilityFlow) -> float:
     """The root mean square above which samples are implausibly large: a hundred times the
-    `data_std` of the model; or, if it has none, that of data whose signal-to-noise ratio at
-    `t_max` would be 0.01, but at most a hundred."""
-    data_std = getattr(flow.model, "data_std", None)
-    if isinstance(data_std, (float, int)):
-        return 100.0 * data_std
+    standard deviation of the data, if the model knows it; or that of data whose
+    signal-to-noise ratio at `t_max` would be 0.01, but at most a hundred."""
+    if (data := as_model(flow.model).normal_data(flow.process)) is not None:
+        return 100.0 * float(data.std)
     return 0.1 * math.exp(min(-log_snr_at_start(flow.process), math.log(1000)))

@@ -1,4 +1,9 @@
 from .diffrax_compat import unwrap as unwrap
+from .model import (
+    AbstractModel as AbstractModel,
+    AbstractWrapper as AbstractWrapper,
+    as_model as as_model,
+)
 from .prediction import (
     check_frame as check_frame,
     check_prediction as check_prediction,
@@ -24,5 +29,4 @@ from .started import (
     started_flow as started_flow,
     StartedModel as StartedModel,
 )
-from .takes_flow import init_takes_flow as init_takes_flow, takes_flow as takes_flow
 from .times import real_time as real_time, step_faults as step_faults

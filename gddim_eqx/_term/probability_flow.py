@@ -13,6 +13,7 @@ from .._custom_types import Args, FrameName, Level, PredictionName, RealScalarLi
 from .._linear import add, apply, BlockLinearOperator, check_state
 from .._misc import as_level, level_at, show
 from .._process import AbstractProcess, require_process, time_for
+from .model import as_model
 from .prediction import (
     AbstractPrediction,
     check_frame,
@@ -54,7 +55,7 @@ class ProbabilityFlow(AbstractReverseTerm):
         self,
         process: AbstractProcess,
         model: Callable,
-        predicts: PredictionName = "noise",
+        predicts: PredictionName | None = None,
         factor: FrameName = "R",
     ):
         r"""**Arguments:**
@@ -64,7 +65,9 @@ class ProbabilityFlow(AbstractReverseTerm):
             data's coordinates, `(*batch, *shape)`; returns the same structure. It receives
             the whole batch, and in training a batch of one. To wrap a network for single
             samples, use [`gddim_eqx.nn.NetworkModel`][] or `jax.vmap`.
-        - `predicts`: what the model returns.
+        - `predicts`: what the model returns. By default what it says, if it is a
+            [`gddim_eqx.AbstractModel`][] that does, such as a preconditioned network; else
+            `"noise"`.
             - `"noise"`: $-K_t^\top \nabla \log p_t$ (paper, equation 4), of all components.
             - `"data"`: the mean of the data given `u`. For a process with a velocity,
                 that of the initial state, whose velocity is zero.
@@ -86,15 +89,23 @@ class ProbabilityFlow(AbstractReverseTerm):
         require_process(process)
         if isinstance(model, ProbabilityFlow):
             raise ValueError(
-                "`model` is a `ProbabilityFlow`. Where a process and a model are expected, "
-                "pass the flow alone, in place of both."
+                "`model` is a `ProbabilityFlow` already; pass it where a flow is expected, "
+                "or its `model` here."
             )
         if not callable(model):
             raise ValueError(
                 f"`model` must be callable as `model(t, u, args)`; got {show(model)}."
             )
+        made, known = type(as_model(model)).__name__, as_model(model).predicts
+        predicts = (known or "noise") if predicts is None else predicts
         check_prediction(process, predicts, factor)
-        _check_same_kind(model, predicts, factor)
+        if known not in (None, predicts):
+            raise ValueError(
+                f"This {made} predicts {show(known)}; got "
+                f"predicts={show(predicts)}. Leave it out. To train a preconditioned "
+                f"network with the loss of a noise prediction, use "
+                f"`DenoisingLoss(process, {show(known)}, weighting='noise')`."
+            )
         self.process = process
         self.model = model
         self.predicts = predicts
@@ -302,30 +313,6 @@ def flow_first(call: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return wrapper
 
     return decorate
-
-
-def _check_same_kind(model: Callable, predicts: str, factor: str) -> None:
-    """A preconditioned network predicts data; a model that guides another predicts the
-    same."""
-    # In training with dropout, the model has its key.
-    model = model.func if isinstance(model, ft.partial) else model
-    kind = getattr(model, "preconditioned_for", None)
-    if kind is not None and kind != predicts:
-        raise ValueError(
-            f"A preconditioned network predicts {show(kind)}; this {type(model).__name__} "
-            f"got predicts={show(predicts)}. Pass predicts={show(kind)}; for the same loss "
-            f"as with noise prediction, `DenoisingLoss(process, {show(kind)}, "
-            "weighting='noise')`. Or leave out `data_std`."
-        )
-    other = getattr(model, "flow", None)
-    if not isinstance(other, ProbabilityFlow):
-        return
-    if (other.predicts, other.factor) != (predicts, factor):
-        raise ValueError(
-            f"The model is a {type(model).__name__} of a model with "
-            f"predicts={show(other.predicts)} and factor={show(other.factor)}, and "
-            f"predicts the same; got predicts={show(predicts)} and factor={show(factor)}."
-        )
 
 
 def _how_models_are_called(u: State, process: AbstractProcess) -> str:

@@ -1,5 +1,4 @@
 import math
-from collections.abc import Callable
 
 import diffrax as dfx
 import equinox as eqx
@@ -7,15 +6,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._custom_types import (
-    Args,
-    FrameName,
-    Key,
-    Level,
-    PredictionName,
-    RealScalarLike,
-    State,
-)
+from .._custom_types import Args, Key, Level, RealScalarLike, State
 from .._linear import (
     at_least_single,
     BlockLinearOperator,
@@ -25,8 +16,12 @@ from .._linear import (
 from .._misc import as_batch, as_level, check_key, check_positive, level_at, show
 from .._process import AbstractProcess
 from .diffrax_compat import unwrap
-from .probability_flow import AbstractReverseTerm, check_flow, ProbabilityFlow
-from .takes_flow import takes_flow
+from .probability_flow import (
+    AbstractReverseTerm,
+    check_flow,
+    flow_first,
+    ProbabilityFlow,
+)
 
 
 class _ReverseDrift(dfx.AbstractTerm):
@@ -88,10 +83,8 @@ class _ReverseDiffusion(dfx.AbstractTerm):
             raise ValueError(
                 "The Brownian path must have increments of the states' structure and "
                 f"shape. The states are {show(jtu.tree_structure(y))} of shapes "
-                f"{shapes[1]}; the "
-                f""
-                f"increments are {show(jtu.tree_structure(increments))} of shapes "
-                f"{shapes[0]}. "
+                f"{shapes[1]}; the increments are {show(jtu.tree_structure(increments))} "
+                f"of shapes {shapes[0]}. "
                 "For states of shape (64, *shape), pass `batch=(64,)` to `reverse_sde`."
             )
 
@@ -120,16 +113,13 @@ class ReverseSDE(dfx.MultiTerm, AbstractReverseTerm):
         return jtu.tree_map(normalise, y, self.terms[1].contr(t0, t1))
 
 
-@takes_flow
+@flow_first("reverse_sde(flow, lam, key)")
 def reverse_sde(
-    process: AbstractProcess,
-    model: Callable,
+    flow: ProbabilityFlow,
     lam: Level,
     key: Key | dfx.AbstractBrownianPath,
     batch: tuple[int, ...] = (),
     *,
-    predicts: PredictionName = "noise",
-    factor: FrameName = "R",
     tol: float | None = None,
 ) -> ReverseSDE:
     r"""The reverse diffusions of a diffusion model, as Diffrax terms:
@@ -148,8 +138,7 @@ def reverse_sde(
 
     **Arguments:**
 
-    - `process`, `model`, `predicts`, `factor`: as in [`gddim_eqx.ProbabilityFlow`][]; or
-        pass a flow in their place: `reverse_sde(flow, lam, key, batch)`.
+    - `flow`: the probability flow of a process and a model.
     - `lam`: the stochasticity $\lambda$, at least 0 (for VP, DDIM's $\eta$). A Python
         number is a compile-time constant; to vary it without recompiling, pass an array. It
         may also be a function of time, for example to add noise only in an interval
@@ -171,8 +160,8 @@ def reverse_sde(
 
     **Returns:** a `diffrax.MultiTerm` of drift and diffusion.
 
-    **Raises:** `ValueError` for a `lam` that is negative or not finite, and whatever
-    `ProbabilityFlow` raises. When evaluated: if the path does not match the states or a
+    **Raises:** `ValueError` for a `lam` that is negative or not finite, and for
+    anything but a flow. When evaluated: if the path does not match the states or a
     step is shorter than `tol`.
 
     !!! example
@@ -185,7 +174,8 @@ def reverse_sde(
         process = gd.VP((2,))
         model = gd.GaussianMixture([[-1.0, 0.0], [1.0, 0.5]], 0.05).model(process)
         keys = jax.random.split(jax.random.key(0))
-        terms = gd.reverse_sde(process, model, 1.0, keys[0], (64,))
+        flow = gd.ProbabilityFlow(process, model)
+        terms = gd.reverse_sde(flow, 1.0, keys[0], (64,))
         ts = gd.time_grid(process, 20)
         u = process.prior(keys[1], (64,))
         sol = dfx.diffeqsolve(
@@ -193,7 +183,7 @@ def reverse_sde(
         )
         ```
     """
-    flow = ProbabilityFlow(process, model, predicts, factor)
+    process = check_flow(flow).process
     lam = as_level(lam)
     if isinstance(key, dfx.AbstractBrownianPath):
         if batch != () or tol is not None:

@@ -1,17 +1,17 @@
+from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Bool
 
-from .._custom_types import Args, RealScalarLike, State
-from .._misc import check_args
-from .._process import AbstractProcess, as_time
+from .._custom_types import Args, PredictionName, RealScalarLike, State
+from .._process import as_time
+from .model import AbstractWrapper
 from .probability_flow import ProbabilityFlow, without_errors
 
 
-class StartedModel(eqx.Module):
+class StartedModel(AbstractWrapper):
     """A model of the data that is known in closed form at high noise levels, where another
     model need not be evaluated. From [`gddim_eqx.GaussianStart`][]."""
 
@@ -22,15 +22,12 @@ class StartedModel(eqx.Module):
     slope: Array
 
     @property
-    def process(self) -> AbstractProcess:
-        return self.evaluated.process
+    def inner(self) -> Callable:
+        return self.evaluated.model
 
     @property
-    def data_std(self) -> Any:
-        return getattr(self.evaluated.model, "data_std", None)
-
-    def check_args(self, args: Args) -> None:
-        check_args(self.evaluated.model, args)
+    def predicts(self) -> PredictionName:
+        return "data"
 
     def __call__(self, t: RealScalarLike, u: State, args: Args) -> State:
         def of(flow):
@@ -59,8 +56,8 @@ def started_flow(
 ) -> ProbabilityFlow:
     """A flow whose model is that of normal data, or of a mixture, at times after `t`."""
     process = flow.process
-    closed_form = ProbabilityFlow(process, data.model(process, "data"), "data")
-    started = ProbabilityFlow(process, StartedModel(flow, closed_form, t, slope), "data")
+    closed_form = ProbabilityFlow(process, data.model(process, "data"))
+    started = ProbabilityFlow(process, StartedModel(flow, closed_form, t, slope))
     return started if flow.raises else without_errors(started)
 
 
