@@ -90,23 +90,17 @@ __version__ = importlib.metadata.version("gddim_eqx")
 
 
 def __getattr__(name: str):
-    # Until the release.
-    if name in vars(results):
-        raise AttributeError(f"`gddim_eqx.{name}` is now `gddim_eqx.results.{name}`.")
-    if name in ("adapted_grid", "AdaptedGrid"):
-        raise AttributeError(
-            "`adapted_grid` is now a part of `fit_solver`: "
-            "`fitted = fit_solver(flow, u, num_steps, solver, 'times')`, with `fitted.ts`."
-        )
-    guidance = {
+    """Until the release: an error that names what was renamed."""
+    renamed = {
         "ClassifierFreeGuidance": "classifier_free_guidance(flow)",
         "ClassifierGuidance": "classifier_guidance(flow, log_likelihood)",
         "DataGuidance": "data_guidance(flow, function)",
         "PosteriorGuidance": "posterior_guidance(flow, y, measurement, noise)",
         "WithArgs": "with_args(flow, args)",
     }
-    if name in guidance:
-        raise AttributeError(
-            f"`{name}` is now `{guidance[name]}`, which takes a flow and returns one."
-        )
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    hint = f" Use `{renamed[name]}`, which returns a flow." if name in renamed else ""
+    if name in vars(results):
+        hint = f" Use `gddim_eqx.results.{name}`."
+    elif name in ("adapted_grid", "AdaptedGrid"):
+        hint = " Use `fit_solver(flow, u, num_steps, solver, 'times')`, for its `ts`."
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{hint}")

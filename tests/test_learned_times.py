@@ -75,7 +75,7 @@ def test_bad_input_is_refused(arguments, message, monkeypatch):
 
 
 def test_the_former_name_is_told_to_be_a_part_of_fit_solver():
-    with pytest.raises(AttributeError, match="is now a part of `fit_solver`"):
+    with pytest.raises(AttributeError, match="Use `fit_solver"):
         gd.adapted_grid  # pyright: ignore
-    with pytest.raises(AttributeError, match="is now `gddim_eqx.results.Samples`"):
+    with pytest.raises(AttributeError, match="Use `gddim_eqx.results.Samples`"):
         gd.Samples  # pyright: ignore

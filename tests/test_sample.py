@@ -389,7 +389,7 @@ def test_bad_batches_are_refused(without_type_checks):
     ids=str,
 )
 def test_evaluations_are_those_that_the_model_sees(solver, lam):
-    process = gd.CLD((2,))
+    process = gd.CLD((2,)) if isinstance(solver, gd.SSCS) else gd.VP((2,))
     exact, seen = _data.model(process), []
 
     def model(t, u, args):

@@ -239,10 +239,10 @@ def _refuse_rows(name, x):
 def _stages(names, num_iterations, rate):
     """What is learned, for how many iterations, and how fast. Each stage begins with the
     best so far, and the last is slow, as only small changes may still improve."""
-    if names == ("times",):
-        return [(names, num_iterations, 2 * rate)]
-    times = num_iterations * 2 // 5 if "times" in names else 0
+    times = num_iterations * 2 // 5 if "times" in names and len(names) > 1 else 0
     late = (num_iterations - times) // 2
+    if names == ("times",):
+        rate *= 2
     stages = [
         (("times",), times, 2 * rate),
         (names, num_iterations - times - late, rate),

@@ -13,7 +13,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jax.core import Tracer
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Float, PyTree, Shaped
+from jaxtyping import Array, Float, PyTree, Shaped, UInt32
 
 from .._custom_types import Args, Key, Level, Times
 from .._linear import at_least_single
