@@ -2,6 +2,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.tree_util as jtu
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool
 
@@ -42,7 +43,7 @@ class StartedModel(AbstractWrapper):
             lambda: of(self.evaluated),
         )
 
-    def is_closed_form(self, t: Array) -> Bool[Array, "..."]:
+    def is_closed_form(self, t: Array | np.ndarray) -> Bool[Array, "..."]:
         return t > self.t.astype(t.dtype)
 
     def starts(self, t: Array, earliest: Array) -> Bool[Array, ""]:
