@@ -1,12 +1,10 @@
 import copy
 import functools as ft
-import re
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import diffrax as dfx
 import equinox as eqx
-import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._custom_types import Args, FrameName, Level, PredictionName, RealScalarLike, State
@@ -14,6 +12,7 @@ from .._linear import add, apply, BlockLinearOperator, check_state
 from .._misc import as_level, level_at, show
 from .._process import AbstractProcess, require_process, time_for
 from .model import as_model
+from .ode import AbstractODE, as_state_like
 from .prediction import (
     AbstractPrediction,
     check_frame,
@@ -33,7 +32,7 @@ class AbstractReverseTerm(dfx.AbstractTerm):
     """A term that generates samples: the probability flow or the reverse diffusion."""
 
 
-class ProbabilityFlow(AbstractReverseTerm):
+class ProbabilityFlow(AbstractODE, AbstractReverseTerm):
     r"""The probability flow of a diffusion model, as a Diffrax term:
 
     $$\frac{\mathrm{d}u}{\mathrm{d}t} = F_t\,u - \tfrac{1}{2} G_t G_t^\top
@@ -132,24 +131,8 @@ class ProbabilityFlow(AbstractReverseTerm):
         except Exception as error:
             error.add_note(_how_models_are_called(u, process))
             raise
-        if jtu.tree_structure(prediction) != jtu.tree_structure(u):
-            raise ValueError(
-                "The model must return the structure of its state, "
-                f"{show(jtu.tree_structure(u))}; it returned "
-                f"{show(jtu.tree_structure(prediction))}. "
-                + _how_models_are_called(u, process)
-            )
-
-        def same(p, x):
-            if jnp.shape(p) != x.shape:
-                raise ValueError(
-                    "The model must return the shape of its state, "
-                    f"{x.shape}; it returned {jnp.shape(p)}. "
-                    + _how_models_are_called(u, process)
-                )
-            return jnp.asarray(p, x.dtype)
-
-        value = process.from_data(jtu.tree_map(same, prediction, u))
+        hint = f" {_how_models_are_called(u, process)}"
+        value = process.from_data(as_state_like(u, prediction, "The model", hint))
         return Marginal(process, t, root, self.raises), u, value
 
     def predict(self, t: RealScalarLike, u: State, args: Args) -> State:
@@ -253,12 +236,6 @@ class ProbabilityFlow(AbstractReverseTerm):
     def vf(self, t: RealScalarLike, y: State, args: Args) -> State:
         return self.reverse_drift(t, y, args, 0.0)
 
-    def contr(self, t0: RealScalarLike, t1: RealScalarLike, **kwargs) -> RealScalarLike:
-        return t1 - t0
-
-    def prod(self, vf: State, control: RealScalarLike) -> State:
-        return jtu.tree_map(lambda v: jnp.asarray(control, v.dtype) * v, vf)
-
 
 def without_errors(flow: ProbabilityFlow) -> ProbabilityFlow:
     """The flow, with NaN in place of run-time errors: JAX's persistent cache stores no
@@ -286,28 +263,30 @@ def flow_of_ode(process: AbstractProcess, term: dfx.ODETerm) -> ProbabilityFlow:
     return ProbabilityFlow(process, _FromVectorField(term, process), "flow")
 
 
-def check_flow(flow: object, call: str | None = None) -> ProbabilityFlow:
-    """**Raises:** `ValueError` unless given a probability flow. It writes out the call,
-    such as `"sample(flow, key, number)"`."""
-    if isinstance(flow, ProbabilityFlow):
-        return flow
-    made = "ProbabilityFlow(process, model)"
-    if call is not None and isinstance(flow, AbstractProcess):
-        name, call = call.split("(")[0], re.sub(r"\bflow\b", made, call)
-        raise ValueError(f"`{name}` takes a flow, not a process and a model: `{call}`.")
-    raise ValueError(f"`flow` must be a `{made}`; got {type(flow).__name__}.")
+def check_flow(flow: object) -> ProbabilityFlow:
+    """**Raises:** `ValueError` unless given a probability flow."""
+    if not isinstance(flow, ProbabilityFlow):
+        raise ValueError(
+            "`flow` must be a `ProbabilityFlow(process, model)`; got "
+            f"{type(flow).__name__}."
+        )
+    return flow
 
 
 def flow_first(call: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Until the release: the error of `check_flow` also for calls with a process that have
-    more arguments, such as `predicts`, than there are now."""
+    """Until the release: an error that writes out a call, such as `"sample(flow, key,
+    number)"`, where a process is passed, and its model, in place of the flow."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @ft.wraps(function)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-            for x in (*args[:2], kwargs.get("process")):
-                if isinstance(x, AbstractProcess):
-                    check_flow(x, call)
+            first = (*args, None)[0], kwargs.get("process")
+            if any(isinstance(x, AbstractProcess) for x in first):
+                name = call.split("(")[0]
+                new = call.replace("(flow", "(ProbabilityFlow(process, model)")
+                raise ValueError(
+                    f"`{name}` takes a flow, not a process and a model: `{new}`."
+                )
             return function(*args, **kwargs)
 
         return wrapper

@@ -16,6 +16,7 @@ from .._linear import (
 from .._misc import as_batch, as_level, check_key, check_positive, level_at, show
 from .._process import AbstractProcess
 from .diffrax_compat import unwrap
+from .ode import AbstractODE
 from .probability_flow import (
     AbstractReverseTerm,
     check_flow,
@@ -24,18 +25,12 @@ from .probability_flow import (
 )
 
 
-class _ReverseDrift(dfx.AbstractTerm):
+class _ReverseDrift(AbstractODE):
     flow: ProbabilityFlow
     lam: Level
 
     def vf(self, t: RealScalarLike, y: State, args: Args) -> State:
         return self.flow.reverse_drift(t, y, args, self.lam)
-
-    def contr(self, t0: RealScalarLike, t1: RealScalarLike, **kwargs) -> RealScalarLike:
-        return self.flow.contr(t0, t1)
-
-    def prod(self, vf: State, control: RealScalarLike) -> State:
-        return self.flow.prod(vf, control)
 
 
 class _ReverseDiffusion(dfx.AbstractTerm):
@@ -75,17 +70,13 @@ class _ReverseDiffusion(dfx.AbstractTerm):
         """Raise a `ValueError` unless the Brownian path matches the state."""
         time = jax.ShapeDtypeStruct((), jnp.float32)
         increments = eqx.filter_eval_shape(self.path.evaluate, time, time)
-        same = jtu.tree_structure(increments) == jtu.tree_structure(y)
-        shapes = [
-            [jnp.shape(leaf) for leaf in jtu.tree_leaves(tree)] for tree in (increments, y)
-        ]
-        if not same or shapes[0] != shapes[1]:
+        given, wanted = (jtu.tree_map(jnp.shape, tree) for tree in (increments, y))
+        if given != wanted:
             raise ValueError(
                 "The Brownian path must have increments of the states' structure and "
-                f"shape. The states are {show(jtu.tree_structure(y))} of shapes "
-                f"{shapes[1]}; the increments are {show(jtu.tree_structure(increments))} "
-                f"of shapes {shapes[0]}. "
-                "For states of shape (64, *shape), pass `batch=(64,)` to `reverse_sde`."
+                f"shape. Those of the states are {show(wanted)}; those of the increments "
+                f"are {show(given)}. For states of shape (64, *shape), pass `batch=(64,)` "
+                "to `reverse_sde`."
             )
 
 

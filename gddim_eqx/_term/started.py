@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jax import lax
@@ -44,7 +45,7 @@ class StartedModel(AbstractWrapper):
         )
 
     def is_closed_form(self, t: Array | np.ndarray) -> Bool[Array, "..."]:
-        return t > self.t.astype(t.dtype)
+        return jnp.asarray(t) > self.t.astype(t.dtype)
 
     def starts(self, t: Array, earliest: Array) -> Bool[Array, ""]:
         """Whether the model is evaluated at a time, and was not at the earliest of those
