@@ -7,7 +7,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, PyTree
 
 from .._custom_types import Args, PredictionName, RealScalarLike, State
-from .._linear import append_axes, apply, batch_axes, join_components, subtract
+from .._linear import add, append_axes, apply, batch_axes, join_components, subtract
 from .._misc import as_constant, as_floats, as_shape, constant_field, show
 from .._process import AbstractProcess
 from .._term import AbstractWrapper, as_model, check_flow, flow_first, ProbabilityFlow
@@ -76,29 +76,47 @@ def with_args(flow: ProbabilityFlow, args: PyTree) -> ProbabilityFlow:
     return guided_flow(WithArgs(flow, args))
 
 
-class ClassifierFreeGuidance(AbstractGuidance):
+class AbstractScaledGuidance(AbstractGuidance):
+    scale: eqx.AbstractVar[Scale]
+
+    @property
+    def rows(self) -> dict[str, Array]:
+        scale = self.scale
+        return {"scale": scale} if isinstance(scale, Array) and scale.ndim else {}
+
+    def scale_at(self, t: RealScalarLike) -> Array:
+        scale = self.scale
+        return as_floats("scale", scale(t) if callable(scale) else scale)
+
+    def scaled(self, scale: Array, x: State) -> State:
+        """A state, times one number or one per sample."""
+
+        def per_leaf(x):
+            if scale.shape not in ((), x.shape[: x.ndim - len(self.process.shape)]):
+                raise ValueError(
+                    "`scale` must be one number, or one per sample, with the shape of the "
+                    f"state's batch axes; got shape {scale.shape} for a state of shape "
+                    f"{x.shape}."
+                )
+            return append_axes(scale.astype(x.dtype), x.ndim) * x
+
+        return jtu.tree_map(per_leaf, x)
+
+
+class ClassifierFreeGuidance(AbstractScaledGuidance):
     flow: ProbabilityFlow
     unconditional: ProbabilityFlow
     scale: Scale
     interval: tuple[float, float] | None = eqx.field(static=True)
     rescale: float = eqx.field(static=True)
 
-    @property
-    def rows(self) -> dict[str, Array]:
-        """What has one row per sample."""
-        return _rows_of(self.scale)
-
     def __call__(self, t: RealScalarLike, u: State, args: Args) -> State:
-        scale = jnp.asarray(_at(self.scale, t))
+        scale = self.scale_at(t)
         if self.interval is not None:
             low, high = self.interval
             scale = jnp.where((low <= t) & (t <= high), scale, 1)
-        given = self.flow.model(t, u, args)
-        guided = jtu.tree_map(
-            lambda a, b: b + _per_sample(scale, a, self.process) * (a - b),
-            given,
-            self.unconditional.model(t, u, args),
-        )
+        given, other = (x.model(t, u, args) for x in (self.flow, self.unconditional))
+        guided = add(other, self.scaled(scale, subtract(given, other)))
         return jtu.tree_map(self._rescaled, guided, given) if self.rescale else guided
 
     def _rescaled(self, x, like):
@@ -198,15 +216,10 @@ def classifier_free_guidance(
     return guided_flow(model)
 
 
-class ClassifierGuidance(AbstractGuidance):
+class ClassifierGuidance(AbstractScaledGuidance):
     flow: ProbabilityFlow
     log_likelihood: Callable
     scale: Scale
-
-    @property
-    def rows(self) -> dict[str, Array]:
-        """What has one row per sample."""
-        return _rows_of(self.scale)
 
     def __call__(self, t: RealScalarLike, u: State, args: Args) -> State:
         def total(u):
@@ -221,10 +234,9 @@ class ClassifierGuidance(AbstractGuidance):
 
         gradient = self.process.from_data(jax.grad(total)(u))
         u = self.process.from_data(u)
-        noise, scale = self.flow.noise(t, u, args), _at(self.scale, t)
-        gradient = jtu.tree_map(lambda x: _per_sample(scale, x, self.process) * x, gradient)
+        gradient = self.scaled(self.scale_at(t), gradient)
         change = apply(self.process.factor(t).transpose(), gradient)
-        noise = subtract(noise, change)
+        noise = subtract(self.flow.noise(t, u, args), change)
         return self.flow.prediction(t, u, noise)
 
 
@@ -362,21 +374,3 @@ def _check_callable(name: str, function: Callable) -> None:
 def _as_scale(scale: Scale) -> Scale:
     """Convert to an array, so that changing the number does not recompile."""
     return scale if callable(scale) else as_floats("scale", scale)
-
-
-def _rows_of(scale: Scale) -> dict[str, Array]:
-    return {"scale": scale} if isinstance(scale, Array) and scale.ndim else {}
-
-
-def _per_sample(scale: ArrayLike, x: Array, process: AbstractProcess) -> Array:
-    scale = as_floats("scale", scale).astype(x.dtype)
-    if scale.shape not in ((), x.shape[: x.ndim - len(process.shape)]):
-        raise ValueError(
-            "`scale` must be one number, or one per sample, with the shape of the state's "
-            f"batch axes; got shape {scale.shape} for a state of shape {x.shape}."
-        )
-    return append_axes(scale, x.ndim)
-
-
-def _at(scale: Scale, t: RealScalarLike) -> ArrayLike:
-    return scale(t) if callable(scale) else scale

@@ -30,7 +30,7 @@ from .._linear import (
 )
 from .._misc import check_count, check_key, show
 from .._process import AbstractProcess, require_process, time_for
-from .._term import AbstractModel, check_prediction, make_prediction, Marginal
+from .._term import AbstractModel, check_prediction, make_prediction, PerturbationKernel
 
 
 class Channel(NamedTuple):
@@ -293,5 +293,5 @@ class ExactModel(AbstractModel):
             initial = join_components([law.data, *rest])
             noise = apply(process.factor(t).transpose(), law.pull)
             prediction = make_prediction(self.kind, "R")
-            value = prediction.target(Marginal(process, t), initial, noise)
+            value = prediction.target(PerturbationKernel(process, t), initial, noise)
         return _cast(process.to_data(value), given)

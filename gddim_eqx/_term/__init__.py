@@ -9,7 +9,7 @@ from .prediction import (
     check_frame as check_frame,
     check_prediction as check_prediction,
     make_prediction as make_prediction,
-    Marginal as Marginal,
+    PerturbationKernel as PerturbationKernel,
 )
 from .probability_flow import (
     AbstractReverseTerm as AbstractReverseTerm,

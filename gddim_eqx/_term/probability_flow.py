@@ -19,8 +19,8 @@ from .prediction import (
     check_prediction,
     error_without_signal,
     make_prediction,
-    Marginal,
     Noise,
+    PerturbationKernel,
 )
 
 
@@ -120,7 +120,7 @@ class ProbabilityFlow(AbstractODE, AbstractReverseTerm):
         u: State,
         args: Args,
         root: BlockLinearOperator | None = None,
-    ) -> tuple[Marginal, State, State]:
+    ) -> tuple[PerturbationKernel, State, State]:
         """Evaluate the model once, with checks: returns the process at that time, the
         state as arrays, and the prediction in the basis of states."""
         process = self.process
@@ -133,7 +133,7 @@ class ProbabilityFlow(AbstractODE, AbstractReverseTerm):
             raise
         hint = f" {_how_models_are_called(u, process)}"
         value = process.from_data(as_state_like(u, prediction, "The model", hint))
-        return Marginal(process, t, root, self.raises), u, value
+        return PerturbationKernel(process, t, root, self.raises), u, value
 
     def predict(self, t: RealScalarLike, u: State, args: Args) -> State:
         """The model's prediction in the basis of states. Arguments as for
@@ -187,7 +187,7 @@ class ProbabilityFlow(AbstractODE, AbstractReverseTerm):
             check_state(x, process.num_components, process.shape, name)
             for x, name in ((u, "The state"), (noise, "The noise"))
         )
-        at = Marginal(process, time_for(u, t))
+        at = PerturbationKernel(process, time_for(u, t))
         if initial is None:
             initial = Noise("R").denoised(at, u, noise)
         data = jtu.tree_map(lambda x: x / process.data_scale, initial)

@@ -15,7 +15,7 @@ from .._custom_types import Args, FrameName, Key, PredictionName, State
 from .._linear import append_axes, apply, check_state, coefficient_dtype, subtract
 from .._misc import as_constant, check_key, check_per_sample, show
 from .._process import AbstractProcess, DiscreteVP, latest, require_process
-from .._term import check_prediction, make_prediction, Marginal, ProbabilityFlow
+from .._term import check_prediction, make_prediction, PerturbationKernel, ProbabilityFlow
 from ._times import AbstractTimeSampler, UniformTimes
 from ._weighting import DataWeighting
 
@@ -248,7 +248,7 @@ class DenoisingLoss(eqx.Module):
             scale = self.process.data_scale
             data = jtu.tree_map(lambda x: x / scale, self.process.encode(x))
             prediction = make_prediction(self.predicts, self.factor)
-            target = prediction.target(Marginal(self.process, t), data, noise)
+            target = prediction.target(PerturbationKernel(self.process, t), data, noise)
             predicted = flow.predict(t, u, args)
             if isinstance(self.weighting, DataWeighting):
                 error = self.weighting.error(t, predicted, target, self.predicts)
