@@ -212,7 +212,13 @@ def classifier_free_guidance(
     if not 0 <= rescale <= 1:
         raise ValueError(f"`rescale` must be in [0, 1]; got {rescale}.")
     scale = _as_scale(scale)
-    model = ClassifierFreeGuidance(flow, unconditional, scale, interval, rescale)
+    model = ClassifierFreeGuidance(
+        flow=flow,
+        unconditional=unconditional,
+        scale=scale,
+        interval=interval,
+        rescale=rescale,
+    )
     return guided_flow(model)
 
 
@@ -266,7 +272,9 @@ def classifier_guidance(
         2021, section 4.
     """
     _check_callable("log_likelihood", log_likelihood)
-    return guided_flow(ClassifierGuidance(flow, log_likelihood, _as_scale(scale)))
+    scale = _as_scale(scale)
+    model = ClassifierGuidance(flow=flow, log_likelihood=log_likelihood, scale=scale)
+    return guided_flow(model)
 
 
 class DataGuidance(AbstractGuidance):
