@@ -214,7 +214,7 @@ def sample(
     - `batch_size`: if given, samples are drawn in batches of this size, to save memory, and
         collected in a NumPy array. They are the same whatever the batch size, up to
         rounding. All arrays in `args` must then have one row per sample. Arrays of one row
-        per sample in guidance, such as `y` of [`gddim_eqx.PosteriorGuidance`][], are
+        per sample in guidance, such as `y` of [`gddim_eqx.posterior_guidance`][], are
         split too; those in a model of your own cannot be: pass them as `args`.
     - `placement`: how to shard the samples over devices, which does not change them; by
         default all are on the first device. The model must be on the same devices.

@@ -99,7 +99,7 @@ class DenoisingLoss(eqx.Module):
             [`gddim_eqx.nn.NetworkModel`][] of a network with dropout.
         - `condition_dropout`: the probability with which the condition of a sample is
             replaced by `no_condition`, so that one network learns the conditional and the
-            unconditional model, for [`gddim_eqx.ClassifierFreeGuidance`][]. Commonly 0.1.
+            unconditional model, for [`gddim_eqx.classifier_free_guidance`][]. Commonly 0.1.
         - `no_condition`: what stands for no condition, with the structure of the condition
             of one sample. What that is, is for the network to say: the networks of
             `gddim_eqx.nn` have it as `network.no_condition`.
