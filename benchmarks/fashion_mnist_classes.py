@@ -66,8 +66,7 @@ def rows(flow: gd.ProbabilityFlow, num_classes: int) -> list[np.ndarray]:
     labels = np.repeat(np.arange(num_classes), 2)
     made = []
     for scale in _scales:
-        guided = gd.ClassifierFreeGuidance(flow.model, scale=scale)
-        guided = gd.ProbabilityFlow(flow.process, guided, flow.predicts)
+        guided = gd.classifier_free_guidance(flow, scale=scale)
         x, _ = gd.sample(guided, jax.random.key(0), len(labels), 20, args=labels)
         made.append(np.hstack(list(gd.to_uint8(x))).squeeze())
     return made

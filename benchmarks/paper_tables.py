@@ -137,8 +137,7 @@ class Bench:
         def run(evaluations: int) -> Cell:
             try:
                 x, used = gd.sample(
-                    self.process,
-                    self.model,
+                    gd.ProbabilityFlow(self.process, self.model),
                     _key,
                     self.data.number,
                     solver=solver,
@@ -397,7 +396,7 @@ def figure_1(data: Data, path: Path, quick: bool) -> None:
     rows = [
         (
             f"{name}\n{n} evaluations",
-            gd.sample(process, bench.model, _key, _row, n, solver).x,
+            gd.sample(gd.ProbabilityFlow(process, bench.model), _key, _row, n, solver).x,
         )
         for name, solver, numbers in methods
         for n in numbers

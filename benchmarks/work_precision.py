@@ -1,7 +1,7 @@
 """Work-precision diagrams: error against evaluations of the model, and against time.
 
 Eight Gaussians on a ring under VP and CLD, and one around each of 500 real images under VP,
-with exact models. `GDDIM()` on its default grid and on one from `gddim_eqx.adapted_grid`
+with exact models. `GDDIM()` on its default grid and on one from `gddim_eqx.fit_solver`
 (optimised on other samples), the paper's sampler and DDIM are compared with Diffrax's
 solvers: with fixed steps, on the better of two grids, and with adaptive steps, at the best
 of several ratios of `atol` to `rtol`. (Kvaerno5 only in 2-D, with separate steps for each
@@ -44,7 +44,7 @@ import matplotlib.pyplot as plt
 
 
 _targets = (1e-2, 1e-3, 1e-4)
-_quick = ("GDDIM(), adapted_grid", "Diffrax Heun", "Diffrax Kvaerno5, adaptive")
+_quick = ("GDDIM(), adapted", "Diffrax Heun", "Diffrax Kvaerno5, adaptive")
 
 
 class Point(NamedTuple):
@@ -133,7 +133,8 @@ def samplers(case: Case) -> dict[str, Callable[[], list[Point]]]:
     flow = gd.ProbabilityFlow(process, case.model)
 
     def adapted(number):
-        return gd.adapted_grid(flow, case.pilot, number).ts
+        options = dict(learn="times", start=None, progress=False)
+        return gd.fit_solver(flow, case.pilot, number, **options).ts
 
     def both(solver):
         return lambda: case.fixed(solver, grid("quadratic"), grid("clock"))
@@ -142,7 +143,7 @@ def samplers(case: Case) -> dict[str, Callable[[], list[Point]]]:
         return lambda: case.adaptive(solver, 1.0, 0.1, 0.01)
 
     found = {
-        "GDDIM(), adapted_grid": lambda: case.fixed(
+        "GDDIM(), adapted": lambda: case.fixed(
             gd.GDDIM(), adapted, steps=case.adapted_steps
         ),
         "GDDIM()": lambda: case.fixed(gd.GDDIM(), grid("clock")),

@@ -204,8 +204,7 @@ def read_model(config: Config, shape: tuple[int, ...]) -> gd.ProbabilityFlow:
     else:
         flow = read_ours(config.model, config.like)
         if isinstance(flow, gd.nn.NetworkModel):
-            predicts = flow.preconditioned_for or "noise"
-            flow = gd.ProbabilityFlow(flow.process, flow, predicts)
+            flow = gd.ProbabilityFlow(flow.process, flow)
     if not isinstance(flow, gd.ProbabilityFlow):
         raise ValueError(
             f"{config.model} holds a {type(flow).__name__}, not a model and its process. "
@@ -249,8 +248,7 @@ def guided(config: Config, flow: gd.ProbabilityFlow) -> gd.ProbabilityFlow:
         return flow
     if num_classes_of(flow) is None:
         raise ValueError(f"`--guidance` needs a class-conditional model: {config.model}.")
-    model = gd.ClassifierFreeGuidance(flow.model, scale=config.guidance)
-    return gd.ProbabilityFlow(flow.process, model, flow.predicts, flow.factor)
+    return gd.classifier_free_guidance(flow, scale=config.guidance)
 
 
 def labels_of(config: Config, flow: gd.ProbabilityFlow) -> np.ndarray | None:

@@ -1,7 +1,7 @@
 """Inpainting and deblurring of clothes, by models that were trained for neither.
 
 The included Fashion-MNIST models, under VP, CLD and BDM, are conditioned on measurements
-of test images by `PosteriorGuidance`, without training or a special sampler. The same code
+of test images by `posterior_guidance`, without training or a special sampler. The same code
 serves critically-damped Langevin diffusion, whose states have a velocity, and blurring
 diffusion, whose states are cosine coefficients.
 
@@ -53,8 +53,7 @@ noise = 0.05  # The standard deviation of the measurement noise.
 def restore(flow, measurement, y, number: int, num_steps: int) -> Float[Array, "..."]:
     """For each measurement, so many samples: `(number, images, 28, 28, 1)`."""
     repeated = jnp.tile(y, (number, 1, 1, 1))
-    guided = gd.PosteriorGuidance(flow, repeated, measurement, noise)
-    guided = gd.ProbabilityFlow(flow.process, guided, flow.predicts)
+    guided = gd.posterior_guidance(flow, repeated, measurement, noise)
     x, _ = gd.sample(guided, jr.key(1), len(repeated), num_steps, denoise="exact")
     return x.reshape(number, len(y), *x.shape[1:])
 

@@ -503,7 +503,7 @@ def read_init(config: Config, model: gd.nn.NetworkModel) -> gd.nn.NetworkModel:
     assert config.init is not None
     found: Any = gd.checkpoints.load(config.init)
     if isinstance(found, gd.nn.NetworkModel):
-        predicts: Any = found.preconditioned_for or "noise"
+        predicts: Any = found.predicts or "noise"
         found = gd.ProbabilityFlow(found.process, found, predicts)
     if not isinstance(getattr(found, "model", None), gd.nn.NetworkModel):
         kind = type(found).__name__

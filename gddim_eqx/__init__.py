@@ -5,6 +5,7 @@ from . import (
     checkpoints as checkpoints,
     metrics as metrics,
     nn as nn,
+    results as results,
     solvers as solvers,
     training as training,
 )
@@ -18,15 +19,15 @@ from ._linear import (
     Phase as Phase,
 )
 from ._model import (
-    ClassifierFreeGuidance as ClassifierFreeGuidance,
-    ClassifierGuidance as ClassifierGuidance,
+    classifier_free_guidance as classifier_free_guidance,
+    classifier_guidance as classifier_guidance,
     Clip as Clip,
-    DataGuidance as DataGuidance,
+    data_guidance as data_guidance,
     DynamicThreshold as DynamicThreshold,
     GaussianMixture as GaussianMixture,
     NormalData as NormalData,
-    PosteriorGuidance as PosteriorGuidance,
-    WithArgs as WithArgs,
+    posterior_guidance as posterior_guidance,
+    with_args as with_args,
     WithTime as WithTime,
 )
 from ._pixels import (
@@ -59,26 +60,20 @@ from ._process import (
     VP as VP,
 )
 from ._sampling import (
-    adapted_grid as adapted_grid,
-    AdaptedGrid as AdaptedGrid,
     fit_solver as fit_solver,
-    FittedSolver as FittedSolver,
     GaussianStart as GaussianStart,
     generate as generate,
-    Inversion as Inversion,
     invert as invert,
-    Likelihood as Likelihood,
     log_density as log_density,
     log_likelihood as log_likelihood,
     log_likelihood_bound as log_likelihood_bound,
-    ModelConventions as ModelConventions,
     process_from_config as process_from_config,
     sample as sample,
-    Samples as Samples,
     time_grid as time_grid,
 )
 from ._sharding import Placement as Placement
 from ._term import (
+    AbstractModel as AbstractModel,
     ProbabilityFlow as ProbabilityFlow,
     reverse_sde as reverse_sde,
     Semilinear as Semilinear,
@@ -96,7 +91,13 @@ __version__ = _version("gddim_eqx")
 # Until the release: former names, and what to use.
 _former = {
     "datasets": "Copy `examples/data.py` of the repository, or pass NumPy arrays.",
-}
+    "adapted_grid": "Use `fit_solver(flow, u, num_steps, solver, 'times')`, for its `ts`.",
+    "ClassifierFreeGuidance": "Use `classifier_free_guidance(flow)`, which returns a flow.",
+    "ClassifierGuidance": "Use `classifier_guidance(flow, log_likelihood)`.",
+    "DataGuidance": "Use `data_guidance(flow, function)`, which returns a flow.",
+    "PosteriorGuidance": "Use `posterior_guidance(flow, y, measurement, noise)`.",
+    "WithArgs": "Use `with_args(flow, args)`, which returns a flow.",
+} | {name: f"Use `gddim_eqx.results.{name}`." for name in vars(results) if name[0] != "_"}
 
 # Hidden from type checkers, which would accept any name.
 if not _typing.TYPE_CHECKING:

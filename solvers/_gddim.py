@@ -79,7 +79,7 @@ class GDDIM(AbstractExponentialMultistep):
     state.) As past values cannot tell what the model will predict at much lower noise,
     adaptive steps longer than 2 in log-SNR are rejected. To get the smallest error at a
     given small NFE, rather than to meet a tolerance, use a fixed grid:
-    [`gddim_eqx.adapted_grid`][] finds a good one. Dense output has the order of the solver.
+    [`gddim_eqx.fit_solver`][] finds a good one. Dense output has the order of the solver.
 
     Times may be close to each other. Where two are much closer than the steps around them,
     only one of their evaluations is used for interpolation.

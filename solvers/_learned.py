@@ -18,7 +18,7 @@ from gddim_eqx._exponential import (
 from gddim_eqx._linear import coefficient_dtype
 from gddim_eqx._misc import show
 from gddim_eqx._process import AbstractProcess, require_process
-from gddim_eqx._term import ProbabilityFlow, real_time, started_flow, StartedModel
+from gddim_eqx._term import real_time, started_flow, StartedModel
 
 from ._corrector import AbstractCorrector, FreeCorrector
 from ._gddim import GDDIM
@@ -59,6 +59,7 @@ class LearnedGDDIM(dfx.AbstractItoSolver[History]):
     num_free: int = eqx.field(static=True)
     slope: Float[Array, ""] | None
 
+    stages: ClassVar[tuple[float, ...]] = (0.0,)
     term_structure: ClassVar = dfx.AbstractTerm
     interpolation_cls: ClassVar[Callable[..., dfx.AbstractLocalInterpolation]] = (
         staticmethod(interpolation)
@@ -300,9 +301,8 @@ class _Step(AbstractExponentialMultistep):
 
     def unwrap(self, terms, y) -> Problem:
         problem = self.solver.unwrap(terms, y)
-        flow, process = problem.term, problem.equation
-        model = _Shifted(flow.model, process, self.shift)
-        flow = ProbabilityFlow(process, model, flow.predicts, flow.factor)
+        model = _Shifted(problem.term.model, problem.equation, self.shift)
+        flow = eqx.tree_at(lambda flow: flow.model, problem.term, model)
         if self.start is not None:
             flow = started_flow(flow, *self.start)
         return problem._replace(term=flow)

@@ -111,6 +111,11 @@ class AbstractExponentialMultistep(
         return 1.5 if stochastic else max(self.predictor.num_nodes, 2)
 
     @property
+    def stages(self) -> tuple[float, ...]:
+        """Where in a step the model is evaluated: 0 is its start, and 1 its end."""
+        return (0.0, 1.0) if self.correction.reevaluates else (0.0,)
+
+    @property
     def _slots(self) -> int:
         # Order 1 stores one evaluation for its error estimate.
         return max(self.predictor.num_nodes - 1, self.correction.num_older, 1)
@@ -169,7 +174,7 @@ class AbstractExponentialMultistep(
         s, t = (real_time(equation.t_end, x, direction, dtype) for x in (t0, t1))
         c = self._integrate(equation, s, t, lam)
         faults = self.faults(equation, c, s, lam is not None)
-        linear = error_if_any(c.linear, faults)
+        linear = error_if_any(c.linear, faults, term.raises)
         value = self.splitting.evaluate(term, s, y0, args, c.root)
         known, forcing, residual = history.known(t0, made_jump), [], None
         if isinstance(model := getattr(term, "model", None), StartedModel):

@@ -41,6 +41,7 @@ class SSCS(dfx.AbstractItoSolver[None]):
         Critically-Damped Langevin Diffusion*, ICLR 2022.
     """
 
+    stages: ClassVar[tuple[float, ...]] = (0.5,)
     term_structure: ClassVar = ReverseSDE
     interpolation_cls: ClassVar[Callable[..., dfx.LocalLinearInterpolation]] = (
         dfx.LocalLinearInterpolation
@@ -90,7 +91,7 @@ class SSCS(dfx.AbstractItoSolver[None]):
         s, middle, t = (
             real_time(process.t_end, x, direction, dtype) for x in (t0, half, t1)
         )
-        s = error_if_any(s, step_faults(process, s, t, True))
+        s = error_if_any(s, step_faults(process, s, t, True), flow.raises)
         diffusion = process.diffusion(middle)
 
         def relax(start, end, y, normal):

@@ -1,6 +1,7 @@
 """Arguments are checked where they enter: the message names the argument."""
 
 import dataclasses
+import re
 import warnings
 
 import jax
@@ -25,9 +26,7 @@ _x = np.zeros((3, 2))
 
 
 def _sample(**kwargs):
-    arguments = dict(process=_process, model=_model, key=_key, number=4) | kwargs
-    names = ("process", "model", "key", "number")
-    return gd.sample(*[arguments.pop(name) for name in names], **arguments)
+    return gd.sample(**(dict(flow=_flow, key=_key, number=4) | kwargs))
 
 
 _refused = {
@@ -55,22 +54,25 @@ _refused = {
         lambda: gd.invert(_flow, _x, 0),
     ],
     "`model` must be callable": [
-        lambda: _sample(model=None),
-        lambda: gd.reverse_sde(_process, 3, 1.0, _key),
+        lambda: gd.ProbabilityFlow(_process, None),
+        lambda: gd.ProbabilityFlow(_process, 3),
     ],
-    "`model` is a `ProbabilityFlow`": [lambda: _sample(model=_flow)],
+    "`model` is a `ProbabilityFlow`": [lambda: gd.ProbabilityFlow(_process, _flow)],
     "`process` must be a forward process": [
-        lambda: _sample(process="vp"),
+        lambda: gd.ProbabilityFlow("vp", _model),
         lambda: _data.model("vp"),
         lambda: gd.reverse_transition(_model, 0.1, 0.5),
     ],
     "`flow` must be": [
+        lambda: _sample(flow=_model),
+        lambda: gd.reverse_sde(_model, 1.0, _key),
+        lambda: gd.data_guidance(_model, gd.Clip()),
         lambda: gd.log_likelihood(_process, _x),
         lambda: gd.log_density(_process, _x),
         lambda: gd.log_likelihood_bound(_model, _x, _key),
         lambda: gd.invert(_process, _x),
         lambda: gd.generate(_model, _x),
-        lambda: gd.adapted_grid(_process, _x),
+        lambda: gd.fit_solver(_process, _x),
     ],
     "`key` must be one random key": [
         lambda: _sample(key=0),
@@ -86,7 +88,7 @@ _refused = {
         lambda: _sample(solver="heun"),
         lambda: _sample(solver=gd.GDDIM),
         lambda: gd.invert(_flow, _x, solver="heun"),
-        lambda: gd.adapted_grid(_flow, _x, 3, "heun"),
+        lambda: gd.fit_solver(_flow, _x, 3, "heun"),
         lambda: gd.log_likelihood(_flow, _x, solver="heun"),
     ],
     "`placement` must be": [lambda: _sample(placement=3)],
@@ -118,9 +120,11 @@ _refused = {
         lambda: _process.prior(_key, (3,), complex),
     ],
     "`scale` must be": [
-        lambda: gd.ClassifierFreeGuidance(_model, _model, "a"),
-        lambda: gd.ClassifierFreeGuidance(_model, _model, None),
-        lambda: gd.ClassifierFreeGuidance(_model, _model, jnp.ones(3))(0.5, _x[:2], None),
+        lambda: gd.classifier_free_guidance(_flow, _flow, "a"),
+        lambda: gd.classifier_free_guidance(_flow, _flow, None),
+        lambda: gd.classifier_free_guidance(_flow, _flow, jnp.ones(3)).noise(
+            0.5, _x[:2], None
+        ),
         lambda: gd.GaussianMixture(jnp.zeros((2, 2)), "a"),
         lambda: gd.GaussianMixture(jnp.zeros((2, 2)), np.ones(2)),
     ],
@@ -134,7 +138,7 @@ _refused = {
         lambda: gd.DynamicThreshold((2,), "a"),
     ],
     "`(learning_rate|tol)` must be": [
-        lambda: gd.adapted_grid(_flow, _x, 3, learning_rate="a"),
+        lambda: gd.fit_solver(_flow, np.ones((8, 2)), 3, learning_rate="a"),
         lambda: gd.reverse_sde(_flow, 1.0, _key, (4,), tol="a"),
     ],
     "`(order|corrector)` must be": [
@@ -172,14 +176,9 @@ _refused = {
     "shape of one data sample": [
         lambda: gd.log_likelihood(_flow, 1.0),
         lambda: gd.invert(_flow, 1.0),
-        lambda: gd.adapted_grid(_flow, 1.0),
+        lambda: gd.fit_solver(_flow, 1.0),
     ],
     "`log_likelihood` must be": [lambda: gd.bits_per_dimension("a", (2,))],
-    "is a part of the flow": [
-        lambda: gd.sample(_flow, _key, 4, predicts="data"),
-        lambda: gd.reverse_sde(_flow, 1.0, _key, factor="R"),
-        lambda: gd.DataGuidance(_flow, gd.Clip(), model=_model),
-    ],
 }
 
 
@@ -206,7 +205,7 @@ _complex = {
     "GDDIM": lambda p, u: gd.GDDIM().init(_zero_flow(p), 1.0, 0.5, u, None),
     "generate": lambda p, u: gd.generate(_zero_flow(p), u, 2),
     "invert": lambda p, u: gd.invert(_zero_flow(p), jtu.tree_leaves(u)[0], 2),
-    "adapted_grid": lambda p, u: gd.adapted_grid(_zero_flow(p), u, 2),
+    "fit_solver": lambda p, u: gd.fit_solver(_zero_flow(p), u, 2),
     "log_density": lambda p, u: gd.log_density(_zero_flow(p), u),
     "reverse_sde": lambda p, u: (
         gd.reverse_sde(_zero_flow(p), 1.0, _key, ()).terms[0].vf(0.5, u, None)
@@ -239,7 +238,8 @@ def test_complex_data_work_as_real_and_imaginary_parts():
     x = jnp.stack([z.real, z.imag], -1)
     process = gd.VP(x.shape)
     data = gd.GaussianMixture(x[None])
-    samples = gd.sample(process, data.model(process), _key, 3, 10, denoise="exact").x
+    flow = gd.ProbabilityFlow(process, data.model(process))
+    samples = gd.sample(flow, _key, 3, 10, denoise="exact").x
     np.testing.assert_allclose(samples, jnp.broadcast_to(x, (3, *x.shape)), atol=1e-4)
 
 
@@ -252,7 +252,7 @@ def test_lists_and_arrays_of_numpy_are_data_without_warnings():
             _process.prior_log_density(_process.encode(x))
             _flow.noise(0.5, x, None)
         assert _process.prior(_key, 3, np.float64).shape == (3, 2)
-        assert gd.sample(_process, _model, _key, 2, ts=[1.0, 0.5, 0.001]).x.shape == (2, 2)
+        assert gd.sample(_flow, _key, 2, ts=[1.0, 0.5, 0.001]).x.shape == (2, 2)
         assert gd.log_likelihood(_flow, [[0.0, 1.0]]).value.shape == (1,)
 
 
@@ -296,15 +296,15 @@ _long = {
 }
 _loss = gd.training.DenoisingLoss
 _entries = {
-    "guidance": lambda x: gd.ClassifierFreeGuidance(x, 2.0),
-    "unconditional": lambda x: gd.ClassifierFreeGuidance(_model, x),
-    "scale": lambda x: gd.ClassifierFreeGuidance(_model, _model, {"a": x, "b": None}),
-    "likelihood": lambda x: gd.ClassifierGuidance(_flow, x),
-    "function": lambda x: gd.DataGuidance(_flow, x),
-    "measurement": lambda x: gd.PosteriorGuidance(_flow, _x, x, 0.1),
-    "method": lambda x: gd.PosteriorGuidance(_flow, _x, lambda x: x, 0.1, x),
-    "noise": lambda x: gd.PosteriorGuidance(_flow, _x, lambda x: x, x),
-    "WithArgs": lambda x: gd.WithArgs(x, 1),
+    "guidance": lambda x: gd.classifier_free_guidance(x),
+    "unconditional": lambda x: gd.classifier_free_guidance(_flow, x),
+    "scale": lambda x: gd.classifier_free_guidance(_flow, _flow, {"a": x, "b": None}),
+    "likelihood": lambda x: gd.classifier_guidance(_flow, x),
+    "function": lambda x: gd.data_guidance(_flow, x),
+    "measurement": lambda x: gd.posterior_guidance(_flow, _x, x, 0.1),
+    "method": lambda x: gd.posterior_guidance(_flow, _x, lambda x: x, 0.1, x),
+    "noise": lambda x: gd.posterior_guidance(_flow, _x, lambda x: x, x),
+    "with_args": lambda x: gd.with_args(x, 1),
     "WithTime": lambda x: gd.WithTime(_process, x, "1 - t"),
     "time": lambda x: gd.WithTime(_process, _model, [x]),
     "network": lambda x: gd.nn.NetworkModel(_process, x),
@@ -355,17 +355,47 @@ def test_messages_are_short_whatever_was_passed(entry):
     assert refused > 1
 
 
-def test_guidance_of_a_flow_says_what_to_pass():
-    with pytest.raises(ValueError, match="`conditional` must .*, pass the `model`"):
-        gd.ClassifierFreeGuidance(_big, _model)
+def test_guidance_says_what_to_pass():
     with pytest.raises(ValueError, match="`unconditional` must .*, `scale=2.0`"):
-        gd.ClassifierFreeGuidance(_big.model, 2.0)
+        gd.classifier_free_guidance(_flow, 2.0)
+    process, model = _process, _model
+    calls = {
+        "sample(P, key, number)": lambda: gd.sample(
+            process, model, _key, 4, predicts="noise"
+        ),
+        "reverse_sde(P, lam, key)": lambda: gd.reverse_sde(
+            process, model, 1.0, _key, (4,), predicts="noise"
+        ),
+        "classifier_free_guidance(P)": lambda: gd.classifier_free_guidance(process, model),
+        "classifier_guidance(P, log_likelihood)": lambda: gd.classifier_guidance(
+            process, model, len, factor="R"
+        ),
+        "data_guidance(P, function)": lambda: gd.data_guidance(
+            process=process, model=model, function=len
+        ),
+        "posterior_guidance(P, y, measurement, noise)": lambda: gd.posterior_guidance(
+            process, model, _x, len, 0.1
+        ),
+        "with_args(P, args)": lambda: gd.with_args(process, 3),
+    }
+    for call, made in calls.items():
+        name = call.split("(")[0]
+        call = call.replace("(P", "(ProbabilityFlow(process, model)")
+        message = f"`{name}` takes a flow, not a process and a model: `{call}`"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            made()
+
+
+@pytest.mark.parametrize("name", ["ClassifierFreeGuidance", "DataGuidance", "WithArgs"])
+def test_former_names_say_the_new_ones(name):
+    with pytest.raises(AttributeError, match=f"no attribute '{name}'.* Use `[a-z_]+.flow"):
+        getattr(gd, name)
+    assert not hasattr(gd, "NoName")
 
 
 def test_a_guidance_scale_can_differ_between_samples():
-    guided = lambda scale: gd.ClassifierFreeGuidance(
-        _model, lambda t, u, args: 0 * u, scale
-    )
+    zero = gd.ProbabilityFlow(_process, lambda t, u, args: 0 * u)
+    guided = lambda scale: gd.classifier_free_guidance(_flow, zero, scale).model
     u = prior_state(_process, (3,))
     got = guided(jnp.array([0.0, 1.0, 2.5]))(0.5, u, None)
     for n, scale in enumerate((0.0, 1.0, 2.5)):
@@ -379,10 +409,10 @@ def test_another_guidance_scale_does_not_compile_anew():
         traces.append(None)
         return _model(t, u, args)
 
-    number = []
+    number, flow = [], gd.ProbabilityFlow(_process, model)
     for scale in (1.0, 2.0, 3):
-        guided = gd.ClassifierFreeGuidance(model, model, scale)
-        gd.sample(_process, guided, _key, 2, 3)
+        guided = gd.classifier_free_guidance(flow, flow, scale)
+        gd.sample(guided, _key, 2, 3)
         number.append(len(traces))
     assert number[0] == number[1] == number[2]
 
@@ -392,49 +422,9 @@ def test_what_a_model_raises_says_how_it_was_called():
         return jnp.eye(2) @ u
 
     with pytest.raises(Exception) as caught:
-        gd.sample(_process, of_one, _key, 5, 3)
+        gd.sample(gd.ProbabilityFlow(_process, of_one), _key, 5, 3)
     notes = " ".join(caught.value.__notes__)
     assert "(5, 2)" in notes and "NetworkModel" in notes
-
-
-def _outputs(flow, kind):
-    u = prior_state(flow.process, (4,))
-    if kind == "sample":
-        return gd.sample(flow, _key, 4, num_steps=3, lam=0.5).x
-    if kind == "reverse_sde":
-        return gd.reverse_sde(flow, 0.5, _key, (4,)).terms[0].vf(0.5, u, None)
-    if kind == "ClassifierGuidance":
-        return gd.ClassifierGuidance(flow, lambda t, u, args: u.sum(-1), 2.0)(0.5, u, None)
-    return gd.DataGuidance(flow, gd.Clip())(0.5, u, None)
-
-
-@pytest.mark.parametrize(
-    "kind", ["sample", "reverse_sde", "ClassifierGuidance", "DataGuidance"]
-)
-def test_a_flow_stands_for_its_parts(kind):
-    def data(t, u, args):
-        return 0.5 * u
-
-    flow = gd.ProbabilityFlow(_process, data, "data")
-    u = prior_state(_process, (4,))
-    parts = dict(predicts="data", factor="R")
-    expected = {
-        "sample": lambda: (
-            gd.sample(_process, data, _key, 4, num_steps=3, lam=0.5, **parts).x
-        ),
-        "reverse_sde": lambda: (
-            gd.reverse_sde(_process, data, 0.5, _key, (4,), **parts)
-            .terms[0]
-            .vf(0.5, u, None)
-        ),
-        "ClassifierGuidance": lambda: gd.ClassifierGuidance(
-            _process, data, lambda t, u, args: u.sum(-1), 2.0, **parts
-        )(0.5, u, None),
-        "DataGuidance": lambda: gd.DataGuidance(_process, data, gd.Clip(), **parts)(
-            0.5, u, None
-        ),
-    }[kind]()
-    np.testing.assert_array_equal(_outputs(flow, kind), expected)
 
 
 @pytest.mark.parametrize(
@@ -457,6 +447,6 @@ def test_a_field_of_a_solver_can_be_replaced():
     assert replace(gd.GDDIM(), space="noise") == gd.GDDIM(4, "noise")
     assert replace(gd.GDDIM(2), corrector=2) == gd.GDDIM(2, corrector=2)
     assert replace(gd.GDDIM(2), corrector=2) != gd.GDDIM(2)
-    guided = gd.ClassifierGuidance(_flow, lambda t, u, args: u.sum(-1), 2.0)
+    guided = gd.classifier_guidance(_flow, lambda t, u, args: u.sum(-1), 2.0).model
     assert float(replace(guided, scale=3.0).scale) == 3
     assert replace(guided, scale=3.0).flow == _flow

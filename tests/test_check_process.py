@@ -194,7 +194,9 @@ def test_the_example_of_a_process_runs():
     exec(textwrap.dedent(example), names)
     process = names["OrnsteinUhlenbeck"]((2,))
     data = gd.GaussianMixture([[0.3, -0.4]], 0.0)
-    x, _ = gd.sample(process, data.model(process), jax.random.key(0), 8, 1)
+    x, _ = gd.sample(
+        gd.ProbabilityFlow(process, data.model(process)), jax.random.key(0), 8, 1
+    )
     np.testing.assert_allclose(x, np.broadcast_to([0.3, -0.4], (8, 2)), atol=0.3)
 
 

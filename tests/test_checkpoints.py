@@ -636,7 +636,7 @@ class _Numbers(eqx.Module):
         (eqx.nn.Dropout(0.1), eqx.nn.Dropout(0.5, inference=True)),
         ([1, {"a": 2.0}, (None, "x")], [0, {"a": 0}, (3, None)]),
         (optax.EmptyState(), optax.EmptyState()),
-        (gd.Samples(1.5, 3), gd.Samples(0.0, 0)),
+        (gd.results.Samples(1.5, 3), gd.results.Samples(0.0, 0)),
     ],
     ids=str,
 )
@@ -691,13 +691,15 @@ def test_a_fitted_solver_is_saved_with_its_times_and_errors(tmp_path, learned):
     process = gd.VP((2,))
     ts = gd.time_grid(process, 5)
     solver = gd.LearnedGDDIM(gd.GDDIM(3), process, ts) if learned else gd.GDDIM(3)
-    fitted = gd.FittedSolver(solver, ts, 0.1, 0.2, 0.3, float("nan"))
+    fitted = gd.results.FittedSolver(solver, ts, 0.1, 0.2, 0.3, float("nan"))
     path = tmp_path / "solver"
     gd.checkpoints.save(path, fitted)
     other = fitted._replace(ts=ts[:6], error=9.0)
     for like in (None, other):
         loaded = gd.checkpoints.load(path, like=like)
-        assert type(loaded) is gd.FittedSolver and repr(loaded[2:]) == repr(fitted[2:])
+        assert type(loaded) is gd.results.FittedSolver and repr(loaded[2:]) == repr(
+            fitted[2:]
+        )
         assert eqx.tree_equal(loaded[:2], fitted[:2])
     with pytest.raises(
         ValueError, match="no `like`, as it has a FittedSolver; got a GDDIM"
@@ -860,8 +862,7 @@ def test_who_asks_for_boots_gets_boots(name):
     flow = gd.checkpoints.pretrained(f"fashion-mnist-{name}-classes")
     features = gd.metrics.Classifier()
     labels = np.repeat([9, 1], 16)
-    guided = gd.ClassifierFreeGuidance(flow.model, scale=3.0)
-    guided = gd.ProbabilityFlow(flow.process, guided, flow.predicts)
+    guided = gd.classifier_free_guidance(flow, scale=3.0)
     x, _ = gd.sample(guided, jax.random.key(0), 32, 20, args=labels)
     vectors = features(gd.to_uint8(x))
     kinds = np.asarray(jax.vmap(features.classifier.last)(vectors)).argmax(axis=1)

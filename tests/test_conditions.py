@@ -190,18 +190,12 @@ def test_a_linear_measurement_has_the_posterior_in_closed_form():
     trained = fit(trainer, state, Batches((x, y), 256), 1500, progress=False).averaged
     for value in (-1.0, 0.5, 2.0):
         context = jnp.full((4000, 1), value)
-        flow = gd.ProbabilityFlow(process, trained, "data")
+        flow = gd.ProbabilityFlow(process, trained)
         samples = gd.sample(flow, jr.key(2), 4000, 20, args=context).x
         assert abs(float(samples.mean()) - 0.8 * value) < 0.08
         np.testing.assert_allclose(samples.var(), 0.2, rtol=0.15)
-    alone = gd.WithArgs(trained, network.no_condition)
-    with pytest.raises(ValueError, match="predicts 'data'; this WithArgs got"):
-        gd.ProbabilityFlow(process, alone)
-    with pytest.raises(
-        ValueError, match="predicts 'data'; this ClassifierFreeGuidance got"
-    ):
-        gd.ProbabilityFlow(process, gd.ClassifierFreeGuidance(trained))
-    samples = gd.sample(process, alone, jr.key(3), 4000, 20, predicts="data").x
+    alone = gd.with_args(flow, network.no_condition)
+    samples = gd.sample(alone, jr.key(3), 4000, 20).x
     assert abs(float(samples.mean())) < 0.08
     np.testing.assert_allclose(samples.var(), 1.0, rtol=0.15)
 
@@ -250,9 +244,8 @@ def test_networks_take_conditions(make, kind, tmp_path):
     none = jnp.broadcast_to(network.no_condition, given.shape)
     without = call(model, u, none)
     assert jnp.isfinite(without).all() and max_difference(without, y) > 1e-4
-    np.testing.assert_allclose(
-        call(gd.WithArgs(model, network.no_condition), u, None), without
-    )
+    alone = gd.with_args(gd.ProbabilityFlow(process, model), network.no_condition)
+    np.testing.assert_allclose(call(alone.model, u, None), without)
     total = lambda model: call(model, u, none).sum()
     gradient = eqx.filter_jit(eqx.filter_grad(total))(model)
     assert all(jnp.isfinite(x).all() for x in jtu.tree_leaves(gradient))
@@ -285,13 +278,13 @@ def test_guidance_between_the_exact_models_of_a_mixture(name):
         each = jnp.arange(args.size)
         return jtu.tree_map(lambda x: x[args, each], every(t, u))
 
-    conditional = gd.ClassifierFreeGuidance(model, whole.model(process), 1.0)
+    flows = [gd.ProbabilityFlow(process, m) for m in (model, whole.model(process))]
+    at = lambda scale, **options: (
+        gd.classifier_free_guidance(*flows, scale, **options).model
+    )
     labels, u = jnp.array([0, 1, 2, 1]), prior_state(process, (4,))
     t = 0.3 * process.t_max
-    assert max_difference(conditional(t, u, labels), model(t, u, labels)) < 1e-12
-    at = lambda scale, **options: gd.ClassifierFreeGuidance(
-        model, whole.model(process), scale, **options
-    )
+    assert max_difference(at(1.0)(t, u, labels), model(t, u, labels)) < 1e-12
     assert max_difference(at(0.0)(t, u, labels), whole.model(process)(t, u, None)) < 1e-12
     # One scale per sample.
     several = at(jnp.array([0.0, 1.0, 2.0, 3.0]))(t, u, labels)
@@ -315,9 +308,12 @@ def test_guidance_between_the_exact_models_of_a_mixture(name):
 
 def test_rescaled_guidance_has_the_spread_of_the_conditional_model():
     model = _conditional(num_classes=3)
-    without = gd.WithArgs(model, model.network.no_condition)
+    flow = gd.ProbabilityFlow(model.process, model)
+    without = gd.with_args(flow, model.network.no_condition)
     u, labels = prior_state(model.process, (4,)), jnp.array([0, 1, 2, 0])
-    guide = lambda rescale: gd.ClassifierFreeGuidance(model, without, 40.0, rescale=rescale)
+    guide = lambda rescale: (
+        gd.classifier_free_guidance(flow, without, 40.0, rescale=rescale).model
+    )
     given = model(0.5, u, labels)
     whole, half = guide(1.0)(0.5, u, labels), guide(0.5)(0.5, u, labels)
     plain = guide(0.0)(0.5, u, labels)
@@ -438,23 +434,24 @@ def test_the_example_runs(as_users_have_it, monkeypatch, tmp_path, capsys):
             ),
             "uint8, which cannot hold `no_condition`",
         ),
-        (lambda m: gd.WithArgs(m["label"], 7), "from 0 to 3.*got 7"),
+        (lambda m: gd.with_args(m["flow"]("label"), 7), "from 0 to 3.*got 7"),
         (lambda m: Augmentation()(jr.key(0), (m["u"],) * 3), "a tuple of 3"),
         (
-            lambda m: gd.ClassifierFreeGuidance(m["label"], m["label"], 2, interval=(1, 0)),
+            lambda m: gd.classifier_free_guidance(m["flow"]("label"), interval=(1, 0)),
             "the earlier first",
         ),
         (
-            lambda m: gd.ClassifierFreeGuidance(len, len, 2, rescale=0.5),
-            "with a `process`",
+            lambda m: gd.classifier_free_guidance(m["flow"]("label"), rescale=1.5),
+            r"`rescale` must be in \[0, 1\]; got 1.5",
         ),
         (
-            lambda m: gd.ClassifierFreeGuidance(
-                gd.ClassifierFreeGuidance(len, len), len, 2, rescale=0.5
-            ),
-            "with a `process`",
+            lambda m: gd.classifier_free_guidance(m["flow"]("none")),
+            "Pass the `unconditional` flow",
         ),
-        (lambda m: gd.ClassifierFreeGuidance(m["none"]), "Pass the `unconditional` model"),
+        (
+            lambda m: gd.classifier_free_guidance(m["flow"]("label"), m["flow"]("lambda")),
+            "`unconditional` must predict the same, under the same process",
+        ),
         (
             lambda m: gd.nn.TimeMLP(2, key=jr.key(0), num_classes=2, context_size=1),
             "not both",
@@ -475,8 +472,9 @@ def test_bad_conditions(case, message, without_type_checks):
         ),
     }
     models["fit"] = lambda data: fit(*_trainer(), Batches(data, 4), 2, progress=False)
+    models["flow"] = lambda name: gd.ProbabilityFlow(process, models[name])
     models["draw"] = lambda name, args: gd.sample(
-        process, models[name], jr.key(0), 4, 2, args=args, predicts="data"
+        models["flow"](name), jr.key(0), 4, 2, args=args
     )
     with pytest.raises(ValueError, match=message):
         case(models)

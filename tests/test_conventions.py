@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 import gddim_eqx as gd
-from gddim_eqx._term import make_prediction, Marginal
+from gddim_eqx._term import make_prediction, PerturbationKernel
 
 from .helpers import diffrax_solve, max_difference, processes, solve
 
@@ -40,7 +40,7 @@ def test_all_predictions_convert_into_each_other(name):
 
     @jax.jit
     def quantities(t, data, noise):
-        at = Marginal(process, t)
+        at = PerturbationKernel(process, t)
         u = jtu.tree_map(lambda a, b: a + b, at.mean().mv(data), at.root().mv(noise))
         found = []
         for kind in kinds:

@@ -129,11 +129,9 @@ def test_the_measures_are_those_of_the_samples(run, tmp_path, model):
 def _draw(model, steps, key, grid="clock", number=8, predicts="data", **options):
     process = model.process
     return gd.sample(
-        process,
-        model,
+        gd.ProbabilityFlow(process, model, predicts),
         key,
         number,
-        predicts=predicts,
         solver=importlib.import_module("evaluate").SAMPLERS["euler"].solver,
         ts=gd.time_grid(process, steps, grid),
         **options,
@@ -176,7 +174,8 @@ def test_labels_of_the_data_and_guidance(run, evaluate, tmp_path):
     config = evaluate.Config(path, evaluate.Source("digits"), number=20)
     labels = evaluate.labels_of(config, gd.ProbabilityFlow(model.process, model, "data"))
     assert np.abs(np.bincount(labels) - 20 * np.bincount(data) / len(data)).max() < 1
-    guided = gd.ClassifierFreeGuidance(model, gd.WithArgs(model, 10), 2.0)
+    flow = gd.ProbabilityFlow(model.process, model)
+    guided = gd.classifier_free_guidance(flow, gd.with_args(flow, 10), 2.0).model
     x, _ = _draw(guided, 30, jax.random.key(0), args=labels[:8])
     with np.load(tmp_path / "output" / "images-euler-30-0.npz") as file:
         difference = gd.to_uint8(x).astype(int) - file["images"][:8]

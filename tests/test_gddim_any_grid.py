@@ -149,9 +149,7 @@ def test_an_extra_time_on_any_grid(name, steps, where, fraction, end, solver):
 def test_close_times_of_a_reverse_diffusion():
     process = gd.VP((1,))
     flow, u = _normal_flow(process), _prior(process)
-    terms = gd.reverse_sde(
-        process, flow.model, 1.0, jax.random.key(3), (3,), predicts="data"
-    )
+    terms = gd.reverse_sde(flow, 1.0, jax.random.key(3), (3,))
     ts = np.asarray(gd.time_grid(process, 20))
     samples = solve(terms, gd.GDDIM(), ts, u)
     for i in (5, 10, 15):
@@ -261,9 +259,7 @@ def test_a_small_first_step_from_pure_noise(name):
         )
         return tuple(solves)
 
-    reverse = gd.reverse_sde(
-        process, flow.model, 0.5, jax.random.key(0), (3,), predicts="flow"
-    )
+    reverse = gd.reverse_sde(flow, 0.5, jax.random.key(0), (3,))
     long, _ = both(jnp.array([1, 1 - 1e-3, 0.5, 0.2, 0.05, 0.001], dtype))
     for first in (1e-4, 1e-5, 2e-6):
         ts = jnp.array([1, 1 - first, 0.5, 0.2, 0.05, 0.001], dtype)

@@ -108,7 +108,7 @@ def test_steps_by_hand(name, variable, order, corrector, lam):
     term = flow = gd.ProbabilityFlow(process, mixture_for(process).model(process))
     y = prior_state(process)
     if lam:
-        term = gd.reverse_sde(process, flow.model, lam, NoNoise(y))
+        term = gd.reverse_sde(flow, lam, NoNoise(y))
     solver = gd.GDDIM(order, corrector=corrector, variable=variable)
     ts = [0.9, 0.7, 0.62, 0.4, 0.3]
     state = solver.init(term, ts[0], ts[1], y, None)
@@ -307,6 +307,8 @@ def test_unknown_or_contradictory_options_are_refused(arguments, message, monkey
 def test_options_of_noise_space_are_refused_where_there_is_noise():
     process = gd.VP((2,))
     u = prior_state(process)
-    terms = gd.reverse_sde(process, mixture_for(process).model(process), 1.0, NoNoise(u))
+    terms = gd.reverse_sde(
+        gd.ProbabilityFlow(process, mixture_for(process).model(process)), 1.0, NoNoise(u)
+    )
     with pytest.raises(ValueError, match="for the probability flow only.*lam=1.0"):
         solve(terms, gd.GDDIM(3, "noise", 2), gd.time_grid(process, 3), u)

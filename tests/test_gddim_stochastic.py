@@ -21,7 +21,7 @@ _solve_once = eqx.filter_jit(
 def _terms(process, lam, batch=(), seed=0, **kwargs):
     model = mixture_for(process, scale=0.6).model(process)
     key = jax.random.key(seed)
-    return gd.reverse_sde(process, model, lam, key, batch, **kwargs)
+    return gd.reverse_sde(gd.ProbabilityFlow(process, model), lam, key, batch, **kwargs)
 
 
 @pytest.mark.x64
@@ -41,7 +41,7 @@ def test_without_noise_it_is_the_probability_flow(name, order, space):
     flow = solve(gd.ProbabilityFlow(process, model), solver, ts, u)
 
     def change(lam):
-        terms = gd.reverse_sde(process, model, lam, _unsafe_path(u))
+        terms = gd.reverse_sde(gd.ProbabilityFlow(process, model), lam, _unsafe_path(u))
         return max_difference(_solve_once(terms, solver, ts, u), flow)
 
     assert change(0.0) == 0
@@ -109,7 +109,9 @@ def test_samples_of_one_data_point_have_its_distribution(name, kind, solver):
     covariance = process.covariance(ts[-1]).blocks
     covariance = np.asarray(covariance).reshape(n, n, *[1] * (mean.ndim - 1))
     for lam in (0.3, 1.0, 2.0):
-        terms = gd.reverse_sde(process, model, jnp.asarray(lam), _unsafe_path(u))
+        terms = gd.reverse_sde(
+            gd.ProbabilityFlow(process, model), jnp.asarray(lam), _unsafe_path(u)
+        )
         y = _solve_once(terms, solver, ts, u)
         error = np.stack(jtu.tree_leaves(y)) - mean[:, None]
         variance = np.stack([covariance[i, i] for i in range(n)])
@@ -171,7 +173,7 @@ def test_extrapolates_polynomials_exactly(name, order, lam):
         return drift, noise_field(t, eps, None)
 
     y = start
-    terms = gd.reverse_sde(process, model, jnp.asarray(lam), NoNoise(y))
+    terms = gd.reverse_sde(gd.ProbabilityFlow(process, model), jnp.asarray(lam), NoNoise(y))
     solver = gd.GDDIM(order, "noise")
     state = solver.init(terms, ts[0], ts[1], y, None)
     step = eqx.filter_jit(solver.step)
@@ -247,7 +249,9 @@ def test_vmap_and_jit_give_the_sample_of_a_loop(name):
     model = mixture_for(process).model(process)
 
     def run(u, key):
-        return solve(gd.reverse_sde(process, model, 1.0, key), gd.GDDIM(2), ts, u)
+        return solve(
+            gd.reverse_sde(gd.ProbabilityFlow(process, model), 1.0, key), gd.GDDIM(2), ts, u
+        )
 
     batched = jax.jit(jax.vmap(run))(u, keys)
     for i in range(4):
@@ -265,7 +269,9 @@ def test_gradients():
     @jax.jit
     def loss(scale):
         scaled = lambda t, u, args: jtu.tree_map(lambda e: args * e, model(t, u, None))
-        terms = gd.reverse_sde(process, scaled, 0.8, jax.random.key(0), (3,))
+        terms = gd.reverse_sde(
+            gd.ProbabilityFlow(process, scaled), 0.8, jax.random.key(0), (3,)
+        )
         adjoint = dfx.RecursiveCheckpointAdjoint()
         return (solve(terms, gd.GDDIM(2), ts, u, args=scale, adjoint=adjoint) ** 2).sum()
 
@@ -302,7 +308,10 @@ def test_a_resumed_solve_equals_an_unbroken_one(name):
     process = processes[name]()
     u, ts = process.prior(jax.random.key(1), (2,)), gd.time_grid(process, 10)
     model = mixture_for(process).model(process)
-    terms, solver = gd.reverse_sde(process, model, 0.6, _unsafe_path(u)), gd.GDDIM(3)
+    terms, solver = (
+        gd.reverse_sde(gd.ProbabilityFlow(process, model), 0.6, _unsafe_path(u)),
+        gd.GDDIM(3),
+    )
     whole = _solve_once(terms, solver, ts, u)
     first = dfx.diffeqsolve(
         terms,
@@ -333,7 +342,7 @@ def test_saved_states_are_those_of_the_steps():
 
     def run(**saveat):
         return dfx.diffeqsolve(
-            gd.reverse_sde(process, model, 1.0, _unsafe_path(u)),
+            gd.reverse_sde(gd.ProbabilityFlow(process, model), 1.0, _unsafe_path(u)),
             gd.GDDIM(2),
             ts[0],
             ts[-1],

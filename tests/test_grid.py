@@ -209,8 +209,9 @@ def test_times_that_rounding_takes_past_the_end_are_the_librarys_own(name, dtype
     solver = gd.GDDIM(1)
     assert jnp.isfinite(gd.generate(flow, u, 3, solver)).all()
     if name == "vp":
-        adapted = gd.adapted_grid(flow, u, 3, solver, ts=ts, num_iterations=1)
-        assert jnp.isfinite(adapted.error)
+        pilots = process.prior(jax.random.key(0), (8,), jnp.float32)
+        options = dict(learn="times", ts=ts, num_iterations=2, progress=False)
+        assert jnp.isfinite(gd.fit_solver(flow, pilots, 3, solver, **options).error)
         sampled = gd.sample(flow, jax.random.key(0), 2, solver=solver, ts=ts).x
         assert sampled.dtype == dtype and jnp.isfinite(sampled).all()
         t1 = float(jnp.asarray(process.t_end, jnp.float32))

@@ -24,15 +24,15 @@ _kinds = [
 
 
 def _predicting(process, predicts, factor="R"):
-    """A model of that kind, and its flow."""
+    """The flow of a model of that kind, and of one that predicts noise."""
     noise = gd.ProbabilityFlow(process, mixture_for(process, scale=0.4).model(process))
-    kind = gd.ProbabilityFlow(process, noise.model, predicts, factor)
+    kind = gd.ProbabilityFlow(process, lambda t, u, args: u, predicts, factor)
 
     def model(t, u, args):
         u = process.from_data(u)
         return kind.prediction(t, u, noise.noise(t, u, args))
 
-    return model, noise
+    return gd.ProbabilityFlow(process, model, predicts, factor), noise
 
 
 @pytest.mark.parametrize("name, predicts", _kinds)
@@ -40,8 +40,7 @@ def test_predictions_are_the_inverse_of_noise(name, predicts):
     process = processes[name]()
     t, u = jnp.asarray(0.4 * process.t_max), prior_state(process, (2,))
     for factor in ("R", "cholesky"):
-        model, noise = _predicting(process, predicts, factor)
-        flow = gd.ProbabilityFlow(process, model, predicts, factor)
+        flow, noise = _predicting(process, predicts, factor)
         tolerance = 1e-9 if jax.config.jax_enable_x64 else 2e-3
         expected = noise.noise(t, u, None)
         assert max_difference(flow.noise(t, u, None), expected) < tolerance
@@ -49,11 +48,14 @@ def test_predictions_are_the_inverse_of_noise(name, predicts):
 
 def test_classifier_free_guidance_is_linear_in_the_scale():
     process = gd.CLD((3,))
-    one, other = (mixture_for(process, seed=k).model(process) for k in (0, 1))
+    flows = [
+        gd.ProbabilityFlow(process, mixture_for(process, seed=k).model(process))
+        for k in (0, 1)
+    ]
     t, u = jnp.asarray(0.5), prior_state(process, (2,))
-    a, b = one(t, u, None), other(t, u, None)
+    a, b = (flow.model(t, u, None) for flow in flows)
     for scale in (0.0, 1.0, 2.5, lambda t: 5 * t):
-        got = gd.ClassifierFreeGuidance(one, other, scale)(t, u, None)
+        got = gd.classifier_free_guidance(*flows, scale).model(t, u, None)
         number = 2.5 if callable(scale) else scale
         expected = jtu.tree_map(lambda x, y, w=number: w * x + (1 - w) * y, a, b)
         assert max_difference(got, expected) < 1e-4
@@ -62,7 +64,7 @@ def test_classifier_free_guidance_is_linear_in_the_scale():
 @pytest.mark.parametrize("name, predicts", _kinds)
 def test_classifier_guidance_adds_a_gradient_to_the_score(name, predicts):
     process = processes[name]()
-    model, noise = _predicting(process, predicts)
+    flow, noise = _predicting(process, predicts)
     t, u = jnp.asarray(0.3 * process.t_max), prior_state(process, (2,))
     weights = jax.random.normal(jax.random.key(3), process.shape)
 
@@ -71,8 +73,8 @@ def test_classifier_guidance_adds_a_gradient_to_the_score(name, predicts):
         axes = tuple(range(-len(process.shape), 0))
         return -0.5 * (args[None] * x**2).sum(axes)
 
-    guided = gd.ClassifierGuidance(process, model, log_likelihood, 1.5, predicts)
-    score = gd.ProbabilityFlow(process, guided, predicts).score(t, u, weights)
+    guided = gd.classifier_guidance(flow, log_likelihood, 1.5)
+    score = guided.score(t, u, weights)
     *rest, last = jtu.tree_leaves(process.to_data(u))
     gradient = [*map(jnp.zeros_like, rest), -1.5 * weights[None] * last]
     gradient = jtu.tree_unflatten(jtu.tree_structure(u), gradient)
@@ -102,10 +104,9 @@ def test_guidance_by_a_likelihood_samples_the_posterior():
         variance = 0.49 * std**2 / total + noise**2
         return -0.5 * (x[..., 0] - args) ** 2 / variance
 
-    model = gd.ClassifierGuidance(process, flow.model, log_likelihood)
+    guided = gd.classifier_guidance(flow, log_likelihood)
     u, ts = process.prior(jax.random.key(0), (4000,)), gd.time_grid(process, 40)
-    term = gd.ProbabilityFlow(process, model)
-    x = solve(term, gd.GDDIM(), ts, u, args=jnp.asarray(-0.4))
+    x = solve(guided, gd.GDDIM(), ts, u, args=jnp.asarray(-0.4))
     variance = 1 / (1 / 0.49 + 1 / noise**2)
     mean = variance * (0.5 / 0.49 - 0.4 / noise**2)
     assert abs(float(x.mean()) - mean) < 4 * np.sqrt(variance / 4000)
@@ -114,30 +115,30 @@ def test_guidance_by_a_likelihood_samples_the_posterior():
 
 def test_a_guided_model_predicts_what_the_model_does():
     process = gd.VP((3,))
-    flow = gd.ProbabilityFlow(process, mixture_for(process).model(process, "v"), "v")
-    guided = gd.DataGuidance(flow, gd.Clip())
-    with pytest.raises(ValueError, match="a DataGuidance of a model with predicts='v'"):
-        gd.sample(process, guided, jax.random.key(0), 4)
-    gd.ProbabilityFlow(process, guided, "v")
+    flow = gd.ProbabilityFlow(process, mixture_for(process).model(process, "v"))
+    guided = gd.data_guidance(flow, gd.Clip())
+    assert flow.predicts == guided.predicts == "v"
+    with pytest.raises(ValueError, match="This DataGuidance predicts 'v'; got predicts='d"):
+        gd.ProbabilityFlow(process, guided.model, "data")
+    gd.ProbabilityFlow(process, guided.model, "v")
 
 
 def test_data_are_changed_from_zero_signal():
     process = gd.RectifiedFlow((3,))
-    model = mixture_for(process).model(process, "flow")
-    clipped = gd.DataGuidance(process, model, gd.Clip(-0.1, 0.1), "flow")
-    flow = gd.ProbabilityFlow(process, clipped, "flow")
-    x = gd.sample(flow, jax.random.key(0), 4, 5).x
+    flow = gd.ProbabilityFlow(process, mixture_for(process).model(process, "flow"))
+    clipped = gd.data_guidance(flow, gd.Clip(-0.1, 0.1))
+    x = gd.sample(clipped, jax.random.key(0), 4, 5).x
     assert (jnp.abs(x) < 0.1 + 1e-2).all()
 
 
 @pytest.mark.parametrize("name, predicts", _kinds)
 def test_predicted_data_are_changed(name, predicts):
     process = processes[name]()
-    model, noise = _predicting(process, predicts)
+    flow, noise = _predicting(process, predicts)
     t, u = jnp.asarray(0.3 * process.t_max), prior_state(process, (2,))
     before = noise.denoised(t, u, None)
-    guided = gd.DataGuidance(process, model, lambda t, x, args: 0.5 * x + 1, predicts)
-    after = gd.ProbabilityFlow(process, guided, predicts).denoised(t, u, None)
+    guided = gd.data_guidance(flow, lambda t, x, args: 0.5 * x + 1)
+    after = guided.denoised(t, u, None)
     tolerance = 1e-8 if jax.config.jax_enable_x64 else 5e-3
     expected = 0.5 * process.decode(before) + 1
     np.testing.assert_allclose(process.decode(after), expected, atol=tolerance)
@@ -153,9 +154,9 @@ def test_known_data_are_reached(name):
     mask[..., 0] = True
     known = jnp.full(process.shape, 0.25)
     function = lambda t, x, args: jnp.where(mask, args, x)
-    model = gd.DataGuidance(process, mixture_for(process).model(process), function)
+    flow = gd.ProbabilityFlow(process, mixture_for(process).model(process))
     ts, u = gd.time_grid(process, 10), prior_state(process, (3,))
-    y = solve(gd.ProbabilityFlow(process, model), gd.GDDIM(), ts, u, args=known)
+    y = solve(gd.data_guidance(flow, function), gd.GDDIM(), ts, u, args=known)
     x = process.decode(y)
     left = float(process.covariance(process.t_min).as_matrix()[0, 0]) ** 0.5
     np.testing.assert_allclose(x[..., mask], 0.25, atol=5 * left + 1e-3)
@@ -183,36 +184,37 @@ def test_dynamic_thresholds_are_those_of_each_sample():
 def test_wrappers_nest_and_are_differentiated():
     process = gd.VP((2,))
     exact = mixture_for(process).model(process)
-    model = gd.ClassifierFreeGuidance(
-        exact, lambda t, u, args: 0.9 * exact(t, u, args), 2.0
+    flow = gd.classifier_free_guidance(
+        gd.ProbabilityFlow(process, exact),
+        gd.ProbabilityFlow(process, lambda t, u, args: 0.9 * exact(t, u, args)),
     )
-    model = gd.DataGuidance(process, model, gd.Clip())
-    model = gd.ClassifierGuidance(process, model, lambda t, u, args: -(u**2).sum(-1), 0.1)
+    flow = gd.data_guidance(flow, gd.Clip())
+    flow = gd.classifier_guidance(flow, lambda t, u, args: -(u**2).sum(-1), 0.1)
     ts, u = gd.time_grid(process, 4), prior_state(process, (3,))
-    flow, backward = gd.ProbabilityFlow(process, model), dfx.RecursiveCheckpointAdjoint()
+    backward = dfx.RecursiveCheckpointAdjoint()
     loss = lambda u: (solve(flow, gd.GDDIM(), ts, u, adjoint=backward) ** 2).sum()
     assert jnp.isfinite(jax.grad(loss)(u)).all()
 
 
 _process = gd.VP((2,))
-_model = mixture_for(_process).model(_process)
+_flow = gd.ProbabilityFlow(_process, mixture_for(_process).model(_process))
 _u = np.zeros((3, 2), np.float32)
 
 
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: gd.ClassifierFreeGuidance(_model, 3, 1.0), "`unconditional` must be call"),
-        (lambda: gd.ClassifierGuidance(_process, _model, 3), "`log_likelihood` must be c"),
-        (lambda: gd.DataGuidance(_process, _model, None), "`function` must be callable"),
+        (lambda: gd.classifier_free_guidance(_flow, 3), "`unconditional` must be a `Prob"),
+        (lambda: gd.classifier_guidance(_flow, 3), "`log_likelihood` must be c"),
+        (lambda: gd.data_guidance(_flow, None), "`function` must be callable"),
         (
-            lambda: gd.ClassifierGuidance(_process, _model, lambda t, u, a: u.sum())(
+            lambda: gd.classifier_guidance(_flow, lambda t, u, a: u.sum()).noise(
                 0.5, _u, None
             ),
             r"one number per sample, of shape \(3,\); it returned \(\)",
         ),
         (
-            lambda: gd.DataGuidance(_process, _model, lambda t, x, a: x[0])(0.5, _u, None),
+            lambda: gd.data_guidance(_flow, lambda t, x, a: x[0]).noise(0.5, _u, None),
             r"must return data of shape \(3, 2\); it returned \(2,\)",
         ),
         (lambda: gd.Clip(1.0, 1.0), "Need `low` < `high`; got 1.0 and 1.0"),

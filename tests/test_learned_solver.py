@@ -317,7 +317,7 @@ def test_other_samples_are_more_accurate(name):
 
 
 @pytest.mark.float32
-def test_pilots_in_parts_with_conditions_and_features():
+def test_pilots_in_parts_with_conditions():
     process = gd.VP((2,))
     means = jnp.array([[-1.0, 0.0], [1.0, 0.5]])
 
@@ -335,8 +335,6 @@ def test_pilots_in_parts_with_conditions_and_features():
     assert whole.error_before == pytest.approx(parts.error_before, rel=1e-4)
     # The objective of a part has its own root mean square.
     assert parts.error == pytest.approx(whole.error, rel=0.2)
-    twice = fit(features=lambda x: 2 * x)
-    assert twice.error_before == pytest.approx(2 * whole.error_before, rel=1e-4)
     only = fit(learn=("times",))
     assert isinstance(only.solver, gd.GDDIM)
 
@@ -415,14 +413,13 @@ def _reversed(solver):
         (lambda f, s: _fit(f, _u[:, :1], 3), "The states `u` must be"),
         (lambda f, s: _fit(f, _u[None], 3), "one batch axis"),
         (lambda f, s: _fit(f, _u, 0), "`num_steps` must be a positive"),
-        (lambda f, s: _fit(f, _u, 3, dfx.Heun()), "use `adapted_grid`"),
+        (lambda f, s: _fit(f, _u, 3, dfx.Heun()), "Of other solvers, only the times"),
         (lambda f, s: _fit(f, _u, 3, learn=("time",)), r"got \('time',\)"),
         (
             lambda f, s: _fit(f, _u, 3, gd.GDDIM(variable="time")),
             "'rate' is that of the coordinate 'clock'",
         ),
         (lambda f, s: _fit(f, _u, 3, num_iterations=0), "`num_iterations`"),
-        (lambda f, s: _fit(f, _u, 3, features=3), "`features` must be callable"),
         (lambda f, s: _make(gd.SSCS(), f.process, s.ts), "must be a `GDDIM"),
         (
             lambda f, s: _make(gd.GDDIM(reevaluate=True), f.process, s.ts),
@@ -463,13 +460,12 @@ def _reversed(solver):
         (lambda f, s: gd.invert(f, _u, solver=s), r"learned from t = 1.0 to .* other dir"),
         (lambda f, s: gd.invert(f, _u, solver=_reversed(s)), "Pass `check=False`"),
         (lambda f, s: gd.generate(f, f_u(s), solver=_reversed(s)), "the other direction"),
-        (lambda f, s: gd.adapted_grid(f, _u, solver=s), "has its own times"),
-        (lambda f, s: _fit(f, _u, 3, s), "must be a `GDDIM"),
+        (lambda f, s: _fit(f, _u, 3, s), "has its own times: pass `solver.solver`"),
         (lambda f, s: gd.log_likelihood(f, _u, solver=s), "`LearnedGDDIM` solves for sta"),
         (lambda f, s: gd.log_density(f, _u, solver=gd.SSCS()), "`SSCS` solves for states"),
         (
             lambda f, s: _sample(
-                f, jr.key(0), 2, solver=gd.FittedSolver(s, s.ts, *[1.0] * 4)
+                f, jr.key(0), 2, solver=gd.results.FittedSolver(s, s.ts, *[1.0] * 4)
             ),
             "A FittedSolver is no solver: pass `solver=x.solver, ts=x.ts`",
         ),

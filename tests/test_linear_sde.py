@@ -81,7 +81,9 @@ def test_third_order_langevin_dynamics():
     u = process.prior(jax.random.key(0), (5,))
     assert [x.shape for x in u] == [(5, 2)] * 3
     data = gd.GaussianMixture([[0.3, -0.4]], 0.0)
-    x, _ = gd.sample(process, data.model(process), jax.random.key(0), 8, 1)
+    x, _ = gd.sample(
+        gd.ProbabilityFlow(process, data.model(process)), jax.random.key(0), 8, 1
+    )
     # One step is exact, up to the noise that is left at `t_min`.
     np.testing.assert_allclose(x, np.broadcast_to([0.3, -0.4], (8, 2)), atol=0.06)
 

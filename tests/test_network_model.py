@@ -212,7 +212,7 @@ def test_included_models_in_single_precision(name):
     """Of the network's output in float32, nothing is lost."""
     flow = gd.checkpoints.pretrained(f"fashion-mnist-{name}")
     process, model = flow.process, flow.model
-    assert flow.predicts == "data" and model.preconditioned_for == "data"
+    assert flow.predicts == "data" and model.predicts == "data"
     x = np.random.default_rng(0).uniform(-1, 1, (4, *process.shape)).astype(np.float32)
     for t in (process.t_min, 0.7 * process.t_max, process.t_max):
         t = jnp.asarray(t, jnp.float32)
@@ -242,7 +242,7 @@ def test_sampling_with_a_network():
     model = gd.nn.NetworkModel(process, network)
     # It is not trained.
     with pytest.warns(UserWarning, match="far larger|plausible"):
-        samples = gd.sample(process, model, jax.random.key(1), 3, 4)
+        samples = gd.sample(gd.ProbabilityFlow(process, model), jax.random.key(1), 3, 4)
     assert samples.x.shape == (3, 8, 8, 1) and samples.evaluations == 4
 
 
@@ -266,13 +266,18 @@ def test_bad_input_is_refused(without_type_checks):
 def test_a_preconditioned_network_predicts_data_only(dropout):
     process = gd.RectifiedFlow((2,))
     model = gd.nn.NetworkModel(process, _network, data_std=0.5)
-    with pytest.raises(ValueError, match="predicts 'data'; this NetworkModel got .*'flow'"):
+    with pytest.raises(ValueError, match="This NetworkModel predicts 'data'; got .*'flow'"):
         gd.ProbabilityFlow(process, model, "flow")
     edm = gd.nn.EDMPreconditioned(lambda noise, x, args: x)
-    with pytest.raises(ValueError, match="this EDMPreconditioned got predicts='noise'"):
-        gd.ProbabilityFlow(gd.EDM((2,)), edm)
+    with pytest.raises(
+        ValueError, match="EDMPreconditioned predicts 'data'; got .*'noise'"
+    ):
+        gd.ProbabilityFlow(gd.EDM((2,)), edm, "noise")
+    assert gd.ProbabilityFlow(gd.EDM((2,)), edm).predicts == "data"
     loss = gd.training.DenoisingLoss(process, dropout=dropout)
-    match = r"Pass predicts='data'; .*DenoisingLoss\(process, 'data', weighting='noise'\)"
+    match = (
+        r"NetworkModel predicts 'data'.*DenoisingLoss\(process, 'data', weighting='noise'\)"
+    )
     with pytest.raises(ValueError, match=match):
         loss(model, loss.noised(jax.random.key(0), jnp.zeros((4, 2))))
 

@@ -272,9 +272,9 @@ def test_labels_choose_the_component():
     for i in range(3):
         assert max_difference(found[i], both[i][i]) <= 1e-6
     assert jnp.isnan(found[3]).all()
-    guided = gd.ClassifierFreeGuidance(model, scale=1.0)
+    flow = gd.ProbabilityFlow(process, model)
+    guided = gd.classifier_free_guidance(flow, scale=1.0).model
     assert max_difference(guided(t, u, jnp.array([0, 1, 2, 0]))[:3], found[:3]) <= 1e-5
-    flow = gd.ProbabilityFlow(process, model, "data")
     assert gd.sample(flow, jr.key(0), 4, 3, args=jnp.arange(4) % 3).x.shape == (4, 3)
     with pytest.raises(ValueError, match="labels from 0 to 2.*got"):
         gd.sample(flow, jr.key(0), 4, 3, args=jnp.arange(4))

@@ -47,16 +47,15 @@ def test_normal_data_have_their_posterior(name):
     flow = gd.ProbabilityFlow(process, data.model(process))
     y = np.array([1.0, -2.0, 0.5])
     expected, covariance = _posterior(y, mean, std, noise)
-    exact = gd.PosteriorGuidance(flow, y, _measure, noise, num_iterations=3)
-    guided = gd.ProbabilityFlow(process, exact)
+    guided = gd.posterior_guidance(flow, y, _measure, noise, num_iterations=3)
     # Exact for a single state, at any time: the mean of the data given it and `y`.
     t = 0.4 * process.t_max
     u = prior_state(process, (2,))
-    with_std = gd.PosteriorGuidance(
+    with_std = gd.posterior_guidance(
         flow, y, _measure, noise, "pigdm", num_iterations=3, data_std=std
     )
     both = eqx.filter_jit(lambda models, u: [model(t, u, None) for model in models])
-    one, other = both((exact, with_std), u)
+    one, other = both((guided.model, with_std.model), u)
     assert max_difference(one, other) < 1e-8
     if name not in ("vp", "cld", "bdm"):
         return
@@ -74,15 +73,13 @@ def test_every_prediction_is_guided_alike(predicts):
     u, y = prior_state(process, (2,)), jnp.asarray(_rng.normal(size=(2, 3)))
     found = []
     for kind in ("noise", predicts):
-        flow = gd.ProbabilityFlow(process, data.model(process, kind), kind)
-        model = gd.PosteriorGuidance(flow, y, _measure, 0.1)
-        guided = gd.ProbabilityFlow(process, model, kind)
+        flow = gd.ProbabilityFlow(process, data.model(process, kind))
+        guided = gd.posterior_guidance(flow, y, _measure, 0.1)
         found.append(eqx.filter_jit(guided.denoised)(jnp.asarray(0.4), u, None))
     assert max_difference(*found) < 1e-9
     # A measurement for each sample: that of the other does not matter.
-    alone = gd.PosteriorGuidance(flow, y[0], _measure, 0.1)
-    alone = gd.ProbabilityFlow(process, alone, kind).denoised
-    alone = eqx.filter_jit(alone)(jnp.asarray(0.4), u[0], None)
+    alone = gd.posterior_guidance(flow, y[0], _measure, 0.1)
+    alone = eqx.filter_jit(alone.denoised)(jnp.asarray(0.4), u[0], None)
     assert max_difference(alone, found[1][0]) < 1e-9
 
 
@@ -100,12 +97,11 @@ def test_samples_agree_with_the_measurement(name, method):
     data = gd.GaussianMixture(_rng.normal(size=(4, *_shape)), 0.2)
     truth = data.means[1].reshape(_shape)
     noise = 1.0 if method == "dps" else 0.05
-    model = gd.PosteriorGuidance(
-        process, data.model(process), _measure(truth), _measure, noise, method
-    )
-    x = gd.sample(process, model, jax.random.key(0), 64, 40).x
+    flow = gd.ProbabilityFlow(process, data.model(process))
+    guided = gd.posterior_guidance(flow, _measure(truth), _measure, noise, method)
+    x = gd.sample(guided, jax.random.key(0), 64, 40).x
     residual = jnp.abs(_measure(x) - _measure(truth)[None]).mean()
-    free = gd.sample(process, data.model(process), jax.random.key(0), 64, 40).x
+    free = gd.sample(flow, jax.random.key(0), 64, 40).x
     before = jnp.abs(_measure(free) - _measure(truth)[None]).mean()
     assert residual < 0.5 * before
     if method == "moments":
@@ -119,10 +115,9 @@ def test_a_nonlinear_measurement():
     process = gd.VP((2,))
     data = gd.GaussianMixture(np.zeros((1, 2)), 1.0)
     radius = lambda x: jnp.sqrt((x**2).sum(-1, keepdims=True) + 1e-6)
-    model = gd.PosteriorGuidance(
-        process, data.model(process), jnp.array([1.5]), radius, 0.05
-    )
-    x = gd.sample(process, model, jax.random.key(0), 200, 40).x
+    flow = gd.ProbabilityFlow(process, data.model(process))
+    guided = gd.posterior_guidance(flow, jnp.array([1.5]), radius, 0.05)
+    x = gd.sample(guided, jax.random.key(0), 200, 40).x
     assert jnp.median(jnp.abs(radius(x) - 1.5)) < 0.1
     assert (jnp.abs(x.mean(0)) < 0.4).all()
 
@@ -132,8 +127,8 @@ def test_from_zero_signal_and_in_single_precision():
     process = gd.RectifiedFlow(_shape)
     data = gd.GaussianMixture(_rng.normal(size=(3, *_shape)), 0.3)
     flow = gd.ProbabilityFlow(process, data.model(process, "flow"), "flow")
-    model = gd.PosteriorGuidance(flow, np.ones(3), _measure_like, 0.1)
-    x = gd.sample(gd.ProbabilityFlow(process, model, "flow"), jax.random.key(0), 8, 20).x
+    guided = gd.posterior_guidance(flow, np.ones(3), _measure_like, 0.1)
+    x = gd.sample(guided, jax.random.key(0), 8, 20).x
     assert jnp.isfinite(x).all()
 
 
@@ -143,8 +138,7 @@ def test_a_network_whose_covariance_is_not_symmetric(name):
     flow = gd.checkpoints.pretrained(f"fashion-mnist-{name}")
     lower = lambda x: x[..., 14:, :, :]
     y = lower(gd.sample(flow, jax.random.key(5), 1, 20).x[0])
-    model = gd.PosteriorGuidance(flow, y, lower, 0.05)
-    guided = gd.ProbabilityFlow(flow.process, model, flow.predicts)
+    guided = gd.posterior_guidance(flow, y, lower, 0.05)
     x = gd.sample(guided, jax.random.key(1), 2, 20).x
     assert jnp.abs(x).max() < 1.5
     assert jnp.sqrt(((lower(x) - y[None]) ** 2).mean()) < 0.06
@@ -153,13 +147,14 @@ def test_a_network_whose_covariance_is_not_symmetric(name):
 @pytest.mark.x64
 def test_derivatives_are_finite_after_convergence():
     process = gd.VP((2,))
-    model = gd.GaussianMixture(np.zeros((1, 2)), 1.0).model(process)
+    data = gd.GaussianMixture(np.zeros((1, 2)), 1.0)
+    flow = gd.ProbabilityFlow(process, data.model(process))
     u = jnp.ones((4, 2))
 
     @jax.jit
     def total(y):
-        guided = gd.PosteriorGuidance(process, model, y, lambda x: x, 0.1, num_iterations=9)
-        return guided(0.5, u, None).sum()
+        guided = gd.posterior_guidance(flow, y, lambda x: x, 0.1, num_iterations=9)
+        return guided.model(0.5, u, None).sum()
 
     y = jnp.array([1.0, -0.5])
     found = jax.grad(total)(y)
@@ -173,8 +168,7 @@ def test_guidance_begins_where_there_is_no_signal():
     process = gd.RectifiedFlow((1,))
     data = gd.GaussianMixture([[1.0]], 0.7)
     flow = gd.ProbabilityFlow(process, data.model(process, "flow"), "flow")
-    model = gd.PosteriorGuidance(flow, np.array([3.0]), lambda x: x, 0.3)
-    guided = gd.ProbabilityFlow(process, model, "flow")
+    guided = gd.posterior_guidance(flow, np.array([3.0]), lambda x: x, 0.3)
     mean = 1 + 2 * 0.49 / (0.49 + 0.09)
     got = guided.denoised(1.0, jnp.zeros((1, 1)), None)
     np.testing.assert_allclose(got, mean, rtol=1e-3)
@@ -202,17 +196,19 @@ def _measure_like(x):
 )
 def test_bad_arguments(arguments, message, without_type_checks):
     process = _processes["vp"]
-    model = gd.GaussianMixture(np.zeros((1, *_shape))).model(process)
+    data = gd.GaussianMixture(np.zeros((1, *_shape)))
+    flow = gd.ProbabilityFlow(process, data.model(process))
     options = dict(y=np.ones(3), measurement=_measure, noise=0.1) | arguments
     with pytest.raises(ValueError, match=message):
-        guided = gd.PosteriorGuidance(process, model, **options)
-        guided(0.5, prior_state(process, (2,)), None)
+        guided = gd.posterior_guidance(flow, **options)
+        guided.model(0.5, prior_state(process, (2,)), None)
 
 
 # One measurement, or scale, per sample
 
 _plane = gd.VP((2,))
 _exact = gd.GaussianMixture(np.array([[0.0, 1.0], [2.0, 3.0]]), 0.3).model(_plane)
+_flow = gd.ProbabilityFlow(_plane, _exact)
 
 
 def _first(x):
@@ -220,18 +216,17 @@ def _first(x):
 
 
 def _guided(y):
-    return gd.PosteriorGuidance(_plane, _exact, y, _first, 0.2)
+    return gd.posterior_guidance(_flow, y, _first, 0.2)
 
 
 def _scaled(scale):
-    return gd.ClassifierFreeGuidance(
-        _exact, lambda t, u, args: 0.9 * _exact(t, u, args), scale
-    )
+    less = gd.ProbabilityFlow(_plane, lambda t, u, args: 0.9 * _exact(t, u, args))
+    return gd.classifier_free_guidance(_flow, less, scale)
 
 
 def _by_likelihood(scale):
     likelihood = lambda t, u, args: -(u**2).sum(-1)
-    return gd.ClassifierGuidance(_plane, _exact, likelihood, 0.1 * scale)
+    return gd.classifier_guidance(_flow, likelihood, 0.1 * scale)
 
 
 _six = np.linspace(0.0, 2.0, 6)
@@ -239,15 +234,19 @@ _per_sample = {
     "y": lambda rows: _guided(rows[:, None]),
     "scale": _scaled,
     "gradient": _by_likelihood,
-    "nested": lambda rows: gd.DataGuidance(_plane, _guided(rows[:, None]), gd.Clip(-9, 9)),
-    "two": lambda rows: gd.ClassifierFreeGuidance(
-        gd.WithTime(_plane, _guided(rows[:, None]), lambda t: t), _exact, rows
+    "nested": lambda rows: gd.data_guidance(_guided(rows[:, None]), gd.Clip(-9, 9)),
+    "two": lambda rows: gd.classifier_free_guidance(
+        gd.ProbabilityFlow(
+            _plane, gd.WithTime(_plane, _guided(rows[:, None]).model, lambda t: t)
+        ),
+        _flow,
+        rows,
     ),
 }
 
 
-def _draw(model, number, **options):
-    return gd.sample(_plane, model, jax.random.key(0), number, 2, **options).x
+def _draw(flow, number, **options):
+    return gd.sample(flow, jax.random.key(0), number, 2, **options).x
 
 
 @pytest.mark.parametrize("make", _per_sample.values(), ids=_per_sample)
@@ -271,14 +270,18 @@ def test_another_number_of_rows_is_refused(make):
 
 
 _out_of_reach = {
-    "function": lambda model: lambda t, u, args: model(t, u, args),
-    "function of time": lambda model: _scaled(lambda t: jnp.ones(3)),
-    "own": lambda model: lambda t, u, args: _exact(t, u, args) + np.ones((3, 1)),
-    "data": lambda model: gd.DataGuidance(
-        _plane, _exact, lambda t, x, args: jnp.where(x > 9, x, jnp.ones((3, 2)))
+    "function": lambda flow: gd.ProbabilityFlow(
+        _plane, lambda t, u, args: flow.model(t, u, args)
     ),
-    "measurement": lambda model: gd.PosteriorGuidance(
-        _plane, _exact, np.ones(1), lambda x: np.ones((3, 1)) * x[..., :1], 0.1
+    "function of time": lambda flow: _scaled(lambda t: jnp.ones(3)),
+    "own": lambda flow: gd.ProbabilityFlow(
+        _plane, lambda t, u, args: _exact(t, u, args) + np.ones((3, 1))
+    ),
+    "data": lambda flow: gd.data_guidance(
+        _flow, lambda t, x, args: jnp.where(x > 9, x, jnp.ones((3, 2)))
+    ),
+    "measurement": lambda flow: gd.posterior_guidance(
+        _flow, np.ones(1), lambda x: np.ones((3, 1)) * x[..., :1], 0.1
     ),
 }
 
@@ -286,19 +289,20 @@ _out_of_reach = {
 @pytest.mark.x64
 @pytest.mark.parametrize("wrap", _out_of_reach.values(), ids=_out_of_reach)
 def test_rows_out_of_reach_are_not_reused_for_every_batch(wrap):
-    model = wrap(_guided(_six[:3, None]))
+    flow = wrap(_guided(_six[:3, None]))
     with pytest.raises(
         ValueError, match="for batches of 3 samples only.*pass them as `arg"
     ):
-        _draw(model, 6, batch_size=3)
+        _draw(flow, 6, batch_size=3)
 
 
 @pytest.mark.x64
 def test_scales_are_per_sample_not_per_draw_or_coordinate():
     process, t, u = _plane, jnp.array(0.5), jnp.ones((3, 2))
     data = gd.GaussianMixture(np.array([[0.0, 1.0]]), 0.3)
-    model = gd.nn.NetworkModel(process, lambda t, x: x)
-    guided = gd.ClassifierFreeGuidance(model, data.model(process), np.ones(2))
+    flow = gd.ProbabilityFlow(process, lambda t, u, args: u)
+    normal = gd.ProbabilityFlow(process, data.model(process))
+    guided = gd.classifier_free_guidance(flow, normal, np.ones(2)).model
     with pytest.raises(ValueError, match=r"got shape \(2,\) for a state of shape \(2,\)"):
         guided(t, u[0], None)
     with pytest.raises(
@@ -306,21 +310,21 @@ def test_scales_are_per_sample_not_per_draw_or_coordinate():
     ):
         guided(t, jnp.ones((2, 3, 2)), None)
     with pytest.raises(ValueError, match="`y` of `PosteriorGuidance` has one row per samp"):
-        flow = gd.ProbabilityFlow(process, _guided(np.ones((9, 1))))
-        gd.fit_solver(flow, jnp.ones((9, 2)), 2, progress=False)
+        gd.fit_solver(_guided(np.ones((9, 1))), jnp.ones((9, 2)), 2, progress=False)
 
 
 @pytest.mark.x64
 def test_a_bound_repeats_rows_for_every_draw():
     process = gd.CLD((2,), gamma=0.1)
-    model = gd.GaussianMixture(np.array([[0.0, 1.0]]), 0.3).model(process)
+    data = gd.GaussianMixture(np.array([[0.0, 1.0]]), 0.3)
+    flow = gd.ProbabilityFlow(process, data.model(process))
     grad = lambda t, u, args: -(u.x**2).sum(-1)
     options = dict(key=jax.random.key(0), num_draws=3, dt0=0.5)
     options |= dict(solver=dfx.Euler(), stepsize_controller=dfx.ConstantStepSize())
 
     def bound(scale, x):
-        guided = gd.ClassifierGuidance(process, model, grad, scale)
-        return gd.log_likelihood_bound(gd.ProbabilityFlow(process, guided), x, **options)
+        guided = gd.classifier_guidance(flow, grad, scale)
+        return gd.log_likelihood_bound(guided, x, **options)
 
     x = jnp.asarray([[0.0, 1.0], [0.3, 0.8], [0.1, 1.2]])
     both = bound(np.array([0.0, 0.2, 0.4]), x).value

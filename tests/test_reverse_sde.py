@@ -15,8 +15,8 @@ import gddim_eqx as gd
 from .helpers import max_difference, mixture_for, processes, solve
 
 
-def _model(process):
-    return mixture_for(process, scale=0.6).model(process)
+def _flow(process):
+    return gd.ProbabilityFlow(process, mixture_for(process, scale=0.6).model(process))
 
 
 @pytest.mark.x64
@@ -25,9 +25,9 @@ def test_euler_is_the_scheme_of_euler_and_maruyama(name, lam):
     process = processes[name]()
     s, t = (jnp.asarray(x, jnp.result_type(float)) for x in (0.5, 0.45))
     u = process.prior(jax.random.key(0), (3,))
-    terms = gd.reverse_sde(process, _model(process), lam, jax.random.key(1), (3,))
+    terms = gd.reverse_sde(_flow(process), lam, jax.random.key(1), (3,))
     got = solve(terms, dfx.Euler(), jnp.stack([s, t]), u)
-    score = gd.ProbabilityFlow(process, _model(process)).score(s, u, None)
+    score = _flow(process).score(s, u, None)
     g = process.diffusion(s)
     forcing = (g @ g.T).mv(score)
     # The path itself, over the same interval.
@@ -49,7 +49,7 @@ def test_other_solvers_of_diffrax_converge_to_the_same_sample():
     process, batch = gd.VP((2,)), (16,)
     u = process.prior(jax.random.key(0), batch)
     ts = jnp.linspace(0.8, 0.3, 129)
-    terms = gd.reverse_sde(process, _model(process), 0.7, jax.random.key(1), batch)
+    terms = gd.reverse_sde(_flow(process), 0.7, jax.random.key(1), batch)
     run = eqx.filter_jit(lambda solver, ts: solve(terms, solver, ts, u))
     expected = run(gd.GDDIM(2), jnp.linspace(0.8, 0.3, 513))
     for solver in (dfx.Heun(), dfx.EulerHeun(), dfx.ItoMilstein()):
@@ -61,7 +61,7 @@ def test_solvers_that_are_wrong_backward_in_time_are_refused():
     process = gd.VP((2,))
     leaf, key = jax.ShapeDtypeStruct((2,), jnp.float32), jax.random.key(1)
     path = dfx.VirtualBrownianTree(0.0, 1.0, 1e-4, leaf, key, dfx.SpaceTimeLevyArea)
-    terms = gd.reverse_sde(process, _model(process), 0.7, path)
+    terms = gd.reverse_sde(_flow(process), 0.7, path)
     u, ts = process.prior(jax.random.key(0)), gd.time_grid(process, 3)
     with pytest.raises(ValueError, match="wrong results backward in time"):
         solve(terms, dfx.SRA1(), ts, u)
@@ -70,7 +70,7 @@ def test_solvers_that_are_wrong_backward_in_time_are_refused():
 
 def test_the_path_is_the_same_whatever_the_precision():
     process = gd.CLD((3,))
-    path = gd.reverse_sde(process, _model(process), 1.0, jax.random.key(0)).terms[1].path
+    path = gd.reverse_sde(_flow(process), 1.0, jax.random.key(0)).terms[1].path
     ts = gd.time_grid(process, 30, dtype=jnp.float32)
     single = jax.vmap(path.evaluate)(ts[1:], ts[:-1])
     assert single.x.dtype == jnp.float32
@@ -85,7 +85,7 @@ def test_the_path_is_the_same_whatever_the_precision():
 def test_a_sharded_batch_has_the_same_sample_and_stays_sharded():
     process = gd.CLD((3,))
     u, ts = process.prior(jax.random.key(0), (8,)), gd.time_grid(process, 5)
-    terms = gd.reverse_sde(process, _model(process), 1.0, jax.random.key(1), (8,))
+    terms = gd.reverse_sde(_flow(process), 1.0, jax.random.key(1), (8,))
     run = eqx.filter_jit(lambda u: solve(terms, gd.GDDIM(2), ts, u, throw=False))
     mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
     sharded = run(jax.device_put(u, NamedSharding(mesh, PartitionSpec("batch"))))
@@ -103,7 +103,7 @@ def test_a_path_of_the_wrong_shape_is_refused():
     keys = {"no batch": (jax.random.key(0),), "one array": (one,)}
     keys["other batch"] = (jax.random.key(0), (2,))
     for arguments in keys.values():
-        terms = gd.reverse_sde(process, _model(process), 1.0, *arguments)
+        terms = gd.reverse_sde(_flow(process), 1.0, *arguments)
         for solver in (gd.GDDIM(1), gd.SSCS(), dfx.Euler()):
             with pytest.raises(ValueError, match="Brownian path must have increments"):
                 solve(terms, solver, ts, u)
@@ -115,10 +115,10 @@ def test_steps_shorter_than_the_path_resolves_are_refused(solver):
     process = gd.VP((3,))
     u = process.prior(jax.random.key(0))
     ts = jnp.array([0.5, 0.4, 0.4 - 3e-4])
-    terms = gd.reverse_sde(process, _model(process), 1.0, jax.random.key(0), tol=1e-3)
+    terms = gd.reverse_sde(_flow(process), 1.0, jax.random.key(0), tol=1e-3)
     with pytest.raises(Exception, match="shorter than the tolerance of the Brownian path"):
         solve(terms, solver, ts, u)
-    finer = gd.reverse_sde(process, _model(process), 1.0, jax.random.key(0), tol=1e-4)
+    finer = gd.reverse_sde(_flow(process), 1.0, jax.random.key(0), tol=1e-4)
     assert jnp.isfinite(solve(finer, solver, ts, u)).all()
 
 
@@ -127,7 +127,7 @@ def test_bad_levels_of_noise_are_refused(lam, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     process = gd.VP((2,))
     with pytest.raises(ValueError, match="`lam` must be"):
-        gd.reverse_sde(process, _model(process), lam, jax.random.key(0))
+        gd.reverse_sde(_flow(process), lam, jax.random.key(0))
 
 
 @pytest.mark.x64
@@ -137,7 +137,7 @@ def test_a_traced_negative_level_is_refused():
 
     @jax.jit
     def run(lam):
-        terms = gd.reverse_sde(process, _model(process), lam, jax.random.key(0))
+        terms = gd.reverse_sde(_flow(process), lam, jax.random.key(0))
         return solve(terms, gd.GDDIM(1), ts, u)
 
     assert jnp.isfinite(run(jnp.asarray(0.5))).all()
@@ -147,9 +147,9 @@ def test_a_traced_negative_level_is_refused():
 
 def test_other_bad_arguments_are_refused():
     process = gd.VP((2,))
-    model, key = _model(process), jax.random.key(0)
-    path = gd.reverse_sde(process, model, 1.0, key).terms[1].path
+    flow, key = _flow(process), jax.random.key(0)
+    path = gd.reverse_sde(flow, 1.0, key).terms[1].path
     with pytest.raises(ValueError, match="`batch` and `tol` are for the path"):
-        gd.reverse_sde(process, model, 1.0, path, (3,))
+        gd.reverse_sde(flow, 1.0, path, (3,))
     with pytest.raises(ValueError, match="`tol` must be positive"):
-        gd.reverse_sde(process, model, 1.0, key, tol=0.0)
+        gd.reverse_sde(flow, 1.0, key, tol=0.0)

@@ -52,7 +52,12 @@ def test_samples_are_the_same_on_all_devices(lam):
     process = gd.CLD((3,))
     model = mixture_for(process).model(process)
     draw = lambda placement: gd.sample(
-        process, model, jax.random.key(0), 16, 5, lam=lam, placement=placement
+        gd.ProbabilityFlow(process, model),
+        jax.random.key(0),
+        16,
+        5,
+        lam=lam,
+        placement=placement,
     )
     one, eight = draw(None), draw(gd.Placement())
     assert len(eight.x.sharding.device_set) == 8
@@ -61,7 +66,13 @@ def test_samples_are_the_same_on_all_devices(lam):
     tolerance = 1e-5 if jax.config.jax_enable_x64 else 5e-4
     np.testing.assert_allclose(one.x, eight.x, atol=tolerance)
     with pytest.raises(ValueError, match="A batch of 4 cannot be divided over 8"):
-        gd.sample(process, model, jax.random.key(0), 4, 5, placement=gd.Placement())
+        gd.sample(
+            gd.ProbabilityFlow(process, model),
+            jax.random.key(0),
+            4,
+            5,
+            placement=gd.Placement(),
+        )
 
 
 @pytest.mark.skipif(len(jax.devices()) < 8, reason="needs eight devices")
@@ -70,7 +81,7 @@ def test_samples_are_the_same_in_batches_on_all_devices(lam):
     process = gd.CLD((3,))
     model = mixture_for(process).model(process)
     draw = lambda **options: gd.sample(
-        process, model, jax.random.key(0), 64, 3, lam=lam, **options
+        gd.ProbabilityFlow(process, model), jax.random.key(0), 64, 3, lam=lam, **options
     )
     one = draw().x
     tolerance = 1e-5 if jax.config.jax_enable_x64 else 5e-4

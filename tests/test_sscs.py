@@ -54,9 +54,8 @@ def test_is_exact_where_the_prior_is_the_distribution(process):
         return jtu.tree_map(jnp.negative, prior.inverse().mv(u))
 
     u = process.prior(jax.random.key(0), (number,))
-    terms = gd.reverse_sde(
-        process, model, 1.0, jax.random.key(1), (number,), predicts="score", tol=1e-2
-    )
+    flow = gd.ProbabilityFlow(process, model, "score")
+    terms = gd.reverse_sde(flow, 1.0, jax.random.key(1), (number,), tol=1e-2)
     y = eqx.filter_jit(solve)(terms, gd.SSCS(), jnp.array([0.9, 0.6, 0.5, 0.1]), u)
     variance = 1 / process.mass_inverse
     for leaf, size in ((y.x, 1), (y.v, variance)):
@@ -74,7 +73,9 @@ def test_distributions_converge_with_the_first_order():
     start, end = (
         process.transition(t, 0.0).mv(process.encode(data.means[0])) for t in (0.6, 0.2)
     )
-    terms = gd.reverse_sde(process, data.model(process), 1.0, NoNoise(start))
+    terms = gd.reverse_sde(
+        gd.ProbabilityFlow(process, data.model(process)), 1.0, NoNoise(start)
+    )
     run = eqx.filter_jit(lambda ts: solve(terms, gd.SSCS(), ts, start))
     errors = [
         max_difference(run(jnp.linspace(0.6, 0.2, n + 1)), end) for n in (32, 64, 128)
@@ -89,7 +90,9 @@ def test_follows_the_path_of_the_other_solvers():
     process = gd.CLD((2,))
     data = mixture_for(process, scale=0.6)
     u, _ = process.perturb(jax.random.key(1), data.sample(jax.random.key(0), 32), 0.7)
-    terms = gd.reverse_sde(process, data.model(process), 1.0, jax.random.key(2), (32,))
+    terms = gd.reverse_sde(
+        gd.ProbabilityFlow(process, data.model(process)), 1.0, jax.random.key(2), (32,)
+    )
     run = eqx.filter_jit(lambda solver, ts: solve(terms, solver, ts, u).x)
     expected = run(gd.GDDIM(1), jnp.linspace(0.7, 0.3, 513))
     errors = [
@@ -112,7 +115,9 @@ def test_follows_the_path_of_the_other_solvers():
 )
 def test_what_it_is_not_for_is_refused(process, lam, message):
     terms = gd.reverse_sde(
-        process, mixture_for(process).model(process), lam, jax.random.key(0)
+        gd.ProbabilityFlow(process, mixture_for(process).model(process)),
+        lam,
+        jax.random.key(0),
     )
     with pytest.raises(ValueError, match=message):
         solve(terms, gd.SSCS(), gd.time_grid(process, 2), prior_state(process))

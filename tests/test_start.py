@@ -207,7 +207,7 @@ def test_sample_starts_by_itself_where_it_knows_the_data():
     cld = gd.CLD((3,))
     model = gd.nn.NetworkModel(cld, lambda t, x: 0.1 * jnp.cos(x[..., :3]), data_std=0.8)
     rows = [
-        gd.sample(cld, model, jr.key(0), 8, 4, predicts="data", **options).x
+        gd.sample(gd.ProbabilityFlow(cld, model, "data"), jr.key(0), 8, 4, **options).x
         for options in ({}, dict(start=gd.GaussianStart(data, None, "sharpest")))
     ]
     np.testing.assert_array_equal(*rows)
@@ -291,7 +291,7 @@ _data = gd.NormalData(jnp.zeros(2), 1.0)
             "pass the time `t`",
         ),
         (
-            lambda p: gd.adapted_grid(
+            lambda p: gd.fit_solver(
                 gd.GaussianStart(_data).flow(flow_of(p, _data), 3),
                 p.prior(jr.key(0), (8,)),
                 3,

@@ -16,7 +16,7 @@ from .helpers import processes, slow, solve
 def _end(process, solver, lam, model):
     ts = gd.time_grid(process, 6)
     u = process.prior(jax.random.key(0), (4,))
-    terms = gd.reverse_sde(process, model, lam, jax.random.key(3), (4,))
+    terms = gd.reverse_sde(gd.ProbabilityFlow(process, model), lam, jax.random.key(3), (4,))
     state = solver.init(terms, ts[0], ts[1], u, None)
 
     def step(carry, ends):
@@ -106,7 +106,7 @@ def test_samples_of_one_point_are_exact_if_noise_is_added_in_an_interval(name):
     model = gd.GaussianMixture(jnp.ones((1, 3))).model(process)
     level = lambda t: jnp.where((0.1 < t) & (t < 0.6), 2.0, 0.0)
     key = jax.random.split(jax.random.key(0))
-    terms = gd.reverse_sde(process, model, level, key[0], (20_000,))
+    terms = gd.reverse_sde(gd.ProbabilityFlow(process, model), level, key[0], (20_000,))
     # The true distribution at the start, and a grid that does not know of the jumps.
     u, _ = process.perturb(key[1], jnp.ones((20_000, 3)), 1.0)
     y = solve(terms, gd.GDDIM(), jnp.array([1.0, 0.7, 0.35, 0.2]), u)
@@ -123,7 +123,9 @@ def test_samples_of_one_point_are_exact_if_noise_is_added_in_an_interval(name):
 def test_solvers_converge_to_one_sample_for_a_level_that_depends_on_time():
     process = gd.VP((2,))
     model = gd.GaussianMixture([[-1.0, 0.0], [1.0, 0.5]], 0.3).model(process)
-    terms = gd.reverse_sde(process, model, jnp.sqrt, jax.random.key(0), (8,))
+    terms = gd.reverse_sde(
+        gd.ProbabilityFlow(process, model), jnp.sqrt, jax.random.key(0), (8,)
+    )
     u = process.prior(jax.random.key(1), (8,))
     fine = solve(terms, dfx.Euler(), gd.time_grid(process, 500, 1.0), u)
     errors = [
@@ -146,4 +148,4 @@ def test_what_is_no_level_raises(lam, without_type_checks):
     process = gd.VP((2,))
     model = gd.GaussianMixture(jnp.ones((1, 2))).model(process)
     with pytest.raises(ValueError, match="lam"):
-        gd.sample(process, model, jax.random.key(0), 4, 2, lam=lam)
+        gd.sample(gd.ProbabilityFlow(process, model), jax.random.key(0), 4, 2, lam=lam)

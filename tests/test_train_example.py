@@ -431,7 +431,7 @@ def test_classes_are_kept_with_the_model_and_shown(class_run, train, monkeypatch
     monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
     asked = []
     sample = lambda *_, args, **__: (
-        asked.append(args) or gd.Samples(np.zeros((48, 8, 8, 3)), 20)
+        asked.append(args) or gd.results.Samples(np.zeros((48, 8, 8, 3)), 20)
     )
     monkeypatch.setattr(gd, "sample", sample)
     train.draw(directory / "x" / "x.png", flow, ("cat", "a $b", "dog"))

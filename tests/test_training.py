@@ -325,7 +325,9 @@ def test_what_a_newcomer_writes_first_works(kind):
     state = fit(trainer, state, Batches(x, 128), 3000, progress=False)
 
     def distance(model):
-        samples = gd.sample(process, model, jr.key(2), 2000, num_steps=30).x
+        samples = gd.sample(
+            gd.ProbabilityFlow(process, model), jr.key(2), 2000, num_steps=30
+        ).x
         return gd.metrics.sliced_wasserstein(np.asarray(samples), x[:2000])
 
     average, last = distance(state.averaged), distance(state.model)

@@ -2,8 +2,8 @@
 # # A conditional model
 #
 # Train one network with and without labels, by `condition_dropout`, and guide it with
-# [`gddim_eqx.ClassifierFreeGuidance`][]. Labels go along with the data, and to the sampler
-# as `args`.
+# [`gddim_eqx.classifier_free_guidance`][]. Labels go along with the data, and to the
+# sampler as `args`.
 
 # %%
 import jax
@@ -69,10 +69,10 @@ state = fit(trainer, start, batches, 1200, progress=False)
 # %%
 args, key = np.arange(600) % 3, jax.random.key(2)
 samples = {"data": points[:600]}
+flow = gd.ProbabilityFlow(process, state.averaged)
 for scale in (1.0, 2.0, 4.0):
-    guided = gd.ClassifierFreeGuidance(state.averaged, scale=scale)
-    flow = gd.ProbabilityFlow(process, guided, "data")
-    x, _ = gd.sample(flow, key, 600, 20, args=args)
+    guided = gd.classifier_free_guidance(flow, scale=scale)
+    x, _ = gd.sample(guided, key, 600, 20, args=args)
     samples[f"scale {scale:.0f}"] = x
 
 
@@ -96,14 +96,14 @@ scatter(samples, args)
 # ## Other conditions
 #
 # Without labels, for samples of all classes: `args=np.full(600, network.no_condition)`. For
-# the same label in every sample without `args`: [`gddim_eqx.WithArgs`][]. To lead samples
-# away from one class, pass `WithArgs(model, 0)` as the `unconditional` of
-# [`gddim_eqx.ClassifierFreeGuidance`][].
+# the same label in every sample without `args`: [`gddim_eqx.with_args`][]. To lead samples
+# away from one class, pass `with_args(flow, 0)` as the `unconditional` of
+# [`gddim_eqx.classifier_free_guidance`][].
 #
 # ## Next
 #
 # - Two of the included models have classes: `fashion-mnist-cld-classes` and
 #   `fashion-mnist-vp-classes`; see [`gddim_eqx.checkpoints.pretrained`][].
 # - For context vectors rather than labels make the network with `context_size`.
-# - Without training for it: [`gddim_eqx.PosteriorGuidance`][] conditions on a measurement,
-#   [`gddim_eqx.ClassifierGuidance`][] on the gradient of a classifier.
+# - Without training for it: [`gddim_eqx.posterior_guidance`][] conditions on a measurement,
+#   [`gddim_eqx.classifier_guidance`][] on the gradient of a classifier.

@@ -6,7 +6,8 @@
 # 1. `gd.sample(flow, key, number, num_steps=20)`: the defaults, which need no tuning.
 # 2. [`gddim_eqx.GaussianStart`][], for 2 to 10 evaluations: a start in closed form, from
 #    the mean and covariance of the data. It costs nothing.
-# 3. [`gddim_eqx.adapted_grid`][]: optimise the time grid for your model and any solver.
+# 3. [`gddim_eqx.fit_solver`][] with `learn="times"`: optimise the time grid for your model
+#    and any solver.
 # 4. [`gddim_eqx.fit_solver`][]: learn coefficients and the start too, for 3 to 10
 #    evaluations.
 #
@@ -90,13 +91,14 @@ for n in (3, 4, 5, 8):
 #
 # ## An adapted grid
 #
-# Which grid is best depends on the data. [`gddim_eqx.adapted_grid`][] moves the times, by
+# Which grid is best depends on the data. [`gddim_eqx.fit_solver`][] moves the times, by
 # gradient descent through the solver, to reduce the error of a few dozen samples (pilots).
 # The new times serve all other samples:
 
 # %%
 pilots = process.prior(jax.random.key(1), (64,))
-adapted = error(ts=gd.adapted_grid(flow, pilots, 8).ts)
+fitted = gd.fit_solver(flow, pilots, 8, learn="times", start=None, progress=False)
+adapted = error(ts=fitted.ts)
 print(f"error in 8 steps: {error(num_steps=8):.1e}; on an adapted grid: {adapted:.1e}")
 
 

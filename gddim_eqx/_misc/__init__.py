@@ -5,7 +5,6 @@ from .check import (
     as_floats as as_floats,
     as_number as as_number,
     as_shape as as_shape,
-    check_args as check_args,
     check_count as check_count,
     check_instance as check_instance,
     check_key as check_key,
@@ -13,7 +12,6 @@ from .check import (
     check_positive as check_positive,
     constant_field as constant_field,
     error_if_any as error_if_any,
-    errors_as_nan as errors_as_nan,
 )
 from .contents import (
     contents as contents,
@@ -23,6 +21,5 @@ from .contents import (
     Item as Item,
 )
 from .pin import pin as pin
-from .rows import map_rows as map_rows
 from .show import show as show
 from .write import write_whole as write_whole

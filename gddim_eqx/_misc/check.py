@@ -1,8 +1,6 @@
-import contextlib
-import contextvars
 import math
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -25,12 +23,6 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
     if not whole:
         kind = "a positive" if least == 1 else "a non-negative"
         raise ValueError(f"`{name}` must be {kind} integer; got {show(value)}.")
-
-
-def check_args(model: Any, args: Any) -> None:
-    """Let a model check the `args` of its calls, if it can."""
-    if check := getattr(model, "check_args", None):
-        check(args)
 
 
 def check_per_sample(name: str, tree: Any, batch: tuple[int, ...]) -> None:
@@ -67,27 +59,15 @@ def check_key(key: Any) -> Key:
     )
 
 
-_raises = contextvars.ContextVar("raises", default=True)
-
-
-@contextlib.contextmanager
-def errors_as_nan() -> Iterator[None]:
-    """While a program is traced in this context, `error_if_any` gives NaN in place of an
-    error: JAX's persistent cache stores no program that can raise one."""
-    token = _raises.set(False)
-    try:
-        yield
-    finally:
-        _raises.reset(token)
-
-
-def error_if_any(x: Array, faults: Sequence[tuple[Bool[Array, ""], str]]) -> Array:
+def error_if_any(
+    x: Array, faults: Sequence[tuple[Bool[Array, ""], str]], raises: bool
+) -> Array:
     """Raise a run-time error if any of the conditions holds, with the message of the last
-    that does. One check for all takes less time to compile than one each."""
+    that does; or give NaN. One check for all takes less time to compile than one each."""
     if not faults:
         return x
     conditions, messages = zip(*faults)
-    if not _raises.get():
+    if not raises:
         return jnp.where(jnp.stack(conditions).any(), jnp.nan, x)
     index = 0
     for i, condition in enumerate(conditions):

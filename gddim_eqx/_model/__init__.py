@@ -1,14 +1,14 @@
 from .guidance import (
-    ClassifierFreeGuidance as ClassifierFreeGuidance,
-    ClassifierGuidance as ClassifierGuidance,
+    classifier_free_guidance as classifier_free_guidance,
+    classifier_guidance as classifier_guidance,
     Clip as Clip,
-    DataGuidance as DataGuidance,
+    data_guidance as data_guidance,
     DynamicThreshold as DynamicThreshold,
-    WithArgs as WithArgs,
+    with_args as with_args,
 )
 from .mixture import GaussianMixture as GaussianMixture
 from .normal import NormalData as NormalData
-from .posterior import PosteriorGuidance as PosteriorGuidance
+from .posterior import posterior_guidance as posterior_guidance
 from .precondition import (
     check_normal_data as check_normal_data,
     error_of_output as error_of_output,

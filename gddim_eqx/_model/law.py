@@ -1,8 +1,8 @@
 """The law of a state whose data are normal."""
 
+import abc
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Inexact
 
-from .._custom_types import Args, PredictionName, RealScalarLike, State
+from .._custom_types import Args, Key, PredictionName, RealScalarLike, State
 from .._linear import (
     AbstractBasis,
     append_axes,
@@ -28,9 +28,9 @@ from .._linear import (
     matmul,
     square_root_of_sum,
 )
-from .._misc import show
+from .._misc import check_count, check_key, show
 from .._process import AbstractProcess, require_process, time_for
-from .._term import check_prediction, make_prediction, Marginal
+from .._term import AbstractModel, check_prediction, make_prediction, PerturbationKernel
 
 
 class Channel(NamedTuple):
@@ -136,35 +136,105 @@ def _like(x, array):
     return jnp.expand_dims(x, tuple(range(array.ndim - x.ndim)))
 
 
-def log_density(
-    data: Any,
-    law: Callable[[Any, Channel, State], Law],
-    u: State,
-    process: AbstractProcess | None,
-    t: RealScalarLike,
-) -> Inexact[Array, "*batch"]:
-    """The log density of data, or of states under a process."""
-    shape, number = data.shape, 1
-    if process is not None:
-        check_shape(process, shape)
-        number = process.num_components
-    u = check_state(u, number, shape, "The data" if process is None else "The state")
-    dtype = coefficient_dtype(u)
-    u, data = _cast((u, data), dtype)
-    if process is not None:
-        channel = Channel.of(process, time_for(u, t))
-    else:
-        one, none = jnp.ones(1, dtype), jnp.zeros((1, 1), dtype)
-        channel = Channel(one, none, IdentityBasis(), shape)
-    return law(data, channel, u).log_density
-
-
 def _cast(tree, dtype):
     return jtu.tree_map(lambda x: x.astype(dtype), tree)
 
 
-def check_shape(process: AbstractProcess, shape: tuple[int, ...]) -> None:
-    """**Raises:** `ValueError` unless given a process for data of this shape."""
+class AbstractData(eqx.Module):
+    """Data whose predictions are known in closed form under every process."""
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one sample."""
+
+    @property
+    def no_condition(self) -> int | None:
+        """The label that stands for all data; `None` if models take no labels."""
+        return None
+
+    @abc.abstractmethod
+    def law(
+        self, channel: Channel, u: State, args: Args = None, has_density: bool = True
+    ) -> Law:
+        """The law of a state in the basis of a channel; without its density, if that is
+        not needed."""
+
+    @abc.abstractmethod
+    def _sample(self, key: Key, n: int) -> Inexact[Array, "n *shape"]:
+        pass
+
+    def sample(self, key: Key, n: int) -> Inexact[Array, "n *shape"]:
+        """Draw samples.
+
+        **Arguments:**
+
+        - `key`: a random key.
+        - `n`: the number of samples.
+
+        **Returns:** data, `(n, *shape)`.
+        """
+        check_key(key)
+        check_count("n", n, least=0)
+        return self._sample(key, n)
+
+    def log_density(
+        self,
+        u: State,
+        process: AbstractProcess | None = None,
+        t: RealScalarLike = 0.0,
+        args: Args = None,
+    ) -> Inexact[Array, "*batch"]:
+        """The log density of data, or of states under a process.
+
+        **Arguments:**
+
+        - `u`: data, `(*batch, *shape)`; or, with a process, states in its basis.
+        - `process`: a forward process for data of this shape.
+        - `t`: the time of the states.
+        - `args`: the labels of a labelled mixture.
+
+        **Returns:** one number per sample, in nats. NaN if there is no noise in a direction
+        in which the data do not vary.
+
+        **Raises:** `ValueError` for data or states of another shape.
+        """
+        number = 1
+        if process is not None:
+            _check_shape(process, self.shape)
+            number = process.num_components
+        name = "The data" if process is None else "The state"
+        u = check_state(u, number, self.shape, name)
+        dtype = coefficient_dtype(u)
+        u, data = _cast((u, self), dtype)
+        if process is not None:
+            channel = Channel.of(process, time_for(u, t))
+        else:
+            one, none = jnp.ones(1, dtype), jnp.zeros((1, 1), dtype)
+            channel = Channel(one, none, IdentityBasis(), self.shape)
+        return data.law(channel, u, args).log_density
+
+    def model(
+        self, process: AbstractProcess, predicts: PredictionName = "noise"
+    ) -> "ExactModel":
+        r"""The exact model of these data under a process.
+
+        **Arguments:**
+
+        - `process`: a forward process for data of this shape.
+        - `predicts`: what the model returns, as in [`gddim_eqx.ProbabilityFlow`][]. Noise
+            is with respect to $R_t$.
+
+        **Returns:** a model for [`gddim_eqx.ProbabilityFlow`][], called as
+        `model(t, u, args)`.
+
+        **Raises:** `ValueError` if the process is for data of another shape, or the
+        prediction is not defined for it.
+        """
+        return ExactModel(self, process, predicts)
+
+
+def _check_shape(process: AbstractProcess, shape: tuple[int, ...]) -> None:
     require_process(process)
     if process.shape != shape:
         raise ValueError(
@@ -173,21 +243,25 @@ def check_shape(process: AbstractProcess, shape: tuple[int, ...]) -> None:
         )
 
 
-class ExactModel(eqx.Module):
+class ExactModel(AbstractModel):
     """The model of data whose law is known."""
 
-    data: Any
+    data: AbstractData
     process: AbstractProcess
-    predicts: PredictionName = eqx.field(static=True)
+    kind: PredictionName = eqx.field(static=True)
 
     def __check_init__(self):
-        check_shape(self.process, self.data.shape)
-        check_prediction(self.process, self.predicts, "R")
+        _check_shape(self.process, self.data.shape)
+        check_prediction(self.process, self.kind, "R")
+
+    @property
+    def predicts(self) -> PredictionName:
+        return self.kind
 
     @property
     def no_condition(self) -> int | None:
         """The label that stands for all data; `None` for a model that takes none."""
-        return getattr(self.data, "no_condition", None)
+        return self.data.no_condition
 
     def check_args(self, args: Args) -> None:
         """As in [`gddim_eqx.nn.NetworkModel`][]."""
@@ -211,13 +285,13 @@ class ExactModel(eqx.Module):
         # At time 0 there may be no noise, in directions in which data do not vary.
         some = 1e-18 * jnp.eye(process.num_components, dtype=t.dtype)
         some = append_axes(jnp.where(t <= 0, some, 0), channel.root.ndim)
-        law = data.law(channel._replace(root=channel.root + some), u, args)
-        if self.predicts == "score":
+        law = data.law(channel._replace(root=channel.root + some), u, args, False)
+        if self.kind == "score":
             value = jtu.tree_map(jnp.negative, law.pull)
         else:
             rest = [jnp.zeros_like(law.data)] * (process.num_components - 1)
             initial = join_components([law.data, *rest])
             noise = apply(process.factor(t).transpose(), law.pull)
-            prediction = make_prediction(self.predicts, "R")
-            value = prediction.target(Marginal(process, t), initial, noise)
+            prediction = make_prediction(self.kind, "R")
+            value = prediction.target(PerturbationKernel(process, t), initial, noise)
         return _cast(process.to_data(value), given)

@@ -1,6 +1,5 @@
 import functools as ft
 import math
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -11,7 +10,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, ArrayLike, Inexact
 
-from .._custom_types import Args, Key, PredictionName, RealScalarLike, State
+from .._custom_types import Args, Key, State
 from .._linear import (
     AbstractBasis,
     append_axes,
@@ -22,20 +21,13 @@ from .._linear import (
     join_components,
 )
 from .._misc import as_constant, as_floats, check_count, check_key, show
-from .._process import AbstractProcess
 from .clusters import cluster, nearest
-from .law import (
-    Channel,
-    ExactModel,
-    Law,
-    law_of_normal,
-    log_density,
-)
+from .law import AbstractData, Channel, Law, law_of_normal
 from .moments import moments_of
 from .normal import NormalData
 
 
-class GaussianMixture(eqx.Module):
+class GaussianMixture(AbstractData):
     r"""A mixture of Gaussians as the data distribution,
     $\sum_k w_k\,\mathcal{N}(\mu_k, C_k)$; unless given others, isotropic ones of equal
     width, $C_k = s^2 I$.
@@ -138,18 +130,7 @@ class GaussianMixture(eqx.Module):
         normals = [NormalData(*x, basis=basis) for x in moments]
         return cls(normals, weights=counts, labelled=labelled)
 
-    def sample(self, key: Key, n: int) -> Inexact[Array, "n *shape"]:
-        """Draw samples.
-
-        **Arguments:**
-
-        - `key`: a random key.
-        - `n`: the number of samples.
-
-        **Returns:** data, `(n, *shape)`.
-        """
-        check_key(key)
-        check_count("n", n, least=0)
+    def _sample(self, key: Key, n: int) -> Inexact[Array, "n *shape"]:
         which, around = jr.split(key)
         k = jr.choice(which, self.means.shape[0], (n,), p=self.weights)
         means = self.means[k]
@@ -166,18 +147,6 @@ class GaussianMixture(eqx.Module):
         parts = jnp.arange(number), jr.split(around, number), self.covariances
         return jax.lax.scan(add, means, parts)[0]
 
-    def log_density(
-        self,
-        u: State,
-        process: AbstractProcess | None = None,
-        t: RealScalarLike = 0.0,
-        args: Args = None,
-    ) -> Inexact[Array, "*batch"]:
-        """As [`gddim_eqx.NormalData.log_density`][]. `args` are the labels of a labelled
-        mixture."""
-        law = lambda data, *given: data._by_component(*given, args)
-        return log_density(self, law, u, process, t)
-
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one sample."""
@@ -188,27 +157,10 @@ class GaussianMixture(eqx.Module):
         """The label that stands for all components, if models take labels."""
         return len(self.means) if self.labelled else None
 
-    def model(
-        self, process: AbstractProcess, predicts: PredictionName = "noise"
-    ) -> Callable:
-        r"""The exact model of these data under a process.
-
-        **Arguments:**
-
-        - `process`: a forward process for data of this shape.
-        - `predicts`: what the model returns, as in [`gddim_eqx.ProbabilityFlow`][]. Noise
-            is with respect to $R_t$.
-
-        **Returns:** a model for [`gddim_eqx.ProbabilityFlow`][], called as
-        `model(t, u, args)`.
-
-        **Raises:** `ValueError` if the process is for data of another shape, or the
-        prediction is not defined for it.
-        """
-        return ExactModel(self, process, predicts)
-
-    def law(self, channel: Channel, u: State, args: Args = None) -> Law:
-        if self.covariances is not None:
+    def law(
+        self, channel: Channel, u: State, args: Args = None, has_density: bool = True
+    ) -> Law:
+        if self.covariances is not None or has_density:
             return self._by_component(channel, u, args)
         return self._together(channel, u, args)
 

@@ -1,20 +1,17 @@
-from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Inexact
 
-from .._custom_types import Args, Key, PredictionName, RealScalarLike, State
+from .._custom_types import Args, Key, State
 from .._linear import AbstractBasis, Covariance, make_covariance
-from .._misc import as_floats, check_count, check_instance, check_key
-from .._process import AbstractProcess
-from .law import Channel, ExactModel, Law, law_of_normal, log_density
+from .._misc import as_floats, check_instance
+from .law import AbstractData, Channel, Law, law_of_normal
 from .moments import moments_of
 
 
-class NormalData(eqx.Module):
+class NormalData(AbstractData):
     r"""Normal data, $\mathcal{N}(\mu, C)$, whose predictions are known in closed form under
     every process."""
 
@@ -85,65 +82,23 @@ class NormalData(eqx.Module):
         """The basis of the variances."""
         return self.covariance.basis
 
-    def sample(self, key: Key, n: int) -> Inexact[Array, "n *shape"]:
-        """Draw samples.
-
-        **Arguments:**
-
-        - `key`: a random key.
-        - `n`: the number of samples.
-
-        **Returns:** data, `(n, *shape)`.
-        """
-        check_key(key)
-        check_count("n", n, least=0)
-        return self.mean[None] + self.covariance.sample(key, n, self.mean.shape)
-
-    def log_density(
-        self,
-        u: State,
-        process: AbstractProcess | None = None,
-        t: RealScalarLike = 0.0,
-    ) -> Inexact[Array, "*batch"]:
-        """The log density of data, or of states under a process.
-
-        **Arguments:**
-
-        - `u`: data, `(*batch, *shape)`; or, with a process, states in its basis.
-        - `process`: a forward process for data of this shape.
-        - `t`: the time of the states.
-
-        **Returns:** one number per sample, in nats. NaN if there is no noise in a direction
-        in which the data do not vary.
-
-        **Raises:** `ValueError` for data or states of another shape.
-        """
-        return log_density(self, NormalData.law, u, process, t)
+    @property
+    def std(self) -> Array:
+        """The standard deviation of a coordinate, in root mean square."""
+        excess = self.covariance.excess
+        more = 0.0 if excess is None else excess.sum() / self.mean.size
+        return jnp.sqrt(self.covariance.variances.mean() + more)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one sample."""
         return self.mean.shape
 
-    def law(self, channel: Channel, u: State, args: Args = None) -> Law:
-        del args
+    def law(
+        self, channel: Channel, u: State, args: Args = None, has_density: bool = True
+    ) -> Law:
+        del args, has_density
         return law_of_normal(channel, u, self.mean, self.covariance)
 
-    def model(
-        self, process: AbstractProcess, predicts: PredictionName = "noise"
-    ) -> Callable:
-        r"""The exact model of these data under a process.
-
-        **Arguments:**
-
-        - `process`: a forward process for data of this shape.
-        - `predicts`: what the model returns, as in [`gddim_eqx.ProbabilityFlow`][]. Noise
-            is with respect to $R_t$.
-
-        **Returns:** a model for [`gddim_eqx.ProbabilityFlow`][], called as
-        `model(t, u, args)`.
-
-        **Raises:** `ValueError` if the process is for data of another shape, or the
-        prediction is not defined for it.
-        """
-        return ExactModel(self, process, predicts)
+    def _sample(self, key: Key, n: int) -> Inexact[Array, "n *shape"]:
+        return self.mean[None] + self.covariance.sample(key, n, self.mean.shape)

@@ -7,111 +7,22 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Inexact
 
-from .._custom_types import Args, FrameName, PredictionName, RealScalarLike, State
+from .._custom_types import Args, RealScalarLike, State
 from .._linear import add, append_axes, apply, batch_axes, join_components, subtract
 from .._misc import as_constant, check_count, check_positive, show
 from .._process import AbstractProcess, as_time
-from .._term import init_takes_flow, ProbabilityFlow
-from .guidance import AbstractGuidance
+from .._term import flow_first, ProbabilityFlow
+from .guidance import AbstractGuidance, guided_flow
 
 
 class PosteriorGuidance(AbstractGuidance):
-    r"""A model that samples data given a measurement, $y = A(x) + n$ with normal noise
-    $n$, for inverse problems such as inpainting, deblurring and super-resolution.
-
-    Given the state, data are approximated by a normal distribution, whose mean is the data
-    prediction $\hat x_t$. Given the measurement, too, its mean is
-
-    $$\hat x_t + V A^\top (A V A^\top + \sigma^2)^{-1} (y - A(\hat x_t)),$$
-
-    which is the data prediction of this model. A nonlinear $A$ is linearised at $\hat x_t$,
-    so samples may be biased where it is far from linear. The methods differ in the
-    covariance $V$ of the data given the state.
-
-    - `"moments"`: the covariance that the model itself implies. With the mean coefficient
-        $m$ and covariance $\Sigma$ of the state given data, a product with it is a JVP:
-        $V v = \frac{\partial \hat x_t}{\partial u} \frac{m v}{m^\top \Sigma^{-1} m}$. This
-        holds for every process, whatever its number of components. It is exact for normal
-        data.
-    - `"pigdm"`: $V$ is the covariance for data that are normal with standard deviation
-        `data_std`, as in PiGDM.
-    - `"dps"`: $V$ is zero in the matrix that is inverted, as in diffusion posterior
-        sampling, so that $\sigma$ sets the strength of guidance.
-
-    The last two replace $V A^\top$ by the derivative of the data prediction, as published,
-    except that DPS also normalises by the residual. The linear system is solved as by
-    GMRES, separately for each sample. Samples are states at `t_min`: for a small $\sigma$,
-    pass `denoise="exact"` to [`gddim_eqx.sample`][].
-
-    ??? cite "References"
-
-        Moments: F. Rozet, G. Andry, F. Lanusse, G. Louppe, *Learning Diffusion Priors from
-        Observations by Expectation Maximization*, NeurIPS 2024, section 4.2. PiGDM: J.
-        Song, A. Vahdat, M. Mardani, J. Kautz, *Pseudoinverse-Guided Diffusion Models for
-        Inverse Problems*, ICLR 2023. DPS: H. Chung, J. Kim, M. McCann, M. Klasky, J. C. Ye,
-        *Diffusion Posterior Sampling for General Noisy Inverse Problems*, ICLR 2023.
-    """
-
+    flow: ProbabilityFlow
     y: Array
     measurement: Callable
     noise: float = eqx.field(static=True)
     method: str = eqx.field(static=True)
     num_iterations: int = eqx.field(static=True)
     assumed_std: float = eqx.field(static=True)
-
-    @init_takes_flow
-    def __init__(
-        self,
-        process: AbstractProcess,
-        model: Callable,
-        y: Inexact[ArrayLike, "..."],
-        measurement: Callable,
-        noise: float,
-        method: Literal["moments", "pigdm", "dps"] = "moments",
-        *,
-        num_iterations: int = 5,
-        data_std: float = 1.0,
-        predicts: PredictionName = "noise",
-        factor: FrameName = "R",
-    ):
-        r"""**Arguments:**
-
-        - `process`, `model`: the forward process, and the model. Alternatively, pass a
-            [`gddim_eqx.ProbabilityFlow`][] in place of these, `predicts` and `factor`.
-        - `y`: the measurement, the same for all samples, or one for each, `(*batch,
-            *y_shape)`.
-        - `measurement`: $A$, a function of data `(*batch, *shape)` with any batch axes,
-            which returns `(*batch, *y_shape)`; it treats samples independently.
-        - `noise`: $\sigma$, the standard deviation of the noise in the measurement.
-        - `method`: see above.
-        - `num_iterations`: of the linear solver. With `"moments"`, each costs a JVP of the
-            model. As many as `y` has elements solve the system.
-        - `data_std`: the standard deviation of the data, for `"pigdm"`.
-        - `predicts`, `factor`: what the model predicts, as in
-            [`gddim_eqx.ProbabilityFlow`][]; the guided model predicts the same.
-
-        **Raises:** `ValueError` for invalid arguments; when evaluated, for a measurement
-        whose shape is not that of `y`.
-        """
-        if not callable(measurement):
-            raise ValueError(f"`measurement` must be callable; got {show(measurement)}.")
-        if method not in ("moments", "pigdm", "dps"):
-            raise ValueError(
-                f"`method` must be 'moments', 'pigdm' or 'dps'; got {show(method)}."
-            )
-        check_count("num_iterations", num_iterations)
-        noise, data_std = as_constant("noise", noise), as_constant("data_std", data_std)
-        check_positive(noise=noise, data_std=data_std)
-        self.flow = ProbabilityFlow(process, model, predicts, factor)
-        y = jnp.asarray(y)
-        if jnp.iscomplexobj(y):
-            raise ValueError(
-                "`y` must be real; got a complex array. Stack the real and imaginary "
-                "parts, in `y` and in `measurement`."
-            )
-        self.y, self.measurement = y.astype(float), measurement
-        self.noise, self.method = noise, method
-        self.num_iterations, self.assumed_std = num_iterations, data_std
 
     @property
     def rows(self) -> dict[str, Array]:
@@ -120,7 +31,7 @@ class PosteriorGuidance(AbstractGuidance):
         measured = jax.eval_shape(self.measurement, x)
         return {"y": self.y} if self.y.ndim >= measured.ndim else {}
 
-    def __call__(self, t: RealScalarLike, u: State, args: Args = None) -> State:
+    def __call__(self, t: RealScalarLike, u: State, args: Args) -> State:
         process, t = self.process, as_time(t)
         batch = batch_axes(u, process.shape)
         u = process.from_data(u)
@@ -177,6 +88,90 @@ class PosteriorGuidance(AbstractGuidance):
 
         apply = lambda z: forward(spread(back(z))) + variance * z
         return _minimal_residual(apply, residual, self.num_iterations, rank)
+
+
+@flow_first("posterior_guidance(flow, y, measurement, noise)")
+def posterior_guidance(
+    flow: ProbabilityFlow,
+    y: Inexact[ArrayLike, "..."],
+    measurement: Callable,
+    noise: float,
+    method: Literal["moments", "pigdm", "dps"] = "moments",
+    *,
+    num_iterations: int = 5,
+    data_std: float = 1.0,
+) -> ProbabilityFlow:
+    r"""A flow whose model samples data given a measurement, $y = A(x) + n$ with normal
+    noise $n$, for inverse problems such as inpainting, deblurring and super-resolution.
+
+    Given the state, data are approximated by a normal distribution, whose mean is the data
+    prediction $\hat x_t$. Given the measurement, too, its mean is
+
+    $$\hat x_t + V A^\top (A V A^\top + \sigma^2)^{-1} (y - A(\hat x_t)),$$
+
+    which is the data prediction of the guided model. A nonlinear $A$ is linearised at
+    $\hat x_t$, so samples may be biased where it is far from linear. The methods differ in
+    the covariance $V$ of the data given the state.
+
+    - `"moments"`: the covariance that the model itself implies. With the mean coefficient
+        $m$ and covariance $\Sigma$ of the state given data, a product with it is a JVP:
+        $V v = \frac{\partial \hat x_t}{\partial u} \frac{m v}{m^\top \Sigma^{-1} m}$. This
+        holds for every process, whatever its number of components. It is exact for normal
+        data.
+    - `"pigdm"`: $V$ is the covariance for data that are normal with standard deviation
+        `data_std`, as in PiGDM.
+    - `"dps"`: $V$ is zero in the matrix that is inverted, as in diffusion posterior
+        sampling, so that $\sigma$ sets the strength of guidance.
+
+    The last two replace $V A^\top$ by the derivative of the data prediction, as published,
+    except that DPS also normalises by the residual. The linear system is solved as by
+    GMRES, separately for each sample. Samples are states at `t_min`: for a small $\sigma$,
+    pass `denoise="exact"` to [`gddim_eqx.sample`][].
+
+    **Arguments:**
+
+    - `flow`: the probability flow of the model.
+    - `y`: the measurement, the same for all samples, or one for each, `(*batch,
+        *y_shape)`.
+    - `measurement`: $A$, a function of data `(*batch, *shape)` with any batch axes,
+        which returns `(*batch, *y_shape)`; it treats samples independently.
+    - `noise`: $\sigma$, the standard deviation of the noise in the measurement.
+    - `method`: see above.
+    - `num_iterations`: of the linear solver. With `"moments"`, each costs a JVP of the
+        model. As many as `y` has elements solve the system.
+    - `data_std`: the standard deviation of the data, for `"pigdm"`.
+
+    **Returns:** a [`gddim_eqx.ProbabilityFlow`][].
+
+    **Raises:** `ValueError` for invalid arguments; when evaluated, for a measurement
+    whose shape is not that of `y`.
+
+    ??? cite "References"
+
+        Moments: F. Rozet, G. Andry, F. Lanusse, G. Louppe, *Learning Diffusion Priors from
+        Observations by Expectation Maximization*, NeurIPS 2024, section 4.2. PiGDM: J.
+        Song, A. Vahdat, M. Mardani, J. Kautz, *Pseudoinverse-Guided Diffusion Models for
+        Inverse Problems*, ICLR 2023. DPS: H. Chung, J. Kim, M. McCann, M. Klasky, J. C. Ye,
+        *Diffusion Posterior Sampling for General Noisy Inverse Problems*, ICLR 2023.
+    """
+    if not callable(measurement):
+        raise ValueError(f"`measurement` must be callable; got {show(measurement)}.")
+    if method not in ("moments", "pigdm", "dps"):
+        raise ValueError(
+            f"`method` must be 'moments', 'pigdm' or 'dps'; got {show(method)}."
+        )
+    check_count("num_iterations", num_iterations)
+    noise, data_std = as_constant("noise", noise), as_constant("data_std", data_std)
+    check_positive(noise=noise, data_std=data_std)
+    y = jnp.asarray(y)
+    if jnp.iscomplexobj(y):
+        raise ValueError(
+            "`y` must be real; got a complex array. Stack the real and imaginary "
+            "parts, in `y` and in `measurement`."
+        )
+    y, number = y.astype(float), int(num_iterations)
+    model = PosteriorGuidance(flow, y, measurement, noise, method, number, data_std)
+    return guided_flow(model)
 
 
 class _Problem(NamedTuple):

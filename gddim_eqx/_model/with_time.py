@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import get_args, Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -14,12 +14,27 @@ from .._process import (
     DiscreteVP,
     require_process,
 )
+from .._term import AbstractWrapper
 
 
 TimeName = Literal["index", "1000 t", "sigma", "log(sigma) / 4", "1 - t"]
 
 
-class WithTime(eqx.Module):
+def _log_sigma(process, t):
+    """Of the noise-to-signal ratio, including the scale of the data."""
+    return -process.log_snr(t) - jnp.log(process.data_scale)
+
+
+_times: dict[str, Callable[[Any, Array], Array]] = {
+    "index": lambda process, t: process.index(t),
+    "1000 t": lambda process, t: 1000 * t,
+    "sigma": lambda process, t: jnp.exp(_log_sigma(process, t)),
+    "log(sigma) / 4": lambda process, t: 0.25 * _log_sigma(process, t),
+    "1 - t": lambda process, t: 1 - t,
+}
+
+
+class WithTime(AbstractWrapper):
     r"""Wraps a model whose time input is not the time of the process, but for example an
     index or a noise level.
 
@@ -69,10 +84,10 @@ class WithTime(eqx.Module):
         """
         require_process(process)
         check_instance("model", model, Callable, "callable as `model(time, u, args)`")
-        if not (callable(time) or time in get_args(TimeName)):
+        if not (callable(time) or time in list(_times)):
             raise ValueError(
                 "`time` must be a function of time or one of "
-                f"{', '.join(map(repr, get_args(TimeName)))}; got {show(time)}."
+                f"{', '.join(map(repr, _times))}; got {show(time)}."
             )
         if time == "index" and not isinstance(process, DiscreteVP):
             raise ValueError(
@@ -92,20 +107,11 @@ class WithTime(eqx.Module):
         t = as_time(t)
         if callable(self.time):
             return jnp.asarray(self.time(t))
-        if self.time == "index":
-            assert isinstance(self.process, DiscreteVP)
-            return self.process.index(t)
-        if self.time == "1000 t":
-            return 1000 * t
-        if self.time == "1 - t":
-            return 1 - t
-        # The noise-to-signal ratio, including the scale of the data.
-        log_sigma = -self.process.log_snr(t) - jnp.log(self.process.data_scale)
-        return 0.25 * log_sigma if self.time == "log(sigma) / 4" else jnp.exp(log_sigma)
+        return _times[self.time](self.process, t)
 
     @property
-    def preconditioned_for(self) -> str | None:
-        return getattr(self.model, "preconditioned_for", None)
+    def inner(self) -> Callable:
+        return self.model
 
     def __call__(self, t: RealScalarLike, u: State, args: Args) -> State:
         time = self.convert(t)

@@ -1,4 +1,3 @@
-from .adapted_grid import adapted_grid as adapted_grid, AdaptedGrid as AdaptedGrid
 from .fit_solver import fit_solver as fit_solver, FittedSolver as FittedSolver
 from .grid import time_grid as time_grid
 from .inversion import generate as generate, Inversion as Inversion, invert as invert

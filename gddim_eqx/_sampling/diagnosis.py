@@ -9,9 +9,8 @@ import jax.tree_util as jtu
 
 from .._custom_types import Args, Key
 from .._linear import apply, at_least_single, subtract
-from .._misc import errors_as_nan
 from .._sharding import Placement
-from .._term import ProbabilityFlow
+from .._term import ProbabilityFlow, without_errors
 from .grid import time_grid
 
 
@@ -43,8 +42,7 @@ def find_fault(
     x = x if placement is None else placement.shard(x)
     ts = time_grid(flow.process, 20, dtype=dtype)
     # A prediction that is refused is implausible.
-    with errors_as_nan():
-        data, noise = _sizes(flow, x, ts, key, args)
+    data, noise = _sizes(without_errors(flow), x, ts, key, args)
     check = (
         "Check `predicts`, the process, and what the network is called with in place of "
         "the time"

@@ -1,14 +1,20 @@
-from collections.abc import Callable, Sequence
-from typing import get_args, Literal, NamedTuple
+import contextlib
+from collections.abc import Sequence
+from typing import Any, get_args, Literal, NamedTuple
 
 import diffrax as dfx
+import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Real
 
 from .._custom_types import Args, State, Times
-from .._misc import as_number, check_count, check_instance, map_rows, show
-from .._term import ProbabilityFlow
-from ..solvers import GDDIM
+from .._linear import at_least_single, batch_axes, check_state, coefficient_dtype
+from .._misc import as_number, check_count, check_instance, show
+from .._process import as_grid
+from .._term import as_model, check_flow, map_rows, ProbabilityFlow, StartedModel
+from ..solvers import GDDIM, LearnedGDDIM
+from .grid import time_grid
 from .learning import Change, descend, Learned, Pilots
 from .solve import check_solver
 from .start import GaussianStart, known_start
@@ -44,14 +50,13 @@ def fit_solver(
     flow: ProbabilityFlow,
     u: State,
     num_steps: int = 8,
-    solver: GDDIM = GDDIM(),
-    learn: Sequence[Learnable] = ("times", "weights", "rate"),
+    solver: dfx.AbstractSolver = GDDIM(),
+    learn: Learnable | Sequence[Learnable] = ("times", "weights", "rate"),
     *,
     ts: Times | None = None,
     start: GaussianStart | Literal["auto"] | None = "auto",
     num_iterations: int = 200,
     learning_rate: float = 0.05,
-    features: Callable | None = None,
     batch_size: int = 8,
     progress: bool = True,
     args: Args = None,
@@ -83,9 +88,11 @@ def fit_solver(
     - `u`: the pilots: states at the first time, `(number, *shape)`, at least 8. With more,
         other samples profit more: 64 for networks.
     - `num_steps`: the number of evaluations of the model per sample.
-    - `solver`: what to begin with.
-    - `learn`: what to learn.
-        - `"times"`: the time grid, as [`gddim_eqx.adapted_grid`][] does.
+    - `solver`: what to begin with: a [`gddim_eqx.GDDIM`][]; or, if only times are learned,
+        any Diffrax solver for ordinary differential equations.
+    - `learn`: what to learn. With `"times"` alone, `ts` may also increase, to encode data.
+        - `"times"`: the time grid: where steps should be short depends on the data, and on
+            how much local errors affect the final sample.
         - `"weights"`: corrections of the coefficients of past predictions.
         - `"rate"`: in each step, the rate of the interpolation coordinate `"clock"`.
         - `"shift"`: the times that the model is given. For the included networks this
@@ -98,8 +105,6 @@ def fit_solver(
         With 5 evaluations, 120 suffice; with 8 and 10, 300 are better.
     - `learning_rate`: the learning rate for the logarithms of the step sizes, which decays
         along a cosine in each of three stages.
-    - `features`: a function of data, `(number, *shape)`, which returns features `(number,
-        ...)`, to measure distances in features in place of data.
     - `batch_size`: the number of pilots for each Adam step.
     - `progress`: whether to show a progress bar. Needs tqdm.
     - `args`: passed to the model: for a conditional one, the condition of each pilot,
@@ -109,9 +114,9 @@ def fit_solver(
     for each pilot, 50 for the exact flow (or 8 times `num_steps`); and `num_steps` every 20
     iterations.
 
-    **Returns:** [`gddim_eqx.FittedSolver`][]. It is not worse than the given solver, by
-    the geometric mean of the errors of pilots held back, and by the root mean square of
-    those of all.
+    **Returns:** [`gddim_eqx.results.FittedSolver`][]. It is not worse than the given
+    solver, by the geometric mean of the errors of pilots held back, and by the root mean
+    square of those of all.
 
     **Raises:** `ValueError` for invalid arguments, fewer than 8 pilots, or pilots that are
     not finite.
@@ -122,71 +127,106 @@ def fit_solver(
         Corrections of coefficients: A. Frolov et al., *GAS: Improving Discretization of
         Diffusion ODEs via Generalized Adversarial Solver*, ICLR 2026.
     """
-    check_solver(solver)
-    if not isinstance(solver, GDDIM):
-        raise ValueError(
-            f"`solver` must be a `GDDIM()`; got {show(solver)}. For the times of other "
-            "solvers, use `adapted_grid`."
-        )
-    learnable = get_args(Learnable)
-    if not learn or not all(name in learnable for name in learn):
-        raise ValueError(f"`learn` must be some of {learnable}; got {show(learn)}.")
-    if "rate" in learn and solver.coordinate != GDDIM().coordinate:
-        raise ValueError(
-            "The 'rate' is that of the coordinate 'clock', the default in data space; got "
-            f"{show(solver)}. Leave it out of `learn`."
-        )
+    names = _checked_names(learn, solver, start)
     map_rows(_refuse_rows, flow)
-    names = tuple(name for name in learnable if name in learn)
     if start not in ("auto", None):
         check_instance("start", start, GaussianStart, "a `GaussianStart`, 'auto' or None")
         if ts is not None:
             raise ValueError("Pass `start` or `ts`, not both: a start has its times.")
-    pilots = Pilots.of(flow, u, args, num_steps, ts, 50, features, batch_size)
-    if pilots.number < _fewest:
-        raise ValueError(
-            f"`u` must hold at least {_fewest} pilots, of which a quarter is held back; "
-            f"got {pilots.number}."
-        )
+    u = _checked_pilots(flow, u, args)
+    check_count("batch_size", batch_size)
     check_count("num_iterations", num_iterations, least=2)
     rate = as_number("learning_rate", learning_rate)
-    is_last = np.arange(pilots.number) % 4 == 3
-    pilots = pilots.some(~is_last), pilots.some(is_last)
-    learned = Learned(solver, flow, pilots[0].ts, pilots[0].grid, names != ("times",))
-    first, best = _begin(learned, pilots, num_steps, ts, start)
+    candidates = [] if isinstance(start, GaussianStart) else [None]
+    if start == "auto" and ts is None:
+        start = known_start(flow, solver, num_steps)
+    if isinstance(start, GaussianStart):
+        candidates.append(start)
+    ts, grid = _grids(flow.process, num_steps, ts, coefficient_dtype(u))
+    args = jtu.tree_map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, args)
+    pilots = Pilots.of(flow, u, args, grid, batch_size)
+    is_last = np.arange(len(pilots.exact)) % 4 == 3
+    pilots = pilots.take(~is_last), pilots.take(is_last)
+    given = Learned(solver, flow, ts, grid, names != ("times",))
+    first, *others = (
+        _Candidate.of(x, x.zero, pilots)
+        for x in (given.started(start, num_steps) for start in candidates)
+    )
+    best = next((x for x in others if x.improves(first, first)), first)
     learned = best.learned
     if learned.start is not None and "weights" in names:
         names = (*names, "slope")
-    with _bar(num_iterations, progress) as bar:
+    with _bar(num_iterations) if progress else contextlib.nullcontext() as bar:
         for names, steps, rate in _stages(names, num_iterations, rate):
             descent = descend(learned, best.change, names, pilots[0], steps, rate)
             for i, (change, value) in enumerate(descent, 1):
-                bar(value)
+                if bar is not None:
+                    bar.set_postfix({"log error": f"{value:.4g}"}, refresh=False)
+                    bar.update()
                 if i % _check_every == 0 or i == steps:
                     candidate = _Candidate.of(learned, change, pilots)
                     if candidate.improves(best, first):
                         best = candidate
-    made, ts = learned(best.change)
     errors = best.error, first.error, best.held_back_error, first.held_back_error
-    return FittedSolver(made, ts, *errors)
+    return FittedSolver(*learned(best.change), *errors)
 
 
-def _begin(learned, pilots, num_steps, ts, start):
-    """The given solver, and what to begin with."""
-    first = None
-    if start in ("auto", None):
-        first = _Candidate.of(learned, learned.zero, pilots)
-        known = None
-        if start == "auto" and ts is None:
-            known = known_start(learned.flow, learned.solver, num_steps)
-        if known is None:
-            return first, first
-        start = known
-    learned = learned.started(start, num_steps)
-    candidate = _Candidate.of(learned, learned.zero, pilots)
-    if first is None:
-        return candidate, candidate
-    return first, candidate if candidate.improves(first, first) else first
+def _checked_names(learn, solver, start) -> tuple[str, ...]:
+    """What to learn, in order."""
+    check_solver(solver)
+    learnable, learn = get_args(Learnable), (learn,) if isinstance(learn, str) else learn
+    names = tuple(name for name in learnable if name in learn)
+    if not names or len(names) < len(learn):
+        raise ValueError(f"`learn` must be some of {learnable}; got {show(learn)}.")
+    if isinstance(solver, LearnedGDDIM):
+        raise ValueError(
+            "A learned solver has its own times: pass `solver.solver`, which it was "
+            "learned from."
+        )
+    only_times = names == ("times",) and start in ("auto", None)
+    if not (isinstance(solver, GDDIM) or only_times):
+        raise ValueError(
+            f"`solver` must be a `GDDIM()`; got {show(solver)}. Of other solvers, only the "
+            "times can be learned: pass `learn='times'`, and no `start`."
+        )
+    if "rate" in names and solver.coordinate != GDDIM().coordinate:
+        raise ValueError(
+            "The 'rate' is that of the coordinate 'clock', the default in data space; got "
+            f"{show(solver)}. Leave it out of `learn`."
+        )
+    return names
+
+
+def _checked_pilots(flow, u, args) -> State:
+    if isinstance(check_flow(flow).model, StartedModel):
+        raise ValueError(
+            "Learned times would move across that of the start, and change the number "
+            "of evaluations. Pass the flow without it, and to `fit_solver` its `start`."
+        )
+    process = flow.process
+    u = check_state(u, process.num_components, process.shape, "The states `u`")
+    batch = batch_axes(u, process.shape)
+    if len(batch) != 1:
+        raise ValueError(f"`u` must have one batch axis; got shape {batch}.")
+    if batch[0] < _fewest:
+        raise ValueError(
+            f"`u` must hold at least {_fewest} pilots, of which a quarter is held back; "
+            f"got {batch[0]}."
+        )
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jtu.tree_leaves(u)):
+        raise ValueError("The states `u` are not finite.")
+    as_model(flow.model).check_args(args)
+    return u
+
+
+def _grids(process, num_steps, ts, dtype) -> tuple[Array, Array]:
+    """The initial times, and a fine grid with the same ends."""
+    ts = time_grid(process, num_steps, dtype=dtype) if ts is None else as_grid(process, ts)
+    # Optimised times need more precision than states.
+    dtype = at_least_single(ts.dtype)
+    ts = jnp.minimum(ts.astype(dtype), process.t_end)
+    number, ends = max(50, 8 * (len(ts) - 1)), dict(t0=float(ts[0]), t1=float(ts[-1]))
+    return ts, time_grid(process, number, **ends, dtype=dtype)
 
 
 def _refuse_rows(name, x):
@@ -201,6 +241,8 @@ def _stages(names, num_iterations, rate):
     best so far, and the last is slow, as only small changes may still improve."""
     times = num_iterations * 2 // 5 if "times" in names and len(names) > 1 else 0
     late = (num_iterations - times) // 2
+    if names == ("times",):
+        rate *= 2
     stages = [
         (("times",), times, 2 * rate),
         (names, num_iterations - times - late, rate),
@@ -233,29 +275,11 @@ class _Candidate(NamedTuple):
         return self.held_back_error < best.held_back_error and self.rms <= first.rms
 
 
-class _bar:
-    """A progress bar, or none."""
-
-    def __init__(self, total: int, progress: bool):
-        self.bar = None
-        if progress:
-            try:
-                from tqdm import tqdm
-            except ImportError as error:
-                raise ImportError(
-                    "To show progress, install `gddim_eqx[train]`; or pass "
-                    "`progress=False`."
-                ) from error
-            self.bar = tqdm(total=total, unit=" iterations", mininterval=1)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.bar is not None:
-            self.bar.close()
-
-    def __call__(self, value: float) -> None:
-        if self.bar is not None:
-            self.bar.set_postfix({"log error": f"{value:.4g}"}, refresh=False)
-            self.bar.update()
+def _bar(total: int) -> Any:
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError(
+            "To show progress, install `gddim_eqx[train]`; or pass `progress=False`."
+        ) from error
+    return tqdm(total=total, unit=" iterations", mininterval=1)

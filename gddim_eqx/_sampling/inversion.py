@@ -8,7 +8,7 @@ from .._custom_types import Args, State, Times
 from .._linear import at_least_single, check_state, coefficient_dtype
 from .._term import check_flow, ProbabilityFlow
 from ..solvers import GDDIM, LearnedGDDIM
-from .solve import last, solve, times_for
+from .solve import last, times_for
 
 
 class Inversion(NamedTuple):
@@ -50,7 +50,7 @@ def invert(
     - `check`: whether to decode the codes again, on the same grid, and report the error.
     - `args`: passed to the model.
 
-    **Returns:** [`gddim_eqx.Inversion`][]: the codes and the round-trip error.
+    **Returns:** [`gddim_eqx.results.Inversion`][]: the codes and the round-trip error.
 
     **Raises:** `ValueError` for invalid arguments.
     """
@@ -63,7 +63,7 @@ def invert(
             "A learned solver solves in one direction only, so the codes cannot be decoded "
             "with it. Pass `check=False`, and a solver for decoding to `generate`."
         )
-    latent = last(solve(flow, solver, ts, u, args))
+    latent = _end(flow, solver, ts, u, args)
     if not check:
         return Inversion(latent, None)
     decoded = generate(flow, latent, solver=solver, ts=ts[::-1], args=args)
@@ -107,4 +107,10 @@ def generate(
         latent, flow.process.num_components, flow.process.shape, "The latent codes"
     )
     ts = times_for(flow.process, solver, num_steps, ts, coefficient_dtype(latent))
-    return flow.process.decode(last(solve(flow, solver, ts, latent, args)))
+    return flow.process.decode(_end(flow, solver, ts, latent, args))
+
+
+def _end(flow, solver, ts, u, args) -> State:
+    """The final state of a solve on a time grid."""
+    grid = dict(stepsize_controller=dfx.StepTo(ts), max_steps=len(ts) - 1)
+    return last(dfx.diffeqsolve(flow, solver, ts[0], ts[-1], None, u, args, **grid))

@@ -1,8 +1,4 @@
-"""Gradient descent on the parameters of a solver.
-
-Gradients are accumulated step by step: only one step and its pullback are compiled, once
-each, and states are kept instead of the activations of networks.
-"""
+"""Gradient descent on the parameters of a solver."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -14,16 +10,12 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from .._custom_types import Args, State
-from .._linear import at_least_single, batch_axes, check_state, coefficient_dtype
-from .._misc import check_args, check_count, pin, show
-from .._model import GaussianMixture, NormalData
-from .._process import as_grid
-from .._term import check_flow, ProbabilityFlow, StartedModel
+from .._misc import pin
+from .._term import ProbabilityFlow
 from ..solvers import GDDIM, LearnedGDDIM
-from .grid import time_grid
 from .inversion import generate
 from .start import GaussianStart
 
@@ -40,94 +32,85 @@ class Pilots(NamedTuple):
     u: State
     args: Args
     exact: Array
-    features: Callable
-    ts: Array
-    """The initial grid."""
-    grid: Array
-    """A fine grid with the same ends."""
     batch_size: int
 
-    @property
-    def number(self) -> int:
-        return self.exact.shape[0]
-
     @classmethod
-    def of(cls, flow, u, args, num_steps, ts, fewest, features=None, batch_size=None):
-        """With the endpoints of the exact flow, in at least `fewest` steps."""
-        if isinstance(check_flow(flow).model, StartedModel):
-            raise ValueError(
-                "Learned times would move across that of the start, and change the number "
-                "of evaluations. Pass the flow without it, and to `fit_solver` its `start`."
-            )
-        process = flow.process
-        u = check_state(u, process.num_components, process.shape, "The states `u`")
-        batch = batch_axes(u, process.shape)
-        if len(batch) != 1:
-            raise ValueError(f"`u` must have one batch axis; got shape {batch}.")
-        if batch == (0,):
-            raise ValueError("`u` holds no states to optimise on; pass a few dozen.")
-        for leaf in jtu.tree_leaves(u):
-            if not bool(jnp.isfinite(leaf).all()):
-                raise ValueError("The states `u` are not finite.")
-        if features is not None and not callable(features):
-            raise ValueError(f"`features` must be callable; got {show(features)}.")
-        batch_size = batch[0] if batch_size is None else batch_size
-        check_count("batch_size", batch_size)
-        batch_size = min(int(batch_size), batch[0])
-        check_args(flow.model, args)
-        as_array = lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x
-        args = jtu.tree_map(as_array, args)
-        if ts is None:
-            ts = time_grid(process, num_steps, dtype=coefficient_dtype(u))
-        ts = as_grid(process, ts)
-        # Optimised times need more precision than states.
-        ts = jnp.minimum(ts.astype(at_least_single(ts.dtype)), process.t_end)
-        ends = dict(t0=float(ts[0]), t1=float(ts[-1]))
-        number = max(fewest, 8 * (len(ts) - 1))
-        grid = time_grid(process, number, **ends, dtype=ts.dtype)
-        features = _identity if features is None else features
-        pilots = cls(u, args, jnp.zeros(batch), features, ts, grid, batch_size)
-        exact = [
-            _endpoint(flow, part.u, grid, part.args, features) for part in pilots.parts()
-        ]
-        return pilots._replace(exact=jnp.concatenate(exact))
+    def of(cls, flow, u, args, grid, batch_size) -> "Pilots":
+        """With the endpoints of the flow on a fine grid."""
+        number = len(jtu.tree_leaves(u)[0])
+        pilots = cls(u, args, jnp.zeros(number), min(int(batch_size), number))
+        end = lambda part: _generate(flow, part.u, solver=GDDIM(), ts=grid, args=part.args)
+        return pilots._replace(exact=jnp.concatenate([*map(end, pilots.parts())]))
 
-    def some(self, chosen: np.ndarray) -> "Pilots":
-        number = self.number
+    def take(self, index: np.ndarray) -> "Pilots":
+        number = len(self.exact)
 
         def pick(x):
-            return x[chosen] if eqx.is_array(x) and x.shape[:1] == (number,) else x
+            return x[index] if eqx.is_array(x) and x.shape[:1] == (number,) else x
 
         u, args, exact = jtu.tree_map(pick, (self.u, self.args, self.exact))
         return self._replace(u=u, args=args, exact=exact)
 
     @property
     def is_split(self) -> bool:
-        return self.batch_size < self.number
+        return self.batch_size < len(self.exact)
 
     def batches(self) -> Iterator["Pilots"]:
         """Batches of one size, in random order, without end."""
-        rng, index = np.random.default_rng(0), np.arange(0)
+        rng, size = np.random.default_rng(0), self.batch_size
         while self.is_split:
-            if len(index) < self.batch_size:
-                index = rng.permutation(self.number)
-            yield self.some(index[: self.batch_size])
-            index = index[self.batch_size :]
+            order = rng.permutation(len(self.exact))
+            for n in range(len(order) // size):
+                yield self.take(order[n * size : (n + 1) * size])
         while True:
             yield self
 
     def parts(self) -> list["Pilots"]:
-        index, size = np.arange(self.number), self.batch_size
-        return [self.some(index[i : i + size]) for i in index[::size]]
+        index, size = np.arange(len(self.exact)), self.batch_size
+        return [self.take(index[i : i + size]) for i in index[::size]]
 
 
-def _identity(x):
-    return x
+_generate = eqx.filter_jit(generate)
+
+
+class ChainedGradient(eqx.Module):
+    """The gradient of a chain of steps `state = step(parameters, i, state, args)`. Only one
+    step and its pullback are compiled, once each, and states are kept instead of the
+    activations of networks."""
+
+    step: Callable[[Any, Int[Array, ""], Any, Args], Any]
+    number: int = eqx.field(static=True)
+
+    def forward(self, parameters: Any, state: Any, args: Args) -> list:
+        """The states before all steps, and after the last."""
+        states = [state]
+        for i in range(self.number):
+            states.append(_advance(self.step, parameters, jnp.asarray(i), states[-1], args))
+        return states
+
+    def backward(self, parameters: Any, states: list, back: Any, args: Args) -> Any:
+        """The gradient with respect to the parameters, given that with respect to the last
+        state."""
+        total = jtu.tree_map(jnp.zeros_like, parameters)
+        for i in reversed(range(self.number)):
+            at = jnp.asarray(i), states[i], args
+            total, back = _pull_back(self.step, parameters, *at, total, back)
+        return total
 
 
 @eqx.filter_jit
-def _endpoint(flow, u, grid, args, features):
-    return features(generate(flow, u, solver=GDDIM(), ts=grid, args=args))
+def _advance(step, parameters, i, state, args):
+    return step(parameters, i, state, args)
+
+
+@eqx.filter_jit
+def _pull_back(step, parameters, i, state, args, total, back):
+    def run(parameters, state):
+        return eqx.filter(step(parameters, i, state, args), eqx.is_inexact_array)
+
+    _, pull_back = eqx.filter_vjp(run, parameters, state)
+    gradient, back = pull_back(back)
+    return jtu.tree_map(jnp.add, total, gradient), back
 
 
 class Learned(eqx.Module):
@@ -137,11 +120,14 @@ class Learned(eqx.Module):
     flow: ProbabilityFlow
     ts: Array
     grid: Array
+    """A fine grid with the same ends."""
     corrects: bool
     start: GaussianStart | None = None
 
-    def started(self, start: GaussianStart, num_steps: int) -> "Learned":
-        """From a start, with its times."""
+    def started(self, start: GaussianStart | None, num_steps: int) -> "Learned":
+        """From a start, if any, with its times."""
+        if start is None:
+            return self
         dtype, process = self.ts.dtype, self.flow.process
         ts = start.time_grid(process, num_steps, dtype=dtype)
         return Learned(self.solver, self.flow, ts, self.grid, True, start)
@@ -158,41 +144,27 @@ class Learned(eqx.Module):
         if not self.corrects:
             return {"times": times}
         assert isinstance(self.solver, GDDIM)
-        made = LearnedGDDIM(self.solver, self.flow.process, self.ts)
-        weights = made.predictor, made.corrector
+        solver = LearnedGDDIM(self.solver, self.flow.process, self.ts)
         return {
             "times": times,
-            "weights": weights,
-            "rate": made.log_rates,
-            "shift": made.shifts,
+            "weights": (solver.predictor, solver.corrector),
+            "rate": solver.log_rates,
+            "shift": solver.shifts,
             "slope": jnp.zeros((), self.ts.dtype),
         }
 
-    def __call__(self, change) -> tuple[dfx.AbstractSolver, Array]:
-        change = {
-            name: jtu.tree_map(lambda x, name=name: SCALES[name] * x, value)
-            for name, value in change.items()
-        }
-        ts = self._times(change["times"])
+    def __call__(self, change: Change) -> tuple[dfx.AbstractSolver, Array]:
+        scaled = lambda name: jtu.tree_map(lambda x: SCALES[name] * x, change[name])
+        ts = self._times(scaled("times"))
         if not self.corrects:
             return self.solver, ts
         assert isinstance(self.solver, GDDIM)
-        predictor, corrector = change["weights"]
         start: dict[str, Any] = {}
         if self.start is not None:
-            slope = self.start.slope + change["slope"]
+            slope = self.start.slope + scaled("slope")
             start = dict(data=self.start.data, num_free=self.num_free, slope=slope)
-        made = LearnedGDDIM(
-            self.solver,
-            self.flow.process,
-            ts,
-            predictor,
-            corrector,
-            change["rate"],
-            change["shift"],
-            **start,
-        )
-        return made, ts
+        corrections = *scaled("weights"), scaled("rate"), scaled("shift")
+        return LearnedGDDIM(self.solver, self.flow.process, ts, *corrections, **start), ts
 
     def _times(self, change):
         ts, grid = self.ts, self.grid
@@ -211,120 +183,56 @@ class Learned(eqx.Module):
         inner = pin((change == 0).all(), ts[1:-1], inner)
         return jnp.concatenate([ts[:1], inner, ts[-1:]])
 
-    def log_distances(self, change, pilots: Pilots) -> np.ndarray:
-        solver, ts = _make(self, change)
+    @eqx.filter_jit
+    def init(self, change: Change, u: State, args: Args):
+        solver, ts = self(change)
+        return u, solver.init(self.flow, ts[0], ts[1], u, args)
+
+    def step(self, change: Change, i: Int[Array, ""], state, args: Args):
+        solver, ts = self(change)
+        y, inner = state
+        ends = ts[i], ts[i + 1]
+        y, _, _, inner, _ = solver.step(self.flow, *ends, y, args, inner, False)
+        return y, inner
+
+    def _run(self, change: Change, pilots: Pilots) -> tuple[ChainedGradient, list]:
+        chain = ChainedGradient(self.step, len(self.ts) - 1)
+        first = self.init(change, pilots.u, pilots.args)
+        return chain, chain.forward(change, first, pilots.args)
+
+    def log_distances(self, change: Change, pilots: Pilots) -> np.ndarray:
         logs = []
         for part in pilots.parts():
-            *_, (y, _) = self._run(solver, ts, part)
-            logs.append(_log_distance(self.flow.process, y, part.exact, part.features))
+            _, states = self._run(change, part)
+            logs.append(_log_distance(self.flow.process, states[-1][0], part.exact))
         return np.concatenate(logs)
 
-    def _run(self, solver, ts, pilots):
-        """The state and the solver's state at all times."""
-        state = _start(solver, self.flow, ts, pilots.u, pilots.args)
-        states = [(pilots.u, state)]
-        for i in range(len(ts) - 1):
-            ends = ts[i], ts[i + 1]
-            states.append(_advance(solver, self.flow, *ends, *states[-1], pilots.args))
-        return states
-
-    def value_and_gradient(self, change, pilots: Pilots):
+    def value_and_gradient(self, change: Change, pilots: Pilots) -> tuple[float, Change]:
         """The objective, and its gradient."""
-        solver, ts = _make(self, change)
-        value, total = 0.0, None
-        for part in pilots.parts():
-            states = self._run(solver, ts, part)
-            share = part.number / pilots.number
-            y, state = states.pop()
-            at_end, back = _objective(self.flow.process, y, part.exact, part.features)
-            value += share * float(at_end)
-            unused = jtu.tree_map(jnp.zeros_like, eqx.filter(state, eqx.is_inexact_array))
-            back = jtu.tree_map(lambda x: share * x, back), unused
-            of_solver, of_ts = None, [jnp.zeros((), ts.dtype)] * len(ts)
-            for i in reversed(range(len(ts) - 1)):
-                ends = ts[i], ts[i + 1]
-                pulled = _pull_back(solver, self.flow, *ends, *states[i], part.args, back)
-                more, start, end, *back = pulled
-                back = tuple(back)
-                of_solver = more if of_solver is None else _sum(of_solver, more)
-                of_ts[i], of_ts[i + 1] = of_ts[i] + start, of_ts[i + 1] + end
-            gradient = _pull_back_made(self, change, (of_solver, jnp.stack(of_ts)))
-            total = gradient if total is None else _sum(total, gradient)
-        return value, total
-
-
-_make = eqx.filter_jit(lambda learned, change: learned(change))
+        chain, states = self._run(change, pilots)
+        y, inner = states.pop()
+        value, back = _objective(y, self.flow.process, pilots.exact)
+        unused = jtu.tree_map(jnp.zeros_like, eqx.filter(inner, eqx.is_inexact_array))
+        back = back, unused
+        return float(value), chain.backward(change, states, back, pilots.args)
 
 
 @eqx.filter_jit
-def _pull_back_made(learned, change, back):
-    variables = lambda tree: eqx.filter(tree, _is_variable(tree))
-    _, pull_back = jax.vjp(lambda change: variables(learned(change)), change)
-    return pull_back(back)[0]
-
-
-def _is_variable(tree):
-    """Which leaves have gradients: not those of the data that are known."""
-    fixed = lambda x: isinstance(x, NormalData | GaussianMixture)
-    is_variable = lambda x: eqx.is_inexact_array(x) and not fixed(x)
-    return jtu.tree_map(is_variable, tree, is_leaf=fixed)
-
-
-@eqx.filter_jit
-def _sum(a, b):
-    return jtu.tree_map(jnp.add, a, b)
-
-
-@eqx.filter_jit
-def _start(solver, flow, ts, u, args):
-    return solver.init(flow, ts[0], ts[1], u, args)
-
-
-def _advance_now(solver, flow, t0, t1, y, state, args):
-    y, _, _, state, _ = solver.step(flow, t0, t1, y, args, state, False)
-    return y, state
-
-
-_advance = eqx.filter_jit(_advance_now)
-
-
-@eqx.filter_jit
-def _pull_back(solver, flow, t0, t1, y, state, args, back):
-    given = solver, t0, t1, y, state
-    variables, fixed = eqx.partition(given, _is_variable(given))
-
-    def run(variables):
-        solver, t0, t1, y, state = eqx.combine(variables, fixed)
-        ends = _advance_now(solver, flow, t0, t1, y, state, args)
-        return eqx.filter(ends, eqx.is_inexact_array)
-
-    return jax.vjp(run, variables)[1](back)[0]
-
-
-def _log_distance_now(process, y, exact, features):
-    square = (features(process.decode(y)) - exact) ** 2
+def _log_distance(process, y, exact):
+    square = (process.decode(y) - exact) ** 2
     square = square.mean(tuple(range(1, square.ndim)))
     smallest = jnp.finfo(square.dtype).tiny
     return 0.5 * jnp.log(jnp.where(square > smallest, square, smallest))
 
 
-_log_distance = eqx.filter_jit(_log_distance_now)
-
-
 @eqx.filter_jit
-def _objective(process, y, exact, features):
+@eqx.filter_value_and_grad
+def _objective(y, process, exact):
     """The mean logarithm of the distance, and for the samples that are far away also the
     logarithm of the root mean square."""
-
-    def objective(y):
-        logs = _log_distance_now(process, y, exact, features)
-        rms = 0.5 * (jax.nn.logsumexp(2 * logs) - jnp.log(len(logs)))
-        return logs.mean() + _share_of_rms * rms
-
-    return jax.value_and_grad(objective)(y)
-
-
-_share_of_rms = 0.5
+    logs = _log_distance(process, y, exact)
+    rms = 0.5 * (jax.nn.logsumexp(2 * logs) - jnp.log(len(logs)))
+    return logs.mean() + 0.5 * rms
 
 
 @eqx.filter_jit
@@ -350,7 +258,6 @@ def descend(
     state = optimiser.init(chosen)
     for i, some in zip(range(steps), pilots.batches()):
         value, gradient = learned.value_and_gradient(change, some)
-        assert gradient is not None
         gradient = {name: gradient[name] for name in names}
         # Optax multiplies integers and floats.
         with jax.numpy_dtype_promotion("standard"):

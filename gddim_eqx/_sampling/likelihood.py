@@ -18,9 +18,9 @@ from .._linear import (
     join_components,
     subtract,
 )
-from .._misc import check_count, check_key, map_rows, show
+from .._misc import check_count, check_key, show
 from .._process import normal_like, on_time_axis
-from .._term import check_flow, ProbabilityFlow
+from .._term import check_flow, map_rows, ProbabilityFlow
 from ..solvers import ExponentialAdams, GDDIM, LearnedGDDIM, SSCS
 from .solve import check_solver
 
@@ -91,7 +91,7 @@ def log_density(
         default that of `process.prior`.
     - `args`: passed to the model.
 
-    **Returns:** [`gddim_eqx.Likelihood`][], with values of shape `(*batch,)`.
+    **Returns:** [`gddim_eqx.results.Likelihood`][], with values of shape `(*batch,)`.
 
     **Raises:** `ValueError` for invalid arguments.
 
@@ -163,7 +163,7 @@ def log_likelihood(
     - `key`: a random key, for the probes.
     - `**kwargs`: as in [`gddim_eqx.log_density`][], from `divergence` on.
 
-    **Returns:** [`gddim_eqx.Likelihood`][], with values of shape `(*batch,)`.
+    **Returns:** [`gddim_eqx.results.Likelihood`][], with values of shape `(*batch,)`.
 
     **Raises:** `ValueError` for invalid arguments, or a process with more than one
     component.
@@ -210,8 +210,8 @@ def log_likelihood_bound(
         conditions, and repeated for every draw.
     - `**kwargs`: as in [`gddim_eqx.log_density`][], from `divergence` on.
 
-    **Returns:** [`gddim_eqx.Likelihood`][]: unbiased estimates of the bound, `(*batch,)`,
-    and latent codes, `(num_draws, *batch, *shape)`.
+    **Returns:** [`gddim_eqx.results.Likelihood`][]: unbiased estimates of the bound,
+    `(*batch,)`, and latent codes, `(num_draws, *batch, *shape)`.
 
     **Raises:** `ValueError` for invalid arguments, or a process without a velocity. When
     evaluated: if the velocity at `t0` is deterministic.

@@ -73,7 +73,7 @@ def process_from_config(
         ```
 
         If it returns a `clip`, sample with
-        `ProbabilityFlow(process, DataGuidance(flow, Clip(-clip, clip)), predicts)`.
+        `data_guidance(flow, Clip(-clip, clip))`.
 
     **Arguments:**
 

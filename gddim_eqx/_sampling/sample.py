@@ -1,10 +1,8 @@
-import contextlib
 import dataclasses
-import itertools
 import math
 import warnings
 from collections.abc import Callable
-from typing import cast, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
@@ -15,34 +13,35 @@ import jax.tree_util as jtu
 import numpy as np
 from jax.core import Tracer
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Float, PyTree, Shaped
+from jaxtyping import Array, Float, PyTree, Shaped, UInt32
 
-from .._custom_types import Args, FrameName, Key, PredictionName, Stochasticity, Times
+from .._custom_types import Args, Key, Stochasticity, Times
 from .._linear import at_least_single
 from .._misc import (
     as_dtype,
-    check_args,
     check_count,
     check_instance,
     check_key,
     check_per_sample,
-    errors_as_nan,
-    map_rows,
     show,
 )
 from .._process import AbstractProcess, as_grid, log_snr_at_start
 from .._sharding import Placement
 from .._term import (
     as_lam,
+    as_model,
+    check_flow,
     evaluated_model,
+    flow_first,
+    map_rows,
     ProbabilityFlow,
     reverse_sde,
     StartedModel,
-    takes_flow,
+    without_errors,
 )
-from ..solvers import GDDIM, LearnedGDDIM, SSCS
+from ..solvers import GDDIM, LearnedGDDIM
 from .diagnosis import find_fault
-from .solve import last, PaddedGrid, solve, times_for
+from .solve import evaluation_times, last, PaddedGrid, times_for
 from .start import GaussianStart, known_start
 
 
@@ -51,26 +50,10 @@ class Samples(NamedTuple):
 
     x: Float[Array, "number *shape"]
     """The data: a NumPy array if they were drawn in batches."""
-    evaluations: int
-    """The number of model evaluations per sample (NFE); over several batches, the
-    largest."""
-
-
-# Counts per call, so that calls from several threads do not mix.
-_evaluations: dict[int, int] = {}
-_calls = itertools.count()
-
-
-class _Counted(eqx.Module):
-    model: Callable
-    call: Array
-
-    def __call__(self, t, u, args):
-        def count(call):
-            _evaluations[int(call)] += 1
-
-        jax.debug.callback(count, self.call)
-        return self.model(t, u, args)
+    evaluations: int | None
+    """The number of model evaluations per sample (NFE). It is known for the solvers of this
+    library, and for Diffrax's explicit Runge-Kutta methods and those for stochastic
+    equations; for others it is `None`."""
 
 
 class _TracedOnce(eqx.Module):
@@ -81,12 +64,6 @@ class _TracedOnce(eqx.Module):
     @eqx.filter_jit
     def __call__(self, t, u, args):
         return self.model(t, u, args)
-
-
-def _is_counted(solver: dfx.AbstractSolver) -> bool:
-    """Whether the number of evaluations of every step is known. Otherwise a callback counts
-    them, which takes time, and keeps the program out of JAX's persistent cache."""
-    return isinstance(solver, (GDDIM, LearnedGDDIM, SSCS, dfx.Euler))
 
 
 class _PathPerSample(dfx.AbstractBrownianPath):
@@ -111,47 +88,62 @@ class _PathPerSample(dfx.AbstractBrownianPath):
         return jax.vmap(one)(self.keys)
 
 
-@eqx.filter_jit
-def _solve(flow, lam, solver, denoise, grid, key, index, wanted, args, meter, placement):
-    if placement is not None:
-        number, shard = len(index), placement.shard
-        flow = map_rows(lambda _, x: shard(x), flow)
-        is_per_sample = lambda x: eqx.is_array(x) and x.ndim > 0 and len(x) == number
-        args = jtu.tree_map(lambda x: shard(x) if is_per_sample(x) else x, args)
-        index = shard(index)
-    flow = eqx.tree_at(evaluated_model, flow, _TracedOnce(evaluated_model(flow)))
-    process, terms, ts = flow.process, flow, grid.ts
-    keys = jax.vmap(jr.fold_in, (None, 0))(key, index)
-    u = jax.vmap(lambda key: process.prior(key, (), ts.dtype))(keys)
-    if not isinstance(lam, float) or lam != 0:
-        # Distinct from any key that the prior splits off this one.
-        keys = jax.vmap(lambda key: jr.fold_in(key, 2**31 - 1))(keys)
-        one = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), u)
-        terms = reverse_sde(flow, lam, _PathPerSample(shape=one, keys=keys))
-    # Compiles faster than the adjoints for reverse-mode derivatives.
-    options = dict(stepsize_controller=grid, max_steps=None, adjoint=dfx.ForwardMode())
-    options |= dict(progress_meter=meter, throw=False)
-    with contextlib.nullcontext() if grid.raises else errors_as_nan():
-        sol = solve(terms, solver, ts, u, args, **options)
-    u = last(sol)
-    if denoise == "drift":
-        drift = flow.reverse_drift(ts[-1], u, args, 1.0)
-        u = jtu.tree_map(lambda y, d: y - ts[-1] * d, u, drift)
-    elif denoise == "exact":
-        u = flow.denoised(ts[-1], u, args)
-    x = process.decode(u)
-    axes = tuple(range(1, x.ndim))
-    counts = jnp.arange(len(x), dtype=jnp.uint32) < wanted
-    bad = (counts & ~jnp.isfinite(x).all(axes)).sum()
-    squares = (x.astype(at_least_single(x.dtype)) ** 2).mean(axes)
-    total = jnp.where(counts, squares, 0).sum()
-    return x, sol.result, sol.stats["num_steps"], bad, total
+class _Sampler(eqx.Module):
+    """What to draw samples with; all of it, or with the rows of one batch."""
+
+    flow: ProbabilityFlow
+    args: Args
+    solver: dfx.AbstractSolver
+    lam: Stochasticity
+    denoise: str | None = eqx.field(static=True)
+    grid: PaddedGrid
+    key: Key
+    placement: Placement | None
+
+    @eqx.filter_jit
+    def draw(self, index: UInt32[Array, " size"], meter: dfx.AbstractProgressMeter):
+        """The samples of these indices; for each, whether it is finite, and its mean
+        square; and how the solve ended."""
+        flow, args = self.flow, self.args
+        if self.placement is not None:
+            size, shard = len(index), self.placement.shard
+            flow = map_rows(lambda _, x: shard(x), flow)
+            is_per_sample = lambda x: eqx.is_array(x) and x.ndim > 0 and len(x) == size
+            args = jtu.tree_map(lambda x: shard(x) if is_per_sample(x) else x, args)
+            index = shard(index)
+        flow = eqx.tree_at(evaluated_model, flow, _TracedOnce(evaluated_model(flow)))
+        terms, ts = flow, self.grid.ts
+        keys = jax.vmap(jr.fold_in, (None, 0))(self.key, index)
+        u = jax.vmap(lambda key: flow.process.prior(key, (), ts.dtype))(keys)
+        if not isinstance(self.lam, float) or self.lam != 0:
+            # Distinct from any key that the prior splits off this one.
+            keys = jax.vmap(lambda key: jr.fold_in(key, 2**31 - 1))(keys)
+            one = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), u)
+            terms = reverse_sde(flow, self.lam, _PathPerSample(shape=one, keys=keys))
+        sol = dfx.diffeqsolve(
+            *(terms, self.solver, ts[0], ts[-1], None, u, args),
+            stepsize_controller=self.grid,
+            max_steps=None,
+            # Compiles faster than the adjoints for reverse-mode derivatives.
+            adjoint=dfx.ForwardMode(),
+            progress_meter=meter,
+            throw=False,
+        )
+        u = last(sol)
+        if self.denoise == "drift":
+            drift = flow.reverse_drift(ts[-1], u, args, 1.0)
+            u = jtu.tree_map(lambda y, d: y - ts[-1] * d, u, drift)
+        elif self.denoise == "exact":
+            u = flow.denoised(ts[-1], u, args)
+        x = flow.process.decode(u)
+        axes = tuple(range(1, x.ndim))
+        squares = (x.astype(at_least_single(x.dtype)) ** 2).mean(axes)
+        return x, jnp.isfinite(x).all(axes), squares, sol.result
 
 
-@takes_flow
+@flow_first("sample(flow, key, number)")
 def sample(
-    process: AbstractProcess,
-    model: Callable,
+    flow: ProbabilityFlow,
     key: Key,
     number: int,
     num_steps: int | None = None,
@@ -161,8 +153,6 @@ def sample(
     denoise: Literal["drift", "exact"] | None = None,
     ts: Times | None = None,
     start: GaussianStart | Literal["auto"] | None = "auto",
-    predicts: PredictionName = "noise",
-    factor: FrameName = "R",
     args: Args = None,
     dtype=None,
     first: int = 0,
@@ -181,10 +171,8 @@ def sample(
 
     **Arguments:**
 
-    - `process`, `model`: the forward process, and a model called as `model(t, u, args)` on
-        the whole batch. Alternatively, pass a [`gddim_eqx.ProbabilityFlow`][] in place of
-        both, `predicts` and `factor`: `sample(flow, key, number)`. Passing the same object
-        again does not recompile; a new `lambda`, or another Python number in a model, does.
+    - `flow`: the probability flow of the model. Passing the same model again does not
+        recompile; a new `lambda`, or another Python number in a model, does.
     - `key`: a random key.
     - `number`: the number of samples.
     - `num_steps`: the number of steps of the default grid; 50 if neither this nor `ts`
@@ -216,7 +204,6 @@ def sample(
             and without noise. Not from a standard deviation under [`gddim_eqx.BDM`][],
             where frequencies differ.
         - `None`: the model is evaluated at all times.
-    - `predicts`, `factor`: as in [`gddim_eqx.ProbabilityFlow`][].
     - `args`: passed to the model: for a conditional one, such as a
         [`gddim_eqx.nn.NetworkModel`][], the condition of each sample, `(number, ...)`, or a
         pytree of these.
@@ -227,15 +214,15 @@ def sample(
     - `batch_size`: if given, samples are drawn in batches of this size, to save memory, and
         collected in a NumPy array. They are the same whatever the batch size, up to
         rounding. All arrays in `args` must then have one row per sample. Arrays of one row
-        per sample in guidance, such as `y` of [`gddim_eqx.PosteriorGuidance`][], are
+        per sample in guidance, such as `y` of [`gddim_eqx.posterior_guidance`][], are
         split too; those in a model of your own cannot be: pass them as `args`.
     - `placement`: how to shard the samples over devices, which does not change them; by
         default all are on the first device. The model must be on the same devices.
     - `progress_meter`: for example `diffrax.TextProgressMeter()`. With `batch_size` it
         shows progress over all batches.
 
-    **Returns:** [`gddim_eqx.Samples`][]: the data, `(number, *shape)`, and the number of
-    evaluations of the model.
+    **Returns:** [`gddim_eqx.results.Samples`][]: the data, `(number, *shape)`, and the
+    number of evaluations of the model.
 
     **Raises:** `ValueError` for invalid arguments, or if called while JAX is tracing.
     `FloatingPointError` if a sample is not finite.
@@ -251,9 +238,16 @@ def sample(
             "by `jax.jit`, `jax.vmap` or `jax.grad`. There, call "
             "`diffrax.diffeqsolve(ProbabilityFlow(process, model), GDDIM(), ...)`."
         )
-    flow = ProbabilityFlow(process, model, predicts, factor)
+    check_flow(flow)
     check_key(key)
     check_count("number", number, least=0)
+    check_count("first", first, least=0)
+    number, first = int(number), int(first)
+    if first + number > 2**32:
+        raise ValueError(
+            f"Samples are numbered up to 2**32; got first={first} and number={number}. "
+            "Use another key."
+        )
     solver = GDDIM() if solver is None else solver
     check_instance("placement", placement, Placement | None, "a `Placement()`")
     wanted = "a Diffrax progress meter, such as `TextProgressMeter()`"
@@ -269,50 +263,32 @@ def sample(
     if start is not None:
         flow, ts = _started(flow, solver, start, num_steps, ts, dtype)
         num_steps = None
-    ts = times_for(process, solver, num_steps, ts, dtype)
-    ts = _checked_times(process, ts, dtype)
-    check_count("first", first, least=0)
-    number, first = int(number), int(first)
-    if first + number > 2**32:
-        raise ValueError(
-            f"Samples are numbered up to 2**32; got first={first} and number={number}. "
-            "Use another key."
-        )
-    size = _size_of_batch(number, batch_size, placement)
-    if denoise is not None and float(ts[-1]) == 0:
-        raise ValueError("At time 0 nothing is left to denoise; leave out `denoise`.")
+    ts = times_for(flow.process, solver, num_steps, ts, dtype)
+    if dtype not in (None, ts.dtype):
+        ts = as_grid(flow.process, ts.astype(dtype), "decreasing")
+    _check_ends(flow.process, ts, denoise)
     args = jtu.tree_map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, args)
-    check_args(model, args)
+    as_model(flow.model).check_args(args)
     flow = map_rows(lambda name, x: _check_number(name, x, number, first), flow)
-    given = as_lam(lam), solver, denoise, ts, key
-    if batch_size is not None:
-        _check_other_sizes(flow, args, ts, size, number)
 
-    def draw(start: int, meter: dfx.AbstractProgressMeter):
-        some = flow, args
-        if batch_size is not None:
-            some = _rows(flow, args, start + np.arange(size), number)
-        index = jnp.uint32(first + start) + jnp.arange(size, dtype=jnp.uint32)
-        # The last batch is filled up.
-        wanted = jnp.uint32(min(size, number - start))
-        return _draw(some[0], *given, index, wanted, some[1], meter, placement)
-
+    size = _size_of_batch(number, batch_size, placement)
+    grid = PaddedGrid.of(ts)
+    sampler = _Sampler(flow, args, solver, as_lam(lam), denoise, grid, key, placement)
     if batch_size is None:
-        x, evaluations, total = draw(0, progress_meter)
+        x, square = _draw(sampler, _indices(first, size), number, progress_meter)
     else:
-        x, evaluations, total = _in_batches(draw, number, size, progress_meter)
-    root_mean_square = (total / max(number, 1)) ** 0.5
-    if root_mean_square > (most := _most_expected(process, model)):
-        some = flow, args
-        if batch_size is not None:
-            some = _rows(flow, args, np.arange(size), number)
-        fault = find_fault(*some, size, ts.dtype, key, most, placement)
+        _check_other_sizes(sampler, size, number)
+        x, square = _in_batches(sampler, first, number, size, progress_meter)
+        sampler = _rows(sampler, np.arange(size), number)
+    most = _most_expected(flow)
+    if (root_mean_square := (square / max(number, 1)) ** 0.5) > most:
         warnings.warn(
             f"The samples have a root mean square of {root_mean_square:.1e}, but at most "
-            f"about {most:.1e} is plausible for this process and model. {fault}",
+            f"about {most:.1e} is plausible for this process and model. "
+            f"{_fault(sampler, size)}",
             stacklevel=3,
         )
-    return Samples(cast(Array, x), evaluations)
+    return Samples(x, _number_evaluated(flow, solver, ts, denoise))
 
 
 def _started(flow, solver, start, num_steps, ts, dtype):
@@ -333,13 +309,25 @@ def _started(flow, solver, start, num_steps, ts, dtype):
     return start.flow(flow, 1), ts
 
 
+def _check_ends(process: AbstractProcess, ts: Array, denoise: str | None) -> None:
+    rounding = float(jnp.finfo(ts.dtype).eps)
+    if abs(float(ts[0]) - process.t_max) > rounding * process.t_max:
+        raise ValueError(
+            f"`ts` must start at {process.t_max}, which is `process.t_max`, the time of "
+            f"the prior; got times from {ts[0]} to {ts[-1]}. Use `num_steps`. For a "
+            "'leading' grid, which starts later, use one with 'trailing' spacing, or "
+            "`gddim_eqx.generate(flow, process.prior(key, (number,)), ts=ts)`."
+        )
+    if denoise is not None and float(ts[-1]) == 0:
+        raise ValueError("At time 0 nothing is left to denoise; leave out `denoise`.")
+
+
 def _size_of_batch(number: int, size: int | None, placement: Placement | None) -> int:
-    devices = 1
     if size is not None:
         check_count("batch_size", size)
     if placement is not None:
         placement.check_batch(number if size is None else size)
-        devices = placement.mesh.size
+    devices = 1 if placement is None else placement.mesh.size
     return number if size is None else min(int(size), -(-number // devices) * devices)
 
 
@@ -352,26 +340,33 @@ def _check_number(name: str, x: Array, number: int, first: int) -> Array:
     return x
 
 
-def _rows(flow, args: Args, index: np.ndarray, number: int):
-    """The flow and args of some samples. Those beyond the last get those of the last."""
-    arrays, rest = eqx.partition(args, lambda x: eqx.is_array(x) and x.ndim > 0)
+def _rows(sampler: _Sampler, index: np.ndarray, number: int) -> _Sampler:
+    """A sampler for some samples. Those beyond the last have the rows of the last."""
+    arrays, rest = eqx.partition(sampler.args, lambda x: eqx.is_array(x) and x.ndim > 0)
     check_per_sample("With `batch_size`, every array in `args`", arrays, (number,))
     index = np.minimum(index, max(number - 1, 0))
     take = lambda x: x[index] if len(x) else x
-    flow = map_rows(lambda _, x: take(x), flow)
-    return flow, eqx.combine(jtu.tree_map(take, arrays), rest)
+    rows = (
+        map_rows(lambda _, x: take(x), sampler.flow),
+        eqx.combine(jtu.tree_map(take, arrays), rest),
+    )
+    return eqx.tree_at(lambda s: (s.flow, s.args), sampler, rows, is_leaf=_is_none)
 
 
-def _check_other_sizes(flow, args: Args, ts: Array, size: int, number: int) -> None:
+def _is_none(x) -> bool:
+    return x is None
+
+
+def _check_other_sizes(sampler: _Sampler, size: int, number: int) -> None:
     """**Raises:** `ValueError` for a model that is for batches of one size only, if there
     are several: it may hold one row per sample, and every batch would get the same."""
     if number <= size:
         return
 
     def predict(size):
-        some, its_args = _rows(flow, args, np.arange(size), number)
-        u = flow.process.prior(jr.key(0), (size,), ts.dtype)
-        return some.predict(ts[0], u, its_args)
+        some, ts = _rows(sampler, np.arange(size), number), sampler.grid.ts
+        u = some.flow.process.prior(jr.key(0), (size,), ts.dtype)
+        return some.flow.predict(ts[0], u, some.args)
 
     try:
         jax.eval_shape(lambda: predict(2 * size))
@@ -388,71 +383,63 @@ def _check_other_sizes(flow, args: Args, ts: Array, size: int, number: int) -> N
         ) from error
 
 
-def _draw(flow, lam, solver, denoise, ts, key, index, wanted, args, meter, placement):
-    """A batch of samples, the number of evaluations, and the sum of mean squares."""
-    known, call = _is_counted(solver), next(_calls)
-    uncounted = flow, args
-    _evaluations[call] = 0
-    if not known:
-        counted = _Counted(evaluated_model(flow), jnp.asarray(call))
-        flow = eqx.tree_at(evaluated_model, flow, counted)
-    given, rest = (flow, lam, solver, denoise), (key, index, wanted, args)
-    try:
-        grid = PaddedGrid.of(ts, raises=False)
-        x, result, steps, bad, total = _solve(*given, grid, *rest, meter, placement)
-        jax.block_until_ready(x)
-        jax.effects_barrier()
-        if not known:
-            evaluations = _evaluations[call]
-        else:
-            evaluations = _number_evaluated(flow, solver, ts[: int(steps) + 1])
-            evaluations += denoise is not None
-    finally:
-        del _evaluations[call]
-    if int(bad) and known:
-        # If there was a step that the solver cannot take, this raises the reason.
-        grid = PaddedGrid.of(ts, raises=True)
-        _solve(*given, grid, *rest, dfx.NoProgressMeter(), placement)
+def _indices(first: int, size: int) -> UInt32[Array, " size"]:
+    return jnp.uint32(first) + jnp.arange(size, dtype=jnp.uint32)
+
+
+def _draw(sampler: _Sampler, index: Array, wanted: int, meter):
+    """A batch of samples, and the sum of their mean squares."""
+    quiet = eqx.tree_at(lambda s: s.flow, sampler, without_errors(sampler.flow))
+    x, finite, squares, result = quiet.draw(index, meter)
     if result != dfx.RESULTS.successful:
         raise RuntimeError(f"The solver failed: {dfx.RESULTS[result]}")
-    if int(bad):
+    finite, squares = (_on_host(x)[:wanted] for x in (finite, squares))
+    if not finite.all():
+        # If the solver or the model cannot start at this time, this raises the reason.
+        first_step = PaddedGrid.of(sampler.grid.ts[:2])
+        first = eqx.tree_at(lambda s: s.grid, sampler, first_step)
+        first.draw(index, dfx.NoProgressMeter())
         where = f", from index {index[0]}," if index[0] else ""
-        most = _most_expected(uncounted[0].process, uncounted[0].model)
-        fault = find_fault(*uncounted, len(index), ts.dtype, key, most, placement)
         raise FloatingPointError(
-            f"{bad} of {wanted} samples{where} are not finite after {evaluations} "
-            f"evaluations. {fault}"
+            f"{(~finite).sum()} of {wanted} samples{where} are not finite. "
+            f"{_fault(sampler, len(index))}"
         )
-    return x, evaluations, float(total)
+    return x, float(squares.sum(dtype=np.float64))
 
 
-def _number_evaluated(flow, solver, ts: Array) -> int:
-    """The number of evaluations of the model on a grid, if each step takes one at its
-    start; and with `reevaluate`, one at its end."""
-    evaluated = np.ones(len(ts), bool)
-    if isinstance(solver, LearnedGDDIM):
-        evaluated[: solver.num_free] = False
-    if isinstance(flow.model, StartedModel):
-        evaluated = ~np.asarray(flow.model.is_closed_form(ts))
-    again = isinstance(solver, GDDIM) and solver.reevaluate
-    return int(evaluated[:-1].sum() + (evaluated[1:].sum() if again else 0))
-
-
-def _in_batches(draw: Callable, number: int, size: int, meter: dfx.AbstractProgressMeter):
+def _in_batches(sampler: _Sampler, first: int, number: int, size: int, meter):
     """As `_draw`, for all batches, with the data on the host."""
-    starts = range(0, number, size) if number else (0,)
-    whole, most, total, shown = None, 0, 0.0, meter.init()
+    starts, shown = range(0, number, size) if number else (0,), meter.init()
+    whole, total = np.empty(0), 0.0
     try:
         for n, start in enumerate(starts, 1):
-            x, evaluations, square = draw(start, dfx.NoProgressMeter())
-            x = _on_host(x)[: number - start]
-            whole = np.empty((number, *x.shape[1:]), x.dtype) if whole is None else whole
+            # The last batch is filled up.
+            some = _rows(sampler, start + np.arange(size), number)
+            index, wanted = _indices(first + start, size), min(size, number - start)
+            x, square = _draw(some, index, wanted, dfx.NoProgressMeter())
+            x = _on_host(x)[:wanted]
+            whole = np.empty((number, *x.shape[1:]), x.dtype) if n == 1 else whole
             whole[start : start + size] = x
-            most, total = max(most, evaluations), total + square
-            shown = meter.step(shown, jnp.asarray(n / len(starts)))
+            total, shown = total + square, meter.step(shown, jnp.asarray(n / len(starts)))
     finally:
         meter.close(shown)
-    return whole, most, total
+    return whole, total
+
+
+def _fault(sampler: _Sampler, size: int) -> str:
+    most, dtype = _most_expected(sampler.flow), sampler.grid.ts.dtype
+    key, placement = sampler.key, sampler.placement
+    return find_fault(sampler.flow, sampler.args, size, dtype, key, most, placement)
+
+
+def _number_evaluated(flow, solver, ts: Array, denoise: str | None) -> int | None:
+    """The number of evaluations of the model, without those of a closed form."""
+    times = evaluation_times(solver, np.asarray(ts.astype(at_least_single(ts.dtype))))
+    if times is None:
+        return None
+    if isinstance(flow.model, StartedModel):
+        times = times[~np.asarray(flow.model.is_closed_form(times))]
+    return len(times) + (denoise is not None)
 
 
 def _on_host(x: Array) -> np.ndarray:
@@ -461,26 +448,10 @@ def _on_host(x: Array) -> np.ndarray:
     return multihost_utils.process_allgather(x, tiled=True)
 
 
-def _most_expected(process: AbstractProcess, model: Callable) -> float:
+def _most_expected(flow: ProbabilityFlow) -> float:
     """The root mean square above which samples are implausibly large: a hundred times the
-    `data_std` of the model; or, if it has none, that of data whose signal-to-noise ratio at
-    `t_max` would be 0.01, but at most a hundred."""
-    data_std = getattr(model, "data_std", None)
-    if isinstance(data_std, (float, int)):
-        return 100.0 * data_std
-    return 0.1 * math.exp(min(-log_snr_at_start(process), math.log(1000)))
-
-
-def _checked_times(process, ts, dtype):
-    grid = ts
-    if dtype not in (None, grid.dtype):
-        grid = as_grid(process, grid.astype(dtype), "decreasing")
-    rounding = float(jnp.finfo(grid.dtype).eps)
-    if abs(float(grid[0]) - process.t_max) > rounding * process.t_max:
-        raise ValueError(
-            f"`ts` must start at {process.t_max}, which is `process.t_max`, the time of "
-            f"the prior; got times from {grid[0]} to {grid[-1]}. Use `num_steps`. For a "
-            "'leading' grid, which starts later, use one with 'trailing' spacing, or "
-            "`gddim_eqx.generate(flow, process.prior(key, (number,)), ts=ts)`."
-        )
-    return grid
+    standard deviation of the data, if the model knows it; or that of data whose
+    signal-to-noise ratio at `t_max` would be 0.01, but at most a hundred."""
+    if (data := as_model(flow.model).normal_data(flow.process)) is not None:
+        return 100.0 * float(data.std)
+    return 0.1 * math.exp(min(-log_snr_at_start(flow.process), math.log(1000)))

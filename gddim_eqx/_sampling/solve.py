@@ -1,14 +1,13 @@
 from typing import Any, Literal
 
 import diffrax as dfx
-import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Real
 
-from .._custom_types import Args, State, Times
+from .._custom_types import State, Times
 from .._misc import check_instance, show
 from .._process import AbstractProcess, as_grid
 from ..solvers import LearnedGDDIM
@@ -77,36 +76,19 @@ def _learned_times(process, solver, num_steps, ts, direction):
     return ts
 
 
-def solve(
-    terms: dfx.AbstractTerm,
-    solver: dfx.AbstractSolver,
-    ts: Real[Array, " times"],
-    u: State,
-    args: Args,
-    **kwargs,
-) -> dfx.Solution:
-    """`diffrax.diffeqsolve` on a time grid. Saves the final state."""
-    check_solver(solver)
-    grid: Any = dict(stepsize_controller=dfx.StepTo(ts), max_steps=len(ts) - 1)
-    return dfx.diffeqsolve(terms, solver, ts[0], ts[-1], None, u, args, **(grid | kwargs))
-
-
 class PaddedGrid(dfx.AbstractStepSizeController[int, None]):
     """`diffrax.StepTo` on a time grid that may be followed by copies of its last time, so
     that other numbers of steps have the same shape, and need no other program."""
 
     ts: Real[Array, " times"]
-    # Static, so that the compiled solves of both kinds are kept apart.
-    raises: bool = eqx.field(static=True)
-    """Whether a step that cannot be taken is an error, or gives NaN."""
 
     @classmethod
-    def of(cls, ts: Real[Array, " times"], raises: bool) -> "PaddedGrid":
+    def of(cls, ts: Real[Array, " times"]) -> "PaddedGrid":
         number = max(128, 1 << (ts.shape[0] - 1).bit_length())
-        return cls(jnp.pad(ts, (0, number - ts.shape[0]), mode="edge"), raises)
+        return cls(jnp.pad(ts, (0, number - ts.shape[0]), mode="edge"))
 
     def wrap(self, direction):
-        return PaddedGrid(self.ts * direction, self.raises)
+        return PaddedGrid(self.ts * direction)
 
     def init(self, terms, t0, t1, y0, dt0, args, func, error_order):
         return self.ts[1], 2
@@ -116,6 +98,33 @@ class PaddedGrid(dfx.AbstractStepSizeController[int, None]):
     ):
         following = self.ts[controller_state]
         return True, t1, following, False, controller_state + 1, dfx.RESULTS.successful
+
+
+def evaluation_times(
+    solver: dfx.AbstractSolver, ts: Real[np.ndarray, " times"]
+) -> Real[np.ndarray, " evaluations"] | None:
+    """The times at which a solver evaluates the model on a time grid; `None` if that is not
+    known."""
+    stages, shared = getattr(solver, "stages", None), 0
+    if isinstance(solver, dfx.AbstractERK):
+        # The last stage of a step may be the first of the next.
+        stages, shared = (0.0, *solver.tableau.c), int(solver.tableau.fsal)
+    elif isinstance(solver, _EVALUATE_AT_START):
+        stages = (0.0,)
+    if stages is None:
+        return None
+    places = np.asarray(stages, ts.dtype)
+    times = ts[:-1, None] * (1 - places) + ts[1:, None] * places
+    times = np.append(times[0], times[1:, shared:])
+    return times[solver.num_free :] if isinstance(solver, LearnedGDDIM) else times
+
+
+_EVALUATE_AT_START = (
+    dfx.Euler,
+    dfx.EulerHeun,
+    dfx.ItoMilstein,
+    dfx.StratonovichMilstein,
+)
 
 
 def check_solver(solver: object) -> None:

@@ -11,9 +11,9 @@ from jaxtyping import Array, Real
 
 from .._linear import apply
 from .._misc import as_number, check_count, check_instance, check_positive, show
-from .._model import GaussianMixture, normal_data, NormalData
+from .._model import GaussianMixture, NormalData
 from .._process import AbstractProcess, require_process
-from .._term import check_flow, ProbabilityFlow, started_flow, StartedModel
+from .._term import as_model, check_flow, ProbabilityFlow, started_flow, StartedModel
 from ..solvers import GDDIM
 from .grid import clock_times, time_grid
 
@@ -193,12 +193,13 @@ def known_start(
         return None
     if isinstance(model, StartedModel):
         return None
-    std, data = (getattr(model, name, None) for name in ("data_std", "data"))
-    # Data whose frequencies are noised differently have no single variance.
-    uniform = process.cholesky(process.t_max).blocks.ndim == 2
-    if only_std := isinstance(std, (float, int)) and uniform:
-        data = normal_data(process, std)
-    if not isinstance(data, NormalData):
+    data = as_model(model).normal_data(process)
+    if data is None:
+        return None
+    one_variance = data.covariance.variances.ndim == 0 and data.covariance.vectors is None
+    only_std = one_variance and not data.mean.any()
+    if only_std and process.cholesky(process.t_max).blocks.ndim > 2:
+        # Data whose frequencies are noised differently have no single variance.
         return None
     if process.num_components > 1:
         # With a velocity, samples are then also nearer to those of the exact flow.

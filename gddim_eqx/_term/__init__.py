@@ -1,15 +1,23 @@
 from .diffrax_compat import unwrap as unwrap
+from .model import (
+    AbstractModel as AbstractModel,
+    AbstractWrapper as AbstractWrapper,
+    as_model as as_model,
+    map_rows as map_rows,
+)
 from .prediction import (
     check_frame as check_frame,
     check_prediction as check_prediction,
     make_prediction as make_prediction,
-    Marginal as Marginal,
+    PerturbationKernel as PerturbationKernel,
 )
 from .probability_flow import (
     AbstractReverseTerm as AbstractReverseTerm,
     check_flow as check_flow,
+    flow_first as flow_first,
     flow_of_ode as flow_of_ode,
     ProbabilityFlow as ProbabilityFlow,
+    without_errors as without_errors,
 )
 from .reverse_sde import (
     reverse_sde as reverse_sde,
@@ -23,5 +31,4 @@ from .started import (
     StartedModel as StartedModel,
 )
 from .stochasticity import as_lam as as_lam, lam_at as lam_at
-from .takes_flow import init_takes_flow as init_takes_flow, takes_flow as takes_flow
 from .times import real_time as real_time, step_faults as step_faults

@@ -21,13 +21,15 @@ from .._misc import error_if_any, show
 from .._process import AbstractDiagonalProcess, AbstractProcess
 
 
-class Marginal(NamedTuple):
-    """The marginal distribution of a process at one time."""
+class PerturbationKernel(NamedTuple):
+    """The law of the states of a process at one time, given the data."""
 
     process: AbstractProcess
     t: Array
     known_root: BlockLinearOperator | None = None
     """$R_t$, if already computed."""
+    raises: bool = True
+    """Whether run-time errors are raised, or give NaN."""
 
     def root(self, frame: FrameName = "R") -> BlockLinearOperator:
         """The square root of the covariance that defines a frame."""
@@ -53,22 +55,24 @@ class AbstractPrediction(eqx.Module):
         return None
 
     @abc.abstractmethod
-    def target(self, at: Marginal, data: State, noise: State) -> State:
+    def target(self, at: PerturbationKernel, data: State, noise: State) -> State:
         """The target of the prediction, given the data and the noise in the frame R."""
 
     @abc.abstractmethod
-    def noise(self, at: Marginal, u: State, value: State, frame: FrameName) -> State:
+    def noise(
+        self, at: PerturbationKernel, u: State, value: State, frame: FrameName
+    ) -> State:
         """Convert a prediction to noise in the given frame."""
 
     @abc.abstractmethod
-    def denoised(self, at: Marginal, u: State, value: State) -> State:
+    def denoised(self, at: PerturbationKernel, u: State, value: State) -> State:
         """Convert a prediction to the initial state, `data_scale` times the data."""
 
-    def score(self, at: Marginal, u: State, value: State) -> State:
+    def score(self, at: PerturbationKernel, u: State, value: State) -> State:
         """Convert a prediction to the score."""
         return _to_score(at, self.noise(at, u, value, "R"))
 
-    def flow(self, at: Marginal, u: State, value: State) -> State:
+    def flow(self, at: PerturbationKernel, u: State, value: State) -> State:
         """Convert a prediction to the vector field of the probability flow."""
         diffusion = at.process.diffusion(at.t)
         pull = apply(diffusion @ diffusion.T * -0.5, self.score(at, u, value))
@@ -101,7 +105,7 @@ class Data(AbstractPrediction):
         return apply(at.root(frame).inverse(), residual)
 
     def denoised(self, at, u, value):
-        return jtu.tree_map(lambda x: at.process.data_scale * x, value)
+        return _scaled(value, at.process.data_scale)
 
     def flow(self, at, u, value):
         if at.process.num_components > 1:
@@ -138,23 +142,16 @@ class V(AbstractPrediction):
         return subtract(apply(at.mean(), noise), apply(at.root(), data))
 
     def noise(self, at, u, value, frame):
-        mean, std, total = self._rotation(at)
-        return add(apply(std @ total, u), apply(mean @ total, value))
+        return self._data_and_noise(at, u, value)[1]
 
     def denoised(self, at, u, value):
-        mean, std, total = self._rotation(at)
-        total = total * at.process.data_scale
-        return subtract(apply(mean @ total, u), apply(std @ total, value))
+        return _scaled(self._data_and_noise(at, u, value)[0], at.process.data_scale)
 
     def flow(self, at, u, value):
-        data = jtu.tree_map(
-            lambda x: x / at.process.data_scale, self.denoised(at, u, value)
-        )
-        return _path_rate(at, data, self.noise(at, u, value, "R"))
+        return _path_rate(at, *self._data_and_noise(at, u, value))
 
-    def _rotation(self, at):
-        mean, std = at.mean(), at.root()
-        return mean, std, (mean @ mean + std @ std).inverse()
+    def _data_and_noise(self, at, u, value):
+        return _data_and_noise(at, u, value, -at.root(), at.mean())
 
 
 class Flow(AbstractPrediction):
@@ -171,36 +168,42 @@ class Flow(AbstractPrediction):
         )
 
     def target(self, at, data, noise):
-        speed = at.process.flow_speed(at.t)
-        return jtu.tree_map(
-            lambda x: x / speed.astype(x.dtype), _path_rate(at, data, noise)
-        )
+        return _scaled(_path_rate(at, data, noise), 1 / at.process.flow_speed(at.t))
 
     def noise(self, at, u, value, frame):
         value = self.flow(at, u, value)
-        if at.process.num_components > 1:
-            drift, root = at.process.drift(at.t), at.root()
-            pull = (at.process.factor_rate(at.t) - drift @ root).inverse()
-            noise = apply(pull, subtract(value, apply(drift, u)))
-            return _change_frame(at, noise, "R", frame)
-        over = self._determinant(at).inverse()
-        return subtract(apply(at.mean() @ over, value), apply(at.mean_rate() @ over, u))
+        if at.process.num_components == 1:
+            return self._data_and_noise(at, u, value)[1]
+        drift, root = at.process.drift(at.t), at.root()
+        pull = (at.process.factor_rate(at.t) - drift @ root).inverse()
+        noise = apply(pull, subtract(value, apply(drift, u)))
+        return _change_frame(at, noise, "R", frame)
 
     def denoised(self, at, u, value):
         if at.process.num_components > 1:
             noise = self.noise(at, u, value, "R")
             return _without_noise(at, u, at.root(), noise)
         value = self.flow(at, u, value)
-        over = self._determinant(at).inverse() * at.process.data_scale
-        rate = at.process.factor_rate(at.t)
-        return subtract(apply(rate @ over, u), apply(at.root() @ over, value))
+        return _scaled(self._data_and_noise(at, u, value)[0], at.process.data_scale)
 
     def flow(self, at, u, value):
-        speed = at.process.flow_speed(at.t)
-        return jtu.tree_map(lambda x: x * speed.astype(x.dtype), value)
+        return _scaled(value, at.process.flow_speed(at.t))
 
-    def _determinant(self, at):
-        return at.mean() @ at.process.factor_rate(at.t) - at.root() @ at.mean_rate()
+    def _data_and_noise(self, at, u, value):
+        rates = at.mean_rate(), at.process.factor_rate(at.t)
+        return _data_and_noise(at, u, value, *rates)
+
+
+def _data_and_noise(at, u, value, of_data, of_noise):
+    """From the state and another combination of both, for one component."""
+    mean, std = at.mean(), at.root()
+    over = (mean @ of_noise - std @ of_data).inverse()
+    data = subtract(apply(of_noise @ over, u), apply(std @ over, value))
+    return data, subtract(apply(mean @ over, value), apply(of_data @ over, u))
+
+
+def _scaled(u, factor):
+    return jtu.tree_map(lambda x: x * jnp.asarray(factor, x.dtype), u)
 
 
 def _path_rate(at, data, noise):
@@ -251,11 +254,11 @@ def _has_singular_diffusion(process: AbstractProcess) -> bool:
         return bool((jnp.linalg.det(blocks) == 0).any())
 
 
-def error_without_signal(at: Marginal, message: str) -> Array:
+def error_without_signal(at: PerturbationKernel, message: str) -> Array:
     """The time, with a run-time error if there is no signal at it."""
     if at.process.t_end < at.process.t_zero_signal:
         return at.t
-    return error_if_any(at.t, [(at.t >= at.process.t_zero_signal, message)])
+    return error_if_any(at.t, [(at.t >= at.process.t_zero_signal, message)], at.raises)
 
 
 def _to_score(at, noise):

@@ -1,9 +1,10 @@
+import copy
 import functools as ft
 from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import diffrax as dfx
 import equinox as eqx
-import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._custom_types import (
@@ -17,23 +18,29 @@ from .._custom_types import (
 from .._linear import add, apply, BlockLinearOperator, check_state
 from .._misc import show
 from .._process import AbstractProcess, require_process, time_for
+from .model import as_model
+from .ode import AbstractODE, as_state_like
 from .prediction import (
     AbstractPrediction,
     check_frame,
     check_prediction,
     error_without_signal,
     make_prediction,
-    Marginal,
     Noise,
+    PerturbationKernel,
 )
 from .stochasticity import as_lam, lam_at
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class AbstractReverseTerm(dfx.AbstractTerm):
     """A term that generates samples: the probability flow or the reverse diffusion."""
 
 
-class ProbabilityFlow(AbstractReverseTerm):
+class ProbabilityFlow(AbstractODE, AbstractReverseTerm):
     r"""The probability flow of a diffusion model, as a Diffrax term:
 
     $$\frac{\mathrm{d}u}{\mathrm{d}t} = F_t\,u - \tfrac{1}{2} G_t G_t^\top
@@ -48,12 +55,14 @@ class ProbabilityFlow(AbstractReverseTerm):
     model: Callable
     predicts: PredictionName = eqx.field(static=True)
     factor: FrameName = eqx.field(static=True)
+    # Whether run-time errors are raised, or give NaN.
+    raises: bool = eqx.field(static=True, init=False, default=True)
 
     def __init__(
         self,
         process: AbstractProcess,
         model: Callable,
-        predicts: PredictionName = "noise",
+        predicts: PredictionName | None = None,
         factor: FrameName = "R",
     ):
         r"""**Arguments:**
@@ -63,7 +72,9 @@ class ProbabilityFlow(AbstractReverseTerm):
             data's coordinates, `(*batch, *shape)`; returns the same structure. It receives
             the whole batch, and in training a batch of one. To wrap a network for single
             samples, use [`gddim_eqx.nn.NetworkModel`][] or `jax.vmap`.
-        - `predicts`: what the model returns.
+        - `predicts`: what the model returns. By default what it says, if it is a
+            [`gddim_eqx.AbstractModel`][] that does, such as a preconditioned network; else
+            `"noise"`.
             - `"noise"`: $-K_t^\top \nabla \log p_t$ (paper, equation 4), of all components.
             - `"data"`: the mean of the data given `u`. For a process with a velocity,
                 that of the initial state, whose velocity is zero.
@@ -85,15 +96,23 @@ class ProbabilityFlow(AbstractReverseTerm):
         require_process(process)
         if isinstance(model, ProbabilityFlow):
             raise ValueError(
-                "`model` is a `ProbabilityFlow`. Where a process and a model are expected, "
-                "pass the flow alone, in place of both."
+                "`model` is a `ProbabilityFlow` already; pass it where a flow is expected, "
+                "or its `model` here."
             )
         if not callable(model):
             raise ValueError(
                 f"`model` must be callable as `model(t, u, args)`; got {show(model)}."
             )
+        made, known = type(as_model(model)).__name__, as_model(model).predicts
+        predicts = (known or "noise") if predicts is None else predicts
         check_prediction(process, predicts, factor)
-        _check_same_kind(model, predicts, factor)
+        if known not in (None, predicts):
+            raise ValueError(
+                f"This {made} predicts {show(known)}; got "
+                f"predicts={show(predicts)}. Leave it out. To train a preconditioned "
+                f"network with the loss of a noise prediction, use "
+                f"`DenoisingLoss(process, {show(known)}, weighting='noise')`."
+            )
         self.process = process
         self.model = model
         self.predicts = predicts
@@ -109,7 +128,7 @@ class ProbabilityFlow(AbstractReverseTerm):
         u: State,
         args: Args,
         root: BlockLinearOperator | None = None,
-    ) -> tuple[Marginal, State, State]:
+    ) -> tuple[PerturbationKernel, State, State]:
         """Evaluate the model once, with checks: returns the process at that time, the
         state as arrays, and the prediction in the basis of states."""
         process = self.process
@@ -120,25 +139,9 @@ class ProbabilityFlow(AbstractReverseTerm):
         except Exception as error:
             error.add_note(_how_models_are_called(u, process))
             raise
-        if jtu.tree_structure(prediction) != jtu.tree_structure(u):
-            raise ValueError(
-                "The model must return the structure of its state, "
-                f"{show(jtu.tree_structure(u))}; it returned "
-                f"{show(jtu.tree_structure(prediction))}. "
-                + _how_models_are_called(u, process)
-            )
-
-        def same(p, x):
-            if jnp.shape(p) != x.shape:
-                raise ValueError(
-                    "The model must return the shape of its state, "
-                    f"{x.shape}; it returned {jnp.shape(p)}. "
-                    + _how_models_are_called(u, process)
-                )
-            return jnp.asarray(p, x.dtype)
-
-        value = process.from_data(jtu.tree_map(same, prediction, u))
-        return Marginal(process, t, root), u, value
+        hint = f" {_how_models_are_called(u, process)}"
+        value = process.from_data(as_state_like(u, prediction, "The model", hint))
+        return PerturbationKernel(process, t, root, self.raises), u, value
 
     def predict(self, t: RealScalarLike, u: State, args: Args) -> State:
         """The model's prediction in the basis of states. Arguments as for
@@ -192,7 +195,7 @@ class ProbabilityFlow(AbstractReverseTerm):
             check_state(x, process.num_components, process.shape, name)
             for x, name in ((u, "The state"), (noise, "The noise"))
         )
-        at = Marginal(process, time_for(u, t))
+        at = PerturbationKernel(process, time_for(u, t))
         if initial is None:
             initial = Noise("R").denoised(at, u, noise)
         data = jtu.tree_map(lambda x: x / process.data_scale, initial)
@@ -243,11 +246,13 @@ class ProbabilityFlow(AbstractReverseTerm):
     def vf(self, t: RealScalarLike, y: State, args: Args) -> State:
         return self.reverse_drift(t, y, args, 0.0)
 
-    def contr(self, t0: RealScalarLike, t1: RealScalarLike, **kwargs) -> RealScalarLike:
-        return t1 - t0
 
-    def prod(self, vf: State, control: RealScalarLike) -> State:
-        return jtu.tree_map(lambda v: jnp.asarray(control, v.dtype) * v, vf)
+def without_errors(flow: ProbabilityFlow) -> ProbabilityFlow:
+    """The flow, with NaN in place of run-time errors: JAX's persistent cache stores no
+    program that can raise one."""
+    flow = copy.copy(flow)
+    object.__setattr__(flow, "raises", False)
+    return flow
 
 
 class _FromVectorField(eqx.Module):
@@ -278,28 +283,25 @@ def check_flow(flow: object) -> ProbabilityFlow:
     return flow
 
 
-def _check_same_kind(model: Callable, predicts: str, factor: str) -> None:
-    """A preconditioned network predicts data; a model that guides another predicts the
-    same."""
-    # In training with dropout, the model has its key.
-    model = model.func if isinstance(model, ft.partial) else model
-    kind = getattr(model, "preconditioned_for", None)
-    if kind is not None and kind != predicts:
-        raise ValueError(
-            f"A preconditioned network predicts {show(kind)}; this {type(model).__name__} "
-            f"got predicts={show(predicts)}. Pass predicts={show(kind)}; for the same loss "
-            f"as with noise prediction, `DenoisingLoss(process, {show(kind)}, "
-            "weighting='noise')`. Or leave out `data_std`."
-        )
-    other = getattr(model, "flow", None)
-    if not isinstance(other, ProbabilityFlow):
-        return
-    if (other.predicts, other.factor) != (predicts, factor):
-        raise ValueError(
-            f"The model is a {type(model).__name__} of a model with "
-            f"predicts={show(other.predicts)} and factor={show(other.factor)}, and "
-            f"predicts the same; got predicts={show(predicts)} and factor={show(factor)}."
-        )
+def flow_first(call: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Until the release: an error that writes out a call, such as `"sample(flow, key,
+    number)"`, where a process is passed, and its model, in place of the flow."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @ft.wraps(function)
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+            first = (*args, None)[0], kwargs.get("process")
+            if any(isinstance(x, AbstractProcess) for x in first):
+                name = call.split("(")[0]
+                new = call.replace("(flow", "(ProbabilityFlow(process, model)")
+                raise ValueError(
+                    f"`{name}` takes a flow, not a process and a model: `{new}`."
+                )
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    return decorate
 
 
 def _how_models_are_called(u: State, process: AbstractProcess) -> str:

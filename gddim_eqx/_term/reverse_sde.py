@@ -1,5 +1,4 @@
 import math
-from collections.abc import Callable
 
 import diffrax as dfx
 import equinox as eqx
@@ -7,15 +6,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._custom_types import (
-    Args,
-    FrameName,
-    Key,
-    PredictionName,
-    RealScalarLike,
-    State,
-    Stochasticity,
-)
+from .._custom_types import Args, Key, RealScalarLike, State, Stochasticity
 from .._linear import (
     at_least_single,
     BlockLinearOperator,
@@ -25,23 +16,22 @@ from .._linear import (
 from .._misc import as_batch, check_key, check_positive, show
 from .._process import AbstractProcess
 from .diffrax_compat import unwrap
-from .probability_flow import AbstractReverseTerm, check_flow, ProbabilityFlow
+from .ode import AbstractODE
+from .probability_flow import (
+    AbstractReverseTerm,
+    check_flow,
+    flow_first,
+    ProbabilityFlow,
+)
 from .stochasticity import as_lam, lam_at
-from .takes_flow import takes_flow
 
 
-class _ReverseDrift(dfx.AbstractTerm):
+class _ReverseDrift(AbstractODE):
     flow: ProbabilityFlow
     lam: Stochasticity
 
     def vf(self, t: RealScalarLike, y: State, args: Args) -> State:
         return self.flow.reverse_drift(t, y, args, self.lam)
-
-    def contr(self, t0: RealScalarLike, t1: RealScalarLike, **kwargs) -> RealScalarLike:
-        return self.flow.contr(t0, t1)
-
-    def prod(self, vf: State, control: RealScalarLike) -> State:
-        return self.flow.prod(vf, control)
 
 
 class _ReverseDiffusion(dfx.AbstractTerm):
@@ -81,19 +71,13 @@ class _ReverseDiffusion(dfx.AbstractTerm):
         """Raise a `ValueError` unless the Brownian path matches the state."""
         time = jax.ShapeDtypeStruct((), jnp.float32)
         increments = eqx.filter_eval_shape(self.path.evaluate, time, time)
-        same = jtu.tree_structure(increments) == jtu.tree_structure(y)
-        shapes = [
-            [jnp.shape(leaf) for leaf in jtu.tree_leaves(tree)] for tree in (increments, y)
-        ]
-        if not same or shapes[0] != shapes[1]:
+        given, wanted = (jtu.tree_map(jnp.shape, tree) for tree in (increments, y))
+        if given != wanted:
             raise ValueError(
                 "The Brownian path must have increments of the states' structure and "
-                f"shape. The states are {show(jtu.tree_structure(y))} of shapes "
-                f"{shapes[1]}; the "
-                f""
-                f"increments are {show(jtu.tree_structure(increments))} of shapes "
-                f"{shapes[0]}. "
-                "For states of shape (64, *shape), pass `batch=(64,)` to `reverse_sde`."
+                f"shape. Those of the states are {show(wanted)}; those of the increments "
+                f"are {show(given)}. For states of shape (64, *shape), pass `batch=(64,)` "
+                "to `reverse_sde`."
             )
 
 
@@ -121,16 +105,13 @@ class ReverseSDE(dfx.MultiTerm, AbstractReverseTerm):
         return jtu.tree_map(normalise, y, self.terms[1].contr(t0, t1))
 
 
-@takes_flow
+@flow_first("reverse_sde(flow, lam, key)")
 def reverse_sde(
-    process: AbstractProcess,
-    model: Callable,
+    flow: ProbabilityFlow,
     lam: Stochasticity,
     key: Key | dfx.AbstractBrownianPath,
     batch: tuple[int, ...] = (),
     *,
-    predicts: PredictionName = "noise",
-    factor: FrameName = "R",
     tol: float | None = None,
 ) -> ReverseSDE:
     r"""The reverse diffusions of a diffusion model, as Diffrax terms:
@@ -149,8 +130,7 @@ def reverse_sde(
 
     **Arguments:**
 
-    - `process`, `model`, `predicts`, `factor`: as in [`gddim_eqx.ProbabilityFlow`][]; or
-        pass a flow in their place: `reverse_sde(flow, lam, key, batch)`.
+    - `flow`: the probability flow of a process and a model.
     - `lam`: the stochasticity $\lambda$, at least 0 (for VP, DDIM's $\eta$). A Python
         number is a compile-time constant; to vary it without recompiling, pass an array. It
         may also be a function of time, for example to add noise only in an interval
@@ -172,8 +152,8 @@ def reverse_sde(
 
     **Returns:** a `diffrax.MultiTerm` of drift and diffusion.
 
-    **Raises:** `ValueError` for a `lam` that is negative or not finite, and whatever
-    `ProbabilityFlow` raises. When evaluated: if the path does not match the states or a
+    **Raises:** `ValueError` for a `lam` that is negative or not finite, and for
+    anything but a flow. When evaluated: if the path does not match the states or a
     step is shorter than `tol`.
 
     !!! example
@@ -186,7 +166,8 @@ def reverse_sde(
         process = gd.VP((2,))
         model = gd.GaussianMixture([[-1.0, 0.0], [1.0, 0.5]], 0.05).model(process)
         keys = jax.random.split(jax.random.key(0))
-        terms = gd.reverse_sde(process, model, 1.0, keys[0], (64,))
+        flow = gd.ProbabilityFlow(process, model)
+        terms = gd.reverse_sde(flow, 1.0, keys[0], (64,))
         ts = gd.time_grid(process, 20)
         u = process.prior(keys[1], (64,))
         sol = dfx.diffeqsolve(
@@ -194,7 +175,7 @@ def reverse_sde(
         )
         ```
     """
-    flow = ProbabilityFlow(process, model, predicts, factor)
+    process = check_flow(flow).process
     lam = as_lam(lam)
     if isinstance(key, dfx.AbstractBrownianPath):
         if batch != () or tol is not None:

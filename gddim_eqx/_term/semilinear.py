@@ -1,7 +1,6 @@
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
-import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from .._linear import (
     IdentityBasis,
 )
 from .._misc import as_floats, check_instance, show
+from .ode import AbstractODE, as_state_like
 
 
 class LinearPart(eqx.Module):
@@ -58,7 +58,7 @@ class LinearPart(eqx.Module):
         return operator.astype(t.dtype)
 
 
-class Semilinear(dfx.AbstractTerm):
+class Semilinear(AbstractODE):
     r"""A semilinear ordinary differential equation, as a Diffrax term:
 
     $$\frac{\mathrm{d}u}{\mathrm{d}t} = A_t\,u + N(t, u).$$
@@ -101,6 +101,7 @@ class Semilinear(dfx.AbstractTerm):
     linear: BlockLinearOperator | Callable[[Array], Any]
     nonlinear: Callable[[Any, Any, Any], State]
     basis: AbstractBasis
+    raises: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -151,34 +152,14 @@ class Semilinear(dfx.AbstractTerm):
         """$N(t, u)$ in the basis of states."""
         u = jtu.tree_map(self.basis.inverse, y)
         value = self.nonlinear(t, u, args)
-        if jtu.tree_structure(value) != jtu.tree_structure(u):
-            raise ValueError(
-                "`nonlinear` must return the structure of its state, "
-                f"{show(jtu.tree_structure(u))}; it returned "
-                f"{show(jtu.tree_structure(value))}."
-            )
-
-        def same(n, x):
-            if jnp.shape(n) != x.shape:
-                raise ValueError(
-                    "`nonlinear` must return the shape of its state, "
-                    f"{x.shape}; it returned {jnp.shape(n)}."
-                )
-            return jnp.asarray(n, x.dtype)
-
-        return jtu.tree_map(self.basis.forward, jtu.tree_map(same, value, u))
+        value = as_state_like(u, value, "`nonlinear`")
+        return jtu.tree_map(self.basis.forward, value)
 
     def vf(self, t: RealScalarLike, y: State, args: Args) -> State:
         part = self.linear_part(y)
         y = check_state(y, part.num_components, part.shape, "The state")
         operator = part(jnp.asarray(t, coefficient_dtype(y)))
         return add(apply(operator, y), self.force(t, y, args))
-
-    def contr(self, t0: RealScalarLike, t1: RealScalarLike, **kwargs) -> RealScalarLike:
-        return t1 - t0
-
-    def prod(self, vf: State, control: RealScalarLike) -> State:
-        return jtu.tree_map(lambda v: jnp.asarray(control, v.dtype) * v, vf)
 
 
 def _as_operator(linear: Any) -> BlockLinearOperator:

@@ -1,17 +1,19 @@
+from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
+import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool
 
-from .._custom_types import Args, RealScalarLike, State
-from .._misc import check_args
-from .._process import AbstractProcess, as_time
-from .probability_flow import ProbabilityFlow
+from .._custom_types import Args, PredictionName, RealScalarLike, State
+from .._process import as_time
+from .model import AbstractWrapper
+from .probability_flow import ProbabilityFlow, without_errors
 
 
-class StartedModel(eqx.Module):
+class StartedModel(AbstractWrapper):
     """A model of the data that is known in closed form at high noise levels, where another
     model need not be evaluated. From [`gddim_eqx.GaussianStart`][]."""
 
@@ -22,15 +24,12 @@ class StartedModel(eqx.Module):
     slope: Array
 
     @property
-    def process(self) -> AbstractProcess:
-        return self.evaluated.process
+    def inner(self) -> Callable:
+        return self.evaluated.model
 
     @property
-    def data_std(self) -> Any:
-        return getattr(self.evaluated.model, "data_std", None)
-
-    def check_args(self, args: Args) -> None:
-        check_args(self.evaluated.model, args)
+    def predicts(self) -> PredictionName:
+        return "data"
 
     def __call__(self, t: RealScalarLike, u: State, args: Args) -> State:
         def of(flow):
@@ -45,8 +44,8 @@ class StartedModel(eqx.Module):
             lambda: of(self.evaluated),
         )
 
-    def is_closed_form(self, t: Array) -> Bool[Array, "..."]:
-        return t > self.t.astype(t.dtype)
+    def is_closed_form(self, t: Array | np.ndarray) -> Bool[Array, "..."]:
+        return jnp.asarray(t) > self.t.astype(t.dtype)
 
     def starts(self, t: Array, earliest: Array) -> Bool[Array, ""]:
         """Whether the model is evaluated at a time, and was not at the earliest of those
@@ -59,8 +58,9 @@ def started_flow(
 ) -> ProbabilityFlow:
     """A flow whose model is that of normal data, or of a mixture, at times after `t`."""
     process = flow.process
-    closed_form = ProbabilityFlow(process, data.model(process, "data"), "data")
-    return ProbabilityFlow(process, StartedModel(flow, closed_form, t, slope), "data")
+    closed_form = ProbabilityFlow(process, data.model(process, "data"))
+    started = ProbabilityFlow(process, StartedModel(flow, closed_form, t, slope))
+    return started if flow.raises else without_errors(started)
 
 
 def evaluated_model(flow: ProbabilityFlow) -> Any:

@@ -38,7 +38,7 @@ def pretrained(name: Name) -> ProbabilityFlow:
         network, with 180,000 parameters. Models of `classes` take labels as `args`: 0
         T-shirt, 1 trousers, 2 pullover, 3 dress, 4 coat, 5 sandal, 6 shirt, 7 sneaker, 8
         bag, 9 boot, 10 any of these. To guide them, pass `flow.model` to
-        [`gddim_eqx.ClassifierFreeGuidance`][]. All predict data: `predicts="data"`.
+        [`gddim_eqx.classifier_free_guidance`][]. All predict data: `predicts="data"`.
 
     **Returns:** the probability flow, to pass to [`gddim_eqx.sample`][].
 

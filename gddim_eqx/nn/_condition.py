@@ -111,6 +111,12 @@ class AbstractConditionalNetwork(eqx.Module):
         `None` for a network without conditions."""
         return None if self.condition is None else self.condition.no_condition
 
+    def check_condition(self, condition: Any) -> None:
+        """**Raises:** `ValueError` for a condition that it does not take, if it takes
+        any."""
+        if self.condition is not None:
+            self.condition.check(condition)
+
     def check_input(self, x: Array) -> None:
         """**Raises:** `ValueError` for an input of another shape."""
         if x.shape != self.shape:
@@ -136,7 +142,7 @@ class AbstractConditionalNetwork(eqx.Module):
             raise ValueError(
                 "This network takes no condition, but one was given, as `args`. Make it "
                 "with `num_classes` or `context_size`, or leave out `args`: beside a "
-                "conditional model, by `gddim_eqx.WithArgs(model, None)`."
+                "conditional model, by `gddim_eqx.with_args(flow, None)`."
             )
         if self.time_layers is None:
             return None

@@ -4,13 +4,14 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
-from .._custom_types import Args, RealScalarLike
+from .._custom_types import Args, PredictionName, RealScalarLike
 from .._misc import check_instance, check_positive
 from .._model import NormalData, precondition
-from .._process import as_time, EDM, time_for
+from .._process import AbstractProcess, as_time, EDM, time_for
+from .._term import AbstractModel
 
 
-class EDMPreconditioned(eqx.Module):
+class EDMPreconditioned(AbstractModel):
     r"""A data prediction model for [`gddim_eqx.EDM`][], made from a network $F$ with the
     preconditioning of the EDM paper: the posterior mean of normal data, plus their
     posterior standard deviation times the output,
@@ -30,7 +31,7 @@ class EDMPreconditioned(eqx.Module):
 
         network = lambda noise, x, args: jnp.zeros_like(x)
         model = gd.nn.EDMPreconditioned(network, sigma_data=0.5)
-        flow = gd.ProbabilityFlow(gd.EDM((2,)), model, "data")
+        flow = gd.ProbabilityFlow(gd.EDM((2,)), model)
         ```
     """
 
@@ -50,14 +51,12 @@ class EDMPreconditioned(eqx.Module):
         self.network, self.sigma_data = network, float(sigma_data)
 
     @property
-    def data_std(self) -> float:
-        """The standard deviation of the data."""
-        return self.sigma_data
-
-    @property
-    def preconditioned_for(self) -> str:
-        """What it predicts: `"data"`."""
+    def predicts(self) -> PredictionName:
         return "data"
+
+    def normal_data(self, process: AbstractProcess) -> NormalData:
+        """Independent data with mean 0 and standard deviation `sigma_data`."""
+        return NormalData(jnp.zeros(process.shape), self.sigma_data**2)
 
     def __call__(
         self, t: RealScalarLike, u: Inexact[Array, "..."], args: Args

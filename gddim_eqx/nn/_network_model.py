@@ -21,9 +21,11 @@ from .._linear import (
 from .._misc import check_per_sample, show
 from .._model import check_normal_data, normal_data, NormalData, precondition
 from .._process import AbstractProcess, as_time, require_process
+from .._term import AbstractModel
+from ._condition import AbstractConditionalNetwork
 
 
-class NetworkModel(eqx.Module):
+class NetworkModel(AbstractModel):
     """A model `model(t, u, args)` of states, from a network `network(t, x)` of arrays.
 
     The components of a state are joined along their last axis: all channels of the data
@@ -61,8 +63,8 @@ class NetworkModel(eqx.Module):
         - `data_std`: the standard deviation of the data, to precondition the network. The
             network's output is then the data minus their posterior mean given the state,
             divided by their posterior standard deviation, both as if the data were normal
-            with mean 0: of order 1 at all times. The model predicts data: use
-            `predicts="data"`. (Karras et al. 2022 for VE; here for every process.) This
+            with mean 0: of order 1 at all times. The model predicts data.
+            (Karras et al. 2022 for VE; here for every process.) This
             speeds up learning, as a small error at high noise levels does not become a
             large one in the data, nor does a rounding error.
         - `data`: the same with the mean and the covariance of the data, in place of
@@ -98,16 +100,36 @@ class NetworkModel(eqx.Module):
         self.data_std, self.data = None if data_std is None else float(data_std), data
 
     @property
-    def normal_data(self) -> NormalData | None:
-        """The normal data from which a preconditioned network predicts the deviation.
-        `None` for a network that is not preconditioned."""
-        return normal_data(self.process, self.data_std, self.data)
+    def predicts(self) -> PredictionName | None:
+        """`"data"` for a preconditioned network."""
+        return None if self.data_std is None and self.data is None else "data"
 
     @property
-    def preconditioned_for(self) -> PredictionName | None:
-        """What a preconditioned network predicts: `"data"`. `None` for another, when it is
-        what the network was trained for."""
-        return None if self.data_std is None and self.data is None else "data"
+    def no_condition(self) -> Any:
+        network = self.network
+        known = isinstance(network, AbstractConditionalNetwork)
+        return network.no_condition if known else None
+
+    def normal_data(self, process: AbstractProcess) -> NormalData | None:
+        """The normal data from which a preconditioned network predicts the deviation."""
+        return normal_data(process, self.data_std, self.data)
+
+    def check_args(self, args: Args) -> None:
+        """Check the condition, outside `jax.jit`, as far as the network can tell.
+
+        **Raises:** `ValueError` for labels out of range, for NaN, and for anything but
+        arrays.
+        """
+        for leaf in jtu.tree_leaves(args):
+            if not eqx.is_array_like(leaf):
+                raise ValueError(
+                    f"The condition `args` must be arrays of numbers; got {show(leaf)}."
+                )
+            if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) and jnp.isnan(leaf).any():
+                raise ValueError("The condition `args` holds NaN.")
+        network = self.network
+        if args is not None and isinstance(network, AbstractConditionalNetwork):
+            network.check_condition(args)
 
     def __call__(
         self, t: RealScalarLike, u: State, args: Args = None, *, key: Key | None = None
@@ -139,7 +161,7 @@ class NetworkModel(eqx.Module):
             raise ValueError(
                 f"The network must return an array; it returned {type(y).__name__}."
             )
-        data = self.normal_data
+        data = self.normal_data(process)
         number = process.num_components if data is None else 1
         shape = (*process.shape[:-1], number * process.shape[-1])
         if y.shape[1:] != shape:
@@ -165,28 +187,6 @@ class NetworkModel(eqx.Module):
         options = {} if key is None else dict(key=key)
         _check_call(self.network, inputs, options)
         return self.network(*inputs, **options)
-
-    @property
-    def no_condition(self) -> Any:
-        """What stands for no condition, as the network says; `None` if it does not."""
-        return getattr(self.network, "no_condition", None)
-
-    def check_args(self, args: Args) -> None:
-        """Check the condition, outside `jax.jit`, as far as the network can tell.
-
-        **Raises:** `ValueError` for labels out of range, for NaN, and for anything but
-        arrays.
-        """
-        for leaf in jtu.tree_leaves(args):
-            if not eqx.is_array_like(leaf):
-                raise ValueError(
-                    f"The condition `args` must be arrays of numbers; got {show(leaf)}."
-                )
-            if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) and jnp.isnan(leaf).any():
-                raise ValueError("The condition `args` holds NaN.")
-        check = getattr(getattr(self.network, "condition", None), "check", None)
-        if check is not None and args is not None:
-            check(args)
 
 
 def _check_call(network, inputs, options):

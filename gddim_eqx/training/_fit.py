@@ -14,7 +14,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from .._misc import check_args, check_count, check_instance, write_whole
+from .._misc import check_count, check_instance, write_whole
+from .._term import as_model
 from ._batches import Augmentation, Batches, split_condition
 from ._checkpoints import Checkpoints
 from ._trainer import copy, Metrics, Trainer, TrainState
@@ -263,8 +264,9 @@ def _check_condition(trainer: Trainer, state: TrainState, batches: Batches, n: i
     _, condition = split_condition(batches.read(n))
     if condition is None:
         return
-    check_args(state.model, condition)
-    none = getattr(state.model, "no_condition", None)
+    model = as_model(state.model)
+    model.check_args(condition)
+    none = model.no_condition
     if isinstance(none, int) and (number := int(np.sum(condition == none))):
         warnings.warn(
             f"{number} of the {batches.batch_size} labels of a batch are {none}, which "

@@ -15,7 +15,7 @@ from .._custom_types import Args, FrameName, Key, PredictionName, State
 from .._linear import append_axes, apply, check_state, coefficient_dtype, subtract
 from .._misc import as_constant, check_instance, check_key, check_per_sample, show
 from .._process import AbstractProcess, DiscreteVP, latest, require_process
-from .._term import check_prediction, make_prediction, Marginal, ProbabilityFlow
+from .._term import check_prediction, make_prediction, PerturbationKernel, ProbabilityFlow
 from ._times import AbstractTimeSampler, UniformTimes
 from ._weighting import DataWeighting
 
@@ -103,7 +103,7 @@ class DenoisingLoss(eqx.Module):
             [`gddim_eqx.nn.NetworkModel`][] of a network with dropout.
         - `condition_dropout`: the probability with which the condition of a sample is
             replaced by `no_condition`, so that one network learns the conditional and the
-            unconditional model, for [`gddim_eqx.ClassifierFreeGuidance`][]. Commonly 0.1.
+            unconditional model, for [`gddim_eqx.classifier_free_guidance`][]. Commonly 0.1.
         - `no_condition`: what stands for no condition, with the structure of the condition
             of one sample. What that is, is for the network to say: the networks of
             `gddim_eqx.nn` have it as `network.no_condition`.
@@ -249,7 +249,7 @@ class DenoisingLoss(eqx.Module):
             scale = self.process.data_scale
             data = jtu.tree_map(lambda x: x / scale, self.process.encode(x))
             prediction = make_prediction(self.predicts, self.factor)
-            target = prediction.target(Marginal(self.process, t), data, noise)
+            target = prediction.target(PerturbationKernel(self.process, t), data, noise)
             predicted = flow.predict(t, u, args)
             if isinstance(self.weighting, DataWeighting):
                 error = self.weighting.error(t, predicted, target, self.predicts)
