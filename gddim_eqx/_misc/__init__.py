@@ -14,6 +14,7 @@ from .check import (
     constant_field as constant_field,
     error_if_any as error_if_any,
     errors_as_nan as errors_as_nan,
+    is_integer as is_integer,
 )
 from .contents import (
     contents as contents,
@@ -24,6 +25,7 @@ from .contents import (
 )
 from .level import as_level as as_level, level_at as level_at
 from .pin import pin as pin
+from .renamed import renamed as renamed
 from .rows import map_rows as map_rows
 from .show import show as show
 from .write import write_whole as write_whole

@@ -434,7 +434,7 @@ def _number_evaluated(flow, solver, ts: Array) -> int:
         evaluated[: solver.num_free] = False
     if isinstance(flow.model, StartedModel):
         evaluated = ~np.asarray(flow.model.is_closed_form(ts))
-    again = isinstance(solver, GDDIM) and solver.reevaluate
+    again = isinstance(solver, GDDIM) and solver.corrector.reevaluates
     return int(evaluated[:-1].sum() + (evaluated[1:].sum() if again else 0))
 
 
