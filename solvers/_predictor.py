@@ -26,14 +26,15 @@ class AdamsBashforth(AbstractPredictor):
 
     num_nodes: int = eqx.field(static=True)
 
-    def __check_init__(self):
-        if not is_integer(self.num_nodes, 1, 4):
+    def __init__(self, num_nodes: int):
+        if not is_integer(num_nodes, 1, 4):
             raise ValueError(
-                f"`order` must be 1, 2, 3 or 4; got {show(self.num_nodes)}. It is the "
+                f"`order` must be 1, 2, 3 or 4; got {show(num_nodes)}. It is the "
                 "number of evaluations that a step combines. Where the gDDIM paper's "
                 "tables and code count from 0, by the degree of the polynomial "
                 "(`deis_order`), it is one more."
             )
+        self.num_nodes = int(num_nodes)
 
     def __call__(self, polynomials, rank):
         return polynomials

@@ -29,7 +29,7 @@ _solvers = {
     "default": gd.GDDIM(),
     **{f"order {n}": gd.GDDIM(n) for n in (1, 2, 3)},
     "noise": gd.GDDIM(3, "noise"),
-    "time": gd.GDDIM(3, variable="time"),
+    "time": gd.GDDIM(3, coordinate="time"),
 }
 
 
@@ -418,7 +418,7 @@ def _reversed(solver):
         (lambda f, s: _fit(f, _u, 3, dfx.Heun()), "use `adapted_grid`"),
         (lambda f, s: _fit(f, _u, 3, learn=("time",)), r"got \('time',\)"),
         (
-            lambda f, s: _fit(f, _u, 3, gd.GDDIM(variable="time")),
+            lambda f, s: _fit(f, _u, 3, gd.GDDIM(coordinate="time")),
             "'rate' is that of the coordinate 'clock'",
         ),
         (lambda f, s: _fit(f, _u, 3, num_iterations=0), "`num_iterations`"),
