@@ -57,10 +57,12 @@ class Nodes(eqx.Module):
             node may be, as a fraction of the step and of the step that was corrected.
         """
         number, between = len(x), lambda a: jnp.abs(a[:, None] - a[None])
-        distance, gaps = jnp.abs(x - x[0]), between(x)
+        # XLA may compute the same number twice, with other rounding.
+        distance = jnp.where(np.arange(number) == 0, -1, jnp.abs(x - x[0]))
         this, other = distance[:, None], distance[None]
         precedes = (other < this) | (other == this) & np.tri(number, k=-1, dtype=bool)
-        precedes &= self.stored[None]
+        precedes &= self.stored[None] & ~np.eye(number, dtype=bool)
+        gaps = between(x)
         close = between(self.places.time) < closest * self.places.corrected[:, None]
         # Values of still closer nodes hardly differ but for rounding errors.
         resolved = 50 * float(jnp.finfo(x.dtype).eps) ** 0.5

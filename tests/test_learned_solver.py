@@ -271,7 +271,7 @@ def test_a_start_is_learned_too(given):
     flow = gd.ProbabilityFlow(process, model if given else _WithStd(model, 0.5**0.5))
     start: Any = gd.GaussianStart(data) if given else "auto"
     u = process.prior(jr.key(1), (32,))
-    fit = ft.partial(gd.fit_solver, flow, u, 4, num_iterations=40, progress=False)
+    fit = ft.partial(gd.fit_solver, flow, u, 4, num_iterations=60, progress=False)
     fitted, again = (fit(start=start, batch_size=8) for _ in range(2))
     assert eqx.tree_equal(fitted, again)
     assert isinstance(fitted.solver, gd.LearnedGDDIM)
