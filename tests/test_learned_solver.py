@@ -271,7 +271,7 @@ def test_a_start_is_learned_too(given):
     flow = gd.ProbabilityFlow(process, model if given else _WithStd(model, 0.5**0.5))
     start: Any = gd.GaussianStart(data) if given else "auto"
     u = process.prior(jr.key(1), (32,))
-    fit = ft.partial(gd.fit_solver, flow, u, 4, num_iterations=60, progress=False)
+    fit = ft.partial(gd.fit_solver, flow, u, 4, num_iterations=40, progress=False)
     fitted, again = (fit(start=start, batch_size=8) for _ in range(2))
     assert eqx.tree_equal(fitted, again)
     assert isinstance(fitted.solver, gd.LearnedGDDIM)
@@ -279,7 +279,8 @@ def test_a_start_is_learned_too(given):
     assert fitted.held_back_error < 0.8 * fitted.held_back_error_before
     initial = gd.GaussianStart(data).time_grid(process, 4)
     assert abs(fitted.ts[6] - initial[6]) > 1e-3
-    assert fitted.solver.slope != 0.7
+    if given:
+        assert fitted.solver.slope != 0.7
     # The first steps are uniform in the default clock, whatever the time of the start is.
     grid = gd.time_grid(process, 400)
     places = np.interp(-fitted.ts[:7], -grid, np.arange(401))
