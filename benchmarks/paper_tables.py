@@ -269,7 +269,7 @@ def table_1(data: Data, quick: bool) -> str:
     rows = [
         Row(
             f"{name}, order {order}",
-            bench.fixed(gd.GDDIM(order, "noise", factor=factor)),
+            bench.fixed(gd.GDDIM(order, "noise", frame=factor)),
             paper[factor] if order == 3 else None,
         )
         for factor, name in frames
@@ -387,7 +387,7 @@ def figure_1(data: Data, path: Path, quick: bool) -> None:
         axis.set_ylim(-3.5, 3.5)
     methods: list[tuple[str, dfx.AbstractSolver, tuple[int, int]]] = [
         ("Euler", dfx.Euler(), (500, 1000)),
-        ("$L_t$, order 1", gd.GDDIM(1, "noise", factor="cholesky"), (100, 200)),
+        ("$L_t$, order 1", gd.GDDIM(1, "noise", frame="cholesky"), (100, 200)),
         ("$R_t$, order 1", gd.GDDIM(1, "noise"), (10, 50)),
         ("$R_t$, order 3", gd.GDDIM(3, "noise"), (10, 20)),
     ]

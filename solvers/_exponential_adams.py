@@ -11,18 +11,19 @@ from gddim_eqx._custom_types import State
 from gddim_eqx._exponential import (
     AbstractCoordinate,
     AbstractSplitting,
-    COORDINATES,
     integral,
     lagrange,
     SemilinearSplitting,
+    Time,
 )
 from gddim_eqx._linear import add, coefficient_dtype, combine
+from gddim_eqx._misc import renamed
 from gddim_eqx._term import real_time, Semilinear, unwrap
 
 from ._corrector import AbstractCorrector, NoCorrector
 from ._history import Places
-from ._multistep import AbstractExponentialMultistep, check_order, Problem
-from ._predictor import AdamsBashforth
+from ._multistep import AbstractExponentialMultistep, Problem
+from ._predictor import AbstractPredictor, AdamsBashforth
 
 
 class ExponentialAdams(AbstractExponentialMultistep):
@@ -56,48 +57,33 @@ class ExponentialAdams(AbstractExponentialMultistep):
         M. Hochbruck, A. Ostermann, *Exponential integrators*, Acta Numerica, 2010.
     """
 
-    num_nodes: int = eqx.field(static=True)
+    splitting: AbstractSplitting
+    coordinate: AbstractCoordinate
+    predictor: AbstractPredictor
+    corrector: AbstractCorrector
 
     term_structure: ClassVar = Semilinear
 
-    def __init__(self, order: int | None = None, *, num_nodes: int | None = None):
+    @renamed(num_nodes="order")
+    def __init__(self, order: int | AbstractPredictor = 4):
         """**Arguments:**
 
-        - `order`: the number of evaluations that a step combines, 1 to 4. Defaults to 4.
-        - `num_nodes`: the field that stores the order, since `order` is a method of every
-            Diffrax solver. Used only if `order` is not given, as by `dataclasses.replace`.
+        - `order`: the number of evaluations that a step combines, 1 to 4; or a predictor.
 
         **Raises:** `ValueError` for any other order.
         """
-        self.num_nodes = check_order(order, num_nodes)
-
-    def __repr__(self) -> str:
-        return f"ExponentialAdams(order={self.num_nodes})"
-
-    @property
-    def splitting(self) -> AbstractSplitting:
-        return SemilinearSplitting()
-
-    @property
-    def coordinate(self) -> AbstractCoordinate:
-        return COORDINATES["time"]
-
-    @property
-    def predictor(self) -> AdamsBashforth:
-        return AdamsBashforth(self.num_nodes)
-
-    @property
-    def correction(self) -> AbstractCorrector:
-        return NoCorrector()
+        predictor = order if isinstance(order, AbstractPredictor) else AdamsBashforth(order)
+        self.splitting, self.coordinate = SemilinearSplitting(), Time()
+        self.predictor, self.corrector = predictor, NoCorrector()
 
     def unwrap(self, terms, y):
         term, direction = unwrap(terms)
         assert isinstance(term, Semilinear)
-        return Problem(term, term.linear_part(y), None, direction)
+        return Problem(term, term.linear_part(y), direction)
 
     def init(self, terms, t0, t1, y0, args):
         history = super().init(terms, t0, t1, y0, args)
-        if self.num_nodes == 1:
+        if self.predictor.num_nodes == 1:
             return history
         y0 = jtu.tree_map(jnp.asarray, y0)
         times, values, contracts = self._start(self.unwrap(terms, y0), t0, t1, y0, args)
@@ -111,8 +97,8 @@ class ExponentialAdams(AbstractExponentialMultistep):
     def _start(self, problem, t0, t1, y0, args):
         """Nodes within the first step, beginning at its start; the nonlinear part at the
         nodes; and whether the fixed-point iteration contracts."""
-        term, equation, _, direction = problem
-        q, shape, dtype = self.num_nodes, equation.shape, coefficient_dtype(y0)
+        term, equation, direction, *_ = problem
+        q, shape, dtype = self.predictor.num_nodes, equation.shape, coefficient_dtype(y0)
         s, t = (real_time(equation.t_end, x, direction, dtype) for x in (t0, t1))
         fractions = jnp.arange(q, dtype=dtype) / q
         times = s + (t - s) * fractions

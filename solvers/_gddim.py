@@ -1,18 +1,18 @@
 from typing import ClassVar, Literal
 
 import diffrax as dfx
-import equinox as eqx
 
-from gddim_eqx._custom_types import FrameName, Stochasticity
+from gddim_eqx._custom_types import FrameName
 from gddim_eqx._exponential import (
     AbstractCoordinate,
     AbstractSplitting,
-    CoordinateName,
-    COORDINATES,
+    Clock,
     DataSplitting,
+    LogSNR,
     NoiseSplitting,
+    Time,
 )
-from gddim_eqx._misc import show
+from gddim_eqx._misc import check_instance, is_integer, renamed, show
 from gddim_eqx._process import AbstractProcess, require_process
 from gddim_eqx._term import (
     AbstractReverseTerm,
@@ -21,20 +21,14 @@ from gddim_eqx._term import (
     flow_of_ode,
     ReverseSDE,
     unwrap,
-    unwrap_reverse,
 )
 
 from ._corrector import AbstractCorrector, FreeCorrector, NoCorrector, Reevaluate
-from ._multistep import (
-    AbstractExponentialMultistep,
-    check_order,
-    is_integer,
-    Problem,
-)
-from ._predictor import AdamsBashforth
+from ._multistep import AbstractExponentialMultistep, Problem
+from ._predictor import AbstractPredictor, AdamsBashforth
 
 
-_default_variables: dict[str, CoordinateName] = {"data": "clock", "noise": "time"}
+_coordinates = {"time": Time(), "log_snr": LogSNR(), "clock": Clock()}
 
 
 class GDDIM(AbstractExponentialMultistep):
@@ -52,7 +46,7 @@ class GDDIM(AbstractExponentialMultistep):
     - In data space, the default, the data prediction is extrapolated. The UniC corrector
         reuses the next step's evaluation, so it costs no extra NFE; the final step is not
         corrected. For VP, order 2 without a corrector and with
-        `variable="log_snr"` is DPM-Solver++(2M) with exactly integrated coefficients.
+        `coordinate="log_snr"` is DPM-Solver++(2M) with exactly integrated coefficients.
     - In noise space, the noise prediction is extrapolated in the frame $R_t$, where it is
         nearly constant along the flow. This is the paper's method: equations 18 (order 1;
         DDIM for VP) and 19 (DEIS for VP). The paper's best sampler is
@@ -88,8 +82,10 @@ class GDDIM(AbstractExponentialMultistep):
     exact mean and covariance of every step: if the data are a single point, samples have
     the exact distribution on any grid and for any stochasticity. The noise of a step is
     computed from the increments of the Brownian path, so that solutions converge pathwise,
-    with strong order 1. In noise space, orders above 1 help only for small `lam`. For `lam`
-    near 1 and few steps (20 for CLD), orders 3 and 4 are unstable in noise space.
+    with strong order 1. In noise space only order 1 is supported.
+
+    `splitting`, `coordinate`, `predictor` and `corrector` are fields, which can be replaced
+    by your own: see [Write your own solver](../how_to/own_solver.md).
 
     ??? cite "Reference"
 
@@ -103,43 +99,41 @@ class GDDIM(AbstractExponentialMultistep):
         ```
     """
 
-    num_nodes: int = eqx.field(static=True)
-    space: Literal["data", "noise"] = eqx.field(static=True)
-    corrector: int | None = eqx.field(static=True)
-    variable: CoordinateName | None = eqx.field(static=True)
-    factor: FrameName = eqx.field(static=True)
-    reevaluate: bool = eqx.field(static=True)
+    splitting: AbstractSplitting
+    coordinate: AbstractCoordinate
+    predictor: AbstractPredictor
+    corrector: AbstractCorrector
     process: AbstractProcess | None
 
     term_structure: ClassVar = dfx.AbstractTerm
 
+    @renamed(variable="coordinate", factor="frame", num_nodes="order")
     def __init__(
         self,
-        order: int | None = None,
-        space: Literal["data", "noise"] = "data",
-        corrector: int | None = None,
+        order: int | AbstractPredictor = 4,
+        space: Literal["data", "noise"] | AbstractSplitting = "data",
+        corrector: int | AbstractCorrector | None = None,
         *,
-        variable: CoordinateName | None = None,
-        factor: FrameName = "R",
+        coordinate: Literal["time", "log_snr", "clock"] | AbstractCoordinate | None = None,
+        frame: FrameName = "R",
         reevaluate: bool = False,
         process: AbstractProcess | None = None,
-        num_nodes: int | None = None,
     ):
         r"""**Arguments:**
 
-        - `order`: the number of evaluations that a step combines, 1 to 4. Defaults to 4.
+        - `order`: the number of evaluations that a step combines, 1 to 4; or a predictor.
             q in the paper's equation 19; where q counts from 0, as in its tables and in the
             authors' `deis_order`, q + 1.
-        - `space`: what is extrapolated: `"data"`, the data prediction; or `"noise"`, the
-            noise prediction, as in the paper.
+        - `space`: what is extrapolated: `"data"`, the data prediction; `"noise"`, the noise
+            prediction, as in the paper; or a splitting.
         - `corrector`: the number of past evaluations that the corrector uses besides the
-            new one, from 0 (no corrector) to `order`. Defaults to `order - 1` in data
-            space and with `reevaluate`, and to 0 otherwise, as the UniC corrector is
-            unstable in noise space with few steps.
-        - `variable`: the interpolation coordinate: `"time"` (the paper's, and the default
-            in noise space), its `"sqrt"` or `"log"`; `"log_snr"`, as in DPM-Solver++; or
-            `"clock"` (the default in data space), which slows down during sampling.
-        - `factor`: the frame in which noise predictions are extrapolated: `"R"` for the
+            new one, from 0 (no corrector) to `order`; or a corrector. Defaults to
+            `order - 1` in data space and with `reevaluate`, and to 0 otherwise, as the UniC
+            corrector is unstable in noise space with few steps.
+        - `coordinate`: the interpolation coordinate: `"time"` (the paper's, and the default
+            in noise space); `"log_snr"`, as in DPM-Solver++; `"clock"` (the default in data
+            space), which slows down during sampling; or a coordinate.
+        - `frame`: the frame in which noise predictions are extrapolated: `"R"` for the
             paper's $R_t$, or `"cholesky"` for $L_t$, the paper's baseline, which is far
             worse for CLD. Only for the probability flow in noise space. It need not be
             the frame in which the model predicts.
@@ -150,102 +144,86 @@ class GDDIM(AbstractExponentialMultistep):
             is recovered from the vector field. This cannot be checked: another vector
             field is still integrated, but less accurately than by a general solver. Not
             needed for `ProbabilityFlow` and `reverse_sde`, which hold their process.
-        - `num_nodes`: the field that stores the order, since `order` is a method of every
-            Diffrax solver. Used only if `order` is not given, as by `dataclasses.replace`.
 
         **Raises:** `ValueError` for invalid or conflicting arguments.
         """
-        order = check_order(order, num_nodes)
-        if space not in ("data", "noise"):
-            raise ValueError(f"`space` must be 'data' or 'noise'; got {show(space)}.")
-        default = _default_corrector(order, space, reevaluate)
-        if corrector is not None and not is_integer(corrector, 0, order):
-            raise ValueError(
-                "`corrector` must be an integer from 0 (for none) to `order`, which is "
-                f"{order}; got {show(corrector)}."
-            )
-        if variable not in (None, *COORDINATES):
-            raise ValueError(
-                f"`variable` must be one of {', '.join(map(repr, COORDINATES))}; got "
-                f"{show(variable)}."
-            )
-        check_frame(factor)
-        if factor == "cholesky" and space == "data":
-            raise ValueError(
-                "`factor` is the frame of noise predictions. For the frame L_t use "
-                "`GDDIM(space='noise', factor='cholesky')`."
-            )
-        if reevaluate and (corrector == 0 or default == 0 and corrector is None):
-            raise ValueError(
-                "`reevaluate` is for the corrector, but there is none. Pass `corrector`, "
-                "from 1 to `order`."
-            )
-        self.num_nodes = order
-        self.space = space
-        # Defaults are stored as `None`, so that equivalent solvers compare equal.
-        self.corrector = None if corrector in (None, default) else int(corrector)
-        self.variable = None if variable == _default_variables[space] else variable
-        self.factor = factor
-        self.reevaluate = bool(reevaluate)
+        predictor = order if isinstance(order, AbstractPredictor) else AdamsBashforth(order)
+        self.predictor, self.splitting = predictor, _as_splitting(space, frame)
+        in_noise = isinstance(self.splitting, NoiseSplitting)
+        if coordinate is None:
+            coordinate = "time" if in_noise else "clock"
+        if isinstance(coordinate, str) and coordinate in _coordinates:
+            coordinate = _coordinates[coordinate]
+        wanted = f"one of {', '.join(map(repr, _coordinates))}, or a coordinate"
+        check_instance("coordinate", coordinate, AbstractCoordinate, wanted)
+        self.coordinate = coordinate
+        if corrector is None:
+            corrector = 0 if in_noise and not reevaluate else predictor.num_nodes - 1
+        self.corrector = _as_corrector(corrector, predictor.num_nodes, reevaluate)
         if process is not None:
             require_process(process)
             check_prediction(process, "flow", "R")
         self.process = process
 
-    def __repr__(self) -> str:
-        # A valid constructor call: the argument `order` sets `num_nodes`.
-        names = ("space", "corrector", "variable", "factor", "reevaluate")
-        rest = [f"{name}={getattr(self, name)!r}" for name in names]
-        rest += [] if self.process is None else [f"process={self.process!r}"]
-        return f"GDDIM({', '.join([f'order={self.num_nodes}', *rest])})"
-
-    # The components of `AbstractExponentialMultistep`, as the arguments specify them.
-
-    @property
-    def splitting(self) -> AbstractSplitting:
-        return DataSplitting() if self.space == "data" else NoiseSplitting(self.factor)
-
-    @property
-    def coordinate(self) -> AbstractCoordinate:
-        return COORDINATES[self.variable or _default_variables[self.space]]
-
-    @property
-    def predictor(self) -> AdamsBashforth:
-        return AdamsBashforth(self.num_nodes)
-
-    @property
-    def correction(self) -> AbstractCorrector:
-        number = self.corrector
-        if number is None:
-            number = _default_corrector(self.num_nodes, self.space, self.reevaluate)
-        if number == 0:
-            return NoCorrector()
-        return Reevaluate(number) if self.reevaluate else FreeCorrector(number)
-
     def unwrap(self, terms, y):
         term = terms if isinstance(terms, ReverseSDE) else unwrap(terms)[0]
         if isinstance(term, dfx.ODETerm) and self.process is not None:
             flow = flow_of_ode(self.process, term)
-            return Problem(flow, self.process, None, unwrap(terms)[1])
+            return Problem(flow, self.process, unwrap(terms)[1])
         if not isinstance(term, AbstractReverseTerm):
             raise ValueError(_unsupported(term))
-        flow, lam, direction = unwrap_reverse(terms)
-        if self.process not in (None, flow.process):
+        problem = Problem.of_diffusion(terms)
+        if self.process not in (None, problem.equation):
             raise ValueError(
                 f"The process of the solver, {self.process}, is not that of the terms, "
-                f"{flow.process}. Leave out `process`, which is for `diffrax.ODETerm`."
+                f"{problem.equation}. Leave out `process`, which is for `diffrax.ODETerm`."
             )
-        if self.space == "noise" and lam is not None:
-            self._check_stochastic(lam)
-        return Problem(flow, flow.process, lam, direction)
-
-    def _check_stochastic(self, lam: Stochasticity) -> None:
-        if self != GDDIM(self.num_nodes, "noise", process=self.process):
+        order = max(self.predictor.num_nodes, self.corrector.num_older + 1)
+        in_noise = isinstance(self.splitting, NoiseSplitting)
+        if problem.lam is not None and in_noise and order > 1:
             raise ValueError(
-                "In noise space the options of `GDDIM` are for the probability flow only, "
-                f"but these terms have noise, lam={lam}. Use `GDDIM()`, or "
-                f"`GDDIM({self.num_nodes}, 'noise')`; got {show(self)}."
+                "On reverse diffusions, noise space is for order 1 without a corrector: "
+                "noise makes noise predictions too rough to extrapolate. Use "
+                f"`GDDIM({self.predictor.num_nodes})`, or `GDDIM(1, 'noise')`; these terms "
+                f"have lam={problem.lam}."
             )
+        return problem
+
+
+def _as_splitting(space, frame) -> AbstractSplitting:
+    check_frame(frame)
+    if frame == "cholesky" and space != "noise":
+        raise ValueError(
+            "`frame` is that of noise predictions. For the frame L_t use "
+            "`GDDIM(space='noise', frame='cholesky')`."
+        )
+    if isinstance(space, AbstractSplitting):
+        return space
+    if space not in ("data", "noise"):
+        raise ValueError(
+            f"`space` must be 'data', 'noise' or a splitting; got {show(space)}."
+        )
+    return DataSplitting() if space == "data" else NoiseSplitting(frame)
+
+
+def _as_corrector(corrector, order: int, reevaluate: bool) -> AbstractCorrector:
+    if isinstance(corrector, AbstractCorrector):
+        if reevaluate and not corrector.reevaluates:
+            raise ValueError("With a corrector, leave out `reevaluate`.")
+        return corrector
+    if not is_integer(corrector, 0, order):
+        raise ValueError(
+            "`corrector` must be an integer from 0 (for none) to `order`, which is "
+            f"{order}, or a corrector; got {show(corrector)}."
+        )
+    if corrector == 0 and reevaluate:
+        raise ValueError(
+            "`reevaluate` is for the corrector, but there is none. Pass `corrector`, "
+            "from 1 to `order`."
+        )
+    if corrector == 0:
+        return NoCorrector()
+    return Reevaluate(corrector) if reevaluate else FreeCorrector(corrector)
 
 
 def _unsupported(term: dfx.AbstractTerm) -> str:
@@ -261,7 +239,3 @@ def _unsupported(term: dfx.AbstractTerm) -> str:
         "`GDDIM` solves `gddim_eqx.ProbabilityFlow` and `gddim_eqx.reverse_sde`; got "
         f"{type(term).__name__}. {cure}"
     )
-
-
-def _default_corrector(order: int, space: str, reevaluate: bool) -> int:
-    return order - 1 if space == "data" or reevaluate else 0

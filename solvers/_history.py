@@ -8,8 +8,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Inexact, Int, PyTree, Real
 
 from gddim_eqx._custom_types import BoolScalarLike, RealScalarLike, State
-from gddim_eqx._exponential import Residual, StepCoefficients
+from gddim_eqx._exponential import AbstractCoordinate, StepCoefficients
 from gddim_eqx._linear import coefficient_dtype
+
+from ._corrector import AbstractCorrector
 
 
 class Places(NamedTuple):
@@ -55,10 +57,12 @@ class Nodes(eqx.Module):
             node may be, as a fraction of the step and of the step that was corrected.
         """
         number, between = len(x), lambda a: jnp.abs(a[:, None] - a[None])
-        distance, gaps = jnp.abs(x - x[0]), between(x)
+        # XLA may compute the same number twice, with other rounding.
+        distance = jnp.where(np.arange(number) == 0, -1, jnp.abs(x - x[0]))
         this, other = distance[:, None], distance[None]
         precedes = (other < this) | (other == this) & np.tri(number, k=-1, dtype=bool)
-        precedes &= self.stored[None]
+        precedes &= self.stored[None] & ~np.eye(number, dtype=bool)
+        gaps = between(x)
         close = between(self.places.time) < closest * self.places.corrected[:, None]
         # Values of still closer nodes hardly differ but for rounding errors.
         resolved = 50 * float(jnp.finfo(x.dtype).eps) ** 0.5
@@ -69,12 +73,15 @@ class Nodes(eqx.Module):
 
 
 class LastStep(NamedTuple):
-    """What a corrector needs from the previous step: the result of the linear part and the
-    noise; the moments; and the coordinate at its start."""
+    """What is needed to correct the end of the previous step."""
 
     base: State
+    """The result of the linear part and the noise."""
     moments: Inexact[Array, "number n n *spectrum"]
     start: Real[Array, ""]
+    """The coordinate at its start."""
+    coordinate: AbstractCoordinate
+    corrector: AbstractCorrector
 
 
 class History(eqx.Module):
@@ -88,24 +95,16 @@ class History(eqx.Module):
     end: Real[Array, ""]
     # Only for correctors that need it.
     last: LastStep | None
-    # Only in noise space on reverse diffusions.
-    residual: Residual | None
 
     @staticmethod
     def empty(
-        slots: int,
-        t0: RealScalarLike,
-        y0: State,
-        last: LastStep | None,
-        residual: Residual | None,
+        slots: int, t0: RealScalarLike, y0: State, last: LastStep | None
     ) -> "History":
         """An empty history."""
         zeros = jnp.zeros(slots, coefficient_dtype(y0))
         values = jtu.tree_map(lambda y: jnp.zeros((slots, *y.shape), y.dtype), y0)
         stored, end = jnp.zeros(slots, bool), jnp.asarray(t0)
-        return History(
-            Places(zeros, zeros, zeros, zeros), values, stored, end, last, residual
-        )
+        return History(Places(zeros, zeros, zeros, zeros), values, stored, end, last)
 
     def known(self, t0: RealScalarLike, made_jump: BoolScalarLike) -> Bool[Array, " slots"]:
         """Which stored evaluations a step from `t0` may use: none if they precede a jump,
@@ -142,7 +141,6 @@ class History(eqx.Module):
         t: Array,
         t1: RealScalarLike,
         last: LastStep | None,
-        residual: Residual | None,
     ) -> "History":
         """The history after a step to `t`, which has used the nodes of these ranks.
 
@@ -164,5 +162,4 @@ class History(eqx.Module):
             replace(known, True),
             jnp.asarray(t1),
             last,
-            residual,
         )

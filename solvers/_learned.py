@@ -5,25 +5,19 @@ import diffrax as dfx
 import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Real
+from jaxtyping import Array, Float, Int, Real
 
 from gddim_eqx._custom_types import RealScalarLike
-from gddim_eqx._exponential import (
-    AbstractCoordinate,
-    AbstractSplitting,
-    Clock,
-    interpolation,
-    slowing,
-)
+from gddim_eqx._exponential import AbstractCoordinate, Clock, interpolation, slowing
 from gddim_eqx._linear import coefficient_dtype
-from gddim_eqx._misc import show
+from gddim_eqx._misc import error_if_any, is_integer, show
 from gddim_eqx._process import AbstractProcess, require_process
-from gddim_eqx._term import real_time, started_flow, StartedModel
+from gddim_eqx._term import ProbabilityFlow, real_time, started_flow, StartedModel
 
 from ._corrector import AbstractCorrector, FreeCorrector
 from ._gddim import GDDIM
-from ._history import History, Nodes
-from ._multistep import AbstractExponentialMultistep, is_integer, Problem
+from ._history import History
+from ._multistep import Problem
 from ._predictor import AbstractPredictor
 
 
@@ -105,15 +99,15 @@ class LearnedGDDIM(dfx.AbstractItoSolver[History]):
         """
         if not isinstance(solver, GDDIM):
             raise ValueError(f"`solver` must be a `GDDIM()`; got {show(solver)}.")
-        if solver.reevaluate:
+        if solver.corrector.reevaluates:
             raise ValueError("Corrections are learned without `reevaluate`.")
         require_process(process)
         self.solver, self.process = solver, process
         self.ts = jnp.asarray(ts)
         steps, dtype = self.ts.shape[0] - 1, self.ts.dtype
-        older = solver.correction.num_older
+        older = solver.corrector.num_older
         shapes = {
-            "predictor": (steps, solver.num_nodes, 2),
+            "predictor": (steps, solver.predictor.num_nodes, 2),
             "corrector": (steps, older + 1 if older else 0, 2),
             "log_rates": (steps if isinstance(solver.coordinate, Clock) else 0,),
             "shifts": (steps,),
@@ -155,17 +149,19 @@ class LearnedGDDIM(dfx.AbstractItoSolver[History]):
         return 1
 
     def init(self, terms, t0, t1, y0, args) -> History:
-        self._check(terms, y0)
-        return self.solver.init(terms, t0, t1, y0, args)
+        self._checked(terms, y0)
+        solver = self._solver(jnp.zeros((), jnp.int32), coefficient_dtype(y0))
+        return solver.init(terms, t0, t1, y0, args)
 
-    def _check(self, terms, y) -> Problem:
+    def _checked(self, terms, y) -> Problem:
         problem = self.solver.unwrap(terms, y)
         if problem.equation != self.process:
             raise ValueError(
                 f"This solver was learned for {show(self.process)}; got "
                 f"{show(problem.equation)}."
             )
-        if isinstance(getattr(problem.term, "model", None), StartedModel):
+        assert isinstance(problem.term, ProbabilityFlow)
+        if isinstance(problem.term.model, StartedModel):
             raise ValueError(
                 "A learned solver has its own start, or none: pass the flow without one. "
                 "To learn a solver with a start, use `fit_solver(flow, u, start=start)`."
@@ -179,59 +175,55 @@ class LearnedGDDIM(dfx.AbstractItoSolver[History]):
         return problem
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
-        problem = self._check(terms, y0)
-        dtype, t_end = coefficient_dtype(y0), self.process.t_end
-        s, t = (real_time(t_end, x, problem.direction, dtype) for x in (t0, t1))
+        problem, dtype = self._checked(terms, y0), coefficient_dtype(y0)
+        ends = t0, t1
+        s, t = (real_time(self.process.t_end, x, problem.direction, dtype) for x in ends)
         # As the solve has rounded them.
         ts = self.ts.astype(jnp.result_type(t0)).astype(dtype)
         index = jnp.argmin(jnp.abs(ts[:-1] - s)).astype(jnp.int32)
         near = lambda a, b: jnp.abs(a - b) <= 8 * jnp.finfo(dtype).eps * ts.max()
-        right = near(ts[index], s) & near(ts[index + 1], t)
-        args = args, solver_state, made_jump
-        made = self._at(index, dtype, ~right & (s != t))
-        return made.step(terms, t0, t1, y0, *args)
+        own = near(ts[index], s) & near(ts[index + 1], t)
+        elsewhere = ~own & (s != t), _elsewhere
+        t0 = error_if_any(jnp.asarray(t0), [elsewhere], problem.term.raises)
+        problem = problem._replace(term=self._flow(problem.term, index, dtype))
+        solver = self._solver(index, dtype)
+        return solver.advance(problem, t0, t1, y0, args, solver_state, made_jump)
 
-    def _at(self, index: Int[Array, ""], dtype, elsewhere: Bool[Array, ""]) -> "_Step":
-        pick = lambda x, i: lax.dynamic_index_in_dim(x, i, keepdims=False).astype(dtype)
-        base, before = self.solver, jnp.maximum(index - 1, 0)
-        coordinate, correction, rates = base.coordinate, base.correction, None
+    def _flow(self, flow: ProbabilityFlow, index, dtype) -> ProbabilityFlow:
+        """The flow of a step."""
+        model = _Shifted(flow.model, self.process, _pick(self.shifts, index, dtype))
+        flow = eqx.tree_at(lambda flow: flow.model, flow, model)
+        if self.data is None:
+            return flow
+        assert self.slope is not None
+        boundary = self.ts[self.num_free - 1 : self.num_free + 1].mean()
+        return started_flow(
+            flow, self.data, boundary.astype(dtype), self.slope.astype(dtype)
+        )
+
+    def _solver(self, index: Int[Array, ""], dtype) -> GDDIM:
+        """The solver of a step."""
+        coordinate, number = self.solver.coordinate, self.solver.predictor.num_nodes
+        corrector, older = self.solver.corrector, self.solver.corrector.num_older
         if isinstance(coordinate, Clock):
-            rates = coordinate.rate * jnp.exp(self.log_rates.astype(dtype))
-            coordinate = _Clock(pick(rates, index))
-        if correction.num_older:
-            change = pick(self.corrector, before)
-            correction = _Corrector(correction.num_older, change)
-        start = None
-        if self.data is not None:
-            ts = self.ts[self.num_free - 1 : self.num_free + 1]
-            assert self.slope is not None
-            start = self.data, ts.mean().astype(dtype), self.slope.astype(dtype)
-        return _Step(
-            solver=base,
-            splitting=base.splitting,
+            rate = coordinate.rate * jnp.exp(_pick(self.log_rates, index, dtype))
+            coordinate = _Clock(rate)
+        if older:
+            corrector = _Corrector(older, _pick(self.corrector, index, dtype))
+        return GDDIM(
+            _Predictor(number, _pick(self.predictor, index, dtype)),
+            self.solver.splitting,
+            corrector,
             coordinate=coordinate,
-            predictor=_Predictor(base.num_nodes, pick(self.predictor, index)),
-            correction=correction,
-            rates=rates,
-            ts=self.ts.astype(dtype),
-            index=index,
-            shift=pick(self.shifts, index),
-            start=start,
-            elsewhere=elsewhere,
+            process=self.solver.process,
         )
 
     def func(self, terms, t0, y0, args):
         return terms.vf(t0, y0, args)
 
 
-class _Clock(AbstractCoordinate):
-    """The coordinate `"clock"` at another rate."""
-
-    rate: Array
-    uses_log_snr: ClassVar[bool] = True
-
-    def __call__(self, process, t, log_snr, forward):
-        return slowing(process, t, log_snr, forward, self.rate)
+def _pick(x, index, dtype):
+    return lax.dynamic_index_in_dim(x, index, keepdims=False).astype(dtype)
 
 
 def _corrected(polynomials, change, rank: Int[Array, " nodes"], number: int):
@@ -243,6 +235,19 @@ def _corrected(polynomials, change, rank: Int[Array, " nodes"], number: int):
     change = jnp.where(valid, change - mean, 0)
     powers = min(2, polynomials.shape[1])
     return polynomials.at[:, :powers].add(change[:, :powers])
+
+
+class _Clock(AbstractCoordinate):
+    """The clock at another rate in each step."""
+
+    rate: Float[Array, ""]
+    uses_log_snr: ClassVar[bool] = True
+
+    def __call__(self, process, t, log_snr):
+        return Clock()(process, t, log_snr)
+
+    def rescale(self, values, start, end):
+        return slowing(self.rate, values, start, end)
 
 
 class _Predictor(AbstractPredictor):
@@ -278,48 +283,3 @@ _elsewhere = (
     "`t0=solver.ts[0], t1=solver.ts[-1]` and "
     "`stepsize_controller=diffrax.StepTo(solver.ts)`."
 )
-
-
-class _Step(AbstractExponentialMultistep):
-    """One step of a learned solver."""
-
-    solver: GDDIM
-    splitting: AbstractSplitting
-    coordinate: AbstractCoordinate
-    predictor: AbstractPredictor
-    correction: AbstractCorrector
-    rates: Float[Array, " steps"] | None
-    ts: Real[Array, " times"]
-    index: Int[Array, ""]
-    shift: Array
-    start: tuple[Any, Array, Array] | None
-    """The data, the time and the slope of the start."""
-    elsewhere: Bool[Array, ""]
-    """Whether this is a step between other times than those of the solver."""
-
-    term_structure: ClassVar = dfx.AbstractTerm
-
-    def unwrap(self, terms, y) -> Problem:
-        problem = self.solver.unwrap(terms, y)
-        model = _Shifted(problem.term.model, problem.equation, self.shift)
-        flow = eqx.tree_at(lambda flow: flow.model, problem.term, model)
-        if self.start is not None:
-            flow = started_flow(flow, *self.start)
-        return problem._replace(term=flow)
-
-    def faults(self, equation, c, s, stochastic):
-        return [*super().faults(equation, c, s, stochastic), (self.elsewhere, _elsewhere)]
-
-    def coordinates(self, nodes: Nodes):
-        if self.rates is None:
-            return super().coordinates(nodes)
-        distances = jnp.abs(self.ts[None, :-1] - nodes.places.time[:, None])
-        own = self.rates[jnp.argmin(distances, axis=1)]
-        coordinate = nodes.places.coordinate
-
-        def at_rate(rate: RealScalarLike):
-            ratio = rate / own
-            return jnp.where(ratio == 1, coordinate, coordinate**ratio)
-
-        before = jnp.maximum(self.index - 1, 0)
-        return at_rate(self.rates[self.index]), at_rate(self.rates[before])

@@ -3,6 +3,8 @@ import abc
 import equinox as eqx
 from jaxtyping import Array, Inexact, Int
 
+from gddim_eqx._misc import is_integer, show
+
 
 class AbstractPredictor(eqx.Module):
     """The polynomial that extrapolates stored evaluations."""
@@ -23,6 +25,16 @@ class AdamsBashforth(AbstractPredictor):
     """Interpolates the newest evaluations."""
 
     num_nodes: int = eqx.field(static=True)
+
+    def __init__(self, num_nodes: int):
+        if not is_integer(num_nodes, 1, 4):
+            raise ValueError(
+                f"`order` must be 1, 2, 3 or 4; got {show(num_nodes)}. It is the "
+                "number of evaluations that a step combines. Where the gDDIM paper's "
+                "tables and code count from 0, by the degree of the polynomial "
+                "(`deis_order`), it is one more."
+            )
+        self.num_nodes = int(num_nodes)
 
     def __call__(self, polynomials, rank):
         return polynomials

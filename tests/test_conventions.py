@@ -227,7 +227,7 @@ def test_variable_log_snr():
     flow = gd.ProbabilityFlow(process, lambda t, u, args: jnp.tanh(3 * u) + t, "data")
     ts = gd.time_grid(process, 6, "log_snr")
     u = process.prior(jax.random.key(0), (4,))
-    solver = gd.GDDIM(2, corrector=0, variable="log_snr")
+    solver = gd.GDDIM(2, corrector=0, coordinate="log_snr")
     found = diffrax_solve(flow, solver, ts, u)
     x, last = u, None
     logs = [float(process.log_snr(t)) for t in ts]

@@ -19,9 +19,9 @@ _solvers = {
     "default": gd.GDDIM(),
     "order 1": gd.GDDIM(1),
     "noise": gd.GDDIM(3, "noise"),
-    "cholesky": gd.GDDIM(2, "noise", factor="cholesky"),
+    "cholesky": gd.GDDIM(2, "noise", frame="cholesky"),
     "reevaluated": gd.GDDIM(2, reevaluate=True),
-    "in time": gd.GDDIM(2, corrector=0, variable="time"),
+    "in time": gd.GDDIM(2, corrector=0, coordinate="time"),
 }
 
 

@@ -113,7 +113,7 @@ def test_ddim_on_a_rectified_flow_is_eulers_method():
     model = mixture_for(process).model(process, "flow")
     flow = gd.ProbabilityFlow(process, model, "flow")
     u, ts = prior_state(process, (4,)), gd.time_grid(process, 8, "uniform")
-    solver = gd.GDDIM(1, variable="time")
+    solver = gd.GDDIM(1, coordinate="time")
     got, expected = (solve(flow, x, ts, u) for x in (solver, dfx.Euler()))
     np.testing.assert_allclose(got, expected, rtol=1e-12)
 

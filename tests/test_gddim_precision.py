@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import gddim_eqx as gd
-from gddim_eqx._exponential import COORDINATES, DataSplitting
+from gddim_eqx.solvers import Clock, DataSplitting
 
 from .helpers import (
     accurate,
@@ -167,7 +167,7 @@ def test_coefficients_in_single_precision_survive_the_compiler(name):
     @jax.jit
     @jax.vmap
     def step(s, t):
-        c = DataSplitting().integrate(process, s, t, 4, COORDINATES["clock"])
+        c = DataSplitting().integrate(process, s, t, 4, Clock())
         return c.linear, c.moments
 
     single = step(ts[:-1], ts[1:])

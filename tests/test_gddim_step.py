@@ -65,7 +65,7 @@ def _paper_step(process, times, noises, u, t, frame, coordinate=lambda _, t: np.
 def test_steps_by_hand_are_those_of_the_paper(name, frame, order):
     process = processes[name]()
     term = gd.ProbabilityFlow(process, mixture_for(process).model(process))
-    solver = gd.GDDIM(order, "noise", factor=frame)
+    solver = gd.GDDIM(order, "noise", frame=frame)
     ts = [0.9, 0.7, 0.62, 0.4, 0.3]
     y = prior_state(process)
     state = solver.init(term, ts[0], ts[1], y, None)
@@ -221,7 +221,7 @@ def test_the_cholesky_frame_is_the_same_without_a_velocity_and_far_worse_with_on
             return process.decode(solve(term, solver, ts, u))
 
         ts = gd.time_grid(process, 10, "quadratic")
-        ys = [draw(gd.GDDIM(3, "noise", factor=f), ts) for f in ("R", "cholesky")]
+        ys = [draw(gd.GDDIM(3, "noise", frame=f), ts) for f in ("R", "cholesky")]
         if isinstance(process, gd.VP):
             np.testing.assert_allclose(*ys, rtol=1e-10, atol=1e-10)
             continue
@@ -233,7 +233,7 @@ def test_the_cholesky_frame_is_the_same_without_a_velocity_and_far_worse_with_on
 def test_the_frame_must_be_known(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match="`factor` must be 'R' or 'cholesky'; got 'L'"):
-        gd.GDDIM(3, "noise", factor="L")
+        gd.GDDIM(3, "noise", frame="L")
 
 
 def test_order_must_be_one_to_four():

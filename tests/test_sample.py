@@ -209,7 +209,7 @@ def test_warns_of_samples_that_are_far_larger_than_data():
         (
             _data.model(gd.CLD((2,))),
             "noise",
-            gd.GDDIM(4, "noise", factor="cholesky"),
+            gd.GDDIM(4, "noise", frame="cholesky"),
             "the solver diverges",
         ),
     ],
@@ -240,7 +240,7 @@ def test_samples_in_half_precision_are_those_of_single(lam):
 def test_sampling_may_end_at_time_zero():
     process = gd.VP((2,))
     flow, key = _flow(process), jax.random.key(0)
-    for solver in (gd.GDDIM(), gd.GDDIM(2, variable="time"), gd.GDDIM(2, "noise")):
+    for solver in (gd.GDDIM(), gd.GDDIM(2, coordinate="time"), gd.GDDIM(2, "noise")):
         x = gd.sample(flow, key, 4, solver=solver, ts=[1.0, 0.5, 0.0]).x
         assert jnp.isfinite(x).all()
 

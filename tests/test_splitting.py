@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import gddim_eqx as gd
-from gddim_eqx._exponential import COORDINATES, DataSplitting, NoiseSplitting
+from gddim_eqx.solvers import Clock, DataSplitting, NoiseSplitting, Time
 
 from .helpers import (
     every_process,
@@ -19,9 +19,9 @@ from .helpers import (
 pytestmark = pytest.mark.x64
 
 _splittings = {
-    "data": (DataSplitting(), "clock"),
-    "noise": (NoiseSplitting(), "time"),
-    "cholesky": (NoiseSplitting("cholesky"), "time"),
+    "data": (DataSplitting(), Clock()),
+    "noise": (NoiseSplitting(), Time()),
+    "cholesky": (NoiseSplitting("cholesky"), Time()),
 }
 every_splitting = pytest.mark.parametrize("splitting", _splittings)
 
@@ -34,7 +34,7 @@ def _coefficients(name, splitting):
     @jax.jit
     @jax.vmap
     def coefficients(s, t):
-        c = split.integrate(process, s, t, 3, COORDINATES[coordinate], 3)
+        c = split.integrate(process, s, t, 3, coordinate, 3)
         return c.linear, c.moments, c.error_moments
 
     def some(s, t):

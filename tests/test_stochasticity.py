@@ -48,7 +48,7 @@ def test_derivative_with_respect_to_the_level_is_right_at_zero_too(process, solv
     np.testing.assert_allclose(gradient(0.0), quotient, rtol=1e-5)
     quotient = (end(0.5 + step) - end(0.5 - step)) / (2 * step)
     np.testing.assert_allclose(gradient(0.5), quotient, rtol=1e-6)
-    if solver.num_nodes == 1 and process.num_components == 1:
+    if solver.predictor.num_nodes == 1 and process.num_components == 1:
         assert abs(gradient(0.0) - 1.324) < 1e-3
 
 

@@ -1,7 +1,5 @@
 """`GDDIM(process=...)` on a vector field, as other libraries hand it to a solver."""
 
-import dataclasses
-
 import diffrax as dfx
 import jax
 import jax.numpy as jnp
@@ -79,7 +77,7 @@ def test_a_process_is_part_of_the_solver():
     vp, edm = gd.VP((2,)), gd.EDM((2,))
     solver = gd.GDDIM(2, process=vp)
     assert "process=VP(" in repr(solver)
-    assert dataclasses.replace(solver, num_nodes=2) == solver == gd.GDDIM(2, process=vp)
+    assert solver == gd.GDDIM(2, process=vp)
     assert solver != gd.GDDIM(2) and solver != gd.GDDIM(2, process=edm)
     flow = _flow(vp)
     solver.init(flow, 1.0, 0.5, jnp.ones(2), None)

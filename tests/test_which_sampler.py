@@ -107,7 +107,7 @@ def test_dpm_solver_pp_2m_is_exact_here():
             (1 - np.exp(-h)) * data + exact * slope
         )
         before = data
-    solver = gd.GDDIM(2, corrector=0, variable="log_snr")
+    solver = gd.GDDIM(2, corrector=0, coordinate="log_snr")
     _close(solve(d.flow, solver, d.ts, jnp.asarray(_start)), x)
 
 

@@ -234,7 +234,7 @@ def draw(solver, n):
     return np.asarray(gd.sample(ring, jax.random.key(0), 500, solver=solver, ts=ts).x)
 
 
-in_r, in_l = gd.GDDIM(2, "noise"), gd.GDDIM(2, "noise", factor="cholesky")
+in_r, in_l = gd.GDDIM(2, "noise"), gd.GDDIM(2, "noise", frame="cholesky")
 exact = np.asarray(gd.sample(ring, jax.random.key(0), 500, 120).x)
 error = lambda x: np.median(np.linalg.norm(x - exact, axis=1))
 lines = ["steps     R_t     L_t"]

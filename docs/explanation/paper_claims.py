@@ -92,8 +92,8 @@ show("standard deviation", ["right", "lam=0", "lam=1"], rows)
 # %%
 steps = (20, 30, 40, 50)
 rows = {
-    "L_t, order 1": gd.GDDIM(1, "noise", factor="cholesky"),
-    "L_t, order 3": gd.GDDIM(3, "noise", factor="cholesky"),
+    "L_t, order 1": gd.GDDIM(1, "noise", frame="cholesky"),
+    "L_t, order 3": gd.GDDIM(3, "noise", frame="cholesky"),
     "R_t, order 1": gd.GDDIM(1, "noise"),
     "R_t, order 3": gd.GDDIM(3, "noise"),
 }

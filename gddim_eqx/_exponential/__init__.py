@@ -1,15 +1,13 @@
 from .coordinate import (
     AbstractCoordinate as AbstractCoordinate,
     Clock as Clock,
-    CoordinateName as CoordinateName,
-    COORDINATES as COORDINATES,
-    scaled as scaled,
+    LogSNR as LogSNR,
     slowing as slowing,
+    Time as Time,
 )
 from .interpolation import Exponential as Exponential, interpolation as interpolation
 from .polynomial import integral as integral, lagrange as lagrange, weights as weights
 from .quadrature import step_nodes as step_nodes
-from .residual import next_residual as next_residual, Residual as Residual
 from .reverse_transition import (
     noise_transition as noise_transition,
     NoiseTransition as NoiseTransition,

@@ -1,30 +1,26 @@
 import abc
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Inexact
+from jaxtyping import Array, Float, Inexact
 
 from .._process import AbstractProcess, bounded_log_snr, clock, log_snr_table
 
 
 class AbstractCoordinate(eqx.Module):
-    """The coordinate in which predictions are interpolated by polynomials: a monotone
-    function of time."""
+    """The coordinate in which predictions are interpolated by polynomials: a strictly
+    monotone, smooth function of time."""
 
-    uses_log_snr: ClassVar[bool]
-    """Whether it also depends on the signal-to-noise ratio."""
+    uses_log_snr: ClassVar[bool] = False
+    """Whether it depends on the signal-to-noise ratio."""
     is_logarithm: ClassVar[bool] = False
     """Whether it diverges towards time 0, so that steps to below `t_min` must not
     extrapolate in it."""
 
     @abc.abstractmethod
     def __call__(
-        self,
-        process: AbstractProcess,
-        t: Inexact[Array, " *times"],
-        log_snr: Any,
-        forward: Bool[Array, ""],
+        self, process: AbstractProcess, t: Inexact[Array, " *times"], log_snr: Any
     ) -> Inexact[Array, " *times"]:
         """The coordinate at the given times.
 
@@ -34,49 +30,41 @@ class AbstractCoordinate(eqx.Module):
         - `t`: the times.
         - `log_snr`: `process.log_snr` at these times, or `None` for a coordinate that does
             not use it.
-        - `forward`: whether the solver steps forward in time.
         """
+
+    def rescale(
+        self,
+        values: Inexact[Array, " *times"],
+        start: Inexact[Array, ""],
+        end: Inexact[Array, ""],
+    ) -> Inexact[Array, " *times"]:
+        """The variable of the polynomials over a step: a monotone function of the
+        coordinate that is 0 at the start of the step and 1 at its end."""
+        return (values - start) / jnp.where(start == end, 1, end - start)
 
 
 class Time(AbstractCoordinate):
-    uses_log_snr: ClassVar[bool] = False
+    """Time, as in the paper."""
 
-    def __call__(self, process, t, log_snr, forward):
+    def __call__(self, process, t, log_snr):
         return t
 
 
-class SquareRoot(AbstractCoordinate):
-    uses_log_snr: ClassVar[bool] = False
-
-    def __call__(self, process, t, log_snr, forward):
-        return jnp.sqrt(t)
-
-
-class Logarithm(AbstractCoordinate):
-    """The logarithm of time; below `t_min`, linear in time."""
-
-    uses_log_snr: ClassVar[bool] = False
-    is_logarithm: ClassVar[bool] = True
-
-    def __call__(self, process, t, log_snr, forward):
-        late = jnp.maximum(t, process.t_min)
-        return jnp.log(late) - _share_below(process, t)
-
-
 class LogSNR(AbstractCoordinate):
-    """The logarithm of the signal-to-noise ratio; below `t_min`, where it may be unbounded,
-    linear in time."""
+    """The logarithm of the signal-to-noise ratio, as in DPM-Solver++; below `t_min`, where
+    it may be unbounded, linear in time."""
 
     uses_log_snr: ClassVar[bool] = True
     is_logarithm: ClassVar[bool] = True
 
-    def __call__(self, process, t, log_snr, forward):
+    def __call__(self, process, t, log_snr):
         return bounded_log_snr(process, self.unbounded(process, t, log_snr))
 
     @staticmethod
     def unbounded(process, t, log_snr):
         last = float(log_snr_table(process)[1][0])
-        return jnp.where(t < process.t_min, last + _share_below(process, t), log_snr)
+        below = last + jnp.maximum(1 - t / process.t_min, 0)
+        return jnp.where(t < process.t_min, below, log_snr)
 
 
 class SoftLogSNR(AbstractCoordinate):
@@ -87,23 +75,18 @@ class SoftLogSNR(AbstractCoordinate):
     uses_log_snr: ClassVar[bool] = True
     is_logarithm: ClassVar[bool] = True
 
-    def __call__(self, process, t, log_snr, forward):
+    def __call__(self, process, t, log_snr):
         return jnp.logaddexp(1 + LogSNR.unbounded(process, t, log_snr), 0)
 
 
-def _share_below(process, t):
-    """From 0 at `t_min` and above to 1 at time 0, where logarithms are unbounded."""
-    return jnp.maximum(1 - t / process.t_min, 0)
-
-
 class Clock(AbstractCoordinate):
-    """The exponential of the sampling [clock][gddim_eqx._process.progress.clock], with the
-    sign of the exponent such that it slows down.
+    """The progress of sampling; see [`gddim_eqx.time_grid`][]. Polynomials are in its
+    exponential, with the sign of the exponent such that this slows down over a step.
 
-    Steps of equal size in the clock shrink geometrically in this coordinate, by a ratio
-    that approaches one as the number of steps grows. Each step thus extrapolates over a
-    shorter distance than the previous step covered. This keeps large steps stable without
-    changing the convergence order.
+    Steps of equal size in the clock shrink geometrically in that variable, by a ratio that
+    approaches one as the number of steps grows. Each step thus extrapolates over a shorter
+    distance than the previous step covered. This keeps large steps stable without changing
+    the convergence order.
     """
 
     rate: float = eqx.field(static=True, default=10.0)
@@ -111,28 +94,20 @@ class Clock(AbstractCoordinate):
 
     uses_log_snr: ClassVar[bool] = True
 
-    def __call__(self, process, t, log_snr, forward):
-        return slowing(process, t, log_snr, forward, self.rate)
+    def __call__(self, process, t, log_snr):
+        return clock(process, t, log_snr)
+
+    def rescale(self, values, start, end):
+        return slowing(jnp.asarray(self.rate, values.dtype), values, start, end)
 
 
-def slowing(process, t, log_snr, forward, rate):
-    rate = jnp.where(forward, rate, -rate).astype(t.dtype)
-    return jnp.exp(rate * clock(process, t, log_snr))
-
-
-CoordinateName = Literal["time", "sqrt", "log", "log_snr", "clock"]
-
-COORDINATES: dict[CoordinateName, AbstractCoordinate] = {
-    "time": Time(),
-    "sqrt": SquareRoot(),
-    "log": Logarithm(),
-    "log_snr": LogSNR(),
-    "clock": Clock(),
-}
-
-
-def scaled(
-    values: Inexact[Array, " *times"], start: Inexact[Array, ""], end: Inexact[Array, ""]
+def slowing(
+    rate: Float[Array, ""],
+    values: Inexact[Array, " *times"],
+    start: Inexact[Array, ""],
+    end: Inexact[Array, ""],
 ) -> Inexact[Array, " *times"]:
-    """Rescale values affinely, mapping `start` to 0 and `end` to 1."""
-    return (values - start) / jnp.where(start == end, 1, end - start)
+    """As `Clock.rescale`."""
+    rate = jnp.where(end > start, -rate, rate)
+    whole = jnp.where(start == end, 1, jnp.expm1(rate * (end - start)))
+    return jnp.expm1(rate * (values - start)) / whole

@@ -1,4 +1,4 @@
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import diffrax as dfx
 import jax.numpy as jnp
@@ -8,8 +8,9 @@ from jaxtyping import Array, Inexact, Real
 from .._custom_types import RealScalarLike, State
 from .._linear import add, coefficient_dtype, combine, subtract
 from .._misc import pin
-from .._term import real_time
-from .coordinate import AbstractCoordinate, scaled
+from .._process import AbstractProcess
+from .._term import LinearPart, real_time
+from .coordinate import AbstractCoordinate
 from .polynomial import integral
 from .splitting import AbstractSplitting
 
@@ -26,8 +27,7 @@ class Exponential(NamedTuple):
     # The coordinate at the end of the step.
     end: Real[Array, ""]
     direction: RealScalarLike
-    # A process, or the linear part of a semilinear equation.
-    equation: Any
+    equation: AbstractProcess | LinearPart
     splitting: AbstractSplitting
     coordinate: AbstractCoordinate
 
@@ -52,7 +52,7 @@ class ExponentialInterpolation(dfx.AbstractLocalInterpolation):
         times = self.t0, self.t1, t0
         s, end, t = (real_time(e.equation.t_end, x, e.direction, dtype) for x in times)
         c = e.splitting.integrate(e.equation, s, t, number, e.coordinate)
-        fraction = scaled(c.end, c.start, e.end)
+        fraction = e.coordinate.rescale(c.end, c.start, e.end)
         scales = jnp.stack([fraction**i for i in range(number)])
         shape, polynomials = e.equation.shape, e.polynomials * scales[None]
         y = add(

@@ -54,21 +54,20 @@ def step_coordinate(nodes: StepNodes, coordinate: AbstractCoordinate) -> StepCoo
     if coordinate.uses_log_snr:
         log_snr, slopes = nodes.log_snr()
         slopes = (t - s) * slopes
-    forward = t > s
     # Derivatives are with respect to the fraction of the step.
     values, slopes = jax.jvp(
-        lambda tau, ratio: coordinate(process, tau, ratio, forward),
+        lambda tau, ratio: coordinate(process, tau, ratio),
         (times, log_snr),
         (jnp.full_like(times, t - s), slopes),
     )
     start, end = values[0], values[-1]
-    # Zero over a step too small for the coordinate to resolve.
-    rate = jnp.where(start == end, 0, 1 / jnp.where(start == end, 1, end - start))
-    inside = nodes.weights > 0
-    slopes = jnp.where(inside, rate * slopes, 0)
-    return StepCoordinate(
-        start, end, rate * (values - start), nodes.weights * slopes, in_time
+    x, slopes = jax.jvp(
+        lambda values: coordinate.rescale(values, start, end), (values,), (slopes,)
     )
+    # Zero over a step too small for the coordinate to resolve.
+    inside = (nodes.weights > 0) & (start != end)
+    weights = nodes.weights * jnp.where(inside, slopes, 0)
+    return StepCoordinate(start, end, jnp.where(start == end, 0, x), weights, in_time)
 
 
 def moments_of_bracket(

@@ -35,7 +35,6 @@ from .splitting import AbstractSplitting, StepCoefficients, zero_if_still
 class SemilinearSplitting(AbstractSplitting):
     """Interpolates the nonlinear part of a [`gddim_eqx.Semilinear`][] equation, in time."""
 
-    has_residual: ClassVar[bool] = False
     error_coordinate: ClassVar[AbstractCoordinate] = Time()
 
     def evaluate(self, term, t, y, args, root=None):
@@ -74,9 +73,7 @@ class SemilinearSplitting(AbstractSplitting):
             linear, moments = _of_blocks(equation(s).blocks, t - s, most)
         moments = zero_if_still(s, t, moments)
         moments, error_moments = moments[:number], moments[:number_for_error]
-        return StepCoefficients(
-            linear, moments, error_moments, None, t, s, t, s, t, None, None
-        )
+        return StepCoefficients(linear, moments, error_moments, None, t, s, t, s, t)
 
 
 @ft.cache

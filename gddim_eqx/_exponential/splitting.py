@@ -41,26 +41,21 @@ class StepCoefficients(NamedTuple):
     moments: Inexact[Array, "number n n *spectrum"]
     error_moments: Inexact[Array, "number_for_error n n *spectrum"]
     # The square root R of the covariance at the start; `None` without a process.
-    root: Any
+    root: Inexact[Array, "n n *spectrum"] | None
     # The end of the step; and the coordinates at its start and end.
     t: Inexact[Array, ""]
     start: Inexact[Array, ""]
     end: Inexact[Array, ""]
     error_start: Inexact[Array, ""]
     error_end: Inexact[Array, ""]
-    # On reverse diffusions: the multiplier of standard normals, `(n, n, *spectrum)`, and
-    # the `NoiseTransition` it is computed from. Otherwise `None`.
-    noise: Any
-    noise_transition: Any
+    # Multiplies standard normals on reverse diffusions; otherwise `None`.
+    noise: Inexact[Array, "n n *spectrum"] | None = None
 
 
 class AbstractSplitting(eqx.Module):
     """The linear part of the equation that a step solves exactly, and the quantity that
     it interpolates. Splittings are static pytrees."""
 
-    has_residual: ClassVar[bool]
-    """Whether reverse diffusions interpolate a [`Residual`][] in place of the prediction.
-    """
     error_coordinate: ClassVar[AbstractCoordinate]
     """The coordinate of the polynomials that error estimates compare with."""
 
@@ -210,9 +205,7 @@ class AbstractProcessSplitting(AbstractSplitting):
             zero_if_still(s, t, x) for x in (step_moments, error_moments)
         )
         ends = at.start, at.end, for_error.start, for_error.end
-        return StepCoefficients(
-            linear, step_moments, error_moments, root, t, *ends, noise, transition
-        )
+        return StepCoefficients(linear, step_moments, error_moments, root, t, *ends, noise)
 
 
 class DataSplitting(AbstractProcessSplitting):
@@ -226,7 +219,6 @@ class DataSplitting(AbstractProcessSplitting):
         "field whose time runs from noise at 0 to data at 1, reverse it: "
         "`ODETerm(lambda t, y, args: -field(1 - t, y, args))`."
     )
-    has_residual: ClassVar[bool] = False
 
     def evaluate(self, term, t, y, args, root=None):
         return term.denoised(t, y, args, root=_root(term.process, root))
@@ -255,10 +247,8 @@ class NoiseSplitting(AbstractProcessSplitting):
     r"""Interpolates the noise prediction in the frame $R_t$, which is constant along the
     probability flow of a single data point. The bracket is $\Psi(t, \tau) R_\tau$.
 
-    On reverse diffusions it interpolates the part of the noise prediction that the linear
-    part of the equation leaves unchanged, $\mathrm{d}\eta = \mathrm{d}\epsilon -
-    \frac{\lambda^2}{2} K \epsilon\,\mathrm{d}\tau - \lambda R^{-1} G\,\mathrm{d}w$, and
-    the bracket is $\Psi(t, \tau) R_\tau - R_t \Omega(t, \tau)$.
+    On reverse diffusions the bracket is $\Psi(t, \tau) R_\tau - R_t \Omega(t, \tau)$. There
+    the noise makes noise predictions rough, so only order 1 is of use.
     """
 
     frame: FrameName = eqx.field(static=True, default="R")
@@ -270,7 +260,6 @@ class NoiseSplitting(AbstractProcessSplitting):
         "In noise space `GDDIM` cannot start or end where there is no signal, at "
         "`process.t_zero_signal`. Use `GDDIM()`, which can."
     )
-    has_residual: ClassVar[bool] = True
 
     def faults(self, equation, c, s, stochastic):
         ends = c.t >= equation.t_zero_signal, self.singular

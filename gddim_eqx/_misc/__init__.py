@@ -12,6 +12,7 @@ from .check import (
     check_positive as check_positive,
     constant_field as constant_field,
     error_if_any as error_if_any,
+    is_integer as is_integer,
 )
 from .contents import (
     contents as contents,
@@ -21,5 +22,6 @@ from .contents import (
     Item as Item,
 )
 from .pin import pin as pin
+from .renamed import renamed as renamed
 from .show import show as show
 from .write import write_whole as write_whole

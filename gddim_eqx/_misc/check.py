@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Inexact
 
@@ -23,6 +24,12 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
     if not whole:
         kind = "a positive" if least == 1 else "a non-negative"
         raise ValueError(f"`{name}` must be {kind} integer; got {show(value)}.")
+
+
+def is_integer(value: Any, least: int, most: int) -> bool:
+    """Whether a value is an integer in this range."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    return whole and bool(least <= value <= most)
 
 
 def check_per_sample(name: str, tree: Any, batch: tuple[int, ...]) -> None:

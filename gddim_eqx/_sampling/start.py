@@ -14,7 +14,7 @@ from .._misc import as_number, check_count, check_instance, check_positive, show
 from .._model import GaussianMixture, NormalData
 from .._process import AbstractProcess, require_process
 from .._term import as_model, check_flow, ProbabilityFlow, started_flow, StartedModel
-from ..solvers import GDDIM
+from ..solvers import DataSplitting, GDDIM
 from .grid import clock_times, time_grid
 
 
@@ -189,7 +189,7 @@ def known_start(
     process, model = flow.process, flow.model
     if not (isinstance(num_steps, (int, np.integer)) and 0 < num_steps <= 10):
         return None
-    if not (isinstance(solver, GDDIM) and solver.space == "data"):
+    if not (isinstance(solver, GDDIM) and isinstance(solver.splitting, DataSplitting)):
         return None
     if isinstance(model, StartedModel):
         return None
