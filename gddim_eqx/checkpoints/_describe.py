@@ -14,9 +14,9 @@ from .._misc import is_array
 
 
 _rooms = (_linear, _model, _process, _sampling, _term, nn, solvers)
-# Arguments of classes that have no attribute of their name: the order of `GDDIM` is that of
-# its `num_nodes`.
-_not_stored = ("key", "order")
+# Arguments that are attributes of other names, or of none.
+_stored_as = {"order": "predictor", "space": "splitting"}
+_not_stored = ("key", "GDDIM.frame", "GDDIM.reevaluate")
 
 
 def describe(value: Any) -> Any:
@@ -111,12 +111,15 @@ def _find(name: str) -> type | None:
 def _arguments(value: Any) -> dict[str, Any] | None:
     """The arguments of an instance of one of the library's classes; `None` for other
     values, and if an argument is not stored or is a function."""
-    if _find(type(value).__name__) is not type(value):
+    kind = type(value).__name__
+    if _find(kind) is not type(value):
         return None
-    names = [x for x in inspect.signature(type(value)).parameters if x not in _not_stored]
-    if not all(hasattr(value, name) for name in names):
+    names = inspect.signature(type(value)).parameters
+    names = [x for x in names if {x, f"{kind}.{x}"}.isdisjoint(_not_stored)]
+    stored = {name: _stored_as.get(name, name) for name in names}
+    if not all(hasattr(value, field) for field in stored.values()):
         return None
-    arguments = {name: getattr(value, name) for name in names}
+    arguments = {name: getattr(value, field) for name, field in stored.items()}
     are_modules = (isinstance(x, eqx.Module) or not callable(x) for x in arguments.values())
     return arguments if all(are_modules) else None
 
