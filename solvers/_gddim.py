@@ -152,11 +152,7 @@ class GDDIM(AbstractExponentialMultistep):
         in_noise = isinstance(self.splitting, NoiseSplitting)
         if coordinate is None:
             coordinate = "time" if in_noise else "clock"
-        if isinstance(coordinate, str) and coordinate in _coordinates:
-            coordinate = _coordinates[coordinate]
-        wanted = f"one of {', '.join(map(repr, _coordinates))}, or a coordinate"
-        check_instance("coordinate", coordinate, AbstractCoordinate, wanted)
-        self.coordinate = coordinate
+        self.coordinate = _as_coordinate(coordinate)
         if corrector is None:
             corrector = 0 if in_noise and not reevaluate else predictor.num_nodes - 1
         self.corrector = _as_corrector(corrector, predictor.num_nodes, reevaluate)
@@ -204,6 +200,14 @@ def _as_splitting(space, frame) -> AbstractSplitting:
             f"`space` must be 'data', 'noise' or a splitting; got {show(space)}."
         )
     return DataSplitting() if space == "data" else NoiseSplitting(frame)
+
+
+def _as_coordinate(coordinate) -> AbstractCoordinate:
+    if isinstance(coordinate, str) and coordinate in _coordinates:
+        return _coordinates[coordinate]
+    wanted = f"one of {', '.join(map(repr, _coordinates))}, or a coordinate"
+    check_instance("coordinate", coordinate, AbstractCoordinate, wanted)
+    return coordinate
 
 
 def _as_corrector(corrector, order: int, reevaluate: bool) -> AbstractCorrector:

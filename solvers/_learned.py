@@ -183,6 +183,7 @@ class LearnedGDDIM(dfx.AbstractItoSolver[History]):
         index = jnp.argmin(jnp.abs(ts[:-1] - s)).astype(jnp.int32)
         near = lambda a, b: jnp.abs(a - b) <= 8 * jnp.finfo(dtype).eps * ts.max()
         own = near(ts[index], s) & near(ts[index + 1], t)
+        assert isinstance(problem.term, ProbabilityFlow)
         elsewhere = ~own & (s != t), _elsewhere
         t0 = error_if_any(jnp.asarray(t0), [elsewhere], problem.term.raises)
         problem = problem._replace(term=self._flow(problem.term, index, dtype))

@@ -177,7 +177,8 @@ class AbstractExponentialMultistep(
             time = jax.ShapeDtypeStruct((), coefficient_dtype(y0))
             c = eqx.filter_eval_shape(self._integrate, problem, time, time)
             zeros = jtu.tree_map(jnp.zeros_like, (y0, c.moments, c.start))
-            last = LastStep(*zeros, self.coordinate, self.corrector)
+            base, moments, start = zeros
+            last = LastStep(base, moments, start, self.coordinate, self.corrector)
         return History.empty(self._slots, t0, y0, last)
 
     def step(
@@ -224,7 +225,9 @@ class AbstractExponentialMultistep(
 
         # The linear part of the corrected state, and the noise.
         start = before = y0
-        forcing = [] if normal is None else [(c.noise, normal(t0, t1, y0))]
+        forcing = []
+        if normal is not None and c.noise is not None:
+            forcing = [(c.noise, normal(t0, t1, y0))]
         if history.last is not None:
             assert polynomials.corrector is not None
             corrected = _corrected(
@@ -300,6 +303,7 @@ class AbstractExponentialMultistep(
         few = jnp.minimum(found, number) - int(self.predictor.num_nodes > 1)
         fewer = for_error < jnp.where(found > 1, few, 0)
         cases.append((y, fewer))
+        last_rank = rank
         if last is not None:
             end = places.coordinate[0]
             z = last.coordinate.rescale(places.coordinate, last.start, end)
