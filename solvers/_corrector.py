@@ -26,7 +26,10 @@ class AbstractCorrector(eqx.Module):
 
 
 class NoCorrector(AbstractCorrector):
-    """No correction: the predicted state is kept."""
+    """No correction: the predicted state is kept.
+
+    **Arguments:** None
+    """
 
     num_older: int = eqx.field(static=True, default=0, init=False)
     reevaluates: ClassVar[bool] = False
@@ -39,6 +42,10 @@ class FreeCorrector(AbstractCorrector):
 
     The evaluations are at uncorrected states. Their differences over a short distance say
     more about the corrections than about the derivative.
+
+    **Arguments:**
+
+    - `num_older`: how many past evaluations are combined with the new one.
     """
 
     num_older: int = eqx.field(static=True)
@@ -47,7 +54,12 @@ class FreeCorrector(AbstractCorrector):
 
 
 class Reevaluate(AbstractCorrector):
-    """Corrects each step with an extra evaluation of the model at its end: PEC."""
+    """Corrects each step with an extra evaluation of the model at its end: PEC.
+
+    **Arguments:**
+
+    - `num_older`: how many past evaluations are combined with the new one.
+    """
 
     num_older: int = eqx.field(static=True)
     reevaluates: ClassVar[bool] = True

@@ -27,6 +27,12 @@ class AdamsBashforth(AbstractPredictor):
     num_nodes: int = eqx.field(static=True)
 
     def __init__(self, num_nodes: int):
+        """**Arguments:**
+
+        - `num_nodes`: how many evaluations are combined, 1 to 4.
+
+        **Raises:** `ValueError` for any other number.
+        """
         if not is_integer(num_nodes, 1, 4):
             raise ValueError(
                 f"`order` must be 1, 2, 3 or 4; got {show(num_nodes)}. It is the "

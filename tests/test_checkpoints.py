@@ -207,7 +207,6 @@ def _example(name, process):
     return {
         "NetworkModel": lambda: model,
         "WithTime": lambda: gd.WithTime(process, network, "1 - t", per_sample=True),
-        "WithArgs": lambda: gd.WithArgs(model, jnp.arange(3)),
         "GaussianMixture": lambda: helpers.mixture_for(process),
         "DiT": lambda: gd.nn.DiT((4, 4, 1), width=24, depth=1, key=jax.random.key(0)),
         "ImageClassifier": lambda: gd.nn.ImageClassifier(
@@ -225,7 +224,7 @@ def _example(name, process):
 @pytest.mark.parametrize(
     "name",
     (
-        *("NetworkModel", "WithTime", "WithArgs", "GaussianMixture", "DiT"),
+        *("NetworkModel", "WithTime", "GaussianMixture", "DiT"),
         *("ImageClassifier", "ExponentialAdams", "SSCS", "GDDIM", "LearnedGDDIM"),
         "GaussianStart",
     ),
@@ -241,7 +240,7 @@ def test_classes_of_the_library_need_no_like(tmp_path, name):
 def test_processes_and_solvers_are_found_by_their_names(tmp_path, name):
     process = helpers.processes[name]()
     models = [process, *(make() for make in helpers.solvers.values())]
-    like = process if isinstance(process, gd.LinearSDE) else None
+    like = process if isinstance(process, gd.LinearSDE | gd.GaussianPath) else None
     gd.checkpoints.save(tmp_path / "model", models)
     loaded = gd.checkpoints.load(tmp_path / "model", like=like)
     assert eqx.tree_equal(loaded, models) and loaded[0] == process

@@ -92,7 +92,10 @@ def test_commands_exist():
                 assert words[0] in ("cd", "git", "pre-commit", "export"), where
 
 
-_modules = (gd, gd.nn, gd.nn.presets, gd.training, gd.metrics, gd.checkpoints)
+_modules = (
+    *(gd, gd.nn, gd.nn.presets, gd.training, gd.metrics, gd.checkpoints),
+    *(gd.results, gd.solvers),
+)
 
 
 def _public():
@@ -100,8 +103,11 @@ def _public():
         for name, value in vars(module).items():
             inside = getattr(value, "__module__", "").startswith("gddim_eqx")
             if not name.startswith("_") and inside and not inspect.ismodule(value):
-                own = module in (gd, gd.nn, gd.training, gd.metrics, gd.checkpoints)
-                if own or value.__module__ == module.__name__:
+                if module is gd.nn.presets:
+                    own = value.__module__ == module.__name__
+                else:
+                    own = module is gd or getattr(gd, name, None) is not value
+                if own:
                     yield f"{module.__name__}.{name}", value
 
 
@@ -115,7 +121,10 @@ def test_nothing_but_the_library_s_own_is_public(module):
     assert {name.split(".")[0] for name in found} <= {gd.__name__, "jaxtyping"}
 
 
-_results = ("Metrics", "Moments", "NoisedBatch", "TrainState")
+_results = (
+    *("Metrics", "Moments", "NoisedBatch", "TrainState", "FittedSolver", "Inversion"),
+    *("Likelihood", "ModelConventions", "Samples", "Problem", "StepCoefficients"),
+)
 
 
 def test_all_public_names_are_documented():

@@ -250,11 +250,14 @@ def test_with_a_start_the_model_is_not_evaluated_before():
     assert evaluations == 3 and jnp.isfinite(x).all()
 
 
-class _WithStd(eqx.Module):
+class _WithStd(gd.AbstractModel):
     """A model that has the standard deviation of its data."""
 
     model: Any
-    data_std: float = 1.0
+    data_std: float
+
+    def normal_data(self, process):
+        return gd.NormalData(jnp.zeros(process.shape), self.data_std**2)
 
     def __call__(self, t, u, args):
         return self.model(t, u, args)

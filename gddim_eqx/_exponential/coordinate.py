@@ -87,10 +87,13 @@ class Clock(AbstractCoordinate):
     approaches one as the number of steps grows. Each step thus extrapolates over a shorter
     distance than the previous step covered. This keeps large steps stable without changing
     the convergence order.
+
+    **Arguments:**
+
+    - `rate`: the logarithm of the ratio of its speeds at the start and end of sampling.
     """
 
     rate: float = eqx.field(static=True, default=10.0)
-    """The logarithm of the ratio of its speeds at the start and end of sampling."""
 
     uses_log_snr: ClassVar[bool] = True
 

@@ -248,13 +248,17 @@ class NoiseSplitting(AbstractProcessSplitting):
     probability flow of a single data point. The bracket is $\Psi(t, \tau) R_\tau$.
 
     On reverse diffusions the bracket is $\Psi(t, \tau) R_\tau - R_t \Omega(t, \tau)$. There
-    the noise makes noise predictions rough, so only order 1 is of use.
+    the noise makes noise predictions rough, so only order 1 is of use. In the frame $L_t$
+    only the derivative of the bracket is known, $\frac{1}{2} \Psi(t, \tau) G G^\top
+    L_\tau^{-\top}$.
+
+    **Arguments:**
+
+    - `frame`: the frame of the noise: `"R"`; or `"cholesky"` for $L_t$, on probability
+        flows only.
     """
 
     frame: FrameName = eqx.field(static=True, default="R")
-    r"""The frame of the noise: `"R"`; or `"cholesky"` for $L_t$, on probability flows only.
-    For `"cholesky"` only the derivative of the bracket is known, $\frac{1}{2} \Psi(t, \tau)
-    G G^\top L_\tau^{-\top}$."""
 
     singular: ClassVar[str] = (
         "In noise space `GDDIM` cannot start or end where there is no signal, at "
