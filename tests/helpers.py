@@ -24,7 +24,7 @@ def third_order():
 
 @ft.cache
 def gaussian_path():
-    return gd.GaussianPath((3,), lambda t: (1 - t) * (1 + t), lambda t: t, t_end=0.99)
+    return gd.GaussianPath((3,), lambda t: jnp.exp(-4 * t), lambda t: t)
 
 
 # Every law in test_process.py is checked for every process here.

@@ -181,6 +181,18 @@ def test_scalar_processes_are_checked_too(methods, message):
         gd.check_process(_changed(gd.VP((2,)), **methods))
 
 
+def test_a_process_with_public_methods_only_is_told_what_to_define():
+    class Old(gd.AbstractScalarProcess):
+        shape = (2,)
+        t_min, t_end, t_zero_signal = 1e-3, 1.0, float("inf")
+
+        def drift(self, t):
+            return gd.BlockLinearOperator(jnp.zeros((1, 1)), self.shape)
+
+    with pytest.raises(TypeError, match="abstract .*_diffusion.*_drift.*_prior_factor"):
+        Old()  # pyright: ignore[reportAbstractUsage]
+
+
 def test_only_processes_are_checked(without_type_checks):
     with pytest.raises(ValueError, match="`process` must be a forward process"):
         gd.check_process(lambda t: t)  # pyright: ignore[reportArgumentType]

@@ -100,8 +100,8 @@ def _nodes_at(process, s, t, nodes, weights):
     inverses = jax.vmap(inverse)(regular)
     # The diffusion may be infinite at the ends of the time axis, so not there.
     whitened = jax.vmap(whiten)(tau, inverses)
-    values = roots, signals, inverses, whitened
-    return StepNodes(process, times, fractions, weights, *values, noiseless)
+    rule = times, fractions, weights
+    return StepNodes(process, *rule, roots, signals, inverses, whitened, noiseless)
 
 
 def _fractions(process, s, t, nodes, weights):

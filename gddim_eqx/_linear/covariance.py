@@ -69,8 +69,7 @@ class Covariance(eqx.Module):
         there, back = between(basis, inner, shape)
         flat = there(x)
         y = scale(rest)[None] * flat
-        if vectors is not None:
-            assert excess is not None
+        if vectors is not None and excess is not None:
             change = scale(rest + excess) - scale(rest)
             y = y + dot(dot(flat, vectors) * change[None], vectors.T)
         return back(y, x.shape)
@@ -89,8 +88,7 @@ class Covariance(eqx.Module):
             eye = jnp.eye(size, dtype=rest.dtype).reshape(size, *shape)
             vectors = self.basis.inverse(eye).reshape(size, size).T
             rest, excess = rest.min(keepdims=True), rest - rest.min(keepdims=True)
-        elif uniform and vectors.shape[1] == size:
-            assert excess is not None
+        elif uniform and excess is not None and vectors.shape[1] == size:
             return _Eigenbasis(vectors), rest + excess, None, None
         elif uniform:
             return self.basis, rest, vectors, excess
@@ -103,9 +101,8 @@ class Covariance(eqx.Module):
         noise = jr.normal(keys[0], (n, *shape), dtype)
         std = jnp.broadcast_to(jnp.sqrt(self.variances), shape)[None]
         x = self.basis.inverse(std * noise)
-        if self.vectors is None:
+        if self.vectors is None or self.excess is None:
             return x
-        assert self.excess is not None
         latent = jr.normal(keys[1], (n, len(self.excess)), dtype)
         latent = jnp.sqrt(self.excess)[None] * latent
         return x + dot(latent, self.vectors.T).reshape(x.shape)
@@ -161,8 +158,8 @@ def make_covariance(
         if basis not in (None, covariance.basis):
             raise ValueError("This covariance has a basis of its own: leave out `basis`.")
         return covariance.astype(dtype)
-    parts = covariance if isinstance(covariance, tuple) else (covariance,)
-    parts = [as_floats("covariance", x) for x in parts]
+    given = covariance if isinstance(covariance, tuple) else (covariance,)
+    parts = [as_floats("covariance", x) for x in given]
     shapes = [x.shape for x in parts]
     one, rank = len(parts) == 1, shapes[0][:1] if shapes else (0,)
     if not (
@@ -178,8 +175,7 @@ def make_covariance(
     on_host = not any(isinstance(x, Tracer) for x in parts)
     if on_host:
         # In double precision, whatever JAX's.
-        parts = covariance if isinstance(covariance, tuple) else (covariance,)
-        parts = [np.asarray(x, np.float64) for x in parts]
+        parts = [np.asarray(x, np.float64) for x in given]
         if not all(np.isfinite(x).all() for x in parts):
             raise ValueError("`covariance` must be finite, but holds NaN or infinity.")
     if shapes in ([()], [shape]):

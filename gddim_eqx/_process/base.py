@@ -21,13 +21,15 @@ from .._linear import (
     join_components,
 )
 from .._misc import as_batch, as_dtype, check_key, show
+from .time_axis import as_time, as_times, time_for
 
 
+# Type checkers know no abstract variables, and would take them for fields with arguments.
+# An alias from another module they do not recognise either.
 if TYPE_CHECKING:
     from typing import ClassVar as AbstractVar
 else:
     from equinox import AbstractVar
-from .time_axis import as_time, as_times, time_for
 
 
 class AbstractProcess(eqx.Module):

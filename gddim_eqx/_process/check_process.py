@@ -147,7 +147,7 @@ def _laws_of_transition(process, times, drift) -> Iterator[_Law]:
     from_zero = forward[: len(times)].reshape(len(times), -1)
     yield (
         "`transition(t, 0)` must not be nan, but zero or huge where it under- or overflows",
-        np.isnan(from_zero).any(1),
+        np.asarray(np.isnan(from_zero).any(1)),
         times,
         "",
     )

@@ -59,7 +59,9 @@ class LinearSchedule(AbstractSchedule):
         if self.beta_max < 0:
             raise ValueError(f"`beta_max` must not be negative; got {self.beta_max}.")
 
-    t_zero_signal = math.inf
+    @property
+    def t_zero_signal(self) -> float:
+        return math.inf
 
     def _integral(self, t, s):
         return (t - s) * (self.beta_min + 0.5 * (self.beta_max - self.beta_min) * (t + s))
@@ -103,7 +105,9 @@ class CosineSchedule(AbstractSchedule):
                 f"{self.offset} and {self.t_end}."
             )
 
-    t_zero_signal = 1.0
+    @property
+    def t_zero_signal(self) -> float:
+        return 1.0
 
     def _cosine(self, t):
         # As the sine of the distance to the end: exact there.
