@@ -14,8 +14,9 @@ from .._misc import is_array
 
 
 _rooms = (_linear, _model, _process, _sampling, _term, nn, solvers)
-# Arguments of classes that have no attribute of their name: the order of `GDDIM` is that of
-# its `num_nodes`.
+# Arguments that are stored under another name; and those that are not, as they are part of
+# what is: the order of `GDDIM` is that of its `num_nodes`.
+_stored_as: dict[str, str] = {}
 _not_stored = ("key", "order")
 
 
@@ -88,7 +89,10 @@ def build(description: Any, arrays: Mapping[str, Any], like: Any = None) -> Any:
                 raise ValueError(f"It has no array {where}, which its network needs.")
             return arrays[where]
         if "class" in value:
-            arguments = {k: make(x, f"{where}.{k}") for k, x in value["arguments"].items()}
+            arguments = {
+                name: make(x, f"{where}.{_stored_as.get(name, name)}")
+                for name, x in value["arguments"].items()
+            }
             return _construct(value["class"], arguments)
         them = "them" if len(unknown) > 1 else "it"
         raise ValueError(
@@ -113,10 +117,13 @@ def _arguments(value: Any) -> dict[str, Any] | None:
     values, and if an argument is not stored or is a function."""
     if _find(type(value).__name__) is not type(value):
         return None
-    names = [x for x in inspect.signature(type(value)).parameters if x not in _not_stored]
-    if not all(hasattr(value, name) for name in names):
-        return None
-    arguments = {name: getattr(value, name) for name in names}
+    arguments = {}
+    for name in inspect.signature(type(value)).parameters:
+        attribute = _stored_as.get(name, name)
+        if hasattr(value, attribute):
+            arguments[name] = getattr(value, attribute)
+        elif name not in _not_stored:
+            return None
     are_modules = (isinstance(x, eqx.Module) or not callable(x) for x in arguments.values())
     return arguments if all(are_modules) else None
 
