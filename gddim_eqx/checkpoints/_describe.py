@@ -14,9 +14,10 @@ from .._misc import is_array
 
 
 _rooms = (_linear, _model, _process, _sampling, _term, nn, solvers)
-# Arguments that are attributes of other names, or of none.
+# Arguments that are stored under another name; and those that are not, as they are part of
+# what is.
 _stored_as = {"order": "predictor", "space": "splitting"}
-_not_stored = ("key", "GDDIM.frame", "GDDIM.reevaluate")
+_not_stored = ("key", "frame", "reevaluate")
 
 
 def describe(value: Any) -> Any:
@@ -88,7 +89,10 @@ def build(description: Any, arrays: Mapping[str, Any], like: Any = None) -> Any:
                 raise ValueError(f"It has no array {where}, which its network needs.")
             return arrays[where]
         if "class" in value:
-            arguments = {k: make(x, f"{where}.{k}") for k, x in value["arguments"].items()}
+            arguments = {
+                name: make(x, f"{where}.{_stored_as.get(name, name)}")
+                for name, x in value["arguments"].items()
+            }
             return _construct(value["class"], arguments)
         them = "them" if len(unknown) > 1 else "it"
         raise ValueError(
@@ -111,15 +115,15 @@ def _find(name: str) -> type | None:
 def _arguments(value: Any) -> dict[str, Any] | None:
     """The arguments of an instance of one of the library's classes; `None` for other
     values, and if an argument is not stored or is a function."""
-    kind = type(value).__name__
-    if _find(kind) is not type(value):
+    if _find(type(value).__name__) is not type(value):
         return None
-    names = inspect.signature(type(value)).parameters
-    names = [x for x in names if {x, f"{kind}.{x}"}.isdisjoint(_not_stored)]
-    stored = {name: _stored_as.get(name, name) for name in names}
-    if not all(hasattr(value, field) for field in stored.values()):
-        return None
-    arguments = {name: getattr(value, field) for name, field in stored.items()}
+    arguments = {}
+    for name in inspect.signature(type(value)).parameters:
+        attribute = _stored_as.get(name, name)
+        if hasattr(value, attribute):
+            arguments[name] = getattr(value, attribute)
+        elif name not in _not_stored:
+            return None
     are_modules = (isinstance(x, eqx.Module) or not callable(x) for x in arguments.values())
     return arguments if all(are_modules) else None
 
