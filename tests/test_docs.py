@@ -92,7 +92,16 @@ def test_commands_exist():
                 assert words[0] in ("cd", "git", "pre-commit", "export"), where
 
 
-_modules = (gd, gd.nn, gd.nn.presets, gd.training, gd.metrics, gd.checkpoints, gd.datasets)
+_modules = (
+    gd,
+    gd.results,
+    gd.nn,
+    gd.nn.presets,
+    gd.training,
+    gd.metrics,
+    gd.checkpoints,
+    gd.datasets,
+)
 
 
 def _public():
@@ -100,7 +109,14 @@ def _public():
         for name, value in vars(module).items():
             inside = getattr(value, "__module__", "").startswith("gddim_eqx")
             if not name.startswith("_") and inside and not inspect.ismodule(value):
-                own = module in (gd, gd.nn, gd.training, gd.metrics, gd.checkpoints)
+                own = module in (
+                    gd,
+                    gd.results,
+                    gd.nn,
+                    gd.training,
+                    gd.metrics,
+                    gd.checkpoints,
+                )
                 if own or value.__module__ == module.__name__:
                     yield f"{module.__name__}.{name}", value
 
