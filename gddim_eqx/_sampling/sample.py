@@ -368,13 +368,10 @@ def _check_other_sizes(sampler: _Sampler, size: int, number: int) -> None:
         u = some.flow.process.prior(jr.key(0), (size,), ts.dtype)
         return some.flow.predict(ts[0], u, some.args)
 
+    jax.eval_shape(lambda: predict(size))
     try:
         jax.eval_shape(lambda: predict(2 * size))
     except Exception as error:
-        try:
-            jax.eval_shape(lambda: predict(size))
-        except Exception:
-            return  # Whatever the size: it is raised when samples are drawn.
         raise ValueError(
             f"The model is for batches of {size} samples only. If it holds arrays of one "
             f"row per sample, every batch of `batch_size={size}` would get the same: pass "
