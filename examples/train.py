@@ -303,6 +303,10 @@ def check(config: Config) -> None:
             "`--processes.number` and `--processes.index` need `--processes.coordinator`."
         )
     check_warmup(config)
+    if not 0 <= config.label_dropout < 1:
+        raise ValueError(
+            f"`--label-dropout` must be in [0, 1); got {config.label_dropout}."
+        )
     if config.weighting == "data" and config.predicts not in ("noise", "data"):
         raise ValueError("`--weighting data` is for `--predicts data` or `noise`.")
     for option, value, predicts in (

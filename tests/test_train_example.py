@@ -133,7 +133,7 @@ _refused = [
     (("toy", "--processes.number", 2), "need `--processes.coordinator`"),
     (("toy", "--seed", -1), "`seed` must be a non-negative integer; got -1"),
     (("toy", "--data.labels"), "The data 'rings' have no labels"),
-    (("toy", "--label-dropout", 2), r"`condition_dropout` must be in \[0, 1\]; got 2"),
+    (("toy", "--label-dropout", 1), r"`--label-dropout` must be in \[0, 1\); got 1"),
     (("cifar10-cld", "--data.labels"), "cifar10 is read from files"),
     (("toy", "--data.size", 8), "`--data.size`, .* are for a folder, not for rings"),
     (("mnist",), "mnist(.|\n)*fashion-mnist"),
