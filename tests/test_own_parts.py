@@ -1,4 +1,4 @@
-"""A process, a coordinate and a corrector from outside the package, with public names only."""
+"""A process, a coordinate and a corrector from outside the package, by public names."""
 
 import math
 from typing import ClassVar
