@@ -512,18 +512,25 @@ def read_init(config: Config, model: gd.nn.NetworkModel) -> gd.nn.NetworkModel:
     if not isinstance(getattr(found, "model", None), gd.nn.NetworkModel):
         kind = type(found).__name__
         raise ValueError(f"`--init` {config.init} holds a {kind}, not a model.")
-    if found.model.data_std is not None and model.data_std is not None:
+    there, here = found.model, model
+    if there.data_std is not None and here.data_std is not None:
         # That of the data it was trained on, which its parameters expect.
-        std = found.model.data_std
-        model = gd.nn.NetworkModel(model.process, model.network, data_std=std)
-    predicts = config.predicts
-    wanted = gd.ProbabilityFlow(model.process, model, predicts)
-    lines = (eqx.tree_pformat(flow).splitlines() for flow in (found, wanted))
-    for there, here in itertools.zip_longest(*lines, fillvalue="nothing"):
-        if there != here:
+        here = gd.nn.NetworkModel(here.process, here.network, data_std=there.data_std)
+    arrays = (eqx.filter(x.network, eqx.is_array) for x in (there, here))
+    networks = (eqx.tree_pformat(jax.tree.map(jnp.shape, x)).splitlines() for x in arrays)
+    for name, old, new in (
+        ("process", there.process, here.process),
+        ("predicts", found.predicts, config.predicts),
+        ("factor", found.factor, "R"),
+        ("data_std", there.data_std, here.data_std),
+        ("mixed_score", there.mixed_score, here.mixed_score),
+        *(("network", *lines) for lines in itertools.zip_longest(*networks)),
+    ):
+        if old != new:
+            old, new = (" ".join(repr(x).split()) for x in (old, new))
             raise ValueError(
-                f"`--init` {config.init} is another model ({there.strip()} there, "
-                f"{here.strip()} here). Give the options it was trained with."
+                f"`--init` {config.init} is another model ({name}: {old:.200} there, "
+                f"{new:.200} here). Give the options it was trained with."
             )
     return found.model
 

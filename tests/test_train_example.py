@@ -448,13 +448,13 @@ def test_training_starts_from_a_model_of_the_same_network(class_run, train, tmp_
     for change, message in (
         (
             ("--data.no-labels",),
-            r"\(condition=LabelEmbedding\(.* there, condition=None, here\)",
+            r"\(network: .*LabelEmbedding\(.* there, .*condition=None.* here\)",
         ),
-        (("--process", "vp"), r"\(process=CLD\(.* there, process=VP\(.* here\)"),
-        (("--network.no-precondition",), r"\(.* there, .* here\)"),
+        (("--process", "vp"), r"\(process: CLD\(.* there, VP\(.* here\)"),
+        (("--network.no-precondition",), r"\(predicts: 'data' there, 'noise' here\)"),
         (
             ("--network.no-precondition", "--predicts", "data"),
-            r"\(.* there, .* here\)",
+            r"\(data_std: 0.5[0-9]* there, None here\)",
         ),
     ):
         out = _refused_by(train, *given, *options, *change)
@@ -465,7 +465,7 @@ def test_training_starts_from_a_model_of_the_same_network(class_run, train, tmp_
     flow = gd.ProbabilityFlow(flow.process, flow.model, "data", "cholesky")
     gd.checkpoints.save(other, flow)
     out = _refused_by(train, *given, *options, "--init", other)
-    assert "other.npz is another model (factor='cholesky' there, factor='R' here)" in out
+    assert "other.npz is another model (factor: 'cholesky' there, 'R' here)" in out
     gd.checkpoints.save(other, flow.model.network)
     out = _refused_by(train, *given, *options, "--init", other)
     assert "other.npz holds a TimeMLP, not a model" in out
