@@ -138,7 +138,7 @@ def fit_solver(
     check_count("batch_size", batch_size)
     check_count("num_iterations", num_iterations, least=2)
     rate = as_number("learning_rate", learning_rate)
-    candidates = [] if isinstance(start, GaussianStart) else [None]
+    candidates: list[Any] = [] if isinstance(start, GaussianStart) else [None]
     if start == "auto" and ts is None:
         start = known_start(flow, solver, num_steps)
     if isinstance(start, GaussianStart):

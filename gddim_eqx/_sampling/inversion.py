@@ -1,4 +1,4 @@
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffrax as dfx
 import jax.numpy as jnp
@@ -112,5 +112,5 @@ def generate(
 
 def _end(flow, solver, ts, u, args) -> State:
     """The final state of a solve on a time grid."""
-    grid = dict(stepsize_controller=dfx.StepTo(ts), max_steps=len(ts) - 1)
+    grid: Any = dict(stepsize_controller=dfx.StepTo(ts), max_steps=len(ts) - 1)
     return last(dfx.diffeqsolve(flow, solver, ts[0], ts[-1], None, u, args, **grid))

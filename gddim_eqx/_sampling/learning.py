@@ -14,6 +14,7 @@ from jaxtyping import Array, Int, PyTree
 
 from .._custom_types import Args, State
 from .._misc import pin
+from .._model import GaussianMixture, NormalData
 from .._term import ProbabilityFlow
 from ..solvers import GDDIM, LearnedGDDIM
 from .inversion import generate
@@ -163,8 +164,9 @@ class Learned(eqx.Module):
         if self.start is not None:
             slope = self.start.slope + scaled("slope")
             start = dict(data=self.start.data, num_free=self.num_free, slope=slope)
-        corrections = *scaled("weights"), scaled("rate"), scaled("shift")
-        return LearnedGDDIM(self.solver, self.flow.process, ts, *corrections, **start), ts
+        corrections: Any = *scaled("weights"), scaled("rate"), scaled("shift")
+        process = self.flow.process
+        return LearnedGDDIM(self.solver, process, ts, *corrections, **start), ts
 
     def _times(self, change):
         ts, grid = self.ts, self.grid
@@ -183,38 +185,61 @@ class Learned(eqx.Module):
         inner = pin((change == 0).all(), ts[1:-1], inner)
         return jnp.concatenate([ts[:1], inner, ts[-1:]])
 
-    @eqx.filter_jit
-    def init(self, change: Change, u: State, args: Args):
-        solver, ts = self(change)
-        return u, solver.init(self.flow, ts[0], ts[1], u, args)
-
-    def step(self, change: Change, i: Int[Array, ""], state, args: Args):
-        solver, ts = self(change)
+    def step(self, variables: Any, i: Int[Array, ""], state: Any, given: Any) -> Any:
+        fixed, args = given
+        solver, ts = eqx.combine(variables, fixed)
         y, inner = state
         ends = ts[i], ts[i + 1]
         y, _, _, inner, _ = solver.step(self.flow, *ends, y, args, inner, False)
         return y, inner
 
-    def _run(self, change: Change, pilots: Pilots) -> tuple[ChainedGradient, list]:
-        chain = ChainedGradient(self.step, len(self.ts) - 1)
-        first = self.init(change, pilots.u, pilots.args)
-        return chain, chain.forward(change, first, pilots.args)
+    def _run(self, change: Change, pilots: Pilots):
+        """The chain of steps; its parameters, fixed values and states."""
+        # Once for all steps: a step continues the one before if their times are equal.
+        solver, ts = _make(self, change)
+        chain = ChainedGradient(self.step, len(ts) - 1)
+        variables, fixed = eqx.partition((solver, ts), _is_variable((solver, ts)))
+        first = pilots.u, _init(solver, self.flow, ts, pilots.u, pilots.args)
+        given = fixed, pilots.args
+        return chain, variables, given, chain.forward(variables, first, given)
 
     def log_distances(self, change: Change, pilots: Pilots) -> np.ndarray:
         logs = []
         for part in pilots.parts():
-            _, states = self._run(change, part)
+            *_, states = self._run(change, part)
             logs.append(_log_distance(self.flow.process, states[-1][0], part.exact))
         return np.concatenate(logs)
 
     def value_and_gradient(self, change: Change, pilots: Pilots) -> tuple[float, Change]:
         """The objective, and its gradient."""
-        chain, states = self._run(change, pilots)
+        chain, variables, given, states = self._run(change, pilots)
         y, inner = states.pop()
         value, back = _objective(y, self.flow.process, pilots.exact)
         unused = jtu.tree_map(jnp.zeros_like, eqx.filter(inner, eqx.is_inexact_array))
-        back = back, unused
-        return float(value), chain.backward(change, states, back, pilots.args)
+        back = chain.backward(variables, states, (back, unused), given)
+        return float(value), _pull_back_made(self, change, back)
+
+
+_make = eqx.filter_jit(lambda learned, change: learned(change))
+
+
+@eqx.filter_jit
+def _pull_back_made(learned, change, back):
+    variables = lambda tree: eqx.filter(tree, _is_variable(tree))
+    _, pull_back = jax.vjp(lambda change: variables(learned(change)), change)
+    return pull_back(back)[0]
+
+
+def _is_variable(tree):
+    """Which leaves have gradients: not those of the data that are known."""
+    fixed = lambda x: isinstance(x, NormalData | GaussianMixture)
+    is_variable = lambda x: eqx.is_inexact_array(x) and not fixed(x)
+    return jtu.tree_map(is_variable, tree, is_leaf=fixed)
+
+
+@eqx.filter_jit
+def _init(solver, flow, ts, u, args):
+    return solver.init(flow, ts[0], ts[1], u, args)
 
 
 @eqx.filter_jit

@@ -2,7 +2,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import cast, Literal, NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
@@ -13,7 +13,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jax.core import Tracer
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Float, PyTree, Shaped, UInt32
+from jaxtyping import Array, Float, UInt32
 
 from .._custom_types import Args, Key, Stochasticity, Times
 from .._linear import at_least_single
@@ -67,25 +67,14 @@ class _TracedOnce(eqx.Module):
 
 
 class _PathPerSample(dfx.AbstractBrownianPath):
-    """An `UnsafeBrownianPath` for each sample."""
-
-    shape: PyTree[jax.ShapeDtypeStruct] = eqx.field(static=True)
-    keys: Shaped[Array, "number ..."]
+    path: dfx.UnsafeBrownianPath
+    """With one key for each sample."""
     levy_area: type = eqx.field(static=True, default=dfx.BrownianIncrement)
-
-    @property
-    def t0(self):
-        return -math.inf
-
-    @property
-    def t1(self):
-        return math.inf
+    t0: float = eqx.field(static=True, default=-math.inf)
+    t1: float = eqx.field(static=True, default=math.inf)
 
     def evaluate(self, t0, t1=None, left=True, use_levy=False):
-        def one(key):
-            return dfx.UnsafeBrownianPath(self.shape, key).evaluate(t0, t1, left, use_levy)
-
-        return jax.vmap(one)(self.keys)
+        return jax.vmap(lambda path: path.evaluate(t0, t1, left, use_levy))(self.path)
 
 
 class _Sampler(eqx.Module):
@@ -119,7 +108,8 @@ class _Sampler(eqx.Module):
             # Distinct from any key that the prior splits off this one.
             keys = jax.vmap(lambda key: jr.fold_in(key, 2**31 - 1))(keys)
             one = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), u)
-            terms = reverse_sde(flow, self.lam, _PathPerSample(shape=one, keys=keys))
+            paths = jax.vmap(lambda key: dfx.UnsafeBrownianPath(one, key))(keys)
+            terms = reverse_sde(flow, self.lam, _PathPerSample(path=paths))
         sol = dfx.diffeqsolve(
             *(terms, self.solver, ts[0], ts[-1], None, u, args),
             stepsize_controller=self.grid,
@@ -288,7 +278,7 @@ def sample(
             f"{_fault(sampler, size)}",
             stacklevel=3,
         )
-    return Samples(x, _number_evaluated(flow, solver, ts, denoise))
+    return Samples(cast(Array, x), _number_evaluated(flow, solver, ts, denoise))
 
 
 def _started(flow, solver, start, num_steps, ts, dtype):
@@ -346,15 +336,9 @@ def _rows(sampler: _Sampler, index: np.ndarray, number: int) -> _Sampler:
     check_per_sample("With `batch_size`, every array in `args`", arrays, (number,))
     index = np.minimum(index, max(number - 1, 0))
     take = lambda x: x[index] if len(x) else x
-    rows = (
-        map_rows(lambda _, x: take(x), sampler.flow),
-        eqx.combine(jtu.tree_map(take, arrays), rest),
-    )
-    return eqx.tree_at(lambda s: (s.flow, s.args), sampler, rows, is_leaf=_is_none)
-
-
-def _is_none(x) -> bool:
-    return x is None
+    flow = map_rows(lambda _, x: take(x), sampler.flow)
+    args = eqx.combine(jtu.tree_map(take, arrays), rest)
+    return dataclasses.replace(sampler, flow=flow, args=args)
 
 
 def _check_other_sizes(sampler: _Sampler, size: int, number: int) -> None:
@@ -386,7 +370,7 @@ def _indices(first: int, size: int) -> UInt32[Array, " size"]:
 
 def _draw(sampler: _Sampler, index: Array, wanted: int, meter):
     """A batch of samples, and the sum of their mean squares."""
-    quiet = eqx.tree_at(lambda s: s.flow, sampler, without_errors(sampler.flow))
+    quiet = dataclasses.replace(sampler, flow=without_errors(sampler.flow))
     x, finite, squares, result = quiet.draw(index, meter)
     if result != dfx.RESULTS.successful:
         raise RuntimeError(f"The solver failed: {dfx.RESULTS[result]}")
@@ -394,8 +378,8 @@ def _draw(sampler: _Sampler, index: Array, wanted: int, meter):
     if not finite.all():
         # If the solver or the model cannot start at this time, this raises the reason.
         first_step = PaddedGrid.of(sampler.grid.ts[:2])
-        first = eqx.tree_at(lambda s: s.grid, sampler, first_step)
-        first.draw(index, dfx.NoProgressMeter())
+        step = dataclasses.replace(sampler, grid=first_step)
+        step.draw(index, dfx.NoProgressMeter())
         where = f", from index {index[0]}," if index[0] else ""
         raise FloatingPointError(
             f"{(~finite).sum()} of {wanted} samples{where} are not finite. "
@@ -435,7 +419,7 @@ def _number_evaluated(flow, solver, ts: Array, denoise: str | None) -> int | Non
     if times is None:
         return None
     if isinstance(flow.model, StartedModel):
-        times = times[~np.asarray(flow.model.is_closed_form(times))]
+        times = times[~np.asarray(flow.model.is_closed_form(jnp.asarray(times)))]
     return len(times) + (denoise is not None)
 
 

@@ -1,4 +1,4 @@
-from typing import Any, Literal
+from typing import Any, cast, Literal
 
 import diffrax as dfx
 import jax.numpy as jnp
@@ -33,9 +33,8 @@ def times_for(
     if isinstance(solver, LearnedGDDIM):
         return _learned_times(process, solver, num_steps, ts, direction)
     if ts is None:
-        ends: dict[str, Any] = {}
-        if direction == "increasing":
-            ends = dict(t0=process.t_min, t1=process.t_max)
+        increasing = direction == "increasing"
+        ends = dict(t0=process.t_min, t1=process.t_max) if increasing else {}
         number = 50 if num_steps is None else num_steps
         ts = time_grid(process, number, dtype=dtype, **ends)
     return as_grid(process, ts, direction)
@@ -108,7 +107,8 @@ def evaluation_times(
     stages, shared = getattr(solver, "stages", None), 0
     if isinstance(solver, dfx.AbstractERK):
         # The last stage of a step may be the first of the next.
-        stages, shared = (0.0, *solver.tableau.c), int(solver.tableau.fsal)
+        tableau = cast(dfx.ButcherTableau, solver.tableau)
+        stages, shared = (0.0, *tableau.c), int(tableau.fsal)
     elif isinstance(solver, _EVALUATE_AT_START):
         stages = (0.0,)
     if stages is None:
@@ -119,12 +119,7 @@ def evaluation_times(
     return times[solver.num_free :] if isinstance(solver, LearnedGDDIM) else times
 
 
-_EVALUATE_AT_START = (
-    dfx.Euler,
-    dfx.EulerHeun,
-    dfx.ItoMilstein,
-    dfx.StratonovichMilstein,
-)
+_EVALUATE_AT_START = dfx.Euler, dfx.EulerHeun, dfx.ItoMilstein, dfx.StratonovichMilstein
 
 
 def check_solver(solver: object) -> None:
