@@ -245,8 +245,6 @@ def _stages(names, num_iterations, rate):
     best so far, and the last is slow, as only small changes may still improve."""
     times = num_iterations * 2 // 5 if "times" in names and len(names) > 1 else 0
     late = (num_iterations - times) // 2
-    if names == ("times",):
-        rate *= 2
     stages = [
         (("times",), times, 2 * rate),
         (names, num_iterations - times - late, rate),
