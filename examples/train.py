@@ -521,7 +521,7 @@ def read_init(config: Config, model: gd.nn.NetworkModel) -> gd.nn.NetworkModel:
     for name, old, new in (
         ("process", there.process, here.process),
         ("predicts", found.predicts, config.predicts),
-        ("factor", found.factor, "R"),
+        ("frame", found.frame, "R"),
         ("data_std", there.data_std, here.data_std),
         ("mixed_score", there.mixed_score, here.mixed_score),
         *(("network", *lines) for lines in itertools.zip_longest(*networks)),

@@ -167,7 +167,7 @@ _refused = {
         lambda: gd.LinearSDE((2,), lambda t: -1.0, lambda t: 1.0, basis=3),
     ],
     "`schedule` must be": [lambda: gd.VP((2,), ["linear"])],
-    "`factor` must be": [lambda: _flow.noise(0.5, _x, None, "L")],
+    "`frame` must be": [lambda: _flow.noise(0.5, _x, None, "L")],
     "`lam` must be": [lambda: _flow.reverse_drift(0.5, _x, None, "1")],
     "The noise must be": [lambda: _flow.prediction(0.5, _x, None)],
     "must be floating-point numbers": [

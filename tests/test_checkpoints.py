@@ -309,11 +309,11 @@ def test_networks_of_ones_own(tmp_path, shapes_only, part):
 def test_models_of_ones_own_without_a_network_model(tmp_path):
     mixture = gd.GaussianMixture(jnp.float32([[0, 1], [2, 3]]), 0.1, [0.3, 0.7])
     process = gd.CLD((2,))
-    flow = gd.ProbabilityFlow(process, mixture.model(process), factor="cholesky")
+    flow = gd.ProbabilityFlow(process, mixture.model(process), frame="cholesky")
     gd.checkpoints.save(tmp_path / "model", flow)
     like = gd.GaussianMixture(jnp.zeros((2, 2)), 0.1).model(process)
     loaded = gd.checkpoints.load(tmp_path / "model", like=like)
-    assert eqx.tree_equal(loaded, flow) and loaded.factor == "cholesky"
+    assert eqx.tree_equal(loaded, flow) and loaded.frame == "cholesky"
     gd.checkpoints.save(tmp_path / "alone", _Own(8, key=jax.random.key(0)))
     alone = gd.checkpoints.load(tmp_path / "alone", like=_Own(8, key=jax.random.key(1)))
     assert eqx.tree_equal(alone, _Own(8, key=jax.random.key(0)))

@@ -149,7 +149,7 @@ def test_samples_are_of_the_whole_model_and_denoised(run, tmp_path):
     assert found["protocol"]["denoise"] == "exact"
     assert found["protocol"]["grid"] == "quadratic"
     assert found["results"][0]["evaluations"] == 3
-    drawn = dict(predicts="noise", factor="cholesky", denoise="exact")
+    drawn = dict(predicts="noise", frame="cholesky", denoise="exact")
     x, _ = _draw(network, 2, jax.random.key(0), "quadratic", **drawn)
     with np.load(tmp_path / "output" / "images-euler-3-0.npz") as file:
         difference = gd.to_uint8(x).astype(int) - file["images"][:8]

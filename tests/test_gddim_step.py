@@ -232,7 +232,7 @@ def test_the_cholesky_frame_is_the_same_without_a_velocity_and_far_worse_with_on
 
 def test_the_frame_must_be_known(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    with pytest.raises(ValueError, match="`factor` must be 'R' or 'cholesky'; got 'L'"):
+    with pytest.raises(ValueError, match="`frame` must be 'R' or 'cholesky'; got 'L'"):
         gd.GDDIM(3, "noise", frame="L")
 
 

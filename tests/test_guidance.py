@@ -23,24 +23,24 @@ _kinds = [
 ]
 
 
-def _predicting(process, predicts, factor="R"):
+def _predicting(process, predicts, frame="R"):
     """The flow of a model of that kind, and of one that predicts noise."""
     noise = gd.ProbabilityFlow(process, mixture_for(process, scale=0.4).model(process))
-    kind = gd.ProbabilityFlow(process, lambda t, u, args: u, predicts, factor)
+    kind = gd.ProbabilityFlow(process, lambda t, u, args: u, predicts, frame)
 
     def model(t, u, args):
         u = process.from_data(u)
         return kind.prediction(t, u, noise.noise(t, u, args))
 
-    return gd.ProbabilityFlow(process, model, predicts, factor), noise
+    return gd.ProbabilityFlow(process, model, predicts, frame), noise
 
 
 @pytest.mark.parametrize("name, predicts", _kinds)
 def test_predictions_are_the_inverse_of_noise(name, predicts):
     process = processes[name]()
     t, u = jnp.asarray(0.4 * process.t_max), prior_state(process, (2,))
-    for factor in ("R", "cholesky"):
-        flow, noise = _predicting(process, predicts, factor)
+    for frame in ("R", "cholesky"):
+        flow, noise = _predicting(process, predicts, frame)
         tolerance = 1e-9 if jax.config.jax_enable_x64 else 2e-3
         expected = noise.noise(t, u, None)
         assert max_difference(flow.noise(t, u, None), expected) < tolerance
@@ -97,7 +97,7 @@ def test_guidance_by_a_likelihood_samples_the_posterior():
     def log_likelihood(t, u, args):
         mean, std = (
             process.transition(t, jnp.zeros_like(t)).blocks[0, 0],
-            process.factor(t).blocks[0, 0],
+            process.frame(t).blocks[0, 0],
         )
         total = mean**2 * 0.49 + std**2
         x = flow.denoised(t, u, None)

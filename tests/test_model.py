@@ -126,12 +126,12 @@ def test_samples_are_too_large_for_the_data_of_a_guided_network():
 
 def test_the_unconditional_flow_must_predict_the_same():
     flow = gd.ProbabilityFlow(_process, lambda t, u, args: u)
-    for process, predicts, factor in (
+    for process, predicts, frame in (
         (_process, "data", "R"),
         (_process, "noise", "cholesky"),
         (gd.VE((2,)), "noise", "R"),
     ):
-        other = gd.ProbabilityFlow(process, flow.model, predicts, factor)
+        other = gd.ProbabilityFlow(process, flow.model, predicts, frame)
         with pytest.raises(ValueError, match="`unconditional` must predict the same, und"):
             gd.classifier_free_guidance(flow, other)
     # Also where processes are traced.

@@ -110,8 +110,8 @@ def test_predictions_amount_to_the_data_and_the_noise_that_they_were_made_of(nam
     kinds = [("noise", "R"), ("noise", "cholesky"), ("data", "R"), ("score", "R")]
     if process.num_components == 1:
         kinds += [("v", "R"), ("flow", "R")]
-    for predicts, factor in kinds:
-        flow = gd.ProbabilityFlow(process, lambda t, u, args: args, predicts, factor)
+    for predicts, frame in kinds:
+        flow = gd.ProbabilityFlow(process, lambda t, u, args: args, predicts, frame)
         value = flow.prediction(t, u, noise)
         got = [flow.noise(t, u, value), flow.denoised(t, u, value)]
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves([noise, process.encode(x)])):

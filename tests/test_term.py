@@ -76,11 +76,11 @@ def _evaluated(name):
         pull = (G @ G.T).mv(kinds["score", "R"])
         expected = noise, add(F.mv(u), pull, -0.5)
         results = {}
-        for (predicts, factor), prediction in kinds.items():
+        for (predicts, frame), prediction in kinds.items():
             output = process.to_data(prediction)
             model = lambda t, u, args: output
-            term = gd.ProbabilityFlow(process, model, predicts, factor)
-            results[predicts, factor] = term.noise(t, u, None), term.vf(t, u, None)
+            term = gd.ProbabilityFlow(process, model, predicts, frame)
+            results[predicts, frame] = term.noise(t, u, None), term.vf(t, u, None)
         return expected, results, kinds["data", "R"]
 
     return jax.jit(fn)
@@ -340,7 +340,7 @@ def flow_of(process, model=lambda t, u, args: u, **kwargs):
         (dict(process="vp"), "`process` must be a forward process.*'vp'"),
         (dict(process=gd.VP((3,)), model=3), "`model` must be callable.*3"),
         (dict(process=gd.VP((3,)), predicts="eps"), "`predicts`.*'eps'"),
-        (dict(process=gd.VP((3,)), factor="L"), "`factor`.*'L'"),
+        (dict(process=gd.VP((3,)), frame="L"), "`frame`.*'L'"),
         (dict(process=gd.CLD((3,)), predicts="v"), "'v'.*not defined for CLD"),
         (dict(process=gd.CLD((3,)), predicts="flow"), "'flow'.*not defined for CLD"),
     ],

@@ -465,7 +465,7 @@ def test_training_starts_from_a_model_of_the_same_network(class_run, train, tmp_
     flow = gd.ProbabilityFlow(flow.process, flow.model, "data", "cholesky")
     gd.checkpoints.save(other, flow)
     out = _refused_by(train, *given, *options, "--init", other)
-    assert "other.npz is another model (factor: 'cholesky' there, 'R' here)" in out
+    assert "other.npz is another model (frame: 'cholesky' there, 'R' here)" in out
     gd.checkpoints.save(other, flow.model.network)
     out = _refused_by(train, *given, *options, "--init", other)
     assert "other.npz holds a TimeMLP, not a model" in out

@@ -129,7 +129,7 @@ def test_weightings(name):
 @pytest.mark.x64
 def test_noise_in_the_frame_of_the_cholesky_factor():
     process = gd.CLD((2,))
-    loss = DenoisingLoss(process, factor="cholesky", times=UniformTimes(0.2))
+    loss = DenoisingLoss(process, frame="cholesky", times=UniformTimes(0.2))
     x = jnp.asarray([[0.5, -1.0]])
     batch = loss.noised(jr.key(0), x)
     t, first = batch.t[0], lambda tree: jtu.tree_map(lambda y: y[0], tree)

@@ -219,7 +219,7 @@ draw_noise()
 # ## What it means for samples
 #
 # The same solver, of order 2, extrapolates in both frames. The model is the same too: the
-# frame in which a model predicts (`factor` of [`gddim_eqx.ProbabilityFlow`][]) need not be
+# frame in which a model predicts (`frame` of [`gddim_eqx.ProbabilityFlow`][]) need not be
 # the solver's.
 
 # %%

@@ -37,7 +37,7 @@ class AbstractGuidance(AbstractWrapper):
 def guided_flow(model: AbstractGuidance) -> ProbabilityFlow:
     """The flow of a model that changes the predictions of another flow."""
     flow = check_flow(model.flow)
-    return ProbabilityFlow(flow.process, model, flow.predicts, flow.factor)
+    return ProbabilityFlow(flow.process, model, flow.predicts, flow.frame)
 
 
 class WithArgs(AbstractGuidance):
@@ -192,7 +192,7 @@ def classifier_free_guidance(
         )
     # Of processes what is static, as they may be traced.
     kinds = [
-        (x.predicts, x.factor, jtu.tree_structure(x.process))
+        (x.predicts, x.frame, jtu.tree_structure(x.process))
         for x in (check_flow(flow), unconditional)
     ]
     if kinds[0] != kinds[1]:

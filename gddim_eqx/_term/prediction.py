@@ -225,7 +225,7 @@ def make_prediction(predicts: PredictionName, frame: FrameName) -> AbstractPredi
     return _predictions[predicts](frame)
 
 
-def check_prediction(process: AbstractProcess, predicts: str, factor: str) -> None:
+def check_prediction(process: AbstractProcess, predicts: str, frame: str) -> None:
     """**Raises:** `ValueError` unless this prediction and frame of the noise are defined
     for the process."""
     if predicts not in list(_predictions):
@@ -233,7 +233,7 @@ def check_prediction(process: AbstractProcess, predicts: str, factor: str) -> No
             f"`predicts` must be one of {', '.join(map(repr, _predictions))}; got "
             f"{show(predicts)}."
         )
-    check_frame(factor)
+    check_frame(frame)
     if fault := _predictions[predicts]("R").fault(process):
         raise ValueError(
             f"`predicts={show(predicts)}` is not defined for {type(process).__name__}, "
@@ -241,10 +241,10 @@ def check_prediction(process: AbstractProcess, predicts: str, factor: str) -> No
         )
 
 
-def check_frame(factor: str) -> None:
+def check_frame(frame: str) -> None:
     """Raise a `ValueError` unless given the name of a frame of the noise."""
-    if factor not in ("R", "cholesky"):
-        raise ValueError(f"`factor` must be 'R' or 'cholesky'; got {show(factor)}.")
+    if frame not in ("R", "cholesky"):
+        raise ValueError(f"`frame` must be 'R' or 'cholesky'; got {show(frame)}.")
 
 
 def _has_singular_diffusion(process: AbstractProcess) -> bool:

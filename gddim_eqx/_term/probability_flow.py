@@ -16,7 +16,7 @@ from .._custom_types import (
     Stochasticity,
 )
 from .._linear import add, apply, BlockLinearOperator, check_state
-from .._misc import show
+from .._misc import renamed, show
 from .._process import AbstractProcess, require_process, time_for
 from .model import as_model
 from .ode import AbstractODE, as_state_like
@@ -54,16 +54,17 @@ class ProbabilityFlow(AbstractODE, AbstractReverseTerm):
     process: AbstractProcess
     model: Callable
     predicts: PredictionName = eqx.field(static=True)
-    factor: FrameName = eqx.field(static=True)
+    frame: FrameName = eqx.field(static=True)
     # Whether run-time errors are raised, or give NaN.
     raises: bool = eqx.field(static=True, init=False, default=True)
 
+    @renamed(factor="frame")
     def __init__(
         self,
         process: AbstractProcess,
         model: Callable,
         predicts: PredictionName | None = None,
-        factor: FrameName = "R",
+        frame: FrameName = "R",
     ):
         r"""**Arguments:**
 
@@ -86,10 +87,10 @@ class ProbabilityFlow(AbstractODE, AbstractReverseTerm):
                 matching. For [`gddim_eqx.RectifiedFlow`][] with a shift, it is still
                 $\epsilon - x_0$. `"v"` is only for processes of one component, and
                 `"flow"` not where the diffusion is singular, as for [`gddim_eqx.CLD`][].
-        - `factor`: the square root $K_t$ of the covariance that defines the noise: `"R"`
+        - `frame`: the square root $K_t$ of the covariance that defines the noise: `"R"`
             for the paper's $R_t$ (equation 17), `"cholesky"` for $L_t$.
 
-        **Raises:** `ValueError` for an unknown `predicts` or `factor`, or for `"v"` or
+        **Raises:** `ValueError` for an unknown `predicts` or `frame`, or for `"v"` or
         `"flow"` where they are not defined. When evaluated: `ValueError` if the state does
         not match the process, or the model returns a different structure or shape.
         """
@@ -105,7 +106,7 @@ class ProbabilityFlow(AbstractODE, AbstractReverseTerm):
             )
         made, known = type(as_model(model)).__name__, as_model(model).predicts
         predicts = (known or "noise") if predicts is None else predicts
-        check_prediction(process, predicts, factor)
+        check_prediction(process, predicts, frame)
         if known not in (None, predicts):
             raise ValueError(
                 f"This {made} predicts {show(known)}; got "
@@ -116,11 +117,11 @@ class ProbabilityFlow(AbstractODE, AbstractReverseTerm):
         self.process = process
         self.model = model
         self.predicts = predicts
-        self.factor = factor
+        self.frame = frame
 
     @property
     def _prediction(self) -> AbstractPrediction:
-        return make_prediction(self.predicts, self.factor)
+        return make_prediction(self.predicts, self.frame)
 
     def _evaluate(
         self,
@@ -148,12 +149,13 @@ class ProbabilityFlow(AbstractODE, AbstractReverseTerm):
         [`gddim_eqx.ProbabilityFlow.noise`][]."""
         return self._evaluate(t, u, args)[2]
 
+    @renamed(factor="frame")
     def noise(
         self,
         t: RealScalarLike,
         u: State,
         args: Args,
-        factor: FrameName = "R",
+        frame: FrameName = "R",
         *,
         root: BlockLinearOperator | None = None,
     ) -> State:
@@ -165,14 +167,14 @@ class ProbabilityFlow(AbstractODE, AbstractReverseTerm):
         - `t`: a time in (0, T].
         - `u`: a state, `(*batch, *shape)`.
         - `args`: passed to the model.
-        - `factor`: which $K_t$: `"R"` for $R_t$, `"cholesky"` for $L_t$.
+        - `frame`: which $K_t$: `"R"` for $R_t$, `"cholesky"` for $L_t$.
         - `root`: $R_t$, if already computed.
 
         **Returns:** a state.
         """
-        check_frame(factor)
+        check_frame(frame)
         at, u, value = self._evaluate(t, u, args, root)
-        return self._prediction.noise(at, u, value, factor)
+        return self._prediction.noise(at, u, value, frame)
 
     def prediction(
         self, t: RealScalarLike, u: State, noise: State, initial: State | None = None

@@ -35,7 +35,7 @@ def load_authors(
         without `image_size`.
 
     **Returns:** the network with the EMA of its parameters, in single precision. It
-    predicts noise with respect to `factor="R"`; if the configuration has `mixed_score`,
+    predicts noise with respect to `frame="R"`; if the configuration has `mixed_score`,
     pass that to [`gddim_eqx.nn.NetworkModel`][]. The rest of the training state, such as
     the optimiser's, is not read.
 

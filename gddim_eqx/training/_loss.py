@@ -13,7 +13,14 @@ from jaxtyping import Array, Float, Inexact, PyTree
 
 from .._custom_types import Args, FrameName, Key, PredictionName, State
 from .._linear import append_axes, apply, check_state, coefficient_dtype, subtract
-from .._misc import as_constant, check_instance, check_key, check_per_sample, show
+from .._misc import (
+    as_constant,
+    check_instance,
+    check_key,
+    check_per_sample,
+    renamed,
+    show,
+)
 from .._process import AbstractProcess, DiscreteVP, latest, require_process
 from .._term import check_prediction, make_prediction, PerturbationKernel, ProbabilityFlow
 from ._times import AbstractTimeSampler, UniformTimes
@@ -60,18 +67,19 @@ class DenoisingLoss(eqx.Module):
 
     process: AbstractProcess
     predicts: PredictionName = eqx.field(static=True)
-    factor: FrameName = eqx.field(static=True)
+    frame: FrameName = eqx.field(static=True)
     times: AbstractTimeSampler
     weighting: str | Callable | DataWeighting
     dropout: bool = eqx.field(static=True)
     condition_dropout: float = eqx.field(static=True)
     no_condition: PyTree
 
+    @renamed(factor="frame")
     def __init__(
         self,
         process: AbstractProcess,
         predicts: PredictionName = "noise",
-        factor: FrameName = "R",
+        frame: FrameName = "R",
         *,
         times: AbstractTimeSampler = UniformTimes(),
         weighting: Literal["prediction", "noise", "likelihood"]
@@ -84,7 +92,7 @@ class DenoisingLoss(eqx.Module):
         r"""**Arguments:**
 
         - `process`: the forward process.
-        - `predicts`, `factor`: what the model predicts, as in
+        - `predicts`, `frame`: what the model predicts, as in
             [`gddim_eqx.ProbabilityFlow`][].
         - `times`: the distribution of times.
         - `weighting`: which error is squared.
@@ -113,7 +121,7 @@ class DenoisingLoss(eqx.Module):
             [`gddim_eqx.DiscreteVP`][].
         """
         require_process(process)
-        check_prediction(process, predicts, factor)
+        check_prediction(process, predicts, frame)
         known = ("prediction", "noise", "likelihood")
         if isinstance(weighting, DataWeighting):
             weighting.check(process, predicts)
@@ -133,7 +141,7 @@ class DenoisingLoss(eqx.Module):
                 f"{type(process).__name__}; got {start} to {end}. Leave out `start` and "
                 "`end` for those at which it is sampled."
             )
-        self.process, self.predicts, self.factor = process, predicts, factor
+        self.process, self.predicts, self.frame = process, predicts, frame
         condition_dropout = as_constant("condition_dropout", condition_dropout)
         if not 0 <= condition_dropout <= 1:
             raise ValueError(
@@ -238,17 +246,17 @@ class DenoisingLoss(eqx.Module):
         t, weight, key = sample.t, sample.weight, sample.key
         args = args if condition is None else condition
         keyed = model if key is None else ft.partial(model, key=key)
-        flow = ProbabilityFlow(self.process, keyed, self.predicts, self.factor)
+        flow = ProbabilityFlow(self.process, keyed, self.predicts, self.frame)
         if self.weighting in ("noise", "likelihood"):
             error = subtract(flow.noise(t, u, args), noise)
             if self.weighting == "likelihood":
-                whitening = self.process.factor(t).inverse() @ self.process.diffusion(t)
+                whitening = self.process.frame(t).inverse() @ self.process.diffusion(t)
                 error = apply(whitening.transpose(), error)
         else:
             # Not from `u`, which late in the process hardly depends on the data.
             scale = self.process.data_scale
             data = jtu.tree_map(lambda x: x / scale, self.process.encode(x))
-            prediction = make_prediction(self.predicts, self.factor)
+            prediction = make_prediction(self.predicts, self.frame)
             target = prediction.target(PerturbationKernel(self.process, t), data, noise)
             predicted = flow.predict(t, u, args)
             if isinstance(self.weighting, DataWeighting):
