@@ -146,6 +146,7 @@ class Bench:
                 )
             except FloatingPointError:
                 return Cell(evaluations, {name: np.inf for name in _metrics})
+            assert used is not None  # known for all samplers here
             return self.measure(x, used, deterministic)
 
         return run

@@ -133,8 +133,9 @@ def samplers(case: Case) -> dict[str, Callable[[], list[Point]]]:
     flow = gd.ProbabilityFlow(process, case.model)
 
     def adapted(number):
-        options = dict(learn="times", start=None, progress=False)
-        return gd.fit_solver(flow, case.pilot, number, **options).ts
+        return gd.fit_solver(
+            flow, case.pilot, number, learn="times", start=None, progress=False
+        ).ts
 
     def both(solver):
         return lambda: case.fixed(solver, grid("quadratic"), grid("clock"))

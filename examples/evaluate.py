@@ -131,6 +131,7 @@ class Bench:
             batch_size=self.batch_size,
             placement=self.placement,
         )
+        assert evaluations is not None  # known for all samplers here
         return np.asarray(x[:number]), evaluations
 
 

@@ -12,7 +12,7 @@ from gddim_eqx._exponential import (
     NoiseSplitting,
     Time,
 )
-from gddim_eqx._misc import check_instance, is_integer, renamed, show
+from gddim_eqx._misc import is_integer, renamed, show
 from gddim_eqx._process import AbstractProcess, require_process
 from gddim_eqx._term import (
     AbstractReverseTerm,
@@ -203,10 +203,13 @@ def _as_splitting(space, frame) -> AbstractSplitting:
 
 
 def _as_coordinate(coordinate) -> AbstractCoordinate:
-    if isinstance(coordinate, str) and coordinate in _coordinates:
-        return _coordinates[coordinate]
-    wanted = f"one of {', '.join(map(repr, _coordinates))}, or a coordinate"
-    check_instance("coordinate", coordinate, AbstractCoordinate, wanted)
+    if isinstance(coordinate, str):
+        coordinate = _coordinates.get(coordinate, coordinate)
+    if not isinstance(coordinate, AbstractCoordinate):
+        raise ValueError(
+            f"`coordinate` must be one of {', '.join(map(repr, _coordinates))}, or a "
+            f"coordinate; got {show(coordinate)}."
+        )
     return coordinate
 
 

@@ -97,7 +97,7 @@ def test_guidance_by_a_likelihood_samples_the_posterior():
     def log_likelihood(t, u, args):
         mean, std = (
             process.transition(t, jnp.zeros_like(t)).blocks[0, 0],
-            process.frame(t).blocks[0, 0],
+            process.factor(t).blocks[0, 0],
         )
         total = mean**2 * 0.49 + std**2
         x = flow.denoised(t, u, None)

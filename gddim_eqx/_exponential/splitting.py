@@ -151,6 +151,7 @@ class AbstractProcessSplitting(AbstractSplitting):
         # The change of the data prediction for normal data of variance 1, over noise.
         share = lambda x: x / jnp.sqrt(1 + x**2)
         normal = jnp.abs(share(after) - share(before)) / jnp.sqrt(1 + before**2)
+        assert c.root is not None
         whitened = apply(BlockLinearOperator(c.root, shape).inverse(), y)
         signal, scale = self.signal(whitened, value, before)
 

@@ -250,7 +250,7 @@ class DenoisingLoss(eqx.Module):
         if self.weighting in ("noise", "likelihood"):
             error = subtract(flow.noise(t, u, args), noise)
             if self.weighting == "likelihood":
-                whitening = self.process.frame(t).inverse() @ self.process.diffusion(t)
+                whitening = self.process.factor(t).inverse() @ self.process.diffusion(t)
                 error = apply(whitening.transpose(), error)
         else:
             # Not from `u`, which late in the process hardly depends on the data.
