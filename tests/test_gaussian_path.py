@@ -151,7 +151,9 @@ def test_the_flow_of_a_rectified_flow_is_noise_minus_data(shift):
 @pytest.mark.parametrize("predicts", ["noise", "score"])
 def test_noise_says_nothing_about_data_without_signal(predicts):
     process = _flows["rectified"]
-    flow = gd.ProbabilityFlow(process, mixture_for(process).model(process), predicts)
+    model = mixture_for(process).model(process)
+    # A function, which does not say what it predicts.
+    flow = gd.ProbabilityFlow(process, lambda *inputs: model(*inputs), predicts)
     with pytest.raises(Exception, match="there is no signal.*predicts 'data', 'v'"):
         gd.sample(flow, jax.random.key(0), 2, 5)
     # With some signal it does.

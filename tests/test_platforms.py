@@ -11,8 +11,9 @@ from jax import lax
 
 import gddim_eqx as gd
 from gddim_eqx._exponential import SemilinearSplitting
-from gddim_eqx._sampling.sample import _solve
+from gddim_eqx._sampling.sample import _Sampler
 from gddim_eqx._sampling.solve import PaddedGrid
+from gddim_eqx._term import without_errors
 from gddim_eqx.training import DenoisingLoss, Trainer
 
 from .helpers import every_process, mixture_for, processes, slow
@@ -51,6 +52,14 @@ def _exported(run, *args):
     return jax.export.export(jax.jit(merged), platforms=_platforms)(arrays)
 
 
+def _draw(flow, solver, lam, key, num_steps=10):
+    """What `sample` compiles."""
+    grid = PaddedGrid.of(gd.time_grid(flow.process, num_steps))
+    rest = None, solver, lam, None, grid, key, None
+    sampler, index = _Sampler(without_errors(flow), *rest), jnp.arange(4, dtype=jnp.uint32)
+    return sampler.draw(index, dfx.NoProgressMeter())
+
+
 @pytest.mark.float32
 @pytest.mark.parametrize("name", ["small", *slow("cifar10_cld", "cifar10_bdm", "dit")])
 def test_sampling_and_training_are_lowered_for_accelerators(name):
@@ -58,11 +67,8 @@ def test_sampling_and_training_are_lowered_for_accelerators(name):
     shapes = eqx.filter_eval_shape(lambda: gd.nn.NetworkModel(process, make()))
     key = eqx.filter_eval_shape(jr.key, 0)
     flow = gd.ProbabilityFlow(process, shapes)
-    grid = PaddedGrid.of(gd.time_grid(process, 10), raises=False)
-    index = jnp.arange(4, dtype=jnp.uint32)
     for lam, solver in ((0.0, gd.GDDIM()), (1.0, gd.GDDIM(1))):
-        rest = index, jnp.uint32(4), None, dfx.NoProgressMeter(), None
-        solve = lambda flow, key: _solve(flow, lam, solver, None, grid, key, *rest)
+        solve = lambda flow, key: _draw(flow, solver, lam, key)
         assert _exported(solve, flow, key).platforms == _platforms
     trainer = Trainer(DenoisingLoss(process))
     state = eqx.filter_eval_shape(trainer._init, shapes, key)
@@ -83,10 +89,7 @@ def _equations(jaxpr):
 
 def _solved(flow, solver, lam, num_steps=10):
     """The program that `sample` compiles, and what it returns."""
-    grid = PaddedGrid.of(gd.time_grid(flow.process, num_steps), raises=False)
-    index = jnp.arange(4, dtype=jnp.uint32)
-    rest = jr.key(0), index, jnp.uint32(4), None, dfx.NoProgressMeter(), None
-    solve = lambda: _solve(flow, lam, solver, None, grid, *rest)
+    solve = lambda: _draw(flow, solver, lam, jr.key(0), num_steps)
     return jax.make_jaxpr(solve)().jaxpr, jax.eval_shape(solve)
 
 

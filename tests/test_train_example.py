@@ -108,7 +108,7 @@ def test_labels_reach_the_model(tmp_path):
 # What is given, and what is said.
 _refused = [
     (("cifar10-cld",), "cifar10 is read from files: give `--data.directory`"),
-    (("cifar10-cld", "--data.directory", "/nowhere"), "no /nowhere. "),
+    (("cifar10-cld", "--data.directory", "/nowhere"), "/nowhere is not complete"),
     (("celeba-cld", "--data.directory", "/nowhere"), "/nowhere is not a directory"),
     (("toy", "--data.no-verify"), "rings is not verified: leave out"),
     (("toy", "--network.bfloat16"), "points does not have all .*argument 'dtype'"),

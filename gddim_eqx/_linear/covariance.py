@@ -27,9 +27,9 @@ class Covariance(eqx.Module):
     variances: Inexact[Array, "..."]
     """A scalar, or of the shape of the data."""
     basis: AbstractBasis
-    vectors: Inexact[Array, "size rank"] | None = None
+    vectors: Inexact[Array, "*components size rank"] | None = None
     """Orthonormal columns, for flattened data in the data's own coordinates."""
-    excess: Inexact[Array, " rank"] | None = None
+    excess: Inexact[Array, "*components rank"] | None = None
 
     def astype(self, dtype) -> "Covariance":
         return jax.tree_util.tree_map(lambda x: x.astype(dtype), self)

@@ -50,6 +50,7 @@ class GaussianMixture(AbstractData):
         weights: ArrayLike | list | None = None,
         *,
         labelled: bool = False,
+        covariances: Covariance | None = None,
     ):
         """**Arguments:**
 
@@ -60,10 +61,11 @@ class GaussianMixture(AbstractData):
         - `weights`: `(components,)`, positive; normalised internally. Equal by default.
         - `labelled`: whether models take the component of each sample as a condition, an
             integer in `args`. The number of components, then, stands for all of them.
+        - `covariances`: the field that stores those of a list of normal data.
 
         **Raises:** `ValueError` if these are invalid.
         """
-        self.covariances, self.labelled = None, labelled
+        self.covariances, self.labelled = covariances, labelled
         if isinstance(means, list) and any(isinstance(x, NormalData) for x in means):
             means, self.covariances = _stacked(means)
             if scale != 0:

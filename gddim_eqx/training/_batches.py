@@ -1,7 +1,7 @@
 import functools as ft
 import hashlib
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -84,6 +84,11 @@ class Batches:
         epochs, within = np.divmod(places, self.number)
         orders = {e: _order(self.seed, e, self.number) for e in np.unique(epochs).tolist()}
         return np.array([orders[e][i] for e, i in zip(epochs.tolist(), within.tolist())])
+
+    def __iter__(self) -> Iterator[PyTree[np.ndarray]]:
+        """All samples once, in the order of the data, on the host."""
+        for n in range(0, self.number, self.batch_size):
+            yield self._read(np.arange(n, min(n + self.batch_size, self.number)))
 
     def __getitem__(self, n: int) -> PyTree[Array]:
         """Batch n, on its devices."""
