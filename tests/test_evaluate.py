@@ -126,10 +126,10 @@ def test_the_measures_are_those_of_the_samples(run, tmp_path, model):
     assert np.abs(difference).max() <= 1
 
 
-def _draw(model, steps, key, grid="clock", number=8, predicts="data", **options):
+def _draw(model, steps, key, grid="clock", number=8, predicts="data", frame="R", **options):
     process = model.process
     return gd.sample(
-        gd.ProbabilityFlow(process, model, predicts),
+        gd.ProbabilityFlow(process, model, predicts, frame),
         key,
         number,
         solver=importlib.import_module("evaluate").SAMPLERS["euler"].solver,
