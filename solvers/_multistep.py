@@ -57,7 +57,7 @@ from ._predictor import AbstractPredictor
 
 
 class Problem(NamedTuple):
-    """The problem that a solver solves."""
+    """A semilinear problem, as its parts."""
 
     term: ProbabilityFlow | Semilinear
     """The term whose evaluations are interpolated."""
@@ -204,7 +204,7 @@ class AbstractExponentialMultistep(
         history: History,
         made_jump: BoolScalarLike,
     ) -> tuple[State, State, dict, History, dfx.RESULTS]:
-        """A step on a problem. As `step`."""
+        """A step, given the problem. Otherwise as `step`."""
         term, equation, direction, lam, normal = problem
         shape, dtype = equation.shape, coefficient_dtype(y0)
         s, t = (real_time(equation.t_end, x, direction, dtype) for x in (t0, t1))
@@ -226,7 +226,8 @@ class AbstractExponentialMultistep(
         # The linear part of the corrected state, and the noise.
         start = before = y0
         forcing = []
-        if normal is not None and c.noise is not None:
+        if normal is not None:
+            assert c.noise is not None
             forcing = [(c.noise, normal(t0, t1, y0))]
         if history.last is not None:
             assert polynomials.corrector is not None

@@ -12,8 +12,9 @@ from .._process import AbstractProcess
 
 
 class AbstractModel(eqx.Module):
-    """A model that says what it is. All members but `__call__` have defaults, which say
-    nothing; any other callable is a model that says nothing.
+    """A model that describes itself: what it predicts, its null condition, and what it
+    knows of its data. All members except `__call__` are optional. Any other callable is a
+    model without a description.
 
     !!! example
 
@@ -51,17 +52,19 @@ class AbstractModel(eqx.Module):
 
     @property
     def no_condition(self) -> Any:
-        """The `args` of one sample that stand for no condition; `None` if nothing does."""
+        """The null condition: the `args` of one unconditional sample; `None` if the model
+        has none."""
         return None
 
     def normal_data(self, process: AbstractProcess) -> Any:
-        """What the model knows of its data: [`gddim_eqx.NormalData`][], or `None`."""
+        """The mean and covariance of the data, if the model knows them, as
+        [`gddim_eqx.NormalData`][]; else `None`."""
         return None
 
     def check_args(self, args: Args) -> None:
         """Check the `args` of a call, outside of `jax.jit`.
 
-        **Raises:** `ValueError` for what the model does not take.
+        **Raises:** `ValueError` for `args` that the model does not accept.
         """
 
     @property
@@ -75,7 +78,7 @@ class AbstractModel(eqx.Module):
 
 
 class AbstractWrapper(AbstractModel):
-    """A model that says what another does."""
+    """A model that inherits the description of the model it wraps."""
 
     @property
     @abc.abstractmethod
@@ -105,7 +108,7 @@ class _Function(AbstractModel):
 
 
 def as_model(model: Callable) -> AbstractModel:
-    """A model that says what it is; nothing, if it is any other callable."""
+    """The description of a model: the model itself, or the defaults for other callables."""
     # In training with dropout, the model has its key.
     inner = model.func if isinstance(model, ft.partial) else model
     return inner if isinstance(inner, AbstractModel) else _Function(model)
