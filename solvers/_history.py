@@ -117,7 +117,7 @@ class History(eqx.Module):
         """The nodes of a step from `s` that starts with a new evaluation."""
         if c.noise is None:
             length = jnp.where(known, jnp.abs(self.places.time - s), jnp.inf).min()
-            length = jnp.where(known.any(), length, 0)
+            length = jnp.where(length == jnp.inf, 0, length)
         else:
             # Every value is affected by the noise of its step.
             length = jnp.full_like(s, jnp.inf)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Inexact, Int, PyTree
+from jaxtyping import Array, Bool, Inexact, Int, PyTree
 
 from gddim_eqx._custom_types import (
     Args,
@@ -91,9 +91,9 @@ class _Polynomials(NamedTuple):
 
     rank: Int[Array, " nodes"]
     """The ranks of the nodes in this step."""
+    usable: Bool[Array, " nodes"]
+    """Which of them may be interpolated."""
     predictor: Inexact[Array, "nodes number"]
-    error: Inexact[Array, "nodes number_for_error"]
-    """Of lower degree, in the coordinate of the error estimate."""
     corrector: Inexact[Array, "nodes nodes"] | None
     """For the end of the previous step."""
 
@@ -250,7 +250,7 @@ class AbstractExponentialMultistep(
             y1 = add(base, integral(shape, predictor, c.moments, values))
             y_error = subtract(y1, predicted)
         else:
-            y_error = self._error(shape, c, polynomials, y0, nodes.values)
+            y_error = self._error(shape, c, polynomials, y0, nodes)
         too_long = self.splitting.is_too_long(c, nodes.span())
         y_error = jtu.tree_map(lambda x: jnp.where(too_long, jnp.inf, x), y_error)
 
@@ -282,39 +282,43 @@ class AbstractExponentialMultistep(
     def _polynomials(
         self, nodes: Nodes, last: LastStep | None, c: StepCoefficients, equation
     ) -> _Polynomials:
-        number, closest = self._num_for_error, self.corrector.closest
-        if c.noise is not None:
-            # Noise makes values rough: their differences grow as the root of the distance.
-            closest = 0.2
-        places = nodes.places
-        x = self.coordinate.rescale(places.coordinate, c.start, c.end)
-        rank = nodes.rank(x, c.start != c.end, closest)
+        # Noise makes values rough: their differences grow as the root of the distance.
+        closest = self.corrector.closest if c.noise is None else 0.2
+        at = nodes.places.coordinate
+        steps, numbers = [(self.coordinate, c.start, c.end)], [self.predictor.num_nodes]
+        if last is not None:
+            steps.append((last.coordinate, last.start, at[0]))
+            numbers.append(last.corrector.num_older + 1)
+
+        def place(step):
+            coordinate, start, end = step
+            x = coordinate.rescale(at, start, end)
+            return x, nodes.rank(x, start != end, closest)
+
+        # Batched, so that they are compiled once.
+        x, ranks = jax.vmap(place)(jtu.tree_map(lambda *a: jnp.stack(a), *steps))
+        valid = ranks < np.array(numbers, np.int32)[:, None]
+        rank = ranks[0]
         usable = rank < len(rank)
         if self.coordinate.is_logarithm:
             usable &= (np.arange(len(rank)) == 0) | (c.t >= equation.t_min)
-        cases = [(x, usable & (rank < self.predictor.num_nodes))]
+            valid = valid.at[0].set(valid[0] & usable)
+        predictor, *rest = lagrange(x, valid)
+        corrector = None if last is None else last.corrector(rest[0], ranks[1])
+        predictor = self.predictor(predictor, rank)[:, : self._num_moments]
+        return _Polynomials(rank, usable, predictor, corrector)
 
-        coordinate = self.splitting.error_coordinate
-        y = coordinate.rescale(places.error_coordinate, c.error_start, c.error_end)
-        # The error estimate may use no other nodes.
-        for_error = Nodes(nodes.values, places, usable)
-        for_error = for_error.rank(y, c.error_start != c.error_end, 0.0)
-        found = (for_error < len(rank)).sum(dtype=jnp.int32)
+    def _lower(self, nodes: Nodes, usable: Array, c: StepCoefficients):
+        """The polynomials that the error estimate compares with: of lower degree, in
+        another coordinate, and through no other nodes."""
+        places, number = nodes.places.error_coordinate, self._num_for_error
+        x = self.splitting.error_coordinate.rescale(places, c.error_start, c.error_end)
+        nodes = Nodes(nodes.values, nodes.places, usable)
+        rank = nodes.rank(x, c.error_start != c.error_end, 0.0)
+        found = (rank < len(rank)).sum(dtype=jnp.int32)
         # Order 1 is compared with order 2, and the others with the next lower.
         few = jnp.minimum(found, number) - int(self.predictor.num_nodes > 1)
-        fewer = for_error < jnp.where(found > 1, few, 0)
-        cases.append((y, fewer))
-        last_rank = rank
-        if last is not None:
-            end = places.coordinate[0]
-            z = last.coordinate.rescale(places.coordinate, last.start, end)
-            last_rank = nodes.rank(z, last.start != end, closest)
-            cases.append((z, last_rank <= last.corrector.num_older))
-        # Batched, so that they are compiled once.
-        predictor, error, *rest = lagrange(*(jnp.stack(x) for x in zip(*cases)))
-        corrector = None if last is None else last.corrector(rest[0], last_rank)
-        predictor = self.predictor(predictor, rank)[:, : self._num_moments]
-        return _Polynomials(rank, predictor, error[:, :number], corrector)
+        return lagrange(x, rank < jnp.where(found > 1, few, 0))[:, :number]
 
     def _started(
         self,
@@ -349,15 +353,16 @@ class AbstractExponentialMultistep(
         values, last = lax.cond(first, shifted, lambda: (history.values, history.last))
         return dataclasses.replace(history, values=values, last=last)
 
-    def _error(self, shape, c: StepCoefficients, polynomials, y0: State, values):
+    def _error(self, shape, c: StepCoefficients, polynomials, y0: State, nodes: Nodes):
         """The error estimate: the difference from polynomials of lower degree in another
         coordinate; or an a priori bound if there is only one value."""
-        change = self.splitting.first_change(shape, c, y0, values[0])
+        change = self.splitting.first_change(shape, c, y0, nodes.values[0])
         bound = combine(shape, [(jnp.abs(c.error_moments[0]), change)])
-        lower = weights(polynomials.error, c.error_moments)
-        blocks = weights(polynomials.predictor, c.moments) - lower
-        estimate = combine(shape, list(zip(blocks, values, strict=True)))
-        alone = (polynomials.error == 0).all()
+        lower = self._lower(nodes, polynomials.usable, c)
+        blocks = weights(polynomials.predictor, c.moments)
+        blocks = blocks - weights(lower, c.error_moments)
+        estimate = combine(shape, list(zip(blocks, nodes.values, strict=True)))
+        alone = (lower == 0).all()
         return jtu.tree_map(lambda x, y: jnp.where(alone, x, y), bound, estimate)
 
     def _reevaluated(self, nodes: Nodes, c: StepCoefficients):

@@ -24,18 +24,18 @@ def lagrange(
     others &= ~np.broadcast_to(np.eye(number, dtype=bool), others.shape)
     gaps = jnp.where(others, nodes[..., :, None] - nodes[..., None, :], 1)
     # A single division. Products of gaps could overflow.
-    slopes = 1 / gaps
+    slopes = jnp.where(others, 1 / gaps, 0)
+    intercepts = jnp.where(others, -slopes * nodes[..., None, :], 1)
     # Vectors over the nodes, one per power: XLA compiles this faster than matrices.
-    zero, one = jnp.zeros_like(nodes), valid.astype(nodes.dtype)
-    coefficients = [one, *[zero] * (number - 1)]
+    coefficients = [valid.astype(nodes.dtype)]
     for k in range(number):
-        use, slope, node = others[..., k], slopes[..., k], nodes[..., k, None]
-        lower = [zero, *coefficients[:-1]]
-        coefficients = [
-            jnp.where(use, slope * below - (slope * node) * c, c)
-            for below, c in zip(lower, coefficients)
-        ]
-    return jnp.stack(coefficients, axis=-1)
+        slope, intercept = slopes[..., k], intercepts[..., k]
+        lower = [slope * c for c in coefficients]
+        same = [intercept * c for c in coefficients]
+        sums = [a + b for a, b in zip(lower, same[1:])]
+        coefficients = [same[0], *sums, lower[-1]]
+    # The degree is lower than `number`, as a node's own factor is one.
+    return jnp.stack(coefficients[:number], axis=-1)
 
 
 def weights(

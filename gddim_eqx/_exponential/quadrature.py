@@ -87,9 +87,8 @@ def _nodes_at(process, s, t, nodes, weights):
     tau = s + (t - s) * fractions
     # Rounding may move a node to an end of the time axis: to time 0, where without noise
     # there is no inverse, or to where there is no signal and the diffusion is infinite.
-    inside = jnp.nextafter(
-        jnp.asarray(min(process.t_zero_signal, process.t_end), s.dtype), 0
-    )
+    last_time = np.asarray(min(process.t_zero_signal, process.t_end), s.dtype)
+    inside = np.nextafter(last_time, np.zeros_like(last_time))
     tau = jnp.minimum(jnp.where(tau > 0, tau, 1e-6 * process.t_min), inside)
     times = jnp.where(first, s, jnp.where(last, t, tau))
     roots, signals = jax.vmap(values)(times)
@@ -119,7 +118,7 @@ def _fractions(process, s, t, nodes, weights):
     def root_of_t(t):
         return jnp.sqrt(t / (1 - t / t_zero) / process.t_min)
 
-    root_s, root_t = root_of_t(s), root_of_t(t)
+    root_s, root_t = root_of_t(jnp.stack([s, t]))
     z = jnp.log1p((root_t - root_s) / (1 + root_s))  # from s to t
     growth = jnp.expm1(z * nodes)
     root = root_s + (1 + root_s) * growth

@@ -9,7 +9,7 @@ import lineax as lx
 from jaxtyping import Array, Inexact
 
 from .._custom_types import State
-from .state import join_components
+from .state import add, join_components
 
 
 class BlockLinearOperator(lx.AbstractLinearOperator):
@@ -106,7 +106,8 @@ class BlockLinearOperator(lx.AbstractLinearOperator):
                 block = jnp.expand_dims(block, tuple(range(x.ndim - rank)))
             return block * x
 
-        out = [sum(entry(i, j, x) for j, x in enumerate(leaves)) for i in range(n)]
+        rows = [[entry(i, j, x) for j, x in enumerate(leaves)] for i in range(n)]
+        out = [ft.reduce(jnp.add, row) for row in rows]
         return jtu.tree_unflatten(treedef, out)
 
     def as_matrix(self) -> Inexact[Array, "size size"]:
@@ -228,7 +229,7 @@ def combine(
 ) -> State:
     """The sum of operators, given by their blocks, applied to states."""
     products = [apply(BlockLinearOperator(b, shape), state) for b, state in pairs]
-    return jtu.tree_map(lambda *leaves: sum(leaves), *products)
+    return ft.reduce(add, products)
 
 
 def matmul(
