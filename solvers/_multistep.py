@@ -181,16 +181,7 @@ class AbstractExponentialMultistep(
             last = LastStep(base, moments, start, self.coordinate, self.corrector)
         return History.empty(self._slots, t0, y0, last)
 
-    def step(
-        self,
-        terms: dfx.AbstractTerm,
-        t0: RealScalarLike,
-        t1: RealScalarLike,
-        y0: State,
-        args: Args,
-        solver_state: History,
-        made_jump: BoolScalarLike,
-    ) -> tuple[State, State, dict, History, dfx.RESULTS]:
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         problem = self.unwrap(terms, y0)
         return self.advance(problem, t0, t1, y0, args, solver_state, made_jump)
 

@@ -24,6 +24,31 @@ def integrals_from_the_end(
     return legendre.legvander(x, number) @ integrals.T / 2
 
 
+def collocate(
+    integrals: Float[Array, "nodes nodes"],
+    generators: Inexact[Array, "nodes n n *spectrum"],
+) -> Inexact[Array, "nodes n n *spectrum"]:
+    r"""The solution operators $\Omega(1, x_i)$, $\partial_x \Omega(1, x) = -\Omega(1, x)
+    A_x$, by collocation.
+
+    **Arguments:**
+
+    - `integrals`: the matrix from values at the nodes to the integrals from each to 1.
+    - `generators`: $A$ at the nodes.
+    """
+    m, n = generators.shape[:2]
+    # (*spectrum, m, n, n)
+    generators = jnp.moveaxis(generators, (0, 1, 2), (-3, -2, -1))
+    spectrum, eye = generators.shape[:-3], jnp.eye(n, dtype=generators.dtype)
+    # Maps component a of the row at node k to component b of the row at node j.
+    system = jnp.einsum("jk,...kab->...jbka", integrals, generators, precision="highest")
+    system = system.reshape(*spectrum, m * n, m * n)
+    right = jnp.broadcast_to(jnp.tile(eye, (m, 1)), (*spectrum, m * n, n))
+    identity = jnp.broadcast_to(jnp.eye(m * n, dtype=eye.dtype), system.shape)
+    rows = jnp.linalg.solve(identity - system, right)
+    return jnp.moveaxis(rows.reshape(*spectrum, m, n, n), (-3, -1, -2), (0, 1, 2))
+
+
 class StepNodes(NamedTuple):
     """A process over a step from `s` to `t`, evaluated for quadrature: at the start of the
     step, at the quadrature nodes, and at its end. The ends have weight zero."""

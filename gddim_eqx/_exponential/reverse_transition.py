@@ -37,7 +37,14 @@ from .._linear import (
 from .._misc import pin
 from .._process import AbstractProcess, as_times, require_process
 from .._term import as_lam, lam_at
-from .quadrature import integrals_from_the_end, NODES, step_nodes, StepNodes, WEIGHTS
+from .quadrature import (
+    collocate,
+    integrals_from_the_end,
+    NODES,
+    step_nodes,
+    StepNodes,
+    WEIGHTS,
+)
 
 
 class NoiseTransition(NamedTuple):
@@ -159,23 +166,13 @@ def _collocate(whitened, step_weights, level):
     It preserves quadratic invariants, so I - Omega Omega^T equals its quadrature at the
     nodes.
     """
-    number, n = whitened.shape[:2]
     squares = jax.vmap(lambda x: matmul(x, transposed(x)))(whitened)
     # The generator times the quadrature weights, then in the quadrature's own variable.
     change = 0.5 * level**2 * step_weights * squares
     generator = change / append_axes(jnp.asarray(WEIGHTS, change.dtype), change.ndim)
-    last = jnp.moveaxis(generator, (1, 2), (-2, -1))
-    backward = jnp.asarray(_BACKWARD, last.dtype)
-    system = jnp.einsum("ij,j...ab->...iajb", backward, last, precision="highest")
-    system = system.reshape(*system.shape[:-4], number * n, number * n)
-    eye = jnp.eye(n, dtype=last.dtype)
-    right = jnp.broadcast_to(jnp.tile(eye, (number, 1)), (*system.shape[:-1], n))
-    whole = jnp.broadcast_to(jnp.eye(number * n, dtype=last.dtype), system.shape)
-    solution = jnp.linalg.solve(whole - system, right)
-    solution = solution.reshape(*solution.shape[:-2], number, n, n)
-    omegas = jnp.moveaxis(solution, (-3, -1, -2), (0, 1, 2))
-    # The generator is symmetric.
+    omegas = collocate(jnp.asarray(_BACKWARD, change.dtype), generator)
     decrease = jax.vmap(matmul)(omegas, change).sum(0)
+    eye = jnp.eye(change.shape[1], dtype=change.dtype)
     return omegas, append_axes(eye, decrease.ndim) - decrease
 
 

@@ -28,7 +28,7 @@ from numpy.polynomial import legendre
 from .._linear import append_axes
 from .._term import LinearPart
 from .coordinate import AbstractCoordinate, Time
-from .quadrature import integrals_from_the_end
+from .quadrature import collocate, integrals_from_the_end
 from .splitting import AbstractSplitting, StepCoefficients, zero_if_still
 
 
@@ -137,20 +137,8 @@ def _by_collocation(equation, s, t, number):
     collocation from $t$ back to $s$. This is stable for any decay. For constant $A$, the
     error of the transition is the only error of the moments."""
     nodes, weights, integrals = _radau(16)
-    h, m = t - s, len(nodes)
-    a = jax.vmap(equation)(s + h * jnp.asarray(nodes, h.dtype)).blocks
-    # (*spectrum, m, n, n)
-    a = jnp.moveaxis(a, (0, 1, 2), (-3, -2, -1))
-    n = a.shape[-1]
-    # Maps component a of the row at node k to component b of the row at node j.
-    integrals = h * jnp.asarray(integrals, h.dtype)
-    system = jnp.einsum("jk,...kab->...jbka", integrals, a, precision="highest")
-    system = system.reshape(*a.shape[:-3], m * n, m * n)
-    right = jnp.tile(jnp.eye(n, dtype=h.dtype), (m, 1))
-    system = jnp.broadcast_to(jnp.eye(m * n, dtype=h.dtype), system.shape) - system
-    right = jnp.broadcast_to(right, (*a.shape[:-3], m * n, n))
-    rows = jnp.linalg.solve(system, right)
-    # (m, *spectrum, n, n), as operators.
-    psi = jnp.moveaxis(rows.reshape(*a.shape[:-3], m, n, n), (-3, -1, -2), (0, 1, 2))
+    h = t - s
+    generators = jax.vmap(equation)(s + h * jnp.asarray(nodes, h.dtype)).blocks
+    psi = collocate(h * jnp.asarray(integrals, h.dtype), generators)
     rules = jnp.stack([jnp.asarray(weights * nodes**i, h.dtype) for i in range(number)])
     return psi[0], h * jnp.tensordot(rules, psi, 1, precision="highest")
