@@ -122,7 +122,7 @@ def test_nothing_but_the_library_s_own_is_public(module):
 
 
 _results = (
-    *("Metrics", "Moments", "NoisedBatch", "TrainState", "FittedSolver", "Inversion"),
+    *("Moments", "NoisedBatch", "StepInfo", "TrainState", "FittedSolver", "Inversion"),
     *("Likelihood", "ModelConventions", "Samples", "Problem", "StepCoefficients"),
 )
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from einops import rearrange
-from jaxtyping import Array, Inexact
+from jaxtyping import Array
 
-from .._custom_types import Key, RealScalarLike
+from .._custom_types import Key
 from .._misc import check_count, show
 from ._condition import AbstractConditionalNetwork, Embedding, make_embedding
 from ._embedding import Fourier, Positional
@@ -288,47 +288,19 @@ class NCSNpp(AbstractConditionalNetwork):
                 f"{show(taps)}."
             )
 
-    def __call__(
-        self,
-        t: RealScalarLike,
-        x: Inexact[Array, "height width channels"],
-        condition: Any = None,
-        *,
-        key: Key | None = None,
-    ) -> Inexact[Array, "height width out_channels"]:
-        """**Arguments:**
+    def featurise(self, t: Array) -> Array | None:
+        label = jnp.log(999 * t) if self.embedding == "fourier" else 999 * t
+        return None if self.time_features is None else self.time_features(label)
 
-        - `t`: the time of the process, in [0, 1].
-        - `x`: the input. The output has the same dtype, whatever the dtype of computation.
-        - `condition`: the label or context vector, for a network that was made for one.
-        - `key`: a random key for dropout; without it there is no dropout.
-
-        **Returns:** an array of the shape of `x`, except for the number of channels.
-
-        **Raises:** `ValueError` for an input of another shape.
-        """
-        self.check_input(x)
-        label = 999 * jnp.asarray(t, self.first.weight.dtype)
-        if self.embedding == "fourier":
-            label = jnp.log(label)
-        features = None if self.time_features is None else self.time_features(label)
-        embedding = self.embed(features, condition)
-        side = self.patch
-        h = rearrange(x, "(h a) (w b) c -> (a b c) h w", a=side, b=side)
-        network, h, embedding = self.in_dtype(h, embedding)
-        h = network._run(h, embedding, key)
-        y = rearrange(h, "(a b c) h w -> (h a) (w b) c", a=side, b=side)
-        return y.astype(x.dtype)
-
-    def _run(self, h, embedding, key):
+    def run(self, x: Array, embedding: Array | None, key: Key | None) -> Array:
         blocks, attentions = iter(self.blocks), iter(self.attentions)
         downsamples, upsamples = iter(self.downsamples), iter(self.upsamples)
         keys = [None] * len(self.blocks) if key is None else jr.split(key, len(self.blocks))
-        keys = iter(keys)
+        keys, side = iter(keys), self.patch
         run = eqx.filter_checkpoint if self.checkpoint else lambda block: block
 
-        pyramid = h
-        h = convolve(self.first, h)
+        pyramid = rearrange(x, "(h a) (w b) c -> (a b c) h w", a=side, b=side)
+        h = convolve(self.first, pyramid)
         skips = [h]
         for kind, *_ in self._plan():
             match kind:
@@ -346,7 +318,8 @@ class NCSNpp(AbstractConditionalNetwork):
                     skips.append(h)
                 case "pop":
                     h = jnp.concatenate([h, skips.pop()])
-        return convolve(self.last, jax.nn.silu(normalise(self.normalisation, h)))
+        h = convolve(self.last, jax.nn.silu(normalise(self.normalisation, h)))
+        return rearrange(h, "(a b c) h w -> (h a) (w b) c", a=side, b=side)
 
 
 _known = {

@@ -22,7 +22,7 @@ from .._misc import check_per_sample, show
 from .._model import check_normal_data, normal_data, NormalData, precondition
 from .._process import AbstractProcess, as_time, require_process
 from .._term import AbstractModel
-from ._condition import AbstractConditionalNetwork
+from ._condition import AbstractConditionalNetwork, LabelEmbedding
 
 
 class NetworkModel(AbstractModel):
@@ -127,9 +127,9 @@ class NetworkModel(AbstractModel):
                 )
             if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) and jnp.isnan(leaf).any():
                 raise ValueError("The condition `args` holds NaN.")
-        network = self.network
-        if args is not None and isinstance(network, AbstractConditionalNetwork):
-            network.check_condition(args)
+        embedding = getattr(self.network, "condition", None)
+        if args is not None and isinstance(embedding, LabelEmbedding):
+            embedding.check(args)
 
     def __call__(
         self, t: RealScalarLike, u: State, args: Args = None, *, key: Key | None = None

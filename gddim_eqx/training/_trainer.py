@@ -43,8 +43,8 @@ class TrainState(eqx.Module):
         return eqx.combine(_cast_like(self.ema, _parameters(self.model)), self.model)
 
 
-class Metrics(eqx.Module):
-    """The metrics of a step."""
+class StepInfo(eqx.Module):
+    """The loss and the gradient of a step."""
 
     loss: Float[Array, ""]
     gradient_norm: Float[Array, ""]
@@ -59,7 +59,7 @@ class Trainer(eqx.Module):
     ```python
     trainer = Trainer(DenoisingLoss(process))
     state = trainer.init(model, jax.random.key(0))
-    state, metrics = trainer.step(state, images)
+    state, info = trainer.step(state, images)
     ```
 
     Its randomness depends only on the state's key and the number of the step: not on the
@@ -188,7 +188,7 @@ class Trainer(eqx.Module):
 
     def step(
         self, state: TrainState, batch: PyTree, args: Any = None
-    ) -> tuple[TrainState, Metrics]:
+    ) -> tuple[TrainState, StepInfo]:
         """One compiled step. The buffers of `state` are donated, so it cannot be used
         again.
 
@@ -200,7 +200,7 @@ class Trainer(eqx.Module):
             axis, which the model receives as `args`.
         - `args`: arrays that are passed to a model without condition.
 
-        **Returns:** the new state and the metrics.
+        **Returns:** the new state, and [`gddim_eqx.training.StepInfo`][].
 
         **Raises:** `ValueError` for a batch size not divisible by `accumulate`, or by the
         number of devices.
@@ -230,7 +230,7 @@ class Trainer(eqx.Module):
         loss, gradient = self._gradient(mean_loss, precise, noised)
         if self.placement is not None:
             gradient = self.placement.constrain(gradient)
-        metrics = Metrics(loss, optax.tree.norm(gradient))
+        info = StepInfo(loss, optax.tree.norm(gradient))
         # Optax mixes integers with floats.
         with jax.numpy_dtype_promotion("standard"):
             updates, optimiser = self.optimiser.update(gradient, state.optimiser, precise)
@@ -242,7 +242,7 @@ class Trainer(eqx.Module):
         state = TrainState(model, ema, optimiser, step, state.key, precise)
         if self.placement is not None:
             state = self.placement.constrain(state)
-        return state, metrics
+        return state, info
 
     def _update_ema(self, ema, parameters, step):
         # Not `optax.ema`, whose rounding of the decay rescales the average: at 0.9999, by
