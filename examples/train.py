@@ -24,7 +24,7 @@ import itertools
 import math
 import operator
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -443,10 +443,10 @@ def train(config: Config) -> TrainState:
     about = {"classes": classes, "trained_on": Batches(x, 1).fingerprint()}
     about["steps"] = config.steps
 
-    def each(function):
-        """A callback for all processes, of which the first has the flow."""
+    def on_first(function: Callable[[gd.ProbabilityFlow, int], Any]) -> Callable:
+        """A callback for all processes, of which the first calls the function."""
 
-        def callback(state):
+        def callback(state: TrainState) -> None:
             model = placement.gather(state.averaged)
             if first:
                 flow = gd.ProbabilityFlow(model.process, model, trainer.loss.predicts)
@@ -454,14 +454,11 @@ def train(config: Config) -> TrainState:
 
         return callback
 
-    @each
-    def write(flow, step):
-        gd.checkpoints.save(path, flow, about | {"step": step})
-
-    @each
-    def samples(flow, step):
-        draw(path.parent / "samples" / f"{step:07d}.png", flow, classes)
-
+    write = on_first(
+        lambda flow, step: gd.checkpoints.save(path, flow, about | {"step": step})
+    )
+    samples = path.parent / "samples"
+    picture = on_first(lambda flow, step: draw(samples / f"{step:07d}.png", flow, classes))
     with contextlib.ExitStack() as stack:
         kept = defines_run(config, batches, classes)
         checkpoints = Checkpoints(path.parent / "checkpoints", kept, config.keep)
@@ -485,7 +482,7 @@ def train(config: Config) -> TrainState:
             save_every=config.save_every,
             logs=logs,
             log_every=config.log_every,
-            callbacks=[(config.save_every, write), *([(every, samples)] if every else [])],
+            callbacks=[(config.save_every, write), *([(every, picture)] if every else [])],
         )
         write(state)
     done = int(state.step)

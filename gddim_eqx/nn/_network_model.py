@@ -147,27 +147,22 @@ class NetworkModel(AbstractModel):
         """
         process = self.process
         u = check_state(u, process.num_components, process.shape, "The state")
-        leaves = jtu.tree_leaves(u)
+        leaves, t = jtu.tree_leaves(u), as_time(t)
         batch = batch_axes(u, process.shape)
-        x = jnp.concatenate(leaves, axis=-1)
-        x = x.reshape(math.prod(batch), *x.shape[len(batch) :])
-        t = as_time(t)
+        size = math.prod(batch)
         check_per_sample("The condition `args`", args, batch)
-        flat = lambda c: jnp.reshape(c, (math.prod(batch), *jnp.shape(c)[len(batch) :]))
-        condition = jtu.tree_map(flat, args)
-        keys = None if key is None else jr.split(key, x.shape[0])
+        flat = lambda x: jnp.reshape(x, (size, *jnp.shape(x)[len(batch) :]))
+        x, condition = jtu.tree_map(flat, (jnp.concatenate(leaves, axis=-1), args))
+        keys = None if key is None else jr.split(key, size)
         y = jax.vmap(self._of_one, in_axes=(None, 0, 0, 0))(t, x, condition, keys)
-        if not isinstance(y, jax.Array):
-            raise ValueError(
-                f"The network must return an array; it returned {type(y).__name__}."
-            )
         data = self.normal_data(process)
         number = process.num_components if data is None else 1
         shape = (*process.shape[:-1], number * process.shape[-1])
-        if y.shape[1:] != shape:
+        returned = y.shape[1:] if isinstance(y, jax.Array) else type(y).__name__
+        if returned != shape:
             raise ValueError(
                 f"The network must return an array of shape {shape}; it returned "
-                f"{y.shape[1:]}."
+                f"{returned}."
             )
         parts = jnp.split(y, number, axis=-1)
         parts = [part.reshape(*batch, *process.shape) for part in parts]

@@ -116,7 +116,8 @@ class _Meter:
 
     def means(self) -> dict[str, float]:
         self.read()
-        means = dict(zip(("loss", "gradient_norm"), np.mean(self._values, axis=0).tolist()))
+        loss, norm = np.mean(self._values, axis=0).tolist()
+        means = {"loss": loss, "gradient_norm": norm}
         start, *others = self._times
         now = time.perf_counter()
         if others:
@@ -191,12 +192,9 @@ def fit(
     check_count("log_every", log_every)
     for log in logs:
         check_instance("logs", log, Callable, "callable as `log(step, metrics)`")
-    for pair in callbacks:
-        wanted = "pairs of a number of steps and a function to call with the state"
-        check_instance("callbacks", pair, tuple | list, wanted)
-        every, callback = pair
+    for every, callback in callbacks:
         check_count("callbacks", every)
-        check_instance("callbacks", callback, Callable, wanted)
+        check_instance("callbacks", callback, Callable, "callable as `callback(state)`")
     _check_condition(trainer, state, batches, 0)
     if checkpoints is not None and checkpoints.steps:
         state = checkpoints.restore(state)

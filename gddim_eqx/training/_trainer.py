@@ -40,7 +40,9 @@ class TrainState(eqx.Module):
     def averaged(self) -> Any:
         """The model with the EMA of its parameters, in the precision of the model, for
         sampling."""
-        return eqx.combine(_cast_like(self.ema, _parameters(self.model)), self.model)
+        return eqx.combine(
+            optax.tree.cast_like(self.ema, _parameters(self.model)), self.model
+        )
 
 
 class StepInfo(eqx.Module):
@@ -224,7 +226,7 @@ class Trainer(eqx.Module):
         precise = eqx.combine(state.precise, parameters)
 
         def mean_loss(precise, noised):
-            model = eqx.combine(_cast_like(precise, parameters), static)
+            model = eqx.combine(optax.tree.cast_like(precise, parameters), static)
             return self.loss(model, noised, args).mean()
 
         loss, gradient = self._gradient(mean_loss, precise, noised)
@@ -235,7 +237,7 @@ class Trainer(eqx.Module):
         with jax.numpy_dtype_promotion("standard"):
             updates, optimiser = self.optimiser.update(gradient, state.optimiser, precise)
         precise = eqx.apply_updates(precise, updates)
-        parameters = _cast_like(precise, parameters)
+        parameters = optax.tree.cast_like(precise, parameters)
         model, step = eqx.combine(parameters, static), state.step + 1
         ema = self._update_ema(state.ema, parameters, step)
         precise = _where_changed(precise, parameters)
@@ -302,10 +304,6 @@ def _in_single(tree: PyTree) -> Any:
     """Arrays at least in single precision."""
     half = lambda x: jnp.finfo(x.dtype).bits < 32
     return jtu.tree_map(lambda x: x.astype(jnp.float32) if half(x) else x, tree)
-
-
-def _cast_like(tree: PyTree, other: PyTree) -> Any:
-    return jtu.tree_map(lambda x, y: x.astype(y.dtype), tree, other)
 
 
 def _where_changed(tree: PyTree, other: PyTree) -> Any:
