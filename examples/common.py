@@ -2,11 +2,14 @@
 
 import dataclasses
 import hashlib
+import json
 import math
 import os
-from collections.abc import Sequence
+import pkgutil
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -15,12 +18,22 @@ from einops import rearrange
 import gddim_eqx as gd
 
 
-def read_flow(path: Path, **options: Any) -> gd.ProbabilityFlow:
+def read_flow(path: Path, like: str | None = None) -> gd.ProbabilityFlow:
     """A model and its process.
+
+    **Arguments:**
+
+    - `path`: a file that the library wrote.
+    - `like`: `module:name` of a function that returns a model of the same structure.
 
     **Raises:** `ValueError` for a file that holds something else.
     """
-    found = gd.checkpoints.load(path, **options)
+    try:
+        found = gd.checkpoints.load(path, like=None if like is None else named(like)())
+    except ValueError as error:
+        if "like=" in str(error):
+            raise ValueError(f"{error} Here: `--like module:function`.") from error
+        raise
     if isinstance(found, gd.nn.NetworkModel):
         return gd.ProbabilityFlow(found.process, found)
     if not isinstance(found, gd.ProbabilityFlow):
@@ -29,6 +42,47 @@ def read_flow(path: Path, **options: Any) -> gd.ProbabilityFlow:
             "`gddim_eqx.ProbabilityFlow` of it, or a `gddim_eqx.nn.NetworkModel`."
         )
     return found
+
+
+def named(name: str) -> Callable[[], Any]:
+    """The function that `--like` names."""
+    sys.path.append(os.getcwd())
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"`--like` must be module:name of a function; got {name!r}: {error}."
+        ) from error
+    if not callable(found):
+        raise ValueError(f"`--like` must name a function; {name} is {found!r}.")
+    return found
+
+
+def read_authors(
+    path: Path, authors: str, name: Literal["cld", "bdm"], shape: tuple[int, ...]
+) -> gd.ProbabilityFlow:
+    """A model in a checkpoint of the authors' code, with the name of a network or the file
+    of a configuration, and the name of the process."""
+    presets, settings = ("cifar10_cld", "cifar10_bdm", "celeba_cld"), {}
+    if authors in presets:
+        network = gd.checkpoints.load_authors(path, getattr(gd.nn.presets, authors))
+    elif Path(authors).is_file():
+        settings = json.loads(Path(authors).read_text())
+        network = gd.checkpoints.load_authors(path, settings, size=(shape[0], shape[1]))
+    else:
+        raise ValueError(
+            f"`--authors` must be one of {', '.join(presets)}, or a file; got {authors!r}."
+        )
+    process = {"cld": gd.CLD, "bdm": gd.BDM}[name](shape)
+    needed = (*shape[:2], process.num_components * shape[-1])
+    if network.shape != needed:
+        raise ValueError(
+            f"{path} has a network for inputs of shape {network.shape}, and {name} needs "
+            f"{needed}. Choose another `--process` or `--data`."
+        )
+    mixed_score = settings.get("model", settings).get("mixed_score", False)
+    model = gd.nn.NetworkModel(process, network, mixed_score)
+    return gd.ProbabilityFlow(process, model)
 
 
 def digest(content: Any) -> str:

@@ -382,8 +382,7 @@ class Source:
     directory: Path | None = None
     """The location of its files. Not needed for rings and digits. For `packed`, a file that
     `examples/data.py` wrote, for more images than fit in memory."""
-    verify: bool = True
-    """Verify the files against their published checksums."""
+    verify: bool = True  # Verify the files against their published checksums.
     size: int | None = None
     """For a folder of images: the size to resize them to. For packed images: their size,
     which is checked."""

@@ -23,57 +23,26 @@ import functools
 import inspect
 import json
 import operator
-import os
-import pkgutil
 import shutil
 import sys
-import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import diffrax as dfx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import tyro
-from common import digest, draw_table, keep_programs, read_flow, tiled, to_json
+from common import digest, keep_programs, named, read_authors, read_flow, to_json
 from data import has_test, load, load_labels, OWN, Source
+from results import draw_grid, Sampler, SAMPLERS, table
 from tqdm import tqdm
 
 import gddim_eqx as gd
 from gddim_eqx._misc import write_whole
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampler:
-    name: str
-    solver: dfx.AbstractSolver
-    lam: float = 0.0
-    grid: Literal["clock", "quadratic"] = "clock"
-    evaluations_per_step: int = 1
-    evaluations_at_start: int = 0
-    only: type = gd.AbstractProcess
-    """The only kind of process that it applies to."""
-
-    @property
-    def described(self) -> str:
-        return f"{self.solver!r}, lambda {self.lam}, grid {self.grid}"
-
-
-PAPER = gd.GDDIM(3, "noise")
-SAMPLERS = {
-    "gddim": Sampler("gDDIM", gd.GDDIM()),
-    "gddim-paper": Sampler("gDDIM, as in the paper", PAPER, grid="quadratic"),
-    "ddim": Sampler("gDDIM, order 1", gd.GDDIM(1, "noise")),
-    "heun": Sampler("Heun", dfx.Heun(), evaluations_per_step=2),
-    "tsit5": Sampler("Tsit5", dfx.Tsit5(), evaluations_per_step=6, evaluations_at_start=1),
-    "euler": Sampler("Euler", dfx.Euler()),
-    "ancestral": Sampler("Ancestral", gd.GDDIM(1), lam=1.0),
-    "em": Sampler("Euler-Maruyama", dfx.Euler(), lam=1.0),
-    "sscs": Sampler("SSCS", gd.SSCS(), lam=1.0, only=gd.CLD),
-}
 _NAMES = ", ".join(f"`{name}` ({sampler.name})" for name, sampler in SAMPLERS.items())
 
 
@@ -82,8 +51,7 @@ class Config:
     model: Annotated[Path, tyro.conf.Positional]
     """A file written by `gddim_eqx.checkpoints.save`; or, with `--authors`, by the
     authors' code."""
-    data: Source
-    """What to compare with."""
+    data: Source  # What to compare with.
     authors: str | None = None
     """The network in a checkpoint of the authors' code: `cifar10_cld`,
     `cifar10_bdm` or `celeba_cld`; or a JSON file with their configuration."""
@@ -99,8 +67,7 @@ class Config:
     features: Literal["pixels", "classifier", "inception"] | None = None
     """The features to compare images by: by default Inception's with `weights`, the
     classifier's for Fashion-MNIST, and otherwise pixels, whose distances are no FIDs."""
-    weights: Path | None = None
-    """The file of Inception weights."""
+    weights: Path | None = None  # The file of Inception weights.
     samplers: Annotated[tuple[str, ...], tyro.conf.arg(help=f"Any of {_NAMES}.")] = (
         *("gddim", "gddim-paper", "heun", "tsit5", "ancestral"),
     )
@@ -115,14 +82,12 @@ class Config:
     guidance: float = 1.0
     """For a class-conditional model: the scale of classifier-free guidance. Unless it is 1,
     an evaluation of the model is two of its network."""
-    seeds: tuple[int, ...] = (0,)
-    """Random seeds: everything is measured once with each."""
+    seeds: tuple[int, ...] = (0,)  # Random seeds: everything is measured once with each.
     number: int = 10_000
     """The number of samples for each sampler, number of evaluations and seed."""
     batch_size: int = 512
     """The number of samples per batch. Rounded up to a multiple of the device count."""
-    output: Path | None = None
-    """By default `evaluation` beside the model."""
+    output: Path | None = None  # By default `evaluation` beside the model.
     cache: Path = Path.home() / ".cache" / "gddim_eqx"
     """Where to cache the features of the data."""
     keep_images: bool = False
@@ -186,60 +151,17 @@ def read_features(config: Config, shape: tuple[int, ...]) -> gd.metrics.Abstract
 
 
 def read_model(config: Config, shape: tuple[int, ...]) -> gd.ProbabilityFlow:
-    like = None if config.like is None else named(config.like)()
-    try:
-        read = config.authors and read_authors(config, config.authors, shape)
-        flow = read or read_flow(config.model, like=like)
-    except ValueError as error:
-        if "like=" in str(error):
-            raise ValueError(f"{error} Here: `--like module:function`.") from error
-        raise
+    if config.authors is None:
+        flow = read_flow(config.model, config.like)
+    else:
+        process = config.process or "cld"
+        flow = read_authors(config.model, config.authors, process, shape)
     if flow.process.shape != shape:
         raise ValueError(
             f"{config.model} is for data of shape {flow.process.shape}; those of "
             f"{config.data.name} have {shape}."
         )
     return flow
-
-
-def named(name: str) -> Callable[[], Any]:
-    """The function that `--like` names."""
-    sys.path.append(os.getcwd())
-    try:
-        found = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"`--like` must be module:name of a function; got {name!r}: {error}."
-        ) from error
-    if not callable(found):
-        raise ValueError(f"`--like` must name a function; {name} is {found!r}.")
-    return found
-
-
-def read_authors(
-    config: Config, authors: str, shape: tuple[int, ...]
-) -> gd.ProbabilityFlow:
-    presets, settings = ("cifar10_cld", "cifar10_bdm", "celeba_cld"), {}
-    if authors in presets:
-        network = gd.checkpoints.load_authors(config.model, getattr(gd.nn.presets, authors))
-    elif Path(authors).is_file():
-        settings = json.loads(Path(authors).read_text())
-        network = gd.checkpoints.load_authors(config.model, settings, size=shape[:2])
-    else:
-        raise ValueError(
-            f"`--authors` must be one of {', '.join(presets)}, or a file; got {authors!r}."
-        )
-    name = config.process or "cld"
-    process = {"cld": gd.CLD, "bdm": gd.BDM}[name](shape)
-    needed = (*shape[:2], process.num_components * shape[-1])
-    if network.shape != needed:
-        raise ValueError(
-            f"{config.model} has a network for inputs of shape {network.shape}, and {name} "
-            f"needs {needed}. Choose another `--process` or `--data`."
-        )
-    mixed_score = settings.get("model", settings).get("mixed_score", False)
-    model = gd.nn.NetworkModel(process, network, mixed_score)
-    return gd.ProbabilityFlow(process, model)
 
 
 def metadata_of(config: Config) -> dict[str, Any]:
@@ -602,66 +524,6 @@ def report(
     if missing:
         names = dict.fromkeys(f"{r['sampler']} with {r['budget']}" for r in missing)
         print(f"Not possible: {', '.join(names)}.")
-
-
-def samplers_in(results: list[dict[str, Any]]) -> list[str]:
-    names = {r["sampler"] for r in results if r["outcome"] != "impossible"}
-    return [name for name in SAMPLERS if name in names]
-
-
-def budgets_in(results: list[dict[str, Any]]) -> list[int]:
-    return sorted({r["budget"] for r in results})
-
-
-def table(results: list[dict[str, Any]], metric: str = "frechet_distance") -> str:
-    """A Markdown table: the mean over seeds, with half the range if there are several, and
-    the number of evaluations where it differs from the budget by more than a tenth."""
-    budgets = budgets_in(results)
-    lines = ["| evaluations | " + " | ".join(map(str, budgets)) + " |"]
-    lines.append("| --- |" + " --- |" * len(budgets))
-    for name in samplers_in(results):
-        row = []
-        for budget in budgets:
-            cell = [r for r in results if (r["sampler"], r["budget"]) == (name, budget)]
-            values = [r[metric] for r in cell if r["outcome"] == "finite"]
-            if not values or len(values) < len(cell):
-                diverged = any(r["outcome"] == "diverged" for r in cell)
-                row.append("diverged" if diverged else "")
-                continue
-            text = f"{np.mean(values):.3g}"
-            if len(values) > 1:
-                text += f" ± {(max(values) - min(values)) / 2:.1g}"
-            used = np.mean([r["evaluations"] for r in cell])
-            close = abs(used - budget) <= 0.1 * budget
-            row.append(text if close else f"{text} ({used:.0f})")
-        lines.append(f"| {SAMPLERS[name].name} | " + " | ".join(row) + " |")
-    return "\n".join(lines)
-
-
-def draw_grid(results: list[dict[str, Any]], output: Path) -> None:
-    """Sixteen samples for each sampler and number of evaluations, from the same noise."""
-    names, budgets = samplers_in(results), budgets_in(results)
-    seed, drawn = min(r["seed"] for r in results), {}
-    for name, budget in ((name, budget) for name in names for budget in budgets):
-        path = output / "first" / f"{Cell(name, budget, seed)}.npz"
-        outcomes = [
-            r["outcome"] for r in results if (r["sampler"], r["budget"]) == (name, budget)
-        ]
-        if "finite" in outcomes and path.exists():
-            with np.load(path) as file:
-                drawn[name, budget] = tiled(file["images"][:16])
-    if not drawn:
-        return
-    blank = np.full_like(next(iter(drawn.values())), 255)
-    cells = [[drawn.get((name, budget), blank) for budget in budgets] for name in names]
-    draw_table(
-        output / "grid.png",
-        np.concatenate([np.concatenate(row, 1) for row in cells]),
-        [textwrap.fill(SAMPLERS[name].name, 14) for name in names],
-        [str(budget) for budget in budgets],
-        "Evaluations of the network, at most",
-        (max(1.6 + 1.3 * len(budgets), 4), 0.4 + 1.3 * len(names)),
-    )
 
 
 def main(arguments: list[str] | None = None) -> None:

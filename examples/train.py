@@ -59,8 +59,7 @@ from gddim_eqx.training import (
 class Data(Source):
     """What to train on."""
 
-    flip: bool = False
-    """Flip images horizontally, each with probability one half."""
+    flip: bool = False  # Flip images horizontally, each with probability one half.
     labels: bool = False
     """Train a class-conditional model. The classes of a folder are its sub-folders."""
 
@@ -70,8 +69,7 @@ class Network:
     """What to train."""
 
     name: Literal["points", "mlp", "small", "cifar10_cld", "cifar10_bdm", "celeba_cld"]
-    bfloat16: bool = False
-    """Compute in bfloat16. Parameters stay in single precision."""
+    bfloat16: bool = False  # Compute in bfloat16. Parameters stay in single precision.
     checkpoint: bool = False
     """Use gradient checkpointing: recompute activations within blocks, to save memory."""
     features: int | None = None
@@ -88,16 +86,13 @@ class Optimiser:
     """Adam, and the EMA of the parameters."""
 
     learning_rate: float = 2e-4
-    warmup: int = 5000
-    """The number of warm-up steps of the learning rate."""
+    warmup: int = 5000  # The number of warm-up steps of the learning rate.
     cosine: bool = False
     """Decay the learning rate to 0 at `--steps`, by a cosine schedule. A run that resumes
     with more steps follows the schedule of these. The paper does not decay it."""
     ema_decay: float = 0.9999
-    debias: bool = False
-    """Remove the initial parameters from the EMA."""
-    accumulate: int = 1
-    """The number of parts for gradient accumulation, to save memory."""
+    debias: bool = False  # Remove the initial parameters from the EMA.
+    accumulate: int = 1  # The number of parts for gradient accumulation, to save memory.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,10 +112,8 @@ class Config:
     data: Data
     network: Network
     process: Literal["vp", "sub_vp", "ve", "cld", "bdm"]
-    steps: int
-    """The total number of training steps."""
-    batch_size: int = 128
-    """The batch size over all devices together."""
+    steps: int  # The total number of training steps.
+    batch_size: int = 128  # The batch size over all devices together.
     optimiser: Optimiser = Optimiser()
     predicts: Literal["noise", "data", "score", "v", "flow"] | None = None
     """By default data for a preconditioned network, and otherwise noise."""
@@ -132,18 +125,15 @@ class Config:
     for the prediction of data or noise: that of the data, in units of what can be known."""
     label_dropout: float = 0.1
     """With labels: the probability of training without, for classifier-free guidance."""
-    shard_parameters: bool = False
-    """Shard parameters over devices too."""
+    shard_parameters: bool = False  # Shard parameters over devices too.
     init: Path | None = None
     """A `model.npz` to start from, in place of random parameters; of the same network,
     process and prediction."""
     seed: int = 0
     processes: Processes = Processes()
-    output: Path | None = None
-    """By default `runs/` followed by the name of the preset."""
+    output: Path | None = None  # By default `runs/` followed by the name of the preset.
     save_every: int = 1000
-    keep: int = 2
-    """The number of checkpoints to keep."""
+    keep: int = 2  # The number of checkpoints to keep.
     log_every: int = 100
     samples_every: int = 5000
     """The number of steps between pictures of samples; 0 for none."""
