@@ -220,20 +220,18 @@ class Augmentation(eqx.Module):
     dequantise: bool = eqx.field(default=False, static=True)
 
     def __call__(self, key: Key, batch: PyTree) -> Any:
-        check_key(key)
         x, condition = split_condition(batch)
-        x = self._augment(key, x)
+        x = self._augment(*jr.split(check_key(key)), x)
         return x if condition is None else (x, condition)
 
-    def _augment(self, key, x):
-        flip_key, noise_key = jr.split(key)
+    def _augment(self, flip_key, noise_key, x):
         if self.flip:
             if x.ndim != 4:
                 raise ValueError(
                     "`flip` is for images, `(batch, height, width, channels)`; got an "
                     f"array of shape {x.shape}."
                 )
-            flipped = jr.bernoulli(flip_key, shape=(len(x), *[1] * (x.ndim - 1)))
+            flipped = jr.bernoulli(flip_key, shape=(len(x), 1, 1, 1))
             x = jnp.where(flipped, jnp.flip(x, -2), x)
         if jnp.issubdtype(x.dtype, jnp.inexact):
             check_real(x.dtype, "The batch")

@@ -60,14 +60,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         if jax.process_index() == 0:
             for unfinished in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
                 shutil.rmtree(unfinished)
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(preservation_policy=policy),
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "about": ocp.JsonCheckpointHandler(),
-            },
-        )
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     @property
     def steps(self) -> list[int]:
@@ -116,10 +110,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         arrays, kinds = _arrays(state)
         _check_same("config", about["config"], self.config, folder)
         _check_same("network or optimiser", about["arrays"], kinds, folder)
-        abstract = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-            for name, x in arrays.items()
-        }
+        shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        abstract = {name: shape(x) for name, x in arrays.items()}
         restored = self._read(step, state=args.StandardRestore(abstract))
 
         def replace(path, x):
@@ -130,10 +122,9 @@ class Checkpoints(contextlib.AbstractContextManager):
         return jtu.tree_map_with_path(replace, state)
 
     def _read(self, step: int, **item: Any) -> Any:
-        (name,) = item
         try:
             items = _orbax().args.Composite(**item)
-            return self._manager.restore(step, args=items)[name]
+            return self._manager.restore(step, args=items)[next(iter(item))]
         except Exception as error:
             raise ValueError(
                 f"{self.directory / str(step)} cannot be read: {_brief(error)}. If it is "

@@ -171,8 +171,10 @@ class Trainer(eqx.Module):
 
     @eqx.filter_jit
     def _init_compiled(self, make_model: Callable[[], Any], key: Key) -> TrainState:
-        state = self._init(make_model(), key)
-        return state if self.placement is None else self.placement.constrain(state)
+        return self._constrain(self._init(make_model(), key))
+
+    def _constrain(self, tree: PyTree) -> Any:
+        return tree if self.placement is None else self.placement.constrain(tree)
 
     def _init(self, model: PyTree, key: Key) -> TrainState:
         if not jtu.tree_leaves(_parameters(model)):
@@ -230,8 +232,7 @@ class Trainer(eqx.Module):
             return self.loss(model, noised, args).mean()
 
         loss, gradient = self._gradient(mean_loss, precise, noised)
-        if self.placement is not None:
-            gradient = self.placement.constrain(gradient)
+        gradient = self._constrain(gradient)
         info = StepInfo(loss, optax.tree.norm(gradient))
         # Optax mixes integers with floats.
         with jax.numpy_dtype_promotion("standard"):
@@ -242,9 +243,7 @@ class Trainer(eqx.Module):
         ema = self._update_ema(state.ema, parameters, step)
         precise = _where_changed(precise, parameters)
         state = TrainState(model, ema, optimiser, step, state.key, precise)
-        if self.placement is not None:
-            state = self.placement.constrain(state)
-        return state, info
+        return self._constrain(state), info
 
     def _update_ema(self, ema, parameters, step):
         # Not `optax.ema`, whose rounding of the decay rescales the average: at 0.9999, by
