@@ -21,6 +21,7 @@ the output directory. If interrupted, run the same command again to resume.
 import dataclasses
 import functools
 import inspect
+import itertools
 import json
 import operator
 import shutil
@@ -36,7 +37,7 @@ import numpy as np
 import tyro
 from common import digest, keep_programs, named, read_authors, read_flow, to_json
 from data import has_test, load, load_labels, OWN, Source
-from results import draw_grid, Sampler, SAMPLERS, table
+from results import draw_grid, report, Sampler, SAMPLERS
 from tqdm import tqdm
 
 import gddim_eqx as gd
@@ -103,11 +104,9 @@ def checked(config: Config) -> Config:
     if unknown:
         raise ValueError(f"No sampler {unknown[0]!r}. Choose from {', '.join(SAMPLERS)}.")
     for name in ("samplers", "evaluations", "seeds"):
-        values = getattr(config, name)
-        if not values or len(set(values)) < len(values):
-            raise ValueError(
-                f"`{name}` must not be empty or have duplicates; got {values}."
-            )
+        given = getattr(config, name)
+        if not given or len(set(given)) < len(given):
+            raise ValueError(f"`{name}` must not be empty or have duplicates; got {given}.")
     if config.number < 4:
         raise ValueError(f"`number` must be at least 4; got {config.number}.")
     if min(config.batch_size, *config.evaluations) < 1:
@@ -222,9 +221,7 @@ class Bench:
 
     def steps(self, sampler: Sampler, budget: int) -> int:
         """The number of steps; 0 if the sampler does not apply."""
-        rest = budget - (self.denoise is not None) - sampler.evaluations_at_start
-        applies = isinstance(self.flow.process, sampler.only)
-        return max(rest, 0) // sampler.evaluations_per_step if applies else 0
+        return sampler.steps(self.flow.process, budget - (self.denoise is not None))
 
     def draw(
         self, sampler: Sampler, budget: int, key, first: int, number: int
@@ -257,8 +254,6 @@ class Bench:
 
 # The minimum number of samples that are drawn, measured and saved at a time.
 _per_part = 2048
-
-
 _subsets = 20  # For the kernel distance.
 
 
@@ -340,19 +335,17 @@ class Evaluation:
         if self.config.keep_images:
             write_arrays(self.output / f"images-{cell}.npz", images)
         write_arrays(self.output / "first" / f"{cell}.npz", images[:16])
-        moments = functools.reduce(
-            operator.add, [gd.metrics.Moments.of(part[1]) for part in drawn]
-        )
+        moments = map(gd.metrics.Moments.of, (part[1] for part in drawn))
         result |= {
             "outcome": "finite",
             "evaluations": float(np.mean([part[2] for part in drawn])),
-            **measure(vectors, moments, self.reference),
+            **measure(vectors, functools.reduce(operator.add, moments), self.reference),
         }
-        if self.bench.labels is not None and self.config.features == "classifier":
+        labels, features = self.bench.labels, self.features
+        if labels is not None and isinstance(features, gd.metrics.Classifier):
             # The share of samples that the classifier takes for their label.
-            last: Any = self.features.classifier.last
-            found = jax.vmap(last)(jnp.asarray(vectors)).argmax(1)
-            result["accuracy"] = float((np.asarray(found) == self.bench.labels).mean())
+            found = jax.vmap(features.classifier.last)(jnp.asarray(vectors)).argmax(1)
+            result["accuracy"] = float((np.asarray(found) == labels).mean())
         return result
 
     def protocol(self) -> dict[str, Any]:
@@ -434,13 +427,9 @@ class Evaluation:
         save()
         done = {(r["sampler"], r["budget"], r["seed"]) for r in results}
         # Seed by seed, so that a whole table is complete early.
-        cells = [
-            cell
-            for seed in config.seeds
-            for name in config.samplers
-            for budget in config.evaluations
-            if (cell := Cell(name, budget, seed)) not in done
-        ]
+        all_cells = itertools.product(config.seeds, config.samplers, config.evaluations)
+        cells = [Cell(name, budget, seed) for seed, name, budget in all_cells]
+        cells = [cell for cell in cells if cell not in done]
         each = -(-config.number // self.size)
         with tqdm(total=each * len(cells), unit=" parts", mininterval=1) as progress:
             for n, cell in enumerate(cells):
@@ -448,9 +437,8 @@ class Evaluation:
                 results.append(self.result(cell, parts, progress))
                 save()
                 shutil.rmtree(parts / str(cell), ignore_errors=True)
-                # Compiled programs take hundreds of memory maps, which Linux limits to
-                # 65,530.
                 if n % 32 == 31:
+                    # Programs take hundreds of memory maps, which Linux limits to 65,530.
                     jax.clear_caches()
                 progress.update((n + 1) * each - progress.n)
         shutil.rmtree(parts.parent, ignore_errors=True)
@@ -480,7 +468,7 @@ def evaluate(config: Config) -> None:
     output = config.output or config.model.parent / "evaluation"
     found = Evaluation(config, Bench(config, flow), features, images, output).run(other)
     draw_grid(found["results"], output)
-    report(config, **found)
+    report(config.number, **found)
     print(f"All metrics: {output / 'results.json'}. Samples: {output / 'grid.png'}.")
 
 
@@ -495,35 +483,6 @@ def other_split(config: Config) -> np.ndarray | None:
             raise
         print(f"There are no other images as a scale: {error}", file=sys.stderr)
         return None
-
-
-def report(
-    config: Config,
-    protocol: dict[str, Any],
-    real_images: dict[str, Any] | None,
-    results: list[dict[str, Any]],
-) -> None:
-    name, against = protocol["frechet_distance"], protocol["against"]
-    print(f"{name} ({config.number} samples, against {against}):\n\n{table(results)}\n")
-    if real_images is None:
-        print(
-            "No real images are left to compare with. For a folder, `--data.test` or "
-            "`--data.held-out` gives some."
-        )
-    else:
-        kind = "training" if config.against == "test" else "held-out"
-        number = real_images["number"]
-        text = f"{number} real {kind} images: {real_images['frechet_distance']:.3g}"
-        more = f". (More of them, such as {config.number}, would come closer.)"
-        print(text + (more if number < config.number else ""))
-    if any("accuracy" in r for r in results):
-        print("\nShare of samples that the classifier takes for their label:\n")
-        print(table(results, "accuracy"))
-    print("\n± is half the range over seeds. In brackets: the actual evaluations.")
-    missing = [r for r in results if r["outcome"] == "impossible"]
-    if missing:
-        names = dict.fromkeys(f"{r['sampler']} with {r['budget']}" for r in missing)
-        print(f"Not possible: {', '.join(names)}.")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -22,6 +22,11 @@ class Sampler:
     evaluations_at_start: int = 0
     only: type = gd.AbstractProcess  # The only kind of process that it applies to.
 
+    def steps(self, process: gd.AbstractProcess, evaluations: int) -> int:
+        """The number of steps; 0 if the sampler does not apply."""
+        rest = max(evaluations - self.evaluations_at_start, 0)
+        return rest // self.evaluations_per_step if isinstance(process, self.only) else 0
+
     @property
     def described(self) -> str:
         return f"{self.solver!r}, lambda {self.lam}, grid {self.grid}"
@@ -73,6 +78,36 @@ def table(results: list[dict[str, Any]], metric: str = "frechet_distance") -> st
             row.append(text if close else f"{text} ({used:.0f})")
         lines.append(f"| {SAMPLERS[name].name} | " + " | ".join(row) + " |")
     return "\n".join(lines)
+
+
+def report(
+    number: int,
+    protocol: dict[str, Any],
+    real_images: dict[str, Any] | None,
+    results: list[dict[str, Any]],
+) -> None:
+    """Print the tables of `results.json`, for this number of samples."""
+    name, against = protocol["frechet_distance"], protocol["against"]
+    print(f"{name} ({number} samples, against {against}):\n\n{table(results)}\n")
+    if real_images is None:
+        print(
+            "No real images are left to compare with. For a folder, `--data.test` or "
+            "`--data.held-out` gives some."
+        )
+    else:
+        fewer = real_images["number"]
+        kind = "training" if against.startswith("test") else "held-out"
+        text = f"{fewer} real {kind} images: {real_images['frechet_distance']:.3g}"
+        more = f". (More of them, such as {number}, would come closer.)"
+        print(text + (more if fewer < number else ""))
+    if any("accuracy" in r for r in results):
+        print("\nShare of samples that the classifier takes for their label:\n")
+        print(table(results, "accuracy"))
+    print("\n± is half the range over seeds. In brackets: the actual evaluations.")
+    missing = [r for r in results if r["outcome"] == "impossible"]
+    if missing:
+        names = dict.fromkeys(f"{r['sampler']} with {r['budget']}" for r in missing)
+        print(f"Not possible: {', '.join(names)}.")
 
 
 def draw_grid(results: list[dict[str, Any]], output: Path) -> None:

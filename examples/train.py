@@ -175,10 +175,6 @@ CIFAR10_CLD = Config(
     save_every=10_000,
 )
 
-CLASSES = replace(FASHION_MNIST.data, labels=True)
-SIXTEEN_TIMES = Network("small", features=64, bfloat16=True, precondition=True)
-CELEBA = Data("folder", size=64, crop=140, held_out=0, flip=True)
-
 PRESETS = {
     "toy": ("Five rings in the plane under CLD: a minute on a CPU.", TOY),
     "digits": (
@@ -198,13 +194,13 @@ PRESETS = {
     ),
     "fashion-mnist-classes": (
         "Fashion-MNIST by class, for classifier-free guidance: the same.",
-        replace(FASHION_MNIST, data=CLASSES),
+        replace(FASHION_MNIST, data=replace(FASHION_MNIST.data, labels=True)),
     ),
     "fashion-mnist-gpu": (
         "The same, with sixteen times as many parameters: for a GPU.",
         replace(
             FASHION_MNIST,
-            network=SIXTEEN_TIMES,
+            network=Network("small", features=64, bfloat16=True, precondition=True),
             steps=40_000,
             batch_size=128,
             optimiser=replace(QUICK, learning_rate=1e-3, warmup=1000),
@@ -223,7 +219,7 @@ PRESETS = {
         "CELEBA, 64x64, under CLD, with the values of the paper's Table 4.",
         replace(
             CIFAR10_CLD,
-            data=CELEBA,
+            data=Data("folder", size=64, crop=140, held_out=0, flip=True),
             network=Network("celeba_cld"),
             steps=150_000,
             optimiser=replace(PAPER, ema_decay=0.999),

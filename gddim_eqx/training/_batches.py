@@ -221,10 +221,11 @@ class Augmentation(eqx.Module):
 
     def __call__(self, key: Key, batch: PyTree) -> Any:
         x, condition = split_condition(batch)
-        x = self._augment(*jr.split(check_key(key)), x)
+        x = self._augment(check_key(key), x)
         return x if condition is None else (x, condition)
 
-    def _augment(self, flip_key, noise_key, x):
+    def _augment(self, key, x):
+        flip_key, noise_key = jr.split(key)
         if self.flip:
             if x.ndim != 4:
                 raise ValueError(
