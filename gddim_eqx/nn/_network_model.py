@@ -186,11 +186,9 @@ class NetworkModel(AbstractModel):
 
 def _check_call(network, inputs, options):
     try:
-        signature = inspect.signature(network)
-    except (TypeError, ValueError):
+        inspect.signature(network).bind(*inputs, **options)
+    except ValueError:  # Some callables have no signature.
         return
-    try:
-        signature.bind(*inputs, **options)
     except TypeError as error:
         names = ["t", "x", "condition"][: len(inputs)] + [f"{name}=" for name in options]
         raise ValueError(

@@ -106,10 +106,10 @@ class Checkpoints(contextlib.AbstractContextManager):
                 f"{self.directory} has no checkpoint of step {step}; it has {steps}."
             )
         folder = self.directory / str(step)
-        about = self._read(step, about=args.JsonRestore())
+        about = self._read(step, about=args.JsonRestore()) or {}
         arrays, kinds = _arrays(state)
-        _check_same("config", about["config"], self.config, folder)
-        _check_same("network or optimiser", about["arrays"], kinds, folder)
+        _check_same("config", about.get("config", {}), self.config, folder)
+        _check_same("network or optimiser", about.get("arrays", {}), kinds, folder)
         shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
         abstract = {name: shape(x) for name, x in arrays.items()}
         restored = self._read(step, state=args.StandardRestore(abstract))
