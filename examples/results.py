@@ -121,7 +121,8 @@ def draw_grid(results: list[dict[str, Any]], output: Path) -> None:
         ]
         if "finite" in outcomes and path.exists():
             with np.load(path) as file:
-                drawn[name, budget] = tiled(file["images"][:16])
+                images, gap = tiled(file["images"][:16]), [(0, 4), (0, 4), (0, 0)]
+                drawn[name, budget] = np.pad(images, gap, constant_values=255)
     if not drawn:
         return
     blank = np.full_like(next(iter(drawn.values())), 255)
