@@ -33,7 +33,7 @@ _root = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(_root / "examples"))
 import evaluate
 import train
-from evaluate import budgets_in, SAMPLERS, samplers_in, table
+from results import budgets_in, SAMPLERS, samplers_in, table
 
 
 _processes = ("vp", "bdm", "cld")

@@ -26,8 +26,8 @@ _root = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(_root / "examples"))
 import evaluate
 import train
-from evaluate import table
 from fashion_mnist import call
+from results import table
 
 
 _processes = ("vp", "cld")

@@ -1,11 +1,13 @@
 """Data sets for the examples and benchmarks, from local files: images as `uint8`, of shape
-`(number, height, width, channels)`. Nothing is downloaded: where a file is missing, the
+`(number, height, width, channels)`; and the options of `train.py` and `evaluate.py` that
+choose one. Nothing is downloaded: where a file is missing, the
 error says where to get it. As a script, it packs a folder of images into one file, to train
 on more than fit in memory:
 
     python examples/data.py img_align_celeba celeba.npy --size 64 --crop 140
 """
 
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -14,6 +16,7 @@ import pickle
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -367,6 +370,163 @@ def _read(path: Path):
             "or has another colour profile. Convert it."
         )
     return image.convert("RGB")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where the data are read from."""
+
+    name: Literal[
+        "rings", "digits", "mnist", "fashion_mnist", "cifar10", "folder", "packed"
+    ]
+    directory: Path | None = None
+    """The location of its files. Not needed for rings and digits. For `packed`, a file that
+    `examples/data.py` wrote, for more images than fit in memory."""
+    verify: bool = True  # Verify the files against their published checksums.
+    size: int | None = None
+    """For a folder of images: the size to resize them to. For packed images: their size,
+    which is checked."""
+    crop: int | None = None
+    """For a folder of images: the size of a centre crop before resizing; CELEBA: 140.
+    Packed images have been cropped before."""
+    channels: Literal[1, 3] | None = None
+    """For a folder of images: 1 to read them as greyscale; 3 by default. For packed images:
+    the number of their channels, which is checked."""
+    held_out: float | None = None
+    """For a folder of images: the share that training leaves out, for evaluation; 0.1 by
+    default, or 0 with `test`."""
+    test: Path | None = None
+    """A second folder, or packed file, of images that are held out."""
+
+
+OWN = ("folder", "packed")  # Images of one's own.
+
+_CLASSES = {
+    "fashion_mnist": (
+        "T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Boot".split()
+    ),
+    "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
+}
+
+
+def check_source(data: Source) -> None:
+    own = (data.size, data.crop, data.channels, data.held_out, data.test)
+    if data.name not in OWN and own != (None,) * 5:
+        raise ValueError(
+            "`--data.size`, `--data.crop`, `--data.channels`, `--data.held-out` and "
+            f"`--data.test` are for a folder, not for {data.name}."
+        )
+    if data.name in ("rings", "digits", *OWN) and not data.verify:
+        raise ValueError(f"{data.name} is not verified: leave out `--data.no-verify`.")
+    if data.name in ("rings", "digits") and data.directory is not None:
+        raise ValueError(
+            f"{data.name} is not read from files: leave out `--data.directory`."
+        )
+    if data.directory is None and data.name not in ("rings", "digits", "fashion_mnist"):
+        raise ValueError(f"{data.name} is read from files: give `--data.directory`.")
+    if not 0 <= (data.held_out or 0) < 1:
+        raise ValueError(f"`--data.held-out` must be in [0, 1); got {data.held_out}.")
+    if data.held_out and (data.test is not None or data.name == "packed"):
+        raise ValueError(
+            "`--data.held-out` is for a folder without `--data.test`. For packed images, "
+            "pack a second folder: `--data.test`."
+        )
+    if data.test is not None and data.directory is not None:
+        if data.test.resolve().is_relative_to(data.directory.resolve()):
+            raise ValueError(
+                f"`--data.test` {data.test} must not be in `--data.directory` "
+                f"{data.directory}: it would be trained on. Move it beside it."
+            )
+
+
+def has_test(data: Source) -> bool:
+    """Whether there are images that training leaves out."""
+    if data.name in OWN:
+        return data.test is not None or (data.name == "folder" and data.held_out != 0)
+    return data.name not in ("rings", "digits")
+
+
+def load(data: Source, train: bool = True) -> np.ndarray:
+    check_source(data)
+    if not (train or has_test(data)):
+        raise ValueError(f"{data.name} has no test set.")
+    if data.name in ("rings", "digits"):
+        return globals()[data.name]()
+    if data.name not in OWN:
+        directory = {} if data.directory is None else {"directory": data.directory}
+        read = globals()[data.name]
+        return read(train=train, verify=data.verify, **directory)
+    directory = data.directory if train or data.test is None else data.test
+    assert directory is not None
+    if data.name == "folder":
+        images = folder(directory, data.size, data.crop, data.channels or 3)
+        return part_of(images, data, train)
+    images = packed(directory)
+    if data.size is not None and images.shape[1:3] != (data.size, data.size):
+        raise ValueError(
+            f"{directory} holds images of {images.shape[1]} x {images.shape[2]}, "
+            f"and `--data.size` is {data.size}: pack them with this size."
+        )
+    if data.channels not in (None, images.shape[3]):
+        raise ValueError(
+            f"{directory} holds images of {images.shape[3]} channels, and "
+            f"`--data.channels` is {data.channels}: pack them with `channels`."
+        )
+    return images
+
+
+def part_of(values: np.ndarray, data: Source, train: bool) -> np.ndarray:
+    """What belongs to the images of a folder for training, or to those held out: of equally
+    many consecutive ones, one each, at random."""
+    if data.test is not None or data.held_out == 0:
+        return values
+    share = 0.1 if data.held_out is None else data.held_out
+    number = len(values)
+    held_out = min(max(round(share * number), 1), number - 1)
+    edges = np.linspace(0, number, held_out + 1).astype(int)
+    chosen = np.zeros(number, bool)
+    chosen[np.random.default_rng(0).integers(edges[:-1], edges[1:])] = True
+    return values[~chosen if train else chosen]
+
+
+def load_labels(
+    data: Source, train: bool = True, classes: Sequence[str] | None = None
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The labels, and the names of the classes. For a folder, `classes` are those of a
+    model, by default its own."""
+    if data.name in ("rings", "packed"):
+        raise ValueError(f"The data {data.name!r} have no labels.")
+    if data.name == "digits":
+        return digits_labels(), tuple(map(str, range(10)))
+    if data.name == "folder":
+        assert data.directory is not None
+        labels, found = folder_labels(data.directory, classes)
+        if not train and data.test is not None:
+            return folder_labels(data.test, found)
+        labels = part_of(labels, data, train)
+        if train and classes is None and len(np.unique(labels)) < len(found):
+            (first, *_) = (name for n, name in enumerate(found) if n not in labels)
+            raise ValueError(
+                f"All images of the class {first} are held out. Give it more, or "
+                "`--data.held-out 0`."
+            )
+        return labels, found
+    directory = {} if data.directory is None else {"directory": data.directory}
+    read = globals()[f"{data.name}_labels"]
+    names = _CLASSES.get(data.name, map(str, range(10)))
+    return read(train=train, verify=data.verify, **directory), tuple(names)
+
+
+def standard_deviation(data: np.ndarray) -> float:
+    """The standard deviation of the data as the model sees them."""
+    # In parts, as the data may be larger than memory.
+    sums = np.zeros(2)
+    for part in np.array_split(data, max(1, len(data) // 1000)):
+        part = np.asarray(part, np.float64)
+        sums += part.sum(), (part**2).sum()
+    mean, square = sums / data.size
+    std = max(square - mean**2, 0.0) ** 0.5
+    return std / (127.5 if data.dtype == np.uint8 else 1)
 
 
 if __name__ == "__main__":

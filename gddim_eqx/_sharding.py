@@ -35,11 +35,7 @@ class Placement(eqx.Module):
         - `shard_parameters`: whether each device holds only a shard of the parameters.
         """
         devices = jax.devices() if devices is None else devices
-        if (
-            isinstance(devices, str)
-            or not len(devices)
-            or not all(isinstance(device, jax.Device) for device in devices)
-        ):
+        if not (len(devices) and all(isinstance(x, jax.Device) for x in devices)):
             raise ValueError(
                 f"`devices` must be some of `jax.devices()`; got {show(devices)}."
             )
@@ -97,15 +93,11 @@ class Placement(eqx.Module):
         return eqx.combine(jtu.tree_map(self._put_array, arrays), rest)
 
     def _put_array(self, x: jax.Array) -> jax.Array:
-        if is_key(x):
-            data = np.asarray(jr.key_data(x))
-            # A key is sharded as a scalar, but its data have one more axis.
-            data = jax.make_array_from_callback(
-                data.shape, self.replicated, data.__getitem__
-            )
-            return jr.wrap_key_data(data, impl=jr.key_impl(x))
-        values = np.asarray(x)
-        return jax.make_array_from_callback(x.shape, self._of_array(x), values.__getitem__)
+        values = np.asarray(jr.key_data(x) if is_key(x) else x)
+        # The data of a key have one more axis than the key.
+        sharding = self.replicated if is_key(x) else self._of_array(x)
+        array = jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
+        return jr.wrap_key_data(array, impl=jr.key_impl(x)) if is_key(x) else array
 
     def constrain(self, tree: PyTree) -> Any:
         """Inside `jax.jit`, constrain every array of a training state to its sharding."""

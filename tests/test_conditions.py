@@ -410,7 +410,7 @@ def test_the_example_runs(as_users_have_it, monkeypatch, tmp_path, capsys):
             lambda m: Batches((_points, _labels[:5]), 4),
             r"equally long; got lengths \[20, 5",
         ),
-        (lambda m: Batches((_points, np.full(20, np.nan)), 4), "condition holds NaN"),
+        (lambda m: m["fit"]((_points, np.full(20, np.nan))), "condition `args` holds NaN"),
         (lambda m: Batches((_points, "abc"), 4), "equally long"),
         (lambda m: Batches((_points, 3), 4), "must hold samples.*got 3"),
         (lambda m: Batches((_points, np.array(3)), 4), "must hold samples.*got array.3"),

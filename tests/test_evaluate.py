@@ -34,7 +34,7 @@ def evaluate():
         module = importlib.import_module("evaluate")
         patch.setattr(module, "_per_part", 8)
         yield module
-        for name in ("evaluate", "train"):
+        for name in ("evaluate", "data", "common"):
             patch.delitem(sys.modules, name)
 
 

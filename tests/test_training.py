@@ -250,8 +250,8 @@ def _train(trainer, model, steps, batch=16, put=lambda x: x):
     state, losses = trainer.init(model, jr.key(1)), []
     x = put(_data(batch))
     for _ in range(steps):
-        state, metrics = trainer.step(state, x)
-        losses.append(float(metrics.loss))
+        state, info = trainer.step(state, x)
+        losses.append(float(info.loss))
     return state, losses
 
 
@@ -268,13 +268,13 @@ def test_training_finds_the_best_prediction():
     state = trainer.init(_points(), jr.key(1))
     for step in range(400):
         x = std * jr.normal(jr.key(step), (256, 2), jnp.float32)
-        state, metrics = trainer.step(state, x)
+        state, info = trainer.step(state, x)
     exact = gd.GaussianMixture(jnp.zeros((1, 2)), std).model(process)
     for t in (0.1, 0.3, 0.7):
         u, t = jr.normal(jr.key(3), (256, 2)), jnp.asarray(t)
         best, got = exact(t, u, None), state.averaged(t, u)
         assert float(jnp.sqrt(jnp.mean((best - got) ** 2))) < 0.15
-    assert int(state.step) == 400 and bool(jnp.isfinite(metrics.gradient_norm))
+    assert int(state.step) == 400 and bool(jnp.isfinite(info.gradient_norm))
 
 
 @pytest.mark.float32
@@ -282,12 +282,12 @@ def test_a_step_is_that_of_optax():
     options = dict(ema_decay=0.75, debias=False)
     trainer = Trainer(DenoisingLoss(gd.VP((2,))), optax.sgd(0.1), **options)
     model, x = _points(), _data(8)
-    state, metrics = trainer.step(trainer.init(model, jr.key(1)), x)
+    state, info = trainer.step(trainer.init(model, jr.key(1)), x)
     loss_key = jr.split(jr.fold_in(jr.key(1), 0))[1]
     mean = lambda model: trainer.loss(model, trainer.loss.noised(loss_key, x)).mean()
     value, gradient = eqx.filter_value_and_grad(mean)(model)
-    np.testing.assert_allclose(metrics.loss, value, rtol=1e-5)
-    np.testing.assert_allclose(metrics.gradient_norm, optax.tree.norm(gradient), rtol=1e-5)
+    np.testing.assert_allclose(info.loss, value, rtol=1e-5)
+    np.testing.assert_allclose(info.gradient_norm, optax.tree.norm(gradient), rtol=1e-5)
     parameters = eqx.filter(model, eqx.is_inexact_array)
     expected = jtu.tree_map(lambda p, g: p - 0.1 * g, parameters, gradient)
     assert max_difference(eqx.filter(state.model, eqx.is_inexact_array), expected) < 1e-6
@@ -360,10 +360,10 @@ def test_the_average_is_that_of_double_precision(dtype, decay, debias):
     state = trainer.init(_in_precision(_points(), dtype), jr.key(1))
     expected = _vector(state.model)
     for n in range(100):
-        state, metrics = trainer.step(state, _data(16))
+        state, info = trainer.step(state, _data(16))
         share = (1 - decay) / (1 - decay ** (n + 1) if debias else 1)
         expected += share * (_vector(state.model) - expected)
-    assert np.isfinite(metrics.gradient_norm)
+    assert np.isfinite(info.gradient_norm)
     np.testing.assert_allclose(_vector(state.ema), expected, rtol=1e-5, atol=1e-6)
     # Of the model's precision at the end, and all of it is held in at least single.
     averaged = eqx.filter(state.averaged, eqx.is_inexact_array)
@@ -421,9 +421,11 @@ def test_the_default_optimiser_clips_and_warms_up():
     np.testing.assert_allclose(state[1][0].mu, (1 - 0.9**3) * gradient, rtol=1e-5)
 
 
-def test_the_optimiser_that_is_gone_is_said():
+def test_former_names_are_said():
     with pytest.raises(ImportError, match="optax.chain.*warmup_constant_schedule"):
         from gddim_eqx.training import adam as _  # noqa: F401  # pyright: ignore
+    with pytest.raises(ImportError, match="renamed: use `StepInfo`"):
+        from gddim_eqx.training import Metrics as _  # noqa: F401  # pyright: ignore
 
 
 @pytest.mark.float32
@@ -454,8 +456,8 @@ def test_dropout_and_noise_are_others_in_each_step():
         trainer = Trainer(loss, optax.sgd(0.0))
         state = trainer.init(_Forgetful(eqx.nn.Linear(2, 2, key=jr.key(0))), jr.key(seed))
         for _ in range(2):
-            state, metrics = trainer.step(state, x)
-            losses.append(float(metrics.loss))
+            state, info = trainer.step(state, x)
+            losses.append(float(info.loss))
     assert len(set(losses)) == 6
 
 

@@ -63,12 +63,8 @@ def _among(
     neighbours: int,
 ) -> Bool[np.ndarray, " number"]:
     # Each is its own nearest neighbour. Copies, as views would keep all distances alive.
-    radii = np.concatenate(
-        [
-            np.partition(d, neighbours)[:, neighbours].copy()
-            for d in _squares(others, others)
-        ]
-    )
+    radius = lambda d: np.partition(d, neighbours)[:, neighbours].copy()
+    radii = np.concatenate([radius(d) for d in _squares(others, others)])
     return np.concatenate([(d <= radii).any(axis=1) for d in _squares(vectors, others)])
 
 

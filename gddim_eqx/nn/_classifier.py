@@ -1,4 +1,3 @@
-import itertools
 from collections.abc import Sequence
 
 import equinox as eqx
@@ -52,14 +51,14 @@ class ImageClassifier(eqx.Module):
                 f"`features` must be multiples of 8; got {show(self.features)}."
             )
         *keys, last = jr.split(key, 2 * len(self.features) + 1)
-        sizes = [n for n in self.features for _ in range(2)]
+        sizes = [self.shape[-1], *(n for n in self.features for _ in range(2))]
         self.convolutions = tuple(
             eqx.nn.Conv2d(size, out_size, 3, stride, padding=1, key=key)
             for size, out_size, stride, key in zip(
-                [self.shape[-1], *sizes], sizes, itertools.cycle((2, 1)), keys
+                sizes, sizes[1:], (2, 1) * len(keys), keys
             )
         )
-        self.normalisations = tuple(eqx.nn.GroupNorm(8, n) for n in sizes)
+        self.normalisations = tuple(eqx.nn.GroupNorm(8, n) for n in sizes[1:])
         self.last = eqx.nn.Linear(self.features[-1], num_classes, key=last)
 
     def embed(

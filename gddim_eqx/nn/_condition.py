@@ -1,5 +1,6 @@
 """Embeddings of conditions, which networks add to that of the time."""
 
+import abc
 from typing import Any
 
 import equinox as eqx
@@ -9,7 +10,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Float, Inexact
 
-from .._custom_types import Key
+from .._custom_types import Key, RealScalarLike
 from .._misc import check_count
 
 
@@ -17,7 +18,7 @@ class LabelEmbedding(eqx.Module):
     """One vector per class, and one for no class, the label `num_classes`.
 
     A label outside [0, num_classes] gives NaN: under `jax.jit` nothing else can be said of
-    it. [`gddim_eqx.nn.NetworkModel.check_args`][] refuses it by name.
+    it. [`gddim_eqx.nn.NetworkModel.check_args`][] rejects it by name.
     """
 
     weight: Float[Array, "classes size"]
@@ -30,13 +31,8 @@ class LabelEmbedding(eqx.Module):
         return len(self.weight) - 1
 
     def check(self, condition: Any) -> None:
-        """**Raises:** `ValueError` unless given labels."""
+        """**Raises:** `ValueError` for labels out of range."""
         labels = jnp.asarray(condition)
-        if not jnp.issubdtype(labels.dtype, jnp.integer):
-            raise ValueError(
-                f"The condition must be integer labels, from 0 to {self.no_condition} (for "
-                f"no class); got {labels.dtype}."
-            )
         if wrong := labels[(labels < 0) | (labels > self.no_condition)].tolist():
             raise ValueError(
                 f"Labels must be from 0 to {self.no_condition}, which stands for no class; "
@@ -71,18 +67,6 @@ class ContextEmbedding(eqx.Module):
     def no_condition(self) -> Float[Array, " context"]:
         return jnp.full(self.layer.in_features, jnp.inf)
 
-    def check(self, condition: Any) -> None:
-        """**Raises:** `ValueError` unless given context vectors."""
-        context = jnp.asarray(condition)
-        size = self.layer.in_features
-        if context.shape[-1:] != (size,) or not jnp.issubdtype(context.dtype, jnp.floating):
-            raise ValueError(
-                f"The condition must be real vectors of size {size}; got {context.dtype} "
-                f"of shape {context.shape}."
-            )
-        if jnp.isnan(context).any():
-            raise ValueError("The condition holds NaN.")
-
     def __call__(self, context: Inexact[Array, " context"]) -> Float[Array, " size"]:
         if context.shape != (self.layer.in_features,):
             raise ValueError(
@@ -101,6 +85,7 @@ Embedding = LabelEmbedding | ContextEmbedding
 class AbstractConditionalNetwork(eqx.Module):
     """A network of one sample, which may take a condition."""
 
+    first: eqx.AbstractVar[eqx.nn.Linear | eqx.nn.Conv2d]
     time_layers: eqx.AbstractVar[tuple[eqx.nn.Linear, eqx.nn.Linear] | None]
     condition: eqx.AbstractVar[Embedding | None]
     shape: eqx.AbstractVar[tuple[int, ...]]
@@ -111,25 +96,45 @@ class AbstractConditionalNetwork(eqx.Module):
         `None` for a network without conditions."""
         return None if self.condition is None else self.condition.no_condition
 
-    def check_condition(self, condition: Any) -> None:
-        """**Raises:** `ValueError` for a condition that it does not take, if it takes
-        any."""
-        if self.condition is not None:
-            self.condition.check(condition)
+    @abc.abstractmethod
+    def featurise(self, t: Array) -> Array | None:
+        """The features of the time, of which `time_layers` make an embedding."""
 
-    def check_input(self, x: Array) -> None:
-        """**Raises:** `ValueError` for an input of another shape."""
+    @abc.abstractmethod
+    def run(self, x: Array, embedding: Any, key: Key | None) -> Array:
+        """The output, given the embedding of the time and the condition."""
+
+    def __call__(
+        self,
+        t: RealScalarLike,
+        x: Inexact[Array, "..."],
+        condition: Any = None,
+        *,
+        key: Key | None = None,
+    ) -> Inexact[Array, "..."]:
+        """**Arguments:**
+
+        - `t`: the time of the process.
+        - `x`: the input. The output has the same dtype, whatever the dtype of computation.
+        - `condition`: the label or context vector, for a network that was made for one.
+        - `key`: a random key for dropout; without it there is none.
+
+        **Raises:** `ValueError` for an input of another shape, and for a condition that
+        the network does not take, or lacks.
+        """
         if x.shape != self.shape:
             raise ValueError(
                 f"This network is for inputs of shape {self.shape}; got {x.shape}. For a "
                 "batch, use `jax.vmap`."
             )
+        features = self.featurise(jnp.asarray(t, self.first.weight.dtype))
+        inputs = self, x, self._embed(features, condition)
+        dtype = getattr(self, "dtype", None) or self.first.weight.dtype
+        cast = lambda y: y.astype(dtype) if eqx.is_inexact_array(y) else y
+        network, h, embedding = jtu.tree_map(cast, inputs)
+        return network.run(h, embedding, key).astype(x.dtype)
 
-    def embed(self, features: Any, condition: Any) -> Any:
-        """The embedding of the time, given by its features, and of the condition.
-
-        **Raises:** `ValueError` for a condition that the network does not take, or lacks.
-        """
+    def _embed(self, features: Any, condition: Any) -> Any:
         added: Any = 0
         if self.condition is not None:
             if condition is None:
@@ -148,14 +153,6 @@ class AbstractConditionalNetwork(eqx.Module):
             return None
         first, second = self.time_layers
         return second(jax.nn.silu(first(features))) + added
-
-    def in_dtype(self, *arrays: Array | None) -> tuple[Any, ...]:
-        """This network and arrays in its `dtype` of computation, by default that of the
-        first layer."""
-        network: Any = self
-        dtype = network.dtype or network.first.weight.dtype
-        cast = lambda y: y.astype(dtype) if eqx.is_inexact_array(y) else y
-        return jtu.tree_map(cast, (self, *arrays))
 
 
 def make_embedding(

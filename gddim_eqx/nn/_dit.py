@@ -1,6 +1,6 @@
 import functools as ft
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Inexact
 
-from .._custom_types import Key, RealScalarLike
+from .._custom_types import Key
 from .._misc import check_count, show
 from ._condition import AbstractConditionalNetwork, Embedding, make_embedding
 from ._embedding import Positional
@@ -136,40 +136,13 @@ class DiT(AbstractConditionalNetwork):
                 f"`attention` must be None, 'xla' or 'cudnn'; got {show(self.attention)}."
             )
 
-    def __call__(
-        self,
-        t: RealScalarLike,
-        x: Inexact[Array, "height width channels"],
-        condition: Any = None,
-        *,
-        key: Key | None = None,
-    ) -> Inexact[Array, "height width out_channels"]:
-        """**Arguments:**
+    def featurise(self, t: Array) -> Array:
+        return Positional(_num_time_features)(999 * t)
 
-        - `t`: the time of the process.
-        - `x`: the input. The output has the same dtype, whatever the dtype of computation.
-        - `condition`: the label or context vector, for a network that was made for one.
-        - `key`: ignored, as there is no dropout.
-
-        **Returns:** an array of the shape of `x`, except for the number of channels.
-
-        **Raises:** `ValueError` for an input of another shape.
-        """
-        self.check_input(x)
-        t = jnp.asarray(t, self.first.weight.dtype)
-        features = Positional(_num_time_features)(999 * t)
-        embedding = jax.nn.silu(self.embed(features, condition))
-        rows, side = self.shape[0] // self.patch, self.patch
+    def run(self, x: Array, embedding: Array, key: Key | None) -> Array:
+        embedding, side = jax.nn.silu(embedding), self.patch
+        rows, columns = (n // side for n in self.shape[:2])
         h = rearrange(x, "(h a) (w b) c -> (h w) (a b c)", a=side, b=side)
-        network, h, embedding = self.in_dtype(h, embedding)
-        h = network._run(h, embedding)
-        y = rearrange(h, "(h w) (a b c) -> (h a) (w b) c", h=rows, a=side, b=side)
-        return y.astype(x.dtype)
-
-    def _run(
-        self, h: Inexact[Array, "tokens size"], embedding: Inexact[Array, " width"]
-    ) -> Inexact[Array, "tokens out_size"]:
-        rows, columns = (n // self.patch for n in self.shape[:2])
         positions = jnp.asarray(_positions(rows, columns, self.width), h.dtype)
         h = jax.vmap(self.first)(h) + positions
         arrays, static = eqx.partition(self.blocks, eqx.is_array)
@@ -181,7 +154,8 @@ class DiT(AbstractConditionalNetwork):
 
         h, _ = jax.lax.scan(step, h, arrays)
         shift, scale = jnp.split(self.modulation(embedding), 2)
-        return jax.vmap(self.last)(_modulated(h, shift, scale))
+        h = jax.vmap(self.last)(_modulated(h, shift, scale))
+        return rearrange(h, "(h w) (a b c) -> (h a) (w b) c", h=rows, a=side, b=side)
 
 
 _num_time_features = 256

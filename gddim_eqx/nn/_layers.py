@@ -3,7 +3,7 @@
 import functools as ft
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -170,12 +170,10 @@ class Downsample(eqx.Module):
     ):
         # Strides start at the first pixel, as in TensorFlow.
         padding = ((0, 1), (0, 1)) if taps is None else 0
-        self.convolution = (
-            convolution(channels, out_channels, key=key, stride=2, padding=padding)
-            if convolve
-            else None
-        )
-        self.taps = taps
+        self.convolution, self.taps = None, taps
+        if convolve:
+            args = (channels, out_channels)
+            self.convolution = convolution(*args, key=key, stride=2, padding=padding)
 
     def __call__(self, x: Image) -> Image:
         if self.convolution is None:
@@ -243,20 +241,16 @@ class ResidualBlock(eqx.Module):
         keys = jr.split(key, 4)
         self.first_normalisation = normalisation(channels)
         self.first_convolution = convolution(channels, out_channels, key=keys[0])
-        self.embedding = (
-            None
-            if embedding_size is None
-            else dense(embedding_size, out_channels, key=keys[1])
-        )
+        self.embedding = self.shortcut = None
+        if embedding_size is not None:
+            self.embedding = dense(embedding_size, out_channels, key=keys[1])
         self.second_normalisation = normalisation(out_channels)
         self.second_convolution = convolution(
             out_channels, out_channels, key=keys[2], scale=init_scale
         )
-        self.shortcut = (
-            None
-            if channels == out_channels and resample is None
-            else convolution(channels, out_channels, 1, key=keys[3], scale=shortcut_scale)
-        )
+        if channels != out_channels or resample is not None:
+            options: Any = dict(key=keys[3], scale=shortcut_scale)
+            self.shortcut = convolution(channels, out_channels, 1, **options)
         self.dropout = eqx.nn.Dropout(dropout)
         self.resample, self.taps, self.rescale = resample, taps, rescale
 

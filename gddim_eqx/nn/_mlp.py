@@ -1,14 +1,12 @@
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Inexact
+from jaxtyping import Array
 
-from .._custom_types import Key, RealScalarLike
+from .._custom_types import Key
 from .._misc import as_shape, check_count
 from ._condition import AbstractConditionalNetwork, Embedding, make_embedding
 from ._embedding import Fourier
@@ -87,25 +85,11 @@ class TimeMLP(AbstractConditionalNetwork):
         made = make_embedding(num_classes, context_size, width, key=key)
         self.condition, self.num_classes, self.context_size = made
 
-    def __call__(
-        self,
-        t: RealScalarLike,
-        x: Inexact[Array, "*shape"],
-        condition: Any = None,
-        *,
-        key: Key | None = None,
-    ) -> Inexact[Array, "*out_shape"]:
-        """**Arguments:**
+    def featurise(self, t: Array) -> Array:
+        return self.time_features(t)
 
-        - `t`: the time.
-        - `x`: the sample. The output has its dtype.
-        - `condition`: the label or context vector, for a network that was made for one.
-        - `key`: ignored, as there is no dropout.
-        """
-        self.check_input(x)
-        dtype = self.first.weight.dtype
-        embedding = self.embed(self.time_features(jnp.asarray(t, dtype)), condition)
-        h = jax.nn.silu(self.first(x.astype(dtype).ravel()) + embedding)
+    def run(self, x: Array, embedding: Array, key: Key | None) -> Array:
+        h = jax.nn.silu(self.first(x.ravel()) + embedding)
         for layer in self.layers:
             h = jax.nn.silu(layer(h))
-        return self.last(h).astype(x.dtype).reshape(self.out_shape)
+        return self.last(h).reshape(self.out_shape)

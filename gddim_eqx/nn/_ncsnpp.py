@@ -8,26 +8,13 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from einops import rearrange
-from jaxtyping import Array, Inexact
+from jaxtyping import Array
 
-from .._custom_types import Key, RealScalarLike
+from .._custom_types import Key
 from .._misc import check_count, show
+from . import _layers as layers
 from ._condition import AbstractConditionalNetwork, Embedding, make_embedding
 from ._embedding import Fourier, Positional
-from ._layers import (
-    add,
-    as_image_shape,
-    AttentionBlock,
-    BOX,
-    convolution,
-    convolve,
-    dense,
-    Downsample,
-    normalisation,
-    normalise,
-    ResidualBlock,
-    Upsample,
-)
 
 
 class NCSNpp(AbstractConditionalNetwork):
@@ -92,10 +79,10 @@ class NCSNpp(AbstractConditionalNetwork):
     time_layers: tuple[eqx.nn.Linear, eqx.nn.Linear] | None
     first: eqx.nn.Conv2d
     # In the order of their use.
-    blocks: tuple[ResidualBlock, ...]
-    attentions: tuple[AttentionBlock, ...]
-    downsamples: tuple[Downsample, ...]
-    upsamples: tuple[Upsample, ...]
+    blocks: tuple[layers.ResidualBlock, ...]
+    attentions: tuple[layers.AttentionBlock, ...]
+    downsamples: tuple[layers.Downsample, ...]
+    upsamples: tuple[layers.Upsample, ...]
     normalisation: eqx.nn.GroupNorm
     last: eqx.nn.Conv2d
     condition: Embedding | None
@@ -145,7 +132,7 @@ class NCSNpp(AbstractConditionalNetwork):
         num_classes: int | None = None,
         context_size: int | None = None,
     ):
-        self.shape = as_image_shape(shape)
+        self.shape = layers.as_image_shape(shape)
         self.out_channels = self.shape[-1] if out_channels is None else out_channels
         self.features, self.num_blocks = features, num_blocks
         self.multipliers, self.attention = tuple(multipliers), tuple(attention)
@@ -161,55 +148,53 @@ class NCSNpp(AbstractConditionalNetwork):
         self.condition, self.num_classes, self.context_size = made
         self._check()
         keys = (jr.fold_in(key, i) for i in itertools.count())
-        self.time_features = {
-            "fourier": lambda: Fourier(features, self.fourier_scale, key=next(keys)),
-            "positional": lambda: Positional(features),
-            None: lambda: None,
-        }[embedding]()
-        self.time_layers = (
-            None
-            if self.time_features is None
-            else (
-                dense(self.time_features.size, 4 * features, key=next(keys)),
-                dense(4 * features, 4 * features, key=next(keys)),
+        size = 4 * features
+        self.time_features = self.time_layers = None
+        if embedding is not None:
+            self.time_features = (
+                Fourier(features, self.fourier_scale, key=next(keys))
+                if embedding == "fourier"
+                else Positional(features)
             )
-        )
-        self.first = convolution(patch**2 * self.shape[-1], features, key=next(keys))
-        layers = self._layers(keys)
-        self.blocks, self.attentions, self.downsamples, self.upsamples = layers
+            self.time_layers = (
+                layers.dense(self.time_features.size, size, key=next(keys)),
+                layers.dense(size, size, key=next(keys)),
+            )
+        self.first = layers.convolution(patch**2 * self.shape[-1], features, key=next(keys))
+        made = self._make_layers(keys)
+        self.blocks, self.attentions, self.downsamples, self.upsamples = made
         size = features * self.multipliers[0]
-        self.normalisation = normalisation(size)
-        self.last = convolution(
+        self.normalisation = layers.normalisation(size)
+        self.last = layers.convolution(
             size, patch**2 * self.out_channels, key=next(keys), scale=self.init_scale
         )
 
-    def _layers(self, keys: Iterator[Key]) -> tuple[tuple[Any, ...], ...]:
+    def _make_layers(self, keys: Iterator[Key]) -> Iterator[tuple[Any, ...]]:
         """All blocks, attentions, downsamples and upsamples."""
         options: Any = dict(rescale=self.skip_rescale, init_scale=self.init_scale)
-        taps, with_convolution = self.filter_taps, self.resample_with_convolution
-        block = ft.partial(
-            ResidualBlock,
-            embedding_size=None if self.embedding is None else 4 * self.features,
-            dropout=self.dropout,
-            taps=BOX if taps is None else taps,
-            # The authors' two kinds of blocks are initialised like this.
-            shortcut_scale=1.0 if self.block == "biggan" else 0.1,
-            **options,
-        )
-        down = ft.partial(Downsample, taps=taps)
-        makers: dict[str, tuple[int, Callable]] = {
-            "block": (0, block),
-            "attention": (1, ft.partial(AttentionBlock, **options)),
-            "down": (2, ft.partial(down, convolve=with_convolution)),
-            "pyramid": (2, ft.partial(down, convolve=True)),
-            "up": (3, ft.partial(Upsample, taps=taps, convolve=with_convolution)),
+        taps, convolve = self.filter_taps, self.resample_with_convolution
+        down = ft.partial(layers.Downsample, taps=taps)
+        makers: dict[str, Callable] = {
+            "block": ft.partial(
+                layers.ResidualBlock,
+                embedding_size=None if self.embedding is None else 4 * self.features,
+                dropout=self.dropout,
+                taps=layers.BOX if taps is None else taps,
+                # The authors' two kinds of blocks are initialised like this.
+                shortcut_scale=1.0 if self.block == "biggan" else 0.1,
+                **options,
+            ),
+            "attention": ft.partial(layers.AttentionBlock, **options),
+            "down": ft.partial(down, convolve=convolve),
+            "pyramid": ft.partial(down, convolve=True),
+            "up": ft.partial(layers.Upsample, taps=taps, convolve=convolve),
         }
-        layers: tuple[list, ...] = [], [], [], []
+        made: dict[str, list] = {"block": [], "attention": [], "down": [], "up": []}
         for kind, *sizes in self._plan():
             if kind in makers:
-                place, make = makers[kind]
-                layers[place].append(make(*sizes, key=next(keys)))
-        return tuple(map(tuple, layers))
+                layer = makers[kind](*sizes, key=next(keys))
+                made["down" if kind == "pyramid" else kind].append(layer)
+        return map(tuple, made.values())
 
     def _plan(self) -> Iterator[tuple]:
         """The kinds of layers between the first and the last, in order, each with its
@@ -288,47 +273,19 @@ class NCSNpp(AbstractConditionalNetwork):
                 f"{show(taps)}."
             )
 
-    def __call__(
-        self,
-        t: RealScalarLike,
-        x: Inexact[Array, "height width channels"],
-        condition: Any = None,
-        *,
-        key: Key | None = None,
-    ) -> Inexact[Array, "height width out_channels"]:
-        """**Arguments:**
+    def featurise(self, t: Array) -> Array | None:
+        label = jnp.log(999 * t) if self.embedding == "fourier" else 999 * t
+        return None if self.time_features is None else self.time_features(label)
 
-        - `t`: the time of the process, in [0, 1].
-        - `x`: the input. The output has the same dtype, whatever the dtype of computation.
-        - `condition`: the label or context vector, for a network that was made for one.
-        - `key`: a random key for dropout; without it there is no dropout.
-
-        **Returns:** an array of the shape of `x`, except for the number of channels.
-
-        **Raises:** `ValueError` for an input of another shape.
-        """
-        self.check_input(x)
-        label = 999 * jnp.asarray(t, self.first.weight.dtype)
-        if self.embedding == "fourier":
-            label = jnp.log(label)
-        features = None if self.time_features is None else self.time_features(label)
-        embedding = self.embed(features, condition)
-        side = self.patch
-        h = rearrange(x, "(h a) (w b) c -> (a b c) h w", a=side, b=side)
-        network, h, embedding = self.in_dtype(h, embedding)
-        h = network._run(h, embedding, key)
-        y = rearrange(h, "(a b c) h w -> (h a) (w b) c", a=side, b=side)
-        return y.astype(x.dtype)
-
-    def _run(self, h, embedding, key):
+    def run(self, x: Array, embedding: Array | None, key: Key | None) -> Array:
         blocks, attentions = iter(self.blocks), iter(self.attentions)
         downsamples, upsamples = iter(self.downsamples), iter(self.upsamples)
         keys = [None] * len(self.blocks) if key is None else jr.split(key, len(self.blocks))
-        keys = iter(keys)
+        keys, side = iter(keys), self.patch
         run = eqx.filter_checkpoint if self.checkpoint else lambda block: block
 
-        pyramid = h
-        h = convolve(self.first, h)
+        pyramid = rearrange(x, "(h a) (w b) c -> (a b c) h w", a=side, b=side)
+        h = layers.convolve(self.first, pyramid)
         skips = [h]
         for kind, *_ in self._plan():
             match kind:
@@ -341,12 +298,15 @@ class NCSNpp(AbstractConditionalNetwork):
                 case "up":
                     h = next(upsamples)(h)
                 case "pyramid":
-                    h = pyramid = add(next(downsamples)(pyramid), h, self.skip_rescale)
+                    h = pyramid = layers.add(
+                        next(downsamples)(pyramid), h, self.skip_rescale
+                    )
                 case "push":
                     skips.append(h)
                 case "pop":
                     h = jnp.concatenate([h, skips.pop()])
-        return convolve(self.last, jax.nn.silu(normalise(self.normalisation, h)))
+        h = layers.convolve(self.last, jax.nn.silu(layers.normalise(self.normalisation, h)))
+        return rearrange(h, "(a b c) h w -> (h a) (w b) c", a=side, b=side)
 
 
 _known = {

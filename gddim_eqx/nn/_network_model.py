@@ -22,7 +22,7 @@ from .._misc import check_per_sample, show
 from .._model import check_normal_data, normal_data, NormalData, precondition
 from .._process import AbstractProcess, as_time, require_process
 from .._term import AbstractModel
-from ._condition import AbstractConditionalNetwork
+from ._condition import AbstractConditionalNetwork, LabelEmbedding
 
 
 class NetworkModel(AbstractModel):
@@ -127,9 +127,9 @@ class NetworkModel(AbstractModel):
                 )
             if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) and jnp.isnan(leaf).any():
                 raise ValueError("The condition `args` holds NaN.")
-        network = self.network
-        if args is not None and isinstance(network, AbstractConditionalNetwork):
-            network.check_condition(args)
+        embedding = getattr(self.network, "condition", None)
+        if args is not None and isinstance(embedding, LabelEmbedding):
+            embedding.check(args)
 
     def __call__(
         self, t: RealScalarLike, u: State, args: Args = None, *, key: Key | None = None
@@ -147,27 +147,22 @@ class NetworkModel(AbstractModel):
         """
         process = self.process
         u = check_state(u, process.num_components, process.shape, "The state")
-        leaves = jtu.tree_leaves(u)
+        leaves, t = jtu.tree_leaves(u), as_time(t)
         batch = batch_axes(u, process.shape)
-        x = jnp.concatenate(leaves, axis=-1)
-        x = x.reshape(math.prod(batch), *x.shape[len(batch) :])
-        t = as_time(t)
+        size = math.prod(batch)
         check_per_sample("The condition `args`", args, batch)
-        flat = lambda c: jnp.reshape(c, (math.prod(batch), *jnp.shape(c)[len(batch) :]))
-        condition = jtu.tree_map(flat, args)
-        keys = None if key is None else jr.split(key, x.shape[0])
+        flat = lambda x: jnp.reshape(x, (size, *jnp.shape(x)[len(batch) :]))
+        x, condition = jtu.tree_map(flat, (jnp.concatenate(leaves, axis=-1), args))
+        keys = None if key is None else jr.split(key, size)
         y = jax.vmap(self._of_one, in_axes=(None, 0, 0, 0))(t, x, condition, keys)
-        if not isinstance(y, jax.Array):
-            raise ValueError(
-                f"The network must return an array; it returned {type(y).__name__}."
-            )
         data = self.normal_data(process)
         number = process.num_components if data is None else 1
         shape = (*process.shape[:-1], number * process.shape[-1])
-        if y.shape[1:] != shape:
+        returned = y.shape[1:] if isinstance(y, jax.Array) else type(y).__name__
+        if returned != shape:
             raise ValueError(
                 f"The network must return an array of shape {shape}; it returned "
-                f"{y.shape[1:]}."
+                f"{returned}."
             )
         parts = jnp.split(y, number, axis=-1)
         parts = [part.reshape(*batch, *process.shape) for part in parts]
@@ -191,11 +186,9 @@ class NetworkModel(AbstractModel):
 
 def _check_call(network, inputs, options):
     try:
-        signature = inspect.signature(network)
-    except (TypeError, ValueError):
+        inspect.signature(network).bind(*inputs, **options)
+    except ValueError:  # Some callables have no signature.
         return
-    try:
-        signature.bind(*inputs, **options)
     except TypeError as error:
         names = ["t", "x", "condition"][: len(inputs)] + [f"{name}=" for name in options]
         raise ValueError(

@@ -9,21 +9,25 @@ from ._times import (
     UniformTimes as UniformTimes,
 )
 from ._trainer import (
-    Metrics as Metrics,
+    StepInfo as StepInfo,
     Trainer as Trainer,
     TrainState as TrainState,
 )
 from ._weighting import DataWeighting as DataWeighting
 
 
+# Until the release.
+_former = {
+    "adam": "Use `optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))`; "
+    "`schedule` is `optax.warmup_constant_schedule(0.0, learning_rate, warmup)`, or with "
+    "`num_steps` `optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, "
+    "num_steps)`.",
+    "Metrics": "It was renamed: use `StepInfo`.",
+}
+
+
 def __getattr__(name: str):
-    # Until the release. Not an `AttributeError`, whose message `from ... import` drops.
-    if name == "adam":
-        raise ImportError(
-            "`gddim_eqx.training.adam` is gone. It was `optax.chain("
-            "optax.clip_by_global_norm(1.0), optax.adam(schedule))`, where `schedule` is "
-            "`optax.warmup_constant_schedule(0.0, learning_rate, warmup)`, or with "
-            "`num_steps` `optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, "
-            "num_steps)`."
-        )
+    if name in _former:
+        # Not an `AttributeError`, whose message `from ... import` drops.
+        raise ImportError(f"`gddim_eqx.training` has no {name!r}. {_former[name]}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

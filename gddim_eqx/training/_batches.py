@@ -1,5 +1,7 @@
 import functools as ft
 import hashlib
+import itertools
+import operator
 import threading
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,11 +13,11 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
-from jaxtyping import Array, Inexact, PyTree, Shaped
+from jaxtyping import Array, PyTree
 
 from .._custom_types import Key
 from .._linear import check_real
-from .._misc import check_count, check_instance, check_key, show
+from .._misc import check_count, check_instance, check_key, is_array, show
 from .._pixels import dequantise, highest_level
 from .._sharding import Placement
 
@@ -66,11 +68,10 @@ class Batches:
         check_count("batch_size", batch_size)
         check_count("seed", seed, least=0)
         check_instance("placement", placement, Placement | None, "a `Placement()`")
-        data = _stacked(data) if isinstance(data, list) else data
-        self.sources, self._treedef = jtu.tree_flatten(data)
+        # A list is one source.
+        is_list = lambda x: isinstance(x, list) and x is data
+        self.sources, self._treedef = jtu.tree_flatten(data, is_leaf=is_list)
         self.number = _common_length(self.sources)
-        if isinstance(data, tuple):
-            _check_not_nan(data[1:])
         if placement is not None:
             placement.check_batch(batch_size)
         self.batch_size, self.seed = batch_size, seed
@@ -82,8 +83,8 @@ class Batches:
         """The indices of the samples in batch n, counted from 0."""
         places = np.arange(n * self.batch_size, (n + 1) * self.batch_size)
         epochs, within = np.divmod(places, self.number)
-        orders = {e: _order(self.seed, e, self.number) for e in np.unique(epochs).tolist()}
-        return np.array([orders[e][i] for e, i in zip(epochs.tolist(), within.tolist())])
+        pairs = zip(epochs.tolist(), within.tolist())
+        return np.array([_order(self.seed, e, self.number)[i] for e, i in pairs])
 
     def __iter__(self) -> Iterator[PyTree[np.ndarray]]:
         """All samples once, in the order of the data, on the host."""
@@ -117,13 +118,12 @@ class Batches:
         of up to 64 MiB completely; of larger ones, and of other objects, 64 samples. It is
         of no use for objects whose samples are random.
         """
-        content, leaves = hashlib.sha256(), []
+        content = hashlib.sha256()
         some = np.unique(np.linspace(0, self.number - 1, 64).astype(int))
-        for source in self.sources:
-            whole = _is_array(source) and source.nbytes <= 2**26
-            with self._lock:
-                rows = source if whole else _rows(source, some)
-            leaves += [np.asarray(leaf) for leaf in jtu.tree_leaves(rows)]
+        whole = lambda source: is_array(source) and source.nbytes <= 2**26
+        with self._lock:
+            rows = [x if whole(x) else _rows(x, some) for x in self.sources]
+        leaves = [np.asarray(leaf) for leaf in jtu.tree_leaves(rows)]
         for leaf in leaves:
             content.update(leaf.tobytes())
         return {
@@ -153,40 +153,22 @@ class Batches:
         """
         with ThreadPoolExecutor(ahead) as pool:
             ready = [pool.submit(self.__getitem__, n + i) for i in range(ahead)]
-            n += ahead
             try:
-                while True:
+                for next_n in itertools.count(n + ahead):
                     yield ready.pop(0).result()
-                    ready.append(pool.submit(self.__getitem__, n))
-                    n += 1
+                    ready.append(pool.submit(self.__getitem__, next_n))
             finally:
                 pool.shutdown(cancel_futures=True)
-
-
-def _stacked(samples: list) -> np.ndarray:
-    try:
-        return np.asarray(samples)
-    except ValueError as error:
-        raise ValueError(
-            "`data` that are a list must be samples of one shape. For data and conditions, "
-            f"pass a tuple: `(data, condition)`. ({error})"
-        ) from error
 
 
 def _common_length(sources: list[Any]) -> int:
     """**Raises:** `ValueError` unless all are samples, and equally many."""
     for source in sources:
-        try:
-            empty = len(source) == 0
-        except TypeError:
-            empty = True
-        if empty or not hasattr(source, "__getitem__"):
+        if not (operator.length_hint(source) and hasattr(source, "__getitem__")):
             raise ValueError(
                 "`data` must hold samples: an array with a leading axis, or an object with "
                 f"`len(data)` and `data[index]`; got {show(source)}."
             )
-        if _is_array(source):
-            _check_numbers(source)
     lengths = [len(source) for source in sources]
     if len(set(lengths)) != 1:
         raise ValueError(
@@ -200,42 +182,20 @@ def _order(seed: int, epoch: int, number: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(number)
 
 
-def _is_array(source: Any) -> bool:
-    return isinstance(source, (np.ndarray, jax.Array))
-
-
-def _check_numbers(x: Any) -> None:
-    if not (jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool):
-        raise ValueError(f"`data` must be numbers; got {x.dtype}.")
-
-
-def _check_not_nan(condition: Any) -> None:
-    for leaf in jtu.tree_leaves(condition):
-        # What is on disk is not read for this.
-        in_memory = _is_array(leaf) and not isinstance(leaf, np.memmap)
-        if in_memory and jnp.issubdtype(leaf.dtype, jnp.inexact):
-            wrong = np.flatnonzero(np.isnan(leaf).reshape(len(leaf), -1).any(-1))
-            if len(wrong):
-                raise ValueError(
-                    f"The condition holds NaN, in {len(wrong)} samples; the first has "
-                    f"index {wrong[0]}."
-                )
-
-
 def _rows(source: Any, indices: np.ndarray) -> PyTree[np.ndarray]:
     """Samples of a source, stacked."""
-    if _is_array(source):
-        return source[indices]
-    samples = [source[int(index)] for index in indices]
+    samples = source[indices] if is_array(source) else [source[int(i)] for i in indices]
     try:
-        stacked = jtu.tree_map(lambda *leaves: np.stack(leaves), *samples)
+        stack = lambda *leaves: np.stack(leaves)
+        stacked = samples if is_array(source) else jtu.tree_map(stack, *samples)
     except ValueError as error:
         raise ValueError(
             f"The samples of a {type(source).__name__} must have the same structure and "
-            f"shape: {error}."
+            f"shape: {error}. For data and conditions, pass a tuple: `(data, condition)`."
         ) from error
     for leaf in jtu.tree_leaves(stacked):
-        _check_numbers(leaf)
+        if not (jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool):
+            raise ValueError(f"`data` must be numbers; got {leaf.dtype}.")
     return stacked
 
 
@@ -260,14 +220,11 @@ class Augmentation(eqx.Module):
     dequantise: bool = eqx.field(default=False, static=True)
 
     def __call__(self, key: Key, batch: PyTree) -> Any:
-        check_key(key)
         x, condition = split_condition(batch)
-        x = self._augment(key, x)
+        x = self._augment(check_key(key), x)
         return x if condition is None else (x, condition)
 
-    def _augment(
-        self, key: Key, x: Shaped[Array, "batch *shape"]
-    ) -> Inexact[Array, "batch *shape"]:
+    def _augment(self, key, x):
         flip_key, noise_key = jr.split(key)
         if self.flip:
             if x.ndim != 4:
@@ -275,7 +232,7 @@ class Augmentation(eqx.Module):
                     "`flip` is for images, `(batch, height, width, channels)`; got an "
                     f"array of shape {x.shape}."
                 )
-            flipped = jr.bernoulli(flip_key, shape=(len(x), *[1] * (x.ndim - 1)))
+            flipped = jr.bernoulli(flip_key, shape=(len(x), 1, 1, 1))
             x = jnp.where(flipped, jnp.flip(x, -2), x)
         if jnp.issubdtype(x.dtype, jnp.inexact):
             check_real(x.dtype, "The batch")
@@ -291,10 +248,10 @@ def split_condition(batch: Any) -> tuple[Any, Any]:
     """The data and the condition of a batch, which is `None` if it has none."""
     if isinstance(batch, tuple) and len(batch) == 2:
         return batch
-    if not _is_array(batch):
-        size = f" of {len(batch)}" if isinstance(batch, tuple) else ""
-        raise ValueError(
-            "A batch must be an array of data, or a pair `(data, condition)`; got a "
-            f"{type(batch).__name__}{size}. Convert it by the `prepare` of the `Trainer`."
-        )
-    return batch, None
+    if is_array(batch):
+        return batch, None
+    size = f" of {len(batch)}" if isinstance(batch, tuple) else ""
+    raise ValueError(
+        "A batch must be an array of data, or a pair `(data, condition)`; got a "
+        f"{type(batch).__name__}{size}. Convert it with the `prepare` of the `Trainer`."
+    )

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from .._sharding import is_key
 from ._trainer import copy, TrainState
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
     """Checkpoints of a training run in a directory, saved with Orbax: asynchronously and
     atomically, by all processes together.
 
@@ -50,26 +51,17 @@ class Checkpoints:
             self.config = json.loads(json.dumps(dict(config)))
         except (TypeError, ValueError) as error:
             raise ValueError(f"`config` must be serialisable as JSON: {error}.") from error
-        policies = ocp.checkpoint_managers.preservation_policy
         check_count("keep", keep)
-        policy = policies.LatestN(keep)
-        if keep_every is not None:
-            policy = policies.AnyPreservationPolicy(
-                [policy, policies.EveryNSteps(keep_every)]
-            )
+        policies = ocp.checkpoint_managers.preservation_policy
+        kept = [policies.LatestN(keep)]
+        kept += [] if keep_every is None else [policies.EveryNSteps(keep_every)]
+        policy = policies.AnyPreservationPolicy(kept)
         # Orbax can do this too, in a thread that fails when Python exits first.
         if jax.process_index() == 0:
             for unfinished in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
                 shutil.rmtree(unfinished)
         options = ocp.CheckpointManagerOptions(preservation_policy=policy)
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=options,
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "about": ocp.JsonCheckpointHandler(),
-            },
-        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     @property
     def steps(self) -> list[int]:
@@ -86,15 +78,12 @@ class Checkpoints:
         **Raises:** `OSError` if this or the previous save failed. Earlier checkpoints
         remain.
         """
-        ocp, step = _orbax(), int(state.step)
+        args, step = _orbax().args, int(state.step)
         if step in self._manager.all_steps():
             return
-        named = _named(state)
-        arrays = {name: _plain(x) for name, x in named.items()}
-        about = {"config": self.config, "arrays": _kinds(named)}
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about)
-        )
+        arrays, kinds = _arrays(state)
+        about = {"config": self.config, "arrays": kinds}
+        items = args.Composite(state=args.StandardSave(arrays), about=args.JsonSave(about))
         self._attempt(lambda: self._manager.save(step, args=items))
 
     def restore(self, state: TrainState, step: int | None = None) -> TrainState:
@@ -110,44 +99,32 @@ class Checkpoints:
         is of another config, network, optimiser or precision. It names what differs, and no
         array is read.
         """
-        ocp, steps = _orbax(), self.steps
+        args, steps = _orbax().args, self.steps
         step = max(steps, default=None) if step is None else step
         if step not in steps:
             raise ValueError(
                 f"{self.directory} has no checkpoint of step {step}; it has {steps}."
             )
         folder = self.directory / str(step)
-        about = self._read(step, about=ocp.args.JsonRestore())
-        if not isinstance(about, dict) or "arrays" not in about:
-            raise ValueError(
-                f"{folder} was saved by an earlier version of gddim_eqx, which this one "
-                "cannot read. Use another directory."
-            )
-        wanted = _named(state)
-        _check_same("config", about["config"], self.config, folder)
-        _check_same("network or optimiser", about["arrays"], _kinds(wanted), folder)
-        plain = {name: _plain(x) for name, x in wanted.items()}
-        abstract = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-            for name, x in plain.items()
-        }
-        arrays = self._read(step, state=ocp.args.StandardRestore(abstract))
-        values = iter(
-            jr.wrap_key_data(arrays[name], impl=jr.key_impl(x))
-            if is_key(x)
-            else arrays[name]
-            for name, x in wanted.items()
-        )
-        # No memory is shared with `state`.
-        return jtu.tree_map(
-            lambda x: next(values) if eqx.is_array(x) and x.size else copy(x), state
-        )
+        about = self._read(step, about=args.JsonRestore()) or {}
+        arrays, kinds = _arrays(state)
+        _check_same("config", about.get("config", {}), self.config, folder)
+        _check_same("network or optimiser", about.get("arrays", {}), kinds, folder)
+        shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        abstract = {name: shape(x) for name, x in arrays.items()}
+        restored = self._read(step, state=args.StandardRestore(abstract))
+
+        def replace(path, x):
+            if (new := restored.get(_name(path))) is None:
+                return copy(x)  # No memory is shared with `state`.
+            return jr.wrap_key_data(new, impl=jr.key_impl(x)) if is_key(x) else new
+
+        return jtu.tree_map_with_path(replace, state)
 
     def _read(self, step: int, **item: Any) -> Any:
-        (name,) = item
         try:
             items = _orbax().args.Composite(**item)
-            return self._manager.restore(step, args=items)[name]
+            return self._manager.restore(step, args=items)[next(iter(item))]
         except Exception as error:
             raise ValueError(
                 f"{self.directory / str(step)} cannot be read: {_brief(error)}. If it is "
@@ -160,9 +137,6 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self.close()
@@ -189,7 +163,7 @@ def _orbax():
 
 
 def _check_same(kind: str, there: dict, here: dict, folder: Path) -> None:
-    there, here = _flat(there), _flat(here)
+    there, here = _texts(there), _texts(here)
     differences = [
         f"{name}: {there.get(name, 'absent'):.160} there, "
         f"{here.get(name, 'absent'):.160} here"
@@ -204,15 +178,12 @@ def _check_same(kind: str, there: dict, here: dict, folder: Path) -> None:
         )
 
 
-def _flat(config: Any, name: str = "") -> dict[str, str]:
+def _texts(config: dict) -> dict[str, str]:
     """All values in nested dictionaries as text, as NaN is not equal to itself, by names
     such as `optimiser.warmup`."""
-    if not isinstance(config, dict) or not config:
-        return {name: repr(config)}
-    flat: dict[str, str] = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{name}.{key}" if name else key)
-    return flat
+    is_value = lambda x: not isinstance(x, dict) or not x
+    values = jtu.tree_leaves_with_path(config, is_leaf=is_value)
+    return {jtu.keystr(path, simple=True, separator="."): repr(x) for path, x in values}
 
 
 def _brief(error: Exception) -> str:
@@ -220,18 +191,18 @@ def _brief(error: Exception) -> str:
     return str(error).split(" [tensorstore_spec=")[0].split("\n")[0]
 
 
-def _named(state: TrainState) -> dict[str, jax.Array]:
-    leaves = jtu.tree_leaves_with_path(eqx.filter(state, eqx.is_array))
-    named = {jtu.keystr(path).lstrip("."): leaf for path, leaf in leaves}
-    # Orbax cannot save empty arrays, which hold nothing.
-    return {name: x for name, x in named.items() if x.size}
+def _arrays(state: TrainState) -> tuple[dict[str, jax.Array], dict[str, str]]:
+    """The arrays of a state, and the dtype and shape of each; of a random key its data, and
+    its implementation."""
+    arrays, kinds = {}, {}
+    for path, x in jtu.tree_leaves_with_path(eqx.filter(state, eqx.is_array)):
+        # Orbax cannot save empty arrays, which hold nothing.
+        if x.size:
+            dtype = f"{jr.key_impl(x)} key" if is_key(x) else str(x.dtype)
+            kinds[_name(path)] = f"{dtype}{list(x.shape)}"
+            arrays[_name(path)] = jr.key_data(x) if is_key(x) else x
+    return arrays, kinds
 
 
-def _kinds(arrays: dict[str, jax.Array]) -> dict[str, str]:
-    """The dtype and shape of each array; for a random key, its implementation."""
-    dtype = lambda x: f"{jr.key_impl(x)} key" if is_key(x) else str(x.dtype)
-    return {name: f"{dtype(x)}{list(x.shape)}" for name, x in arrays.items()}
-
-
-def _plain(x: jax.Array) -> jax.Array:
-    return jr.key_data(x) if is_key(x) else x
+def _name(path: Any) -> str:
+    return jtu.keystr(path).lstrip(".")

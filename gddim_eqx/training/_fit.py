@@ -18,14 +18,14 @@ from .._misc import check_count, check_instance, write_whole
 from .._term import as_model
 from ._batches import Augmentation, Batches, split_condition
 from ._checkpoints import Checkpoints
-from ._trainer import copy, Metrics, Trainer, TrainState
+from ._trainer import copy, StepInfo, Trainer, TrainState
 
 
 # Called with the number of completed steps and the metrics.
 Log = Callable[[int, dict[str, float]], Any]
 
 
-class JSONLines:
+class JSONLines(contextlib.AbstractContextManager):
     """Writes metrics to a file, one JSON object per line.
 
     A run that resumes from a step first drops the lines of later steps, and any unfinished
@@ -51,9 +51,6 @@ class JSONLines:
 
     def close(self) -> None:
         self._file.close()
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self.close()
@@ -94,43 +91,38 @@ def _signals_to_stop(notice: bool) -> Iterator[Callable[[int], bool]]:
 
 
 class _Meter:
-    """Means of the metrics of steps, some of which are still being computed."""
+    """Means of the loss and the gradient norm, and the speed, since the last call of
+    `means`. Some steps are still being computed."""
 
     def __init__(self, batch_size: int, check: Callable[[int, float, float], None]):
         self._batch_size, self._check = batch_size, check
-        self._pending: list[tuple[int, Metrics]] = []
+        self._pending: list[tuple[int, StepInfo]] = []
         self._values: list[tuple[float, float]] = []
-        self._since: float | None = None
-        self._timed = 0
+        self._times: list[float] = []
 
-    def push(self, step: int, metrics: Metrics) -> None:
-        self._pending.append((step, metrics))
-        self._timed += 1
-        if self._since is None:
-            # Compilation does not count.
-            self.read()
-            self._since, self._timed = time.perf_counter(), 0
-        # One step is being computed while Python prepares the next.
-        self.read(keep=1)
+    def push(self, step: int, info: StepInfo) -> None:
+        self._pending.append((step, info))
+        # One step is being computed while Python prepares the next, but for the first,
+        # whose compilation does not count.
+        self.read(keep=1 if self._times else 0)
+        self._times.append(time.perf_counter())
 
     def read(self, keep: int = 0) -> None:
         """Wait for all but the last `keep` steps, and check them."""
         while len(self._pending) > keep:
-            step, metrics = self._pending.pop(0)
-            values = float(metrics.loss), float(metrics.gradient_norm)
-            self._check(step, *values)
-            self._values.append(values)
+            step, info = self._pending.pop(0)
+            self._values.append((float(info.loss), float(info.gradient_norm)))
+            self._check(step, *self._values[-1])
 
     def means(self) -> dict[str, float]:
-        """The means since the last call."""
         self.read()
-        loss, norm = np.mean(self._values, axis=0)
-        means = {"loss": float(loss), "gradient_norm": float(norm)}
+        loss, norm = np.mean(self._values, axis=0).tolist()
+        means = {"loss": loss, "gradient_norm": norm}
+        start, *others = self._times
         now = time.perf_counter()
-        if self._since is not None and self._timed:
-            seconds = now - self._since
-            means["images_per_second"] = self._timed * self._batch_size / seconds
-        self._values, self._since, self._timed = [], now, 0
+        if others:
+            means["images_per_second"] = len(others) * self._batch_size / (now - start)
+        self._values, self._times = [], [now]
         return means
 
 
@@ -200,12 +192,9 @@ def fit(
     check_count("log_every", log_every)
     for log in logs:
         check_instance("logs", log, Callable, "callable as `log(step, metrics)`")
-    for pair in callbacks:
-        wanted = "pairs of a number of steps and a function to call with the state"
-        check_instance("callbacks", pair, tuple | list, wanted)
-        every, callback = pair
+    for every, callback in callbacks:
         check_count("callbacks", every)
-        check_instance("callbacks", callback, Callable, wanted)
+        check_instance("callbacks", callback, Callable, "callable as `callback(state)`")
     _check_condition(trainer, state, batches, 0)
     if checkpoints is not None and checkpoints.steps:
         state = checkpoints.restore(state)
@@ -231,8 +220,8 @@ def fit(
         bar = stack.enter_context(_bar(num_steps, start)) if progress and first else None
         stream = stack.enter_context(contextlib.closing(batches.iterate_from(start)))
         for step in range(start + 1, num_steps + 1):
-            state, metrics = trainer.step(state, next(stream))
-            meter.push(step, metrics)
+            state, info = trainer.step(state, next(stream))
+            meter.push(step, info)
             stop = asked_to_stop(step)
             last = stop or step == num_steps
             if bar is not None:
@@ -288,13 +277,12 @@ def _warn_of_initial(trainer: Trainer, steps: int) -> None:
 
 
 def _kept(checkpoints: Checkpoints | None) -> str:
-    if checkpoints is None:
+    if checkpoints is not None:
+        checkpoints.wait()
+    if checkpoints is None or not checkpoints.steps:
         return "Nothing was saved."
-    checkpoints.wait()
-    steps = checkpoints.steps
-    if not steps:
-        return f"Nothing was saved in {checkpoints.directory} before."
-    return f"The last checkpoint is that of step {max(steps)} in {checkpoints.directory}."
+    last = max(checkpoints.steps)
+    return f"The last checkpoint is that of step {last} in {checkpoints.directory}."
 
 
 def _bar(total: int, initial: int):

@@ -175,17 +175,15 @@ class DenoisingLoss(eqx.Module):
         process = self.process
         check_key(key)
         x = check_state(x, 1, process.shape, "The batch")
-        if x.ndim != 1 + len(process.shape):
+        if x.ndim != 1 + len(process.shape) or x.shape[0] == 0:
             raise ValueError(
-                f"The batch must have one batch axis before {process.shape}; got {x.shape}."
+                f"The batch must have one axis of samples before {process.shape}, and not "
+                f"be empty; got {x.shape}."
             )
-        if x.shape[0] == 0:
-            raise ValueError("The batch is empty; it must hold at least one sample.")
         time_key, noise_key, model_key = jr.split(key, 3)
         number, dtype = x.shape[0], coefficient_dtype(x)
         fractions, weight = self.times.fractions(time_key, number, dtype)
         start, end = _ends(process, self.times)
-        end = min(end, process.t_end)
         # The sum may round to more than `end`.
         t = jnp.minimum(start + (end - start) * fractions, end)
         u, noise = jax.vmap(process.perturb)(jr.split(noise_key, number), x, t)

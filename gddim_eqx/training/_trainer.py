@@ -40,11 +40,13 @@ class TrainState(eqx.Module):
     def averaged(self) -> Any:
         """The model with the EMA of its parameters, in the precision of the model, for
         sampling."""
-        return eqx.combine(_cast_like(self.ema, _parameters(self.model)), self.model)
+        return eqx.combine(
+            optax.tree.cast_like(self.ema, _parameters(self.model)), self.model
+        )
 
 
-class Metrics(eqx.Module):
-    """The metrics of a step."""
+class StepInfo(eqx.Module):
+    """The loss and the gradient of a step."""
 
     loss: Float[Array, ""]
     gradient_norm: Float[Array, ""]
@@ -59,7 +61,7 @@ class Trainer(eqx.Module):
     ```python
     trainer = Trainer(DenoisingLoss(process))
     state = trainer.init(model, jax.random.key(0))
-    state, metrics = trainer.step(state, images)
+    state, info = trainer.step(state, images)
     ```
 
     Its randomness depends only on the state's key and the number of the step: not on the
@@ -169,8 +171,10 @@ class Trainer(eqx.Module):
 
     @eqx.filter_jit
     def _init_compiled(self, make_model: Callable[[], Any], key: Key) -> TrainState:
-        state = self._init(make_model(), key)
-        return state if self.placement is None else self.placement.constrain(state)
+        return self._constrain(self._init(make_model(), key))
+
+    def _constrain(self, tree: PyTree) -> Any:
+        return tree if self.placement is None else self.placement.constrain(tree)
 
     def _init(self, model: PyTree, key: Key) -> TrainState:
         if not jtu.tree_leaves(_parameters(model)):
@@ -188,7 +192,7 @@ class Trainer(eqx.Module):
 
     def step(
         self, state: TrainState, batch: PyTree, args: Any = None
-    ) -> tuple[TrainState, Metrics]:
+    ) -> tuple[TrainState, StepInfo]:
         """One compiled step. The buffers of `state` are donated, so it cannot be used
         again.
 
@@ -200,7 +204,7 @@ class Trainer(eqx.Module):
             axis, which the model receives as `args`.
         - `args`: arrays that are passed to a model without condition.
 
-        **Returns:** the new state and the metrics.
+        **Returns:** the new state, and [`gddim_eqx.training.StepInfo`][].
 
         **Raises:** `ValueError` for a batch size not divisible by `accumulate`, or by the
         number of devices.
@@ -224,25 +228,22 @@ class Trainer(eqx.Module):
         precise = eqx.combine(state.precise, parameters)
 
         def mean_loss(precise, noised):
-            model = eqx.combine(_cast_like(precise, parameters), static)
+            model = eqx.combine(optax.tree.cast_like(precise, parameters), static)
             return self.loss(model, noised, args).mean()
 
         loss, gradient = self._gradient(mean_loss, precise, noised)
-        if self.placement is not None:
-            gradient = self.placement.constrain(gradient)
-        metrics = Metrics(loss, optax.tree.norm(gradient))
+        gradient = self._constrain(gradient)
+        info = StepInfo(loss, optax.tree.norm(gradient))
         # Optax mixes integers with floats.
         with jax.numpy_dtype_promotion("standard"):
             updates, optimiser = self.optimiser.update(gradient, state.optimiser, precise)
         precise = eqx.apply_updates(precise, updates)
-        parameters = _cast_like(precise, parameters)
+        parameters = optax.tree.cast_like(precise, parameters)
         model, step = eqx.combine(parameters, static), state.step + 1
         ema = self._update_ema(state.ema, parameters, step)
         precise = _where_changed(precise, parameters)
         state = TrainState(model, ema, optimiser, step, state.key, precise)
-        if self.placement is not None:
-            state = self.placement.constrain(state)
-        return state, metrics
+        return self._constrain(state), info
 
     def _update_ema(self, ema, parameters, step):
         # Not `optax.ema`, whose rounding of the decay rescales the average: at 0.9999, by
@@ -302,10 +303,6 @@ def _in_single(tree: PyTree) -> Any:
     """Arrays at least in single precision."""
     half = lambda x: jnp.finfo(x.dtype).bits < 32
     return jtu.tree_map(lambda x: x.astype(jnp.float32) if half(x) else x, tree)
-
-
-def _cast_like(tree: PyTree, other: PyTree) -> Any:
-    return jtu.tree_map(lambda x, y: x.astype(y.dtype), tree, other)
 
 
 def _where_changed(tree: PyTree, other: PyTree) -> Any:

@@ -67,12 +67,11 @@ class DataWeighting(eqx.Module):
                 f"The weighting is for {show(self.process)}, but the loss is for "
                 f"{show(process)}."
             )
-        if predicts == "data" or (predicts == "noise" and self.data is None):
-            return
-        raise ValueError(
-            "`DataWeighting` is for predictions of 'data', and with `data_std` of 'noise'; "
-            f"got predicts={show(predicts)}."
-        )
+        if predicts not in (("data",) if self.data_std is None else ("data", "noise")):
+            raise ValueError(
+                "`DataWeighting` is for predictions of 'data', and with `data_std` of "
+                f"'noise'; got predicts={show(predicts)}."
+            )
 
     def error(
         self, t: Array, predicted: State, target: State, predicts: PredictionName
@@ -88,17 +87,13 @@ class DataWeighting(eqx.Module):
         - `predicts`: what that is.
         """
         error = subtract(predicted, target)
-        if predicts == "data":
-            data = normal_data(self.process, self.data_std, self.data)
-            assert data is not None
+        data = normal_data(self.process, self.data_std, self.data)
+        if predicts == "data" and data is not None:
             return error_of_output(self.process, data, t, error)
-        scale = jnp.sqrt(self._weight_of_noise(t))
-        return jtu.tree_map(lambda x: scale.astype(x.dtype) * x, error)
-
-    def _weight_of_noise(self, t):
         process = self.process
         signal = process.transition(t, jnp.zeros_like(t)) * process.data_scale
         share = (process.factor(t).inverse() @ signal).blocks[:, 0]
         signal = (share**2).sum(axis=0).max()
         assert self.data_std is not None
-        return process.num_components * (1 + 1 / (self.data_std**2 * signal))
+        weight = process.num_components * (1 + 1 / (self.data_std**2 * signal))
+        return jtu.tree_map(lambda x: jnp.sqrt(weight).astype(x.dtype) * x, error)
