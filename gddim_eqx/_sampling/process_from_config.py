@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Inexact, Real
 
 from .._custom_types import PredictionName, RealScalarLike
-from .._misc import as_number, check_count, check_positive, show
+from .._misc import as_number, check_choice, check_count, check_positive, show
 from .._process import AbstractProcess, from_betas, RectifiedFlow
 from .scheduler_grid import (
     BY_INDEX,
@@ -232,11 +232,8 @@ _PREDICTIONS: dict[str, PredictionName] = {
 
 
 def _choose(values, key, choices):
-    value = values[key]
-    if value not in tuple(choices):
-        wanted = ", ".join(map(repr, choices))
-        raise ValueError(f"`{key}` must be one of {wanted}; got {show(value)}.")
-    return value
+    check_choice(key, values[key], choices)
+    return values[key]
 
 
 def _check(values, defaults) -> None:

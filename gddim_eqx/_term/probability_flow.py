@@ -1,4 +1,4 @@
-import copy
+import dataclasses
 import functools as ft
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -16,7 +16,7 @@ from .._custom_types import (
     Stochasticity,
 )
 from .._linear import add, apply, BlockLinearOperator, check_state
-from .._misc import renamed, show
+from .._misc import check_instance, renamed, show
 from .._process import AbstractProcess, require_process, time_for
 from .model import as_model
 from .ode import AbstractODE, as_state_like
@@ -55,8 +55,7 @@ class ProbabilityFlow(AbstractODE, AbstractReverseTerm):
     model: Callable
     predicts: PredictionName = eqx.field(static=True)
     frame: FrameName = eqx.field(static=True)
-    # Whether run-time errors are raised, or give NaN.
-    raises: bool = eqx.field(static=True, init=False, default=True)
+    raises: bool = eqx.field(static=True)
 
     @renamed(factor="frame")
     def __init__(
@@ -65,6 +64,8 @@ class ProbabilityFlow(AbstractODE, AbstractReverseTerm):
         model: Callable,
         predicts: PredictionName | None = None,
         frame: FrameName = "R",
+        *,
+        raises: bool = True,
     ):
         r"""**Arguments:**
 
@@ -89,35 +90,30 @@ class ProbabilityFlow(AbstractODE, AbstractReverseTerm):
                 `"flow"` not where the diffusion is singular, as for [`gddim_eqx.CLD`][].
         - `frame`: the square root $K_t$ of the covariance that defines the noise: `"R"`
             for the paper's $R_t$ (equation 17), `"cholesky"` for $L_t$.
+        - `raises`: whether run-time errors are raised, or give NaN: JAX's persistent cache
+            stores no program that can raise one.
 
         **Raises:** `ValueError` for an unknown `predicts` or `frame`, or for `"v"` or
         `"flow"` where they are not defined. When evaluated: `ValueError` if the state does
         not match the process, or the model returns a different structure or shape.
         """
         require_process(process)
-        if isinstance(model, ProbabilityFlow):
-            raise ValueError(
-                "`model` is a `ProbabilityFlow` already; pass it where a flow is expected, "
-                "or its `model` here."
-            )
-        if not callable(model):
-            raise ValueError(
-                f"`model` must be callable as `model(t, u, args)`; got {show(model)}."
-            )
-        made, known = type(as_model(model)).__name__, as_model(model).predicts
+        check_instance("model", model, Callable, "callable as `model(t, u, args)`")
+        known = as_model(model).predicts
         predicts = (known or "noise") if predicts is None else predicts
         check_prediction(process, predicts, frame)
         if known not in (None, predicts):
             raise ValueError(
-                f"This {made} predicts {show(known)}; got "
-                f"predicts={show(predicts)}. Leave it out. To train a preconditioned "
-                f"network with the loss of a noise prediction, use "
+                f"This {type(model).__name__} predicts {show(known)}; got predicts="
+                f"{show(predicts)}. Leave it out. To train a preconditioned network with "
+                f"the loss of a noise prediction, use "
                 f"`DenoisingLoss(process, {show(known)}, weighting='noise')`."
             )
         self.process = process
         self.model = model
         self.predicts = predicts
         self.frame = frame
+        self.raises = raises
 
     @property
     def _prediction(self) -> AbstractPrediction:
@@ -250,11 +246,11 @@ class ProbabilityFlow(AbstractODE, AbstractReverseTerm):
 
 
 def without_errors(flow: ProbabilityFlow) -> ProbabilityFlow:
-    """The flow, with NaN in place of run-time errors: JAX's persistent cache stores no
-    program that can raise one."""
-    flow = copy.copy(flow)
-    object.__setattr__(flow, "raises", False)
-    return flow
+    """The flow, and those in its model, with NaN in place of run-time errors."""
+    is_inner = lambda x: x is not flow and isinstance(x, ProbabilityFlow)
+    quiet = lambda x: without_errors(x) if is_inner(x) else x
+    model = jtu.tree_map(quiet, flow.model, is_leaf=is_inner)
+    return dataclasses.replace(flow, model=model, raises=False)
 
 
 class _FromVectorField(eqx.Module):
