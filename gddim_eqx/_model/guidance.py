@@ -273,8 +273,8 @@ class DataGuidance(AbstractGuidance):
     def __call__(self, t: RealScalarLike, u: State, args: Args) -> State:
         process = self.process
         u = process.from_data(u)
-        position, *rest = jtu.tree_leaves(self.flow.denoised(t, u, args))
-        x = process.basis.inverse(position) / process.data_scale
+        initial = self.flow.denoised(t, u, args)
+        x, (_, *rest) = process.decode(initial), jtu.tree_leaves(initial)
         changed = self.function(t, x, args)
         if jnp.shape(changed) != x.shape:
             raise ValueError(
@@ -308,7 +308,12 @@ def data_guidance(flow: ProbabilityFlow, function: Callable) -> ProbabilityFlow:
 
 
 class Clip(eqx.Module):
-    """Clips data to an interval. For [`gddim_eqx.data_guidance`][]."""
+    """Clips data to an interval. For [`gddim_eqx.data_guidance`][].
+
+    **Arguments:**
+
+    - `low`, `high`: the interval.
+    """
 
     low: float = constant_field("low", -1.0)
     high: float = constant_field("high", 1.0)
@@ -321,15 +326,15 @@ class Clip(eqx.Module):
         return jnp.clip(x, self.low, self.high)
 
 
-Clip.__init__.__doc__ = """**Arguments:**
-
-- `low`, `high`: the interval.
-"""
-
-
 class DynamicThreshold(eqx.Module):
     """Clips each sample to a quantile of its own absolute values, and rescales it to
     [-bound, bound] if that quantile exceeds `bound`. For [`gddim_eqx.data_guidance`][].
+
+    **Arguments:**
+
+    - `shape`: the shape of one data sample.
+    - `quantile`: which quantile of a sample's absolute values to clip to, in (0, 1].
+    - `bound`: data are in [-bound, bound].
 
     ??? cite "Reference"
 
@@ -353,14 +358,6 @@ class DynamicThreshold(eqx.Module):
         limit = jnp.quantile(jnp.abs(x), self.quantile, axis=axes, keepdims=True)
         limit = jnp.where(limit > self.bound, limit, self.bound)
         return jnp.clip(x, -limit, limit) * (self.bound / limit)
-
-
-DynamicThreshold.__init__.__doc__ = """**Arguments:**
-
-- `shape`: the shape of one data sample.
-- `quantile`: which quantile of a sample's absolute values to clip to, in (0, 1].
-- `bound`: data are in [-bound, bound].
-"""
 
 
 def _as_scale(scale: Scale) -> Scale:

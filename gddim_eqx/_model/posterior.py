@@ -4,7 +4,6 @@ from typing import Literal, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Inexact
 
 from .._custom_types import Args, RealScalarLike, State
@@ -43,10 +42,7 @@ class PosteriorGuidance(AbstractGuidance):
             early = jnp.minimum(t, jnp.asarray(0.999 * process.t_zero_signal, t.dtype))
         covariance = _Problem.of(process, early) if from_zero else problem
 
-        def predict(u):
-            position = jtu.tree_leaves(self.flow.denoised(early, u, args))[0]
-            return process.basis.inverse(position / process.data_scale)
-
+        predict = lambda u: process.decode(self.flow.denoised(early, u, args))
         x, sensitivity = jax.linearize(predict, u)
         measured, forward = jax.linearize(self.measurement, x)
         back = lambda z: jax.linear_transpose(forward, x)(z)[0]

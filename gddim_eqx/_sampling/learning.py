@@ -1,8 +1,9 @@
 """Gradient descent on the parameters of a solver."""
 
+import dataclasses
 import functools as ft
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
@@ -58,17 +59,15 @@ class Pilots(NamedTuple):
 
     def batches(self) -> Iterator["Pilots"]:
         """Batches of one size, in random order, without end."""
-        rng, size = np.random.default_rng(0), self.batch_size
-        while self.is_split:
-            order = rng.permutation(len(self.exact))
-            for n in range(len(order) // size):
-                yield self.take(order[n * size : (n + 1) * size])
+        rng, number = np.random.default_rng(0), len(self.exact)
         while True:
-            yield self
+            parts = self.parts(rng.permutation(number)) if self.is_split else [self]
+            yield from parts[: max(1, number // self.batch_size)]
 
-    def parts(self) -> list["Pilots"]:
-        index, size = np.arange(len(self.exact)), self.batch_size
-        return [self.take(index[i : i + size]) for i in index[::size]]
+    def parts(self, order: np.ndarray | None = None) -> list["Pilots"]:
+        order = np.arange(len(self.exact)) if order is None else order
+        starts, size = range(0, len(order), self.batch_size), self.batch_size
+        return [self.take(order[i : i + size]) for i in starts]
 
 
 _generate = eqx.filter_jit(generate)
@@ -85,13 +84,10 @@ class Learned(eqx.Module):
     corrects: bool
     start: GaussianStart | None = None
 
-    def started(self, start: GaussianStart | None, num_steps: int) -> "Learned":
-        """From a start, if any, with its times."""
-        if start is None:
-            return self
-        dtype, process = self.ts.dtype, self.flow.process
-        ts = start.time_grid(process, num_steps, dtype=dtype)
-        return Learned(self.solver, self.flow, ts, self.grid, True, start)
+    def started(self, start: GaussianStart, num_steps: int) -> "Learned":
+        """From a start, with its times."""
+        ts = start.time_grid(self.flow.process, num_steps, dtype=self.ts.dtype)
+        return dataclasses.replace(self, ts=ts, corrects=True, start=start)
 
     @property
     def num_free(self) -> int:
@@ -119,14 +115,12 @@ class Learned(eqx.Module):
         ts = self._times(scaled("times"))
         if not self.corrects:
             return self.solver, ts
-        assert isinstance(self.solver, GDDIM)
-        start: dict[str, Any] = {}
+        corrections = [*scaled("weights"), scaled("rate"), scaled("shift")]
         if self.start is not None:
             slope = self.start.slope + scaled("slope")
-            start = dict(data=self.start.data, num_free=self.num_free, slope=slope)
-        corrections: Any = *scaled("weights"), scaled("rate"), scaled("shift")
-        process = self.flow.process
-        return LearnedGDDIM(self.solver, process, ts, *corrections, **start), ts
+            corrections += [self.start.data, self.num_free, slope]
+        assert isinstance(self.solver, GDDIM)
+        return LearnedGDDIM(self.solver, self.flow.process, ts, *corrections), ts
 
     def _times(self, change):
         ts, grid = self.ts, self.grid

@@ -191,7 +191,7 @@ def sample(
     key: Key,
     number: int,
     num_steps: int | None = None,
-    solver: dfx.AbstractSolver | None = None,
+    solver: dfx.AbstractSolver = GDDIM(),
     *,
     lam: Stochasticity = 0.0,
     denoise: Literal["drift", "exact"] | None = None,
@@ -292,7 +292,6 @@ def sample(
             f"Samples are numbered up to 2**32; got first={first} and number={number}. "
             "Use another key."
         )
-    solver = GDDIM() if solver is None else solver
     check_instance("placement", placement, Placement | None, "a `Placement()`")
     wanted = "a Diffrax progress meter, such as `TextProgressMeter()`"
     check_instance("progress_meter", progress_meter, dfx.AbstractProgressMeter, wanted)
@@ -366,12 +365,14 @@ def _check_ends(process: AbstractProcess, ts: np.ndarray, denoise: str | None) -
 
 
 def _size_of_batch(number: int, size: int | None, placement: Placement | None) -> int:
-    if size is not None:
+    if size is None:
+        size = number
+    else:
         check_count("batch_size", size)
-    if placement is not None:
-        placement.check_batch(number if size is None else size)
-    devices = 1 if placement is None else placement.mesh.size
-    return number if size is None else min(int(size), -(-number // devices) * devices)
+    if placement is None:
+        return min(int(size), number)
+    placement.check_batch(size)
+    return min(int(size), -(-number // placement.mesh.size) * placement.mesh.size)
 
 
 def _check_number(name: str, x: Array, number: int, first: int) -> Array:

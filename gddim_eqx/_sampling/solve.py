@@ -35,10 +35,10 @@ def times_for(
     if isinstance(solver, LearnedGDDIM):
         return _learned_times(process, solver, num_steps, ts, direction)
     if ts is None:
-        increasing = direction == "increasing"
-        ends = dict(t0=process.t_min, t1=process.t_max) if increasing else {}
+        ends = process.t_max, process.t_min
+        t0, t1 = ends if direction == "decreasing" else ends[::-1]
         number = 50 if num_steps is None else num_steps
-        ts = time_grid(process, number, dtype=dtype, **ends)
+        ts = time_grid(process, number, t0=t0, t1=t1, dtype=dtype)
     return as_grid(process, ts, direction)
 
 

@@ -216,18 +216,18 @@ def _time_at(process: AbstractProcess, fraction: float) -> float:
 
 
 def _information(data: NormalData, process: AbstractProcess, t: float) -> float:
-    """The mutual information between normal data and states, in nats."""
     if any(isinstance(x, Tracer) for x in jtu.tree_leaves(data)):
         raise ValueError(
             "The default time `t` takes a search, which cannot be traced by JAX. Pass `t`."
         )
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-        data = jtu.tree_map(lambda x: jnp.asarray(np.asarray(x, np.float64)), data)
-        return float(_information_at(data, process, jnp.asarray(t, np.float64)))
+        data, t = jtu.tree_map(lambda x: np.asarray(x, np.float64), (data, t))
+        return float(_information_at(data, process, t))
 
 
 @eqx.filter_jit
 def _information_at(data, process, t):
+    """The mutual information between normal data and states, in nats."""
     mean = process.transition(t, jnp.zeros_like(t))
     u = apply(mean, process.encode(data.mean))
     alone = NormalData(data.mean, jnp.zeros_like(t))

@@ -7,7 +7,7 @@ together with the state it determines both.
 """
 
 import abc
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -215,25 +215,19 @@ def _path_rate(at, data, noise):
     return add(apply(at.mean_rate(), data), rate)
 
 
-_predictions = {
-    "noise": lambda frame: Noise(frame),
-    "data": lambda frame: Data(),
-    "score": lambda frame: Score(),
-    "v": lambda frame: V(),
-    "flow": lambda frame: Flow(),
-}
+_predictions = {"noise": Noise, "data": Data, "score": Score, "v": V, "flow": Flow}
 
 
 def make_prediction(predicts: PredictionName, frame: FrameName) -> AbstractPrediction:
-    return _predictions[predicts](frame)
+    return Noise(frame) if predicts == "noise" else _predictions[predicts]()
 
 
-def check_prediction(process: AbstractProcess, predicts: str, frame: str) -> None:
+def check_prediction(process: AbstractProcess, predicts: Any, frame: Any) -> None:
     """**Raises:** `ValueError` unless this prediction and frame of the noise are defined
     for the process."""
     check_choice("predicts", predicts, _predictions)
     check_frame(frame)
-    if fault := _predictions[predicts]("R").fault(process):
+    if fault := make_prediction(predicts, frame).fault(process):
         raise ValueError(
             f"`predicts={show(predicts)}` is not defined for {type(process).__name__}, "
             f"{fault}. Use 'noise', 'data' or 'score'."

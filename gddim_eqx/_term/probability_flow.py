@@ -119,13 +119,7 @@ class ProbabilityFlow(AbstractODE, AbstractReverseTerm):
     def _prediction(self) -> AbstractPrediction:
         return make_prediction(self.predicts, self.frame)
 
-    def _evaluate(
-        self,
-        t: RealScalarLike,
-        u: State,
-        args: Args,
-        root: BlockLinearOperator | None = None,
-    ) -> tuple[PerturbationKernel, State, State]:
+    def _evaluate(self, t, u, args, root=None) -> tuple[PerturbationKernel, State, State]:
         """Evaluate the model once, with checks: returns the process at that time, the
         state as arrays, and the prediction in the basis of states."""
         process = self.process
@@ -189,10 +183,8 @@ class ProbabilityFlow(AbstractODE, AbstractReverseTerm):
         **Returns:** what `model` would return, given `predicts`, in the data's coordinates.
         """
         process = self.process
-        u, noise = (
-            check_state(x, process.num_components, process.shape, name)
-            for x, name in ((u, "The state"), (noise, "The noise"))
-        )
+        shape = process.num_components, process.shape
+        u, noise = check_state(u, *shape, "The state"), check_state(noise, *shape, "Noise")
         at = PerturbationKernel(process, time_for(u, t))
         if initial is None:
             initial = Noise("R").denoised(at, u, noise)
