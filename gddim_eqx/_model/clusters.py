@@ -32,7 +32,9 @@ def cluster(data: Any, number: int, key: Key) -> np.ndarray:
     x = _some(data, random)
     if len(np.unique(x, axis=0)) < number:
         raise ValueError(f"There are fewer than {number} different samples.")
-    return kmeans2(x, number, iter=50, minit="++", seed=random)[0]
+    # By the name that old versions know, too.
+    options: Any = dict(seed=random)
+    return kmeans2(x, number, iter=50, minit="++", **options)[0]
 
 
 def nearest(x: np.ndarray, centres: np.ndarray) -> np.ndarray:

@@ -84,6 +84,9 @@ class _ReverseDiffusion(dfx.AbstractTerm):
 class ReverseSDE(dfx.MultiTerm, AbstractReverseTerm):
     """The drift and diffusion returned by [`gddim_eqx.reverse_sde`][]."""
 
+    def __init__(self, drift: _ReverseDrift, diffusion: _ReverseDiffusion):
+        self.terms = (drift, diffusion)
+
     def normal(self, t0: RealScalarLike, t1: RealScalarLike, y: State) -> State:
         """The Brownian increments over a step, in the solver's time, divided by the square
         root of its length: standard normals of the structure and shape of `y`."""
