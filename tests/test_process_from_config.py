@@ -668,7 +668,7 @@ def test_files(tmp_path):
     for given in (path, str(path), tmp_path, pipeline, str(pipeline)):
         process = gd.process_from_config(given, 2).process
         assert len(process.alphas_cumprod) == 10
-    for text, match in (("[]", "must be a dictionary"), ("{", "Cannot read")):
+    for text, match in (("[1]", "Cannot read"), ("{", "Cannot read")):
         path.write_text(text)
         with pytest.raises(ValueError, match=match):
             gd.process_from_config(path, 2)

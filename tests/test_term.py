@@ -384,7 +384,9 @@ def test_state_that_does_not_fit_the_process_raises(name, state, message):
 def test_model_that_returns_something_else_raises(name, model, message):
     process = processes[name]()
     term = gd.ProbabilityFlow(process, model)
-    with pytest.raises(ValueError, match="The model must return the structure and " + message):
+    with pytest.raises(
+        ValueError, match="The model must return the structure and " + message
+    ):
         term.vf(0.5, process.prior(jr.key(0), (2,)), None)
 
 

@@ -56,7 +56,7 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     choices = list(choices)
     if value not in choices:
         *others, last = map(repr, choices)
-        known = f"{', '.join(others)} or {last}"
+        known = f"{', '.join(others)} or {last}" if others else last
         raise ValueError(f"`{name}` must be {known}; got {show(value)}.")
 
 

@@ -91,16 +91,12 @@ class AbstractScaledGuidance(AbstractGuidance):
     def scaled(self, scale: Array, x: State) -> State:
         """A state, times one number or one per sample."""
 
-        def per_leaf(x):
-            if scale.shape not in ((), x.shape[: x.ndim - len(self.process.shape)]):
-                raise ValueError(
-                    "`scale` must be one number, or one per sample, with the shape of the "
-                    f"state's batch axes; got shape {scale.shape} for a state of shape "
-                    f"{x.shape}."
-                )
-            return append_axes(scale.astype(x.dtype), x.ndim) * x
-
-        return jtu.tree_map(per_leaf, x)
+        if scale.shape not in ((), batch := batch_axes(x, self.process.shape)):
+            raise ValueError(
+                "`scale` must be one number, or one per sample, with the shape of the "
+                f"state's batch axes, {batch}; got shape {scale.shape}."
+            )
+        return jtu.tree_map(lambda x: append_axes(scale.astype(x.dtype), x.ndim) * x, x)
 
 
 class ClassifierFreeGuidance(AbstractScaledGuidance):

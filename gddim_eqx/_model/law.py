@@ -197,7 +197,7 @@ class AbstractData(eqx.Module):
         if process is None:
             u = check_state(u, 1, self.shape, "The data")
         else:
-            _check_shape(process, self.shape)
+            check_shape(process, self.shape)
             u = check_state(u, process.num_components, self.shape, "The state")
         dtype = coefficient_dtype(u)
         u, data = _cast((u, self), dtype)
@@ -228,7 +228,8 @@ class AbstractData(eqx.Module):
         return ExactModel(self, process, predicts)
 
 
-def _check_shape(process: AbstractProcess, shape: tuple[int, ...]) -> None:
+def check_shape(process: AbstractProcess, shape: tuple[int, ...]) -> None:
+    """**Raises:** `ValueError` unless a process is for data of this shape."""
     require_process(process)
     if process.shape != shape:
         raise ValueError(
@@ -245,7 +246,7 @@ class ExactModel(AbstractModel):
     kind: PredictionName = eqx.field(static=True)
 
     def __check_init__(self):
-        _check_shape(self.process, self.data.shape)
+        check_shape(self.process, self.data.shape)
         check_prediction(self.process, self.kind, "R")
 
     @property

@@ -5,7 +5,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import jax.tree_util as jtu
+from jax.flatten_util import ravel_pytree
 
 from .._custom_types import Args, Key
 from .._linear import apply, at_least_single, subtract
@@ -96,7 +96,5 @@ def _sizes(flow, x, ts, key, args):
 
 
 def _size(state):
-    squares = [
-        jnp.mean(x.astype(at_least_single(x.dtype)) ** 2) for x in jtu.tree_leaves(state)
-    ]
-    return jnp.sqrt(jnp.stack(squares).mean())
+    values, _ = ravel_pytree(state)
+    return jnp.sqrt((values.astype(at_least_single(values.dtype)) ** 2).mean())

@@ -23,8 +23,6 @@ from .start import GaussianStart, known_start
 
 Learnable = Literal["times", "weights", "rate", "shift"]
 
-_fewest = 8
-
 
 class FittedSolver(NamedTuple):
     """What [`gddim_eqx.fit_solver`][] returns.
@@ -206,12 +204,10 @@ def _checked_pilots(flow, u, args) -> State:
     process = flow.process
     u = check_state(u, process.num_components, process.shape, "The states `u`")
     batch = batch_axes(u, process.shape)
-    if len(batch) != 1:
-        raise ValueError(f"`u` must have one batch axis; got shape {batch}.")
-    if batch[0] < _fewest:
+    if len(batch) != 1 or batch[0] < 8:
         raise ValueError(
-            f"`u` must hold at least {_fewest} pilots, of which a quarter is held back; "
-            f"got {batch[0]}."
+            "`u` must hold at least 8 pilots, (number, *shape), of which a quarter is held "
+            f"back; got batch axes {batch}."
         )
     if not all(bool(jnp.isfinite(leaf).all()) for leaf in jtu.tree_leaves(u)):
         raise ValueError("The states `u` are not finite.")

@@ -139,14 +139,9 @@ def _read(path: str | Path) -> dict[str, Any]:
         files = [folder / "scheduler_config.json" for folder in (path, path / "scheduler")]
         path = next((file for file in files if file.exists()), files[0])
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return dict(json.loads(path.read_text()))
+    except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"Cannot read a configuration from {path}: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(
-            f"The configuration in {path} must be a dictionary; got {show(found)}."
-        )
-    return found
 
 
 # For each class, the entries that determine its model or its time grid, with their
@@ -315,11 +310,8 @@ def _rescaled(betas, least) -> np.ndarray:
 
 
 def _flow_matching(name, values, shape) -> ModelConventions:
-    if values.get("prediction_type", "flow_prediction") != "flow_prediction":
-        raise ValueError(
-            "With flow sigmas `prediction_type` must be 'flow_prediction'; got "
-            f"{show(values['prediction_type'])}."
-        )
+    predicts = values.get("prediction_type", "flow_prediction")
+    check_choice("prediction_type", predicts, ["flow_prediction"])
     spacing = spacing_of_levels(values)
     converts = (name, spacing) == ("UniPCMultistepScheduler", "karras_sigmas")
     if spacing and not (name.startswith("FlowMatch") or converts):

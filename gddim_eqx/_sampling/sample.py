@@ -327,9 +327,7 @@ def sample(
             f"{sampler.fault(size)}",
             stacklevel=3,
         )
-    evaluations = number_of_evaluations(flow, solver, times)
-    if evaluations is not None:
-        evaluations += denoise is not None
+    evaluations = number_of_evaluations(flow, solver, times, denoise is not None)
     return Samples(cast(Array, x), evaluations)
 
 
@@ -339,14 +337,13 @@ def _started(flow, solver, start, num_steps, ts, dtype):
     if isinstance(solver, LearnedGDDIM):
         raise ValueError("A learned solver has its own times; leave out `start`.")
     if ts is None:
-        number = 50 if num_steps is None else num_steps
+        num_steps = 50 if num_steps is None else num_steps
         # Searched for once.
-        start = dataclasses.replace(start, t=start.time(flow.process, number))
-        ts = start.time_grid(flow.process, number, dtype=dtype)
-        return start.flow(flow, number), ts
-    if num_steps is not None:
+        start = dataclasses.replace(start, t=start.time(flow.process, num_steps))
+        ts = start.time_grid(flow.process, num_steps, dtype=dtype)
+    elif num_steps is not None:
         raise ValueError("Pass `num_steps` or `ts`, not both.")
-    if start.t is None:
+    elif start.t is None:
         raise ValueError("With `ts`, pass the time `t` of the `GaussianStart` too.")
     return start.flow(flow, 1), ts
 

@@ -99,10 +99,10 @@ class PaddedGrid(dfx.AbstractStepSizeController[int, None]):
 
 
 def number_of_evaluations(
-    flow: ProbabilityFlow, solver: dfx.AbstractSolver, ts: Real[np.ndarray, " times"]
+    flow: ProbabilityFlow, solver: dfx.AbstractSolver, ts: np.ndarray, more: int
 ) -> int | None:
     """The number of times that a solver evaluates the model on a time grid, without those
-    of a closed form; `None` if that is not known."""
+    of a closed form, and `more`; `None` if that is not known."""
     stages, shared = getattr(solver, "stages", None), False
     if isinstance(solver, dfx.AbstractERK):
         # The last stage of a step may be the first of the next.
@@ -119,7 +119,7 @@ def number_of_evaluations(
     free = solver.num_free if isinstance(solver, LearnedGDDIM) else 0
     if isinstance(flow.model, StartedModel):
         free = int(flow.model.is_closed_form(times).sum())
-    return len(times) - free
+    return len(times) - free + more
 
 
 _EVALUATE_AT_START = dfx.Euler, dfx.EulerHeun, dfx.ItoMilstein, dfx.StratonovichMilstein

@@ -245,22 +245,15 @@ def without_errors(flow: ProbabilityFlow) -> ProbabilityFlow:
     return dataclasses.replace(flow, model=model, raises=False)
 
 
-class _FromVectorField(eqx.Module):
-    """The vector field of an ODE as a model that predicts the flow."""
-
-    term: dfx.ODETerm
-    process: AbstractProcess
-
-    def __call__(self, t: RealScalarLike, u: State, args: Args) -> State:
-        field = self.term.vf(t, self.process.from_data(u), args)
-        speed = self.process.flow_speed(t)
-        field = jtu.tree_map(lambda x: x / speed.astype(x.dtype), field)
-        return self.process.to_data(field)
-
-
 def flow_of_ode(process: AbstractProcess, term: dfx.ODETerm) -> ProbabilityFlow:
     """The probability flow of a process, given as an ODE for its states."""
-    return ProbabilityFlow(process, _FromVectorField(term, process), "flow")
+
+    def model(t, u, args):
+        field = term.vf(t, process.from_data(u), args)
+        speed = process.flow_speed(t)
+        return process.to_data(jtu.tree_map(lambda x: x / speed.astype(x.dtype), field))
+
+    return ProbabilityFlow(process, model, "flow")
 
 
 def check_flow(flow: object) -> ProbabilityFlow:
