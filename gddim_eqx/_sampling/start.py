@@ -1,3 +1,4 @@
+import bisect
 import math
 from typing import Any, Literal
 
@@ -122,18 +123,16 @@ class GaussianStart(eqx.Module):
                     f"process' `t_min` and `t_max`; got {self.t}."
                 )
             return self.t
-        assert isinstance(self.data, NormalData)
+        data = self.data
+        assert isinstance(data, NormalData)
         wanted = 7 * math.exp(-int(num_steps) / 2.4)
         wanted *= 3 if self.regime == "sharpest" else 1
-        wanted = min(wanted, 0.5 * self.data.mean.size)
-        # At least a part of the first step of the default grid.
-        low, high = 0.1 / int(num_steps), _latest
-        for _ in range(14):
-            middle = 0.5 * (low + high)
-            t = _time_at(process, middle)
-            less = _information(self.data, process, t) < wanted
-            low, high = (middle, high) if less else (low, middle)
-        return _time_at(process, low)
+        wanted = min(wanted, 0.5 * data.mean.size)
+        # At least a part of the first step of the default grid, at most most of the grid.
+        fractions = np.linspace(0.1 / int(num_steps), 0.7, 2**14 + 1)
+        at = lambda i: _time_at(process, fractions[i])
+        information = lambda i: _information(data, process, at(i))
+        return at(bisect.bisect_left(range(1, 2**14), wanted, key=information))
 
     def time_grid(
         self, process: AbstractProcess, num_steps: int, *, dtype: Any = None
@@ -188,10 +187,8 @@ def known_start(
         return None
     if not (isinstance(solver, GDDIM) and isinstance(solver.splitting, DataSplitting)):
         return None
-    if isinstance(model, StartedModel):
-        return None
     data = as_model(model).normal_data(process)
-    if data is None:
+    if data is None or isinstance(model, StartedModel):
         return None
     one_variance = data.covariance.variances.ndim == 0 and data.covariance.vectors is None
     only_std = one_variance and not data.mean.any()
@@ -206,11 +203,7 @@ def known_start(
     return GaussianStart(data, t)
 
 
-# The largest part of the default grid that a start takes.
-_latest = 0.7
-
-
-def _time_at(process: AbstractProcess, fraction: float) -> float:
+def _time_at(process: AbstractProcess, fraction: Any) -> float:
     ends = process.t_max, process.t_min
     return float(clock_times(process, *ends, np.array([fraction]))[0])
 

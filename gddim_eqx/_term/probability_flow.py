@@ -1,7 +1,7 @@
 import dataclasses
 import functools as ft
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import cast, ParamSpec, TypeVar
 
 import diffrax as dfx
 import equinox as eqx
@@ -183,9 +183,9 @@ class ProbabilityFlow(AbstractODE, AbstractReverseTerm):
         **Returns:** what `model` would return, given `predicts`, in the data's coordinates.
         """
         process = self.process
-        shape = process.num_components, process.shape
-        u, noise = check_state(u, *shape, "The state"), check_state(noise, *shape, "Noise")
-        at = PerturbationKernel(process, time_for(u, t))
+        check = lambda x, name: check_state(x, process.num_components, process.shape, name)
+        u, noise = check(u, "The state"), check(noise, "The noise")
+        at = PerturbationKernel(process, time_for(u, t), raises=self.raises)
         if initial is None:
             initial = Noise("R").denoised(at, u, noise)
         data = jtu.tree_map(lambda x: x / process.data_scale, initial)
@@ -258,12 +258,8 @@ def flow_of_ode(process: AbstractProcess, term: dfx.ODETerm) -> ProbabilityFlow:
 
 def check_flow(flow: object) -> ProbabilityFlow:
     """**Raises:** `ValueError` unless given a probability flow."""
-    if not isinstance(flow, ProbabilityFlow):
-        raise ValueError(
-            "`flow` must be a `ProbabilityFlow(process, model)`; got "
-            f"{type(flow).__name__}."
-        )
-    return flow
+    check_instance("flow", flow, ProbabilityFlow, "a `ProbabilityFlow(process, model)`")
+    return cast(ProbabilityFlow, flow)
 
 
 def flow_first(call: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
