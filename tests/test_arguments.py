@@ -58,8 +58,8 @@ _refused = {
     "`model` must be callable": [
         lambda: gd.ProbabilityFlow(_process, None),
         lambda: gd.ProbabilityFlow(_process, 3),
+        lambda: gd.ProbabilityFlow(_process, _flow),
     ],
-    "`model` is a `ProbabilityFlow`": [lambda: gd.ProbabilityFlow(_process, _flow)],
     "`process` must be a forward process": [
         lambda: gd.ProbabilityFlow("vp", _model),
         lambda: _data.model("vp"),

@@ -158,7 +158,7 @@ def test_edm_preconditioning():
 
 def test_bad_conventions(without_type_checks):
     network = lambda t, u, args: u
-    with pytest.raises(ValueError, match="`time` must be a function of time or one of"):
+    with pytest.raises(ValueError, match="`time` must be .index"):
         gd.WithTime(gd.VP((2,)), network, "percent")
     with pytest.raises(ValueError, match="Only discrete-time models have an 'index', not"):
         gd.WithTime(gd.VP((2,)), network, "index")

@@ -475,10 +475,14 @@ def test_a_model_that_returns_something_else_is_refused():
     process = gd.CLD((3,))
     ts, y0 = gd.time_grid(process, 4), prior_state(process)
     term = gd.ProbabilityFlow(process, lambda t, u, args: u.v)
-    with pytest.raises(ValueError, match="must return the structure of its state"):
+    with pytest.raises(
+        ValueError, match="must return the structure and shape of its state"
+    ):
         diffrax_solve(term, gd.GDDIM(), ts, y0)
     model = lambda t, u, args: gd.Phase(u.x, u.v[:2])
-    with pytest.raises(ValueError, match="must return the shape of its state"):
+    with pytest.raises(
+        ValueError, match="must return the structure and shape of its state"
+    ):
         diffrax_solve(gd.ProbabilityFlow(process, model), gd.GDDIM(), ts, y0)
 
 

@@ -668,7 +668,7 @@ def test_files(tmp_path):
     for given in (path, str(path), tmp_path, pipeline, str(pipeline)):
         process = gd.process_from_config(given, 2).process
         assert len(process.alphas_cumprod) == 10
-    for text, match in (("[]", "must be a dictionary"), ("{", "Cannot read")):
+    for text, match in (("[1]", "Cannot read"), ("{", "Cannot read")):
         path.write_text(text)
         with pytest.raises(ValueError, match=match):
             gd.process_from_config(path, 2)
@@ -684,8 +684,8 @@ def test_files(tmp_path):
         (dict(thresholding=True), "`thresholding=True` is not supported.*DynamicThreshold"),
         (dict(_class_name=["DDIMScheduler"]), "`_class_name` must be one of"),
         (dict(_class_name="EDMEulerScheduler"), "EDM model.*sigma. / 4.*`gddim_eqx.EDM`"),
-        (dict(beta_schedule="laplace"), "`beta_schedule` must be one of .*'laplace'"),
-        (dict(beta_schedule=["linear"]), "`beta_schedule` must be one of"),
+        (dict(beta_schedule="laplace"), "`beta_schedule` must be .*'laplace'"),
+        (dict(beta_schedule=["linear"]), "`beta_schedule` must be"),
         (dict(beta_start="0.1"), "`beta_start` must be a number; got '0.1'"),
         (dict(num_train_timesteps=None), "`num_train_timesteps` must be a positive int"),
         (dict(steps_offset=0.5), "`steps_offset` must be a non-negative int"),
@@ -704,7 +704,7 @@ def test_files(tmp_path):
             dict(_class_name="DPMSolverMultistepScheduler", use_karras_sigmas=True) | _flow,
             "`use_karras_sigmas` is not for flow sigmas",
         ),
-        (dict(prediction_type="x"), "`prediction_type` must be one of 'epsilon'.*'x'"),
+        (dict(prediction_type="x"), "`prediction_type` must be 'epsilon'.*'x'"),
         (
             # Stable Video Diffusion.
             _sdxl
@@ -713,7 +713,7 @@ def test_files(tmp_path):
             | dict(timestep_type="continuous", use_karras_sigmas=True),
             "`timestep_type='continuous'`.*\"log.sigma. / 4\".*`gddim_eqx.EDM`",
         ),
-        (dict(timestep_spacing="x"), "`timestep_spacing` must be one of 'leading'"),
+        (dict(timestep_spacing="x"), "`timestep_spacing` must be 'leading'"),
         (
             dict(trained_betas=[0.1, 1.2], num_train_timesteps=2),
             "`betas` must be between 0 and 1.*1.2",

@@ -447,7 +447,7 @@ def test_bad_input(without_type_checks):
     with pytest.raises(ValueError, match=r"shape of its state, \(3,\); .* \(1,\)"):
         term.vf(0.0, jnp.ones(3), None)
     term = gd.Semilinear(jnp.ones(3), lambda t, u, args: (u,))
-    with pytest.raises(ValueError, match="structure of its state"):
+    with pytest.raises(ValueError, match="structure and shape of its state"):
         term.vf(0.0, jnp.ones(3), None)
 
 

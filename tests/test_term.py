@@ -373,18 +373,20 @@ def test_state_that_does_not_fit_the_process_raises(name, state, message):
 @pytest.mark.parametrize(
     "name, model, message",
     [
-        ("vp", lambda t, u, args: (u,), "structure"),
+        ("vp", lambda t, u, args: (u,), "shape"),
         ("vp", lambda t, u, args: u[:1], r"shape.*\(2, 3\).*returned \(1, 3\)"),
         ("vp", lambda t, u, args: u.sum(), r"shape.*\(2, 3\).*returned \(\)"),
-        ("cld", lambda t, u, args: u.v, "structure"),
-        ("cld", lambda t, u, args: tuple(u), "structure"),
+        ("cld", lambda t, u, args: u.v, "shape"),
+        ("cld", lambda t, u, args: tuple(u), "shape"),
         ("cld", lambda t, u, args: gd.Phase(u.x[0], u.v), "shape"),
     ],
 )
 def test_model_that_returns_something_else_raises(name, model, message):
     process = processes[name]()
     term = gd.ProbabilityFlow(process, model)
-    with pytest.raises(ValueError, match="The model must return the " + message):
+    with pytest.raises(
+        ValueError, match="The model must return the structure and " + message
+    ):
         term.vf(0.5, process.prior(jr.key(0), (2,)), None)
 
 

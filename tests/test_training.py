@@ -227,7 +227,9 @@ def test_models_are_called_as_in_sampling(name):
     assert set(seen) == {(0, 1 + len(process.shape), process.shape)}
     # A model of one sample alone is refused at once, not only in sampling.
     one = lambda t, u, args: jtu.tree_map(lambda x: x[0], u)
-    with pytest.raises(ValueError, match="must return the shape of its state"):
+    with pytest.raises(
+        ValueError, match="must return the structure and shape of its state"
+    ):
         loss(one, loss.noised(jr.key(0), jnp.zeros((3, *process.shape))))
     two = lambda t, u, args: jnp.ones((2, 3)) @ jtu.tree_leaves(u)[0]
     with pytest.raises(TypeError) as error:

@@ -5,6 +5,7 @@ from .check import (
     as_floats as as_floats,
     as_number as as_number,
     as_shape as as_shape,
+    check_choice as check_choice,
     check_count as check_count,
     check_instance as check_instance,
     check_key as check_key,

@@ -51,6 +51,15 @@ def check_instance(name: str, value: Any, kind: Any, wanted: str) -> None:
         raise ValueError(f"`{name}` must be {wanted}; got {show(value)}.")
 
 
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """**Raises:** `ValueError` unless the value is one of the choices."""
+    choices = list(choices)
+    if value not in choices:
+        *others, last = map(repr, choices)
+        known = f"{', '.join(others)} or {last}" if others else last
+        raise ValueError(f"`{name}` must be {known}; got {show(value)}.")
+
+
 def check_key(key: Any) -> Key:
     """**Raises:** `ValueError` unless given a single JAX random key."""
     if isinstance(key, jax.Array):

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.random as jr
 import numpy as np
+from scipy.cluster.vq import kmeans2, vq
 
 from .._custom_types import Key
 from .moments import samples_of
@@ -31,28 +32,14 @@ def cluster(data: Any, number: int, key: Key) -> np.ndarray:
     x = _some(data, random)
     if len(np.unique(x, axis=0)) < number:
         raise ValueError(f"There are fewer than {number} different samples.")
-    centres = x[random.integers(len(x), size=1)]
-    while len(centres) < number:
-        square = _squares(x, centres).min(1)
-        chosen = random.choice(len(x), p=square / square.sum())
-        centres = np.concatenate([centres, x[chosen : chosen + 1]])
-    for _ in range(100):
-        which = nearest(x, centres)
-        before, held = centres, [which == i for i in range(number)]
-        centres = np.stack([x[w].mean(0) if w.any() else c for w, c in zip(held, before)])
-        if (centres == before).all():
-            break
-    return centres
+    # By the name that old versions know, too.
+    options: Any = dict(seed=random)
+    return kmeans2(x, number, iter=50, minit="++", **options)[0]
 
 
 def nearest(x: np.ndarray, centres: np.ndarray) -> np.ndarray:
     """The index of the nearest centre."""
-    return _squares(x.reshape(len(x), -1), centres).argmin(1)
-
-
-def _squares(x, centres):
-    squares = (x**2).sum(1)[:, None] - 2 * x @ centres.T + (centres**2).sum(1)[None]
-    return np.maximum(squares, 0)
+    return vq(x.reshape(len(x), -1), centres)[0]
 
 
 def _some(data, random):

@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 
 import equinox as eqx
@@ -8,7 +9,7 @@ from jaxtyping import Array, ArrayLike, PyTree
 
 from .._custom_types import Args, PredictionName, RealScalarLike, State
 from .._linear import add, append_axes, apply, batch_axes, join_components, subtract
-from .._misc import as_constant, as_floats, as_shape, constant_field, show
+from .._misc import as_constant, as_floats, as_shape, check_instance, constant_field
 from .._process import AbstractProcess
 from .._term import AbstractWrapper, as_model, check_flow, flow_first, ProbabilityFlow
 
@@ -36,8 +37,7 @@ class AbstractGuidance(AbstractWrapper):
 
 def guided_flow(model: AbstractGuidance) -> ProbabilityFlow:
     """The flow of a model that changes the predictions of another flow."""
-    flow = check_flow(model.flow)
-    return ProbabilityFlow(flow.process, model, flow.predicts, flow.frame)
+    return dataclasses.replace(check_flow(model.flow), model=model)
 
 
 class WithArgs(AbstractGuidance):
@@ -91,22 +91,18 @@ class AbstractScaledGuidance(AbstractGuidance):
     def scaled(self, scale: Array, x: State) -> State:
         """A state, times one number or one per sample."""
 
-        def per_leaf(x):
-            if scale.shape not in ((), x.shape[: x.ndim - len(self.process.shape)]):
-                raise ValueError(
-                    "`scale` must be one number, or one per sample, with the shape of the "
-                    f"state's batch axes; got shape {scale.shape} for a state of shape "
-                    f"{x.shape}."
-                )
-            return append_axes(scale.astype(x.dtype), x.ndim) * x
-
-        return jtu.tree_map(per_leaf, x)
+        if scale.shape not in ((), batch := batch_axes(x, self.process.shape)):
+            raise ValueError(
+                "`scale` must be one number, or one per sample, with the shape of the "
+                f"state's batch axes, {batch}; got shape {scale.shape}."
+            )
+        return jtu.tree_map(lambda x: append_axes(scale.astype(x.dtype), x.ndim) * x, x)
 
 
 class ClassifierFreeGuidance(AbstractScaledGuidance):
     flow: ProbabilityFlow
-    unconditional: ProbabilityFlow
     scale: Scale
+    unconditional: ProbabilityFlow
     interval: tuple[float, float] | None = eqx.field(static=True)
     rescale: float = eqx.field(static=True)
 
@@ -121,9 +117,8 @@ class ClassifierFreeGuidance(AbstractScaledGuidance):
 
     def _rescaled(self, x, like):
         axes = tuple(range(-len(self.process.shape), 0))
-        std = x.std(axes, keepdims=True)
-        ratio = like.std(axes, keepdims=True) / jnp.where(std > 0, std, 1)
-        ratio = jnp.where(std > 0, ratio, 1)
+        std, wanted = (y.std(axes, keepdims=True) for y in (x, like))
+        ratio = jnp.where(std > 0, wanted / jnp.where(std > 0, std, 1), 1)
         return x * (1 + self.rescale * (ratio - 1))
 
 
@@ -185,11 +180,8 @@ def classifier_free_guidance(
                 "`no_condition`. Pass the `unconditional` flow too."
             )
         unconditional = with_args(flow, none)
-    if not isinstance(unconditional, ProbabilityFlow):
-        raise ValueError(
-            "`unconditional` must be a `ProbabilityFlow`; got "
-            f"{type(unconditional).__name__}. Pass a scale by name, `scale=2.0`."
-        )
+    wanted = "a `ProbabilityFlow` (pass a scale by name, `scale=2.0`)"
+    check_instance("unconditional", unconditional, ProbabilityFlow, wanted)
     # Of processes what is static, as they may be traced.
     kinds = [
         (x.predicts, x.frame, jtu.tree_structure(x.process))
@@ -212,20 +204,15 @@ def classifier_free_guidance(
     if not 0 <= rescale <= 1:
         raise ValueError(f"`rescale` must be in [0, 1]; got {rescale}.")
     scale = _as_scale(scale)
-    model = ClassifierFreeGuidance(
-        flow=flow,
-        unconditional=unconditional,
-        scale=scale,
-        interval=interval,
-        rescale=rescale,
+    return guided_flow(
+        ClassifierFreeGuidance(flow, scale, unconditional, interval, rescale)
     )
-    return guided_flow(model)
 
 
 class ClassifierGuidance(AbstractScaledGuidance):
     flow: ProbabilityFlow
-    log_likelihood: Callable
     scale: Scale
+    log_likelihood: Callable
 
     def __call__(self, t: RealScalarLike, u: State, args: Args) -> State:
         def total(u):
@@ -271,10 +258,8 @@ def classifier_guidance(
         P. Dhariwal, A. Nichol, *Diffusion Models Beat GANs on Image Synthesis*, NeurIPS
         2021, section 4.
     """
-    _check_callable("log_likelihood", log_likelihood)
-    scale = _as_scale(scale)
-    model = ClassifierGuidance(flow=flow, log_likelihood=log_likelihood, scale=scale)
-    return guided_flow(model)
+    check_instance("log_likelihood", log_likelihood, Callable, "callable")
+    return guided_flow(ClassifierGuidance(flow, _as_scale(scale), log_likelihood))
 
 
 class DataGuidance(AbstractGuidance):
@@ -284,8 +269,8 @@ class DataGuidance(AbstractGuidance):
     def __call__(self, t: RealScalarLike, u: State, args: Args) -> State:
         process = self.process
         u = process.from_data(u)
-        position, *rest = jtu.tree_leaves(self.flow.denoised(t, u, args))
-        x = process.basis.inverse(position) / process.data_scale
+        initial = self.flow.denoised(t, u, args)
+        x, (_, *rest) = process.decode(initial), jtu.tree_leaves(initial)
         changed = self.function(t, x, args)
         if jnp.shape(changed) != x.shape:
             raise ValueError(
@@ -314,12 +299,17 @@ def data_guidance(flow: ProbabilityFlow, function: Callable) -> ProbabilityFlow:
 
     **Returns:** a [`gddim_eqx.ProbabilityFlow`][].
     """
-    _check_callable("function", function)
+    check_instance("function", function, Callable, "callable")
     return guided_flow(DataGuidance(flow, function))
 
 
 class Clip(eqx.Module):
-    """Clips data to an interval. For [`gddim_eqx.data_guidance`][]."""
+    """Clips data to an interval. For [`gddim_eqx.data_guidance`][].
+
+    **Arguments:**
+
+    - `low`, `high`: the interval.
+    """
 
     low: float = constant_field("low", -1.0)
     high: float = constant_field("high", 1.0)
@@ -332,15 +322,15 @@ class Clip(eqx.Module):
         return jnp.clip(x, self.low, self.high)
 
 
-Clip.__init__.__doc__ = """**Arguments:**
-
-- `low`, `high`: the interval.
-"""
-
-
 class DynamicThreshold(eqx.Module):
     """Clips each sample to a quantile of its own absolute values, and rescales it to
     [-bound, bound] if that quantile exceeds `bound`. For [`gddim_eqx.data_guidance`][].
+
+    **Arguments:**
+
+    - `shape`: the shape of one data sample.
+    - `quantile`: which quantile of a sample's absolute values to clip to, in (0, 1].
+    - `bound`: data are in [-bound, bound].
 
     ??? cite "Reference"
 
@@ -364,19 +354,6 @@ class DynamicThreshold(eqx.Module):
         limit = jnp.quantile(jnp.abs(x), self.quantile, axis=axes, keepdims=True)
         limit = jnp.where(limit > self.bound, limit, self.bound)
         return jnp.clip(x, -limit, limit) * (self.bound / limit)
-
-
-DynamicThreshold.__init__.__doc__ = """**Arguments:**
-
-- `shape`: the shape of one data sample.
-- `quantile`: which quantile of a sample's absolute values to clip to, in (0, 1].
-- `bound`: data are in [-bound, bound].
-"""
-
-
-def _check_callable(name: str, function: Callable) -> None:
-    if not callable(function):
-        raise ValueError(f"`{name}` must be callable; got {show(function)}.")
 
 
 def _as_scale(scale: Scale) -> Scale:

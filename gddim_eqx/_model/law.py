@@ -96,7 +96,7 @@ def law_of_normal(
     inverse, gains = channel.whiten(rest)
     mean = basis.forward(mean)
     residual = [
-        there(x - _like(a * mean, x))
+        there(x - like(a * mean, x))
         for a, x in zip(channel.signal, jtu.tree_leaves(u), strict=True)
     ]
     white = jnp.stack(jtu.tree_leaves(inverse.mv(join_components(residual))))
@@ -114,15 +114,10 @@ def law_of_normal(
     data = data + rest[None] * (gains * white).sum(0)
     square = square + (white**2).sum((0, 2))
     constant = volume + 0.5 * len(white) * size * math.log(2 * math.pi)
-    pull, data = (
-        inverse.transpose().mv(join_components(list(white))),
-        back(data, (*batch, *shape)),
-    )
-    return Law(
-        jtu.tree_map(lambda x: back(x, (*batch, *shape)), pull),
-        _like(mean, data) + data,
-        (-0.5 * square).reshape(batch) - constant,
-    )
+    pull = inverse.transpose().mv(join_components(list(white)))
+    pull, data = jtu.tree_map(lambda x: back(x, (*batch, *shape)), (pull, data))
+    log_density = (-0.5 * square).reshape(batch) - constant
+    return Law(pull, like(mean, data) + data, log_density)
 
 
 def _flat(x, shape):
@@ -131,8 +126,8 @@ def _flat(x, shape):
     return x.reshape(len(x), -1)
 
 
-def _like(x, array):
-    """With leading axes of size 1."""
+def like(x: Array, array: Array) -> Array:
+    """With leading axes of size 1, for those of an array."""
     return jnp.expand_dims(x, tuple(range(array.ndim - x.ndim)))
 
 
@@ -199,19 +194,18 @@ class AbstractData(eqx.Module):
 
         **Raises:** `ValueError` for data or states of another shape.
         """
-        number = 1
-        if process is not None:
-            _check_shape(process, self.shape)
-            number = process.num_components
-        name = "The data" if process is None else "The state"
-        u = check_state(u, number, self.shape, name)
+        if process is None:
+            u = check_state(u, 1, self.shape, "The data")
+        else:
+            check_shape(process, self.shape)
+            u = check_state(u, process.num_components, self.shape, "The state")
         dtype = coefficient_dtype(u)
         u, data = _cast((u, self), dtype)
-        if process is not None:
-            channel = Channel.of(process, time_for(u, t))
-        else:
+        if process is None:
             one, none = jnp.ones(1, dtype), jnp.zeros((1, 1), dtype)
             channel = Channel(one, none, IdentityBasis(), self.shape)
+        else:
+            channel = Channel.of(process, time_for(u, t))
         return data.law(channel, u, args).log_density
 
     def model(
@@ -234,7 +228,8 @@ class AbstractData(eqx.Module):
         return ExactModel(self, process, predicts)
 
 
-def _check_shape(process: AbstractProcess, shape: tuple[int, ...]) -> None:
+def check_shape(process: AbstractProcess, shape: tuple[int, ...]) -> None:
+    """**Raises:** `ValueError` unless a process is for data of this shape."""
     require_process(process)
     if process.shape != shape:
         raise ValueError(
@@ -251,7 +246,7 @@ class ExactModel(AbstractModel):
     kind: PredictionName = eqx.field(static=True)
 
     def __check_init__(self):
-        _check_shape(self.process, self.data.shape)
+        check_shape(self.process, self.data.shape)
         check_prediction(self.process, self.kind, "R")
 
     @property

@@ -76,10 +76,9 @@ def moments_of(
 ) -> tuple[list[tuple[np.ndarray, Any]], np.ndarray]:
     """Mean and covariance, as for [`gddim_eqx.NormalData`][], of each of a number of
     groups, to which `assign` assigns samples; and the sizes of the groups."""
-    if basis is not None:
-        check_instance("basis", basis, AbstractBasis, "such as `CosineBasis()`")
-        if rank is not None:
-            raise ValueError("Pass `basis` or `rank`, not both.")
+    check_instance("basis", basis, AbstractBasis | None, "such as `CosineBasis()`")
+    if not (basis is None or rank is None):
+        raise ValueError("Pass `basis` or `rank`, not both.")
     if rank is not None:
         check_count("rank", rank)
     sums, shape = [_Sums(basis, rank) for _ in range(number)], ()

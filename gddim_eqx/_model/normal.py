@@ -45,8 +45,7 @@ class NormalData(AbstractData):
         self.mean = as_floats("mean", mean)
         if not (isinstance(self.mean, Tracer) or jnp.isfinite(self.mean).all()):
             raise ValueError("`mean` must be finite, but holds NaN or infinity.")
-        if basis is not None:
-            check_instance("basis", basis, AbstractBasis, "such as `CosineBasis()`")
+        check_instance("basis", basis, AbstractBasis | None, "such as `CosineBasis()`")
         shape, dtype = self.mean.shape, self.mean.dtype
         self.covariance = make_covariance(covariance, basis, shape, dtype)
 

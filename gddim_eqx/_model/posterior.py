@@ -4,15 +4,15 @@ from typing import Literal, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jaxtyping import Array, ArrayLike, Inexact
 
 from .._custom_types import Args, RealScalarLike, State
 from .._linear import add, append_axes, apply, batch_axes, join_components, subtract
-from .._misc import as_constant, check_count, check_positive, show
+from .._misc import check_choice, check_count, check_instance, check_positive
 from .._process import AbstractProcess, as_time
 from .._term import flow_first, ProbabilityFlow
 from .guidance import AbstractGuidance, guided_flow
+from .law import like
 
 
 class PosteriorGuidance(AbstractGuidance):
@@ -42,10 +42,7 @@ class PosteriorGuidance(AbstractGuidance):
             early = jnp.minimum(t, jnp.asarray(0.999 * process.t_zero_signal, t.dtype))
         covariance = _Problem.of(process, early) if from_zero else problem
 
-        def predict(u):
-            position = jtu.tree_leaves(self.flow.denoised(early, u, args))[0]
-            return process.basis.inverse(position / process.data_scale)
-
+        predict = lambda u: process.decode(self.flow.denoised(early, u, args))
         x, sensitivity = jax.linearize(predict, u)
         measured, forward = jax.linearize(self.measurement, x)
         back = lambda z: jax.linear_transpose(forward, x)(z)[0]
@@ -154,14 +151,9 @@ def posterior_guidance(
         Inverse Problems*, ICLR 2023. DPS: H. Chung, J. Kim, M. McCann, M. Klasky, J. C. Ye,
         *Diffusion Posterior Sampling for General Noisy Inverse Problems*, ICLR 2023.
     """
-    if not callable(measurement):
-        raise ValueError(f"`measurement` must be callable; got {show(measurement)}.")
-    if method not in ("moments", "pigdm", "dps"):
-        raise ValueError(
-            f"`method` must be 'moments', 'pigdm' or 'dps'; got {show(method)}."
-        )
+    check_instance("measurement", measurement, Callable, "callable")
+    check_choice("method", method, ("moments", "pigdm", "dps"))
     check_count("num_iterations", num_iterations)
-    noise, data_std = as_constant("noise", noise), as_constant("data_std", data_std)
     check_positive(noise=noise, data_std=data_std)
     y = jnp.asarray(y)
     if jnp.iscomplexobj(y):
@@ -169,9 +161,9 @@ def posterior_guidance(
             "`y` must be real; got a complex array. Stack the real and imaginary "
             "parts, in `y` and in `measurement`."
         )
-    y, number = y.astype(float), int(num_iterations)
-    model = PosteriorGuidance(flow, y, measurement, noise, method, number, data_std)
-    return guided_flow(model)
+    numbers = int(num_iterations), float(data_std)
+    y, noise = y.astype(float), float(noise)
+    return guided_flow(PosteriorGuidance(flow, y, measurement, noise, method, *numbers))
 
 
 class _Problem(NamedTuple):
@@ -194,7 +186,7 @@ class _Problem(NamedTuple):
 
     def _state(self, coefficients, v):
         v = self.process.basis.forward(v)
-        return join_components([_like(c, v) * v for c in coefficients])
+        return join_components([like(c, v).astype(v.dtype) * v for c in coefficients])
 
     def per_signal(self, v):
         """The change of a state by which data change by the covariance times `v`."""
@@ -207,14 +199,8 @@ class _Problem(NamedTuple):
 
     def with_normal_data(self, v, std):
         v = self.process.basis.forward(v)
-        return self.process.basis.inverse(v / _like(1 / std**2 + self.signal, v))
-
-
-def _like(coefficient, v):
-    """A coefficient, or one per frequency, with axes of size one for batch axes."""
-    coefficient = coefficient.astype(v.dtype)
-    axes = tuple(range(v.ndim - coefficient.ndim)) if coefficient.ndim else ()
-    return jnp.expand_dims(coefficient, axes)
+        precision = like(1 / std**2 + self.signal, v).astype(v.dtype)
+        return self.process.basis.inverse(v / precision)
 
 
 def _minimal_residual(apply, b, number, rank):

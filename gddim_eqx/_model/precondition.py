@@ -11,7 +11,7 @@ from .._custom_types import State
 from .._linear import AbstractBasis, join_components
 from .._misc import check_instance, check_positive
 from .._process import AbstractProcess
-from .law import Channel, law_of_normal
+from .law import Channel, check_shape, law_of_normal
 from .normal import NormalData
 
 
@@ -87,11 +87,7 @@ def check_normal_data(
             raise ValueError("Pass `data_std` or `data`, not both.")
         return
     check_instance("data", data, NormalData, "a `NormalData(mean, covariance)`")
-    if data.mean.shape != process.shape:
-        raise ValueError(
-            f"`data` have shape {data.mean.shape}, but the process is for data of shape "
-            f"{process.shape}."
-        )
+    check_shape(process, data.shape)
     zero = jnp.zeros(process.shape)
     state = join_components([zero] * process.num_components)
     t = jnp.asarray(process.t_max)

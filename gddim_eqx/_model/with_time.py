@@ -7,7 +7,7 @@ from jaxtyping import Array, Inexact
 
 from .._custom_types import Args, RealScalarLike, State
 from .._linear import batch_axes
-from .._misc import check_instance, show
+from .._misc import check_choice, check_instance, show
 from .._process import (
     AbstractProcess,
     as_time,
@@ -84,11 +84,8 @@ class WithTime(AbstractWrapper):
         """
         require_process(process)
         check_instance("model", model, Callable, "callable as `model(time, u, args)`")
-        if not (callable(time) or time in list(_times)):
-            raise ValueError(
-                "`time` must be a function of time or one of "
-                f"{', '.join(map(repr, _times))}; got {show(time)}."
-            )
+        if not callable(time):
+            check_choice("time", time, _times)
         if time == "index" and not isinstance(process, DiscreteVP):
             raise ValueError(
                 f"Only discrete-time models have an 'index', not {type(process).__name__}. "

@@ -12,5 +12,4 @@ from .process_from_config import (
     process_from_config as process_from_config,
 )
 from .sample import sample as sample, Samples as Samples
-from .solve import check_solver as check_solver
 from .start import GaussianStart as GaussianStart

@@ -5,12 +5,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import jax.tree_util as jtu
+from jax.flatten_util import ravel_pytree
 
 from .._custom_types import Args, Key
 from .._linear import apply, at_least_single, subtract
+from .._process import log_snr_at_start
 from .._sharding import Placement
-from .._term import ProbabilityFlow, without_errors
+from .._term import as_model, ProbabilityFlow, without_errors
 from .grid import time_grid
 
 
@@ -25,7 +26,6 @@ def find_fault(
     number: int,
     dtype: Any,
     key: Key,
-    most: float,
     placement: Placement | None,
 ) -> str:
     """Where on the time axis the predictions of a model are implausible, and what to do.
@@ -35,12 +35,10 @@ def find_fault(
 
     **Arguments:**
 
-    - `flow`, `args`: the model, for batches of size `number`.
-    - `most`: the root mean square of data above which it is implausible.
-    """
+    - `flow`, `args`: the model, for batches of size `number`."""
     x = jnp.zeros((number, *flow.process.shape), dtype)
     x = x if placement is None else placement.shard(x)
-    ts = time_grid(flow.process, 20, dtype=dtype)
+    ts, most = time_grid(flow.process, 20, dtype=dtype), most_expected(flow)
     # A prediction that is refused is implausible.
     data, noise = _sizes(without_errors(flow), x, ts, key, args)
     check = (
@@ -50,28 +48,34 @@ def find_fault(
     train = (
         f"{check}. Otherwise train it in `gddim_eqx.nn.NetworkModel(process, network, "
         "data_std=...)`, which preconditions it at both ends, or for longer; and scale the "
-        "data to about unit variance."
+        "data to about unit variance. For a network as it is, a process with a larger "
+        "`t_min` may help."
     )
-    for t, x_size, noise_size in zip(ts.tolist(), data.tolist(), noise.tolist()):
-        if not math.isfinite(x_size):
+    kinds = ("high", "data", "noise", most), ("low", "noise", "data", _most_noise)
+    for t, *sizes in zip(ts.tolist(), data.tolist(), noise.tolist()):
+        if not math.isfinite(sizes[0]):
             return f"At t = {t:.2g} the predictions of the model are not finite. {check}."
-        if x_size > most:
-            return (
-                f"The model is off at high noise levels: at t = {t:.2g} its data "
-                f"predictions have a root mean square of {x_size:.1e}. There, a small "
-                f"error in the noise is a large one in the data. {train}"
-            )
-        if not noise_size <= _most_noise:
-            return (
-                f"The model is off at low noise levels: at t = {t:.2g} its noise "
-                f"predictions have a root mean square of {noise_size:.1e}, where 1 is "
-                "expected. There, a small error in the data is a large one in the noise. "
-                f"{train} For a network as it is, use a process with a larger `t_min`."
-            )
+        for size, (level, kind, other, bound) in zip(sizes, kinds):
+            if not size <= bound:
+                return (
+                    f"The model is off at {level} noise levels: at t = {t:.2g} its {kind} "
+                    f"predictions have a root mean square of {size:.1e}, more than about "
+                    f"{bound:.1e}. There, a small error in the {other} is a large one in "
+                    f"the {kind}. {train}"
+                )
     return (
         "The predictions of the model are plausible at all noise levels, so the solver "
         "diverges: take more steps. `GDDIM()` needs the fewest."
     )
+
+
+def most_expected(flow: ProbabilityFlow) -> float:
+    """The root mean square above which samples are implausibly large: a hundred times the
+    standard deviation of the data, if the model knows it; or that of data whose
+    signal-to-noise ratio at `t_max` would be 0.01, but at most a hundred."""
+    if (data := as_model(flow.model).normal_data(flow.process)) is not None:
+        return 100.0 * float(data.std)
+    return 0.1 * math.exp(min(-log_snr_at_start(flow.process), math.log(1000)))
 
 
 @eqx.filter_jit
@@ -92,7 +96,5 @@ def _sizes(flow, x, ts, key, args):
 
 
 def _size(state):
-    squares = [
-        jnp.mean(x.astype(at_least_single(x.dtype)) ** 2) for x in jtu.tree_leaves(state)
-    ]
-    return jnp.sqrt(jnp.stack(squares).mean())
+    values, _ = ravel_pytree(state)
+    return jnp.sqrt((values.astype(at_least_single(values.dtype)) ** 2).mean())

@@ -23,8 +23,6 @@ from .start import GaussianStart, known_start
 
 Learnable = Literal["times", "weights", "rate", "shift"]
 
-_fewest = 8
-
 
 class FittedSolver(NamedTuple):
     """What [`gddim_eqx.fit_solver`][] returns.
@@ -129,7 +127,6 @@ def fit_solver(
         Diffusion ODEs via Generalized Adversarial Solver*, ICLR 2026.
     """
     names = _checked_names(learn, solver, start)
-    map_rows(_refuse_rows, flow)
     if start not in ("auto", None):
         check_instance("start", start, GaussianStart, "a `GaussianStart`, 'auto' or None")
         if ts is not None:
@@ -138,21 +135,17 @@ def fit_solver(
     check_count("batch_size", batch_size)
     check_count("num_iterations", num_iterations, least=2)
     rate = as_number("learning_rate", learning_rate)
-    candidates: list[Any] = [] if isinstance(start, GaussianStart) else [None]
-    if start == "auto" and ts is None:
-        start = known_start(flow, solver, num_steps)
+    grids = _grids(flow.process, num_steps, ts, coefficient_dtype(u))
+    candidates = [Learned(solver, flow, *grids, names != ("times",))]
     if isinstance(start, GaussianStart):
-        candidates.append(start)
-    ts, grid = _grids(flow.process, num_steps, ts, coefficient_dtype(u))
+        candidates = [candidates[0].started(start, num_steps)]
+    elif start == "auto" and ts is None and (known := known_start(flow, solver, num_steps)):
+        candidates.append(candidates[0].started(known, num_steps))
     args = jtu.tree_map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, args)
-    pilots = Pilots.of(flow, u, args, grid, batch_size)
+    pilots = Pilots.of(flow, u, args, grids[1], batch_size)
     is_last = np.arange(len(pilots.exact)) % 4 == 3
     pilots = pilots.take(~is_last), pilots.take(is_last)
-    given = Learned(solver, flow, ts, grid, names != ("times",))
-    first, *others = (
-        _Candidate.of(x, x.zero, pilots)
-        for x in (given.started(start, num_steps) for start in candidates)
-    )
+    first, *others = (_Candidate.of(x, x.zero, pilots) for x in candidates)
     best = next((x for x in others if x.improves(first, first)), first)
     if names == ("times",):
         # Dominated by the few pilots that other times lead to another mode.
@@ -202,7 +195,8 @@ def _checked_names(learn, solver, start) -> tuple[str, ...]:
 
 
 def _checked_pilots(flow, u, args) -> State:
-    if isinstance(check_flow(flow).model, StartedModel):
+    map_rows(_refuse_rows, check_flow(flow))
+    if isinstance(flow.model, StartedModel):
         raise ValueError(
             "Learned times would move across that of the start, and change the number "
             "of evaluations. Pass the flow without it, and to `fit_solver` its `start`."
@@ -210,12 +204,10 @@ def _checked_pilots(flow, u, args) -> State:
     process = flow.process
     u = check_state(u, process.num_components, process.shape, "The states `u`")
     batch = batch_axes(u, process.shape)
-    if len(batch) != 1:
-        raise ValueError(f"`u` must have one batch axis; got shape {batch}.")
-    if batch[0] < _fewest:
+    if len(batch) != 1 or batch[0] < 8:
         raise ValueError(
-            f"`u` must hold at least {_fewest} pilots, of which a quarter is held back; "
-            f"got {batch[0]}."
+            "`u` must hold at least 8 pilots, (number, *shape), of which a quarter is held "
+            f"back; got batch axes {batch}."
         )
     if not all(bool(jnp.isfinite(leaf).all()) for leaf in jtu.tree_leaves(u)):
         raise ValueError("The states `u` are not finite.")
@@ -245,11 +237,8 @@ def _stages(names, num_iterations, rate):
     best so far, and the last is slow, as only small changes may still improve."""
     times = num_iterations * 2 // 5 if "times" in names and len(names) > 1 else 0
     late = (num_iterations - times) // 2
-    stages = [
-        (("times",), times, 2 * rate),
-        (names, num_iterations - times - late, rate),
-        (names, late, rate / 4),
-    ]
+    early = num_iterations - times - late
+    stages = (("times",), times, 2 * rate), (names, early, rate), (names, late, rate / 4)
     return [stage for stage in stages if stage[1]]
 
 

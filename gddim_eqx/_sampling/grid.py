@@ -1,10 +1,10 @@
-from typing import cast, get_args, Literal
+from typing import Any, get_args, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Real
 
-from .._misc import as_dtype, check_count, show
+from .._misc import as_dtype, check_choice, check_count, check_positive, show
 from .._process import (
     AbstractProcess,
     bounded_log_snr,
@@ -21,7 +21,8 @@ GridName = (
     Literal["clock", "uniform", "quadratic", "log", "log_snr", "karras"] | IndexGridName
 )
 
-_POWERS = {"uniform": 1.0, "quadratic": 2.0}
+_NAMES = [name for names in get_args(GridName) for name in get_args(names)]
+_POWERS: dict[Any, float] = {"uniform": 1.0, "quadratic": 2.0}
 
 
 def time_grid(
@@ -71,12 +72,16 @@ def time_grid(
     require_process(process)
     check_count("num_steps", num_steps)
     dtype = as_dtype(float if dtype is None else dtype)
+    if isinstance(grid, str):
+        check_choice("grid", grid, _NAMES)
+    else:
+        check_positive(grid=grid)
     if grid in get_args(IndexGridName):
         if not (t0 is None and t1 is None):
             raise ValueError(
                 f"The indices determine the grid {show(grid)}; leave out `t0` and `t1`."
             )
-        return index_grid(process, num_steps, cast(IndexGridName, grid), dtype)
+        return jnp.asarray(_index_times(process, num_steps, grid).astype(dtype))
     start = on_time_axis(process, "t0", process.t_max if t0 is None else t0, dtype)
     end = on_time_axis(process, "t1", process.t_min if t1 is None else t1, dtype)
     if start == end:
@@ -99,7 +104,7 @@ def time_grid(
             raise ValueError("A 'log' grid cannot reach time 0; use a power.")
         times = np.exp(np.log(start) + fraction * (np.log(end) - np.log(start)))
     else:
-        power = _power(grid)
+        power = float(_POWERS.get(grid, grid))
         first, last = start ** (1 / power), end ** (1 / power)
         times = (first + fraction * (last - first)) ** power
     if not np.isfinite(times).all():
@@ -119,23 +124,6 @@ def time_grid(
     return jnp.asarray(times)
 
 
-def _power(grid):
-    try:
-        power = _POWERS[grid] if isinstance(grid, str) else float(grid)
-        if not 0 < power < np.inf:
-            raise ValueError
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(
-            "`grid` must be a positive power or one of "
-            f"{', '.join(map(repr, _names()))}; got {show(grid)}."
-        ) from None
-    return power
-
-
-def _names() -> list[str]:
-    return [name for names in get_args(GridName) for name in get_args(names)]
-
-
 def clock_times(
     process: AbstractProcess, start: float, end: float, fraction: np.ndarray
 ) -> np.ndarray:
@@ -153,9 +141,7 @@ def _by_table(table, start, end, fraction):
     return np.interp(sign * at, sign * values, times)
 
 
-def index_grid(
-    process: AbstractProcess, num_steps: int, grid: IndexGridName, dtype=None
-) -> Real[Array, " times"]:
+def _index_times(process, num_steps, grid):
     """The times of `num_steps` indices of a discrete-time model, and time 0."""
     if not isinstance(process, DiscreteVP):
         raise ValueError(
@@ -163,8 +149,7 @@ def index_grid(
             "Use `VP.from_betas` or `VP.from_alphas_cumprod`, or another grid."
         )
     total = len(process.alphas_cumprod)
-    times = np.append((indices(total, num_steps, grid) + 1) / total, 0.0)
-    return jnp.asarray(times, as_dtype(float if dtype is None else dtype))
+    return np.append((indices(total, num_steps, grid) + 1) / total, 0.0)
 
 
 def indices(
@@ -189,8 +174,8 @@ def indices(
     - `whole`: whether the indices of a `"linspace"` grid are rounded to integers.
     - `count`: use only the first `count` indices of the model; by default all.
     """
-    count = total if count is None else count
-    number = int(num_steps) + (skip_last and grid != "trailing")
+    count, skip = total if count is None else count, skip_last and grid != "trailing"
+    number = int(num_steps) + skip
     if grid == "trailing":
         # In the order that decides how halves are rounded.
         found = np.round(np.arange(count, 0, -total / number)) - 1
@@ -200,10 +185,9 @@ def indices(
     else:
         found = np.linspace(0, count - 1, number)[::-1] if number > 1 else [count - 1.0]
         found = np.round(found) if whole else np.asarray(found)
-    found = found[: len(found) - (skip_last and grid != "trailing")]
-    if not (len(found) and (np.diff(found) < 0).all() and 0 <= found[-1]) or (
-        found[0] > total - 1
-    ):
+    found = found[: len(found) - skip]
+    inside = len(found) and 0 <= found[-1] and found[0] <= total - 1
+    if not (inside and (np.diff(found) < 0).all()):
         raise ValueError(
             f"A model of {count} indices has no {show(grid)} grid of {num_steps} steps"
             f"{f' with offset {offset}' if offset else ''}; use fewer steps."

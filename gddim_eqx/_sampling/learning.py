@@ -1,7 +1,9 @@
 """Gradient descent on the parameters of a solver."""
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+import dataclasses
+import functools as ft
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
@@ -10,11 +12,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 import optax
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, PyTree
 
 from .._custom_types import Args, State
 from .._misc import pin
-from .._model import GaussianMixture, NormalData
 from .._term import ProbabilityFlow
 from ..solvers import GDDIM, LearnedGDDIM
 from .inversion import generate
@@ -58,60 +59,18 @@ class Pilots(NamedTuple):
 
     def batches(self) -> Iterator["Pilots"]:
         """Batches of one size, in random order, without end."""
-        rng, size = np.random.default_rng(0), self.batch_size
-        while self.is_split:
-            order = rng.permutation(len(self.exact))
-            for n in range(len(order) // size):
-                yield self.take(order[n * size : (n + 1) * size])
+        rng, number = np.random.default_rng(0), len(self.exact)
         while True:
-            yield self
+            parts = self.parts(rng.permutation(number)) if self.is_split else [self]
+            yield from parts[: max(1, number // self.batch_size)]
 
-    def parts(self) -> list["Pilots"]:
-        index, size = np.arange(len(self.exact)), self.batch_size
-        return [self.take(index[i : i + size]) for i in index[::size]]
+    def parts(self, order: np.ndarray | None = None) -> list["Pilots"]:
+        order = np.arange(len(self.exact)) if order is None else order
+        starts, size = range(0, len(order), self.batch_size), self.batch_size
+        return [self.take(order[i : i + size]) for i in starts]
 
 
 _generate = eqx.filter_jit(generate)
-
-
-class ChainedGradient(eqx.Module):
-    """The gradient of a chain of steps `state = step(parameters, i, state, args)`. Only one
-    step and its pullback are compiled, once each, and states are kept instead of the
-    activations of networks."""
-
-    step: Callable[[Any, Int[Array, ""], Any, Args], Any]
-    number: int = eqx.field(static=True)
-
-    def forward(self, parameters: Any, state: Any, args: Args) -> list:
-        """The states before all steps, and after the last."""
-        states = [state]
-        for i in range(self.number):
-            states.append(_advance(self.step, parameters, jnp.asarray(i), states[-1], args))
-        return states
-
-    def backward(self, parameters: Any, states: list, back: Any, args: Args) -> Any:
-        """The gradient with respect to the parameters, given that with respect to the last
-        state."""
-        total = jtu.tree_map(jnp.zeros_like, parameters)
-        for i in reversed(range(self.number)):
-            at = jnp.asarray(i), states[i], args
-            total, back = _pull_back(self.step, parameters, *at, total, back)
-        return total
-
-
-@eqx.filter_jit
-def _advance(step, parameters, i, state, args):
-    return step(parameters, i, state, args)
-
-
-@eqx.filter_jit
-def _pull_back(step, parameters, i, state, args, total, back):
-    def run(parameters, state):
-        return eqx.filter(step(parameters, i, state, args), eqx.is_inexact_array)
-
-    _, pull_back = eqx.filter_vjp(run, parameters, state)
-    gradient, back = pull_back(back)
-    return jtu.tree_map(jnp.add, total, gradient), back
 
 
 class Learned(eqx.Module):
@@ -125,13 +84,10 @@ class Learned(eqx.Module):
     corrects: bool
     start: GaussianStart | None = None
 
-    def started(self, start: GaussianStart | None, num_steps: int) -> "Learned":
-        """From a start, if any, with its times."""
-        if start is None:
-            return self
-        dtype, process = self.ts.dtype, self.flow.process
-        ts = start.time_grid(process, num_steps, dtype=dtype)
-        return Learned(self.solver, self.flow, ts, self.grid, True, start)
+    def started(self, start: GaussianStart, num_steps: int) -> "Learned":
+        """From a start, with its times."""
+        ts = start.time_grid(self.flow.process, num_steps, dtype=self.ts.dtype)
+        return dataclasses.replace(self, ts=ts, corrects=True, start=start)
 
     @property
     def num_free(self) -> int:
@@ -159,14 +115,12 @@ class Learned(eqx.Module):
         ts = self._times(scaled("times"))
         if not self.corrects:
             return self.solver, ts
-        assert isinstance(self.solver, GDDIM)
-        start: dict[str, Any] = {}
+        corrections = [*scaled("weights"), scaled("rate"), scaled("shift")]
         if self.start is not None:
             slope = self.start.slope + scaled("slope")
-            start = dict(data=self.start.data, num_free=self.num_free, slope=slope)
-        corrections: Any = *scaled("weights"), scaled("rate"), scaled("shift")
-        process = self.flow.process
-        return LearnedGDDIM(self.solver, process, ts, *corrections, **start), ts
+            corrections += [self.start.data, self.num_free, slope]
+        assert isinstance(self.solver, GDDIM)
+        return LearnedGDDIM(self.solver, self.flow.process, ts, *corrections), ts
 
     def _times(self, change):
         ts, grid = self.ts, self.grid
@@ -185,66 +139,27 @@ class Learned(eqx.Module):
         inner = pin((change == 0).all(), ts[1:-1], inner)
         return jnp.concatenate([ts[:1], inner, ts[-1:]])
 
-    def step(self, variables: Any, i: Int[Array, ""], state: Any, given: Any) -> Any:
-        fixed, args = given
-        solver, ts = eqx.combine(variables, fixed)
-        y, inner = state
-        ends = ts[i], ts[i + 1]
-        y, _, _, inner, _ = solver.step(self.flow, *ends, y, args, inner, False)
-        return y, inner
-
-    def _run(self, change: Change, pilots: Pilots):
-        """The chain of steps; its parameters, fixed values and states."""
-        # Once for all steps: a step continues the one before if their times are equal.
-        solver, ts = _make(self, change)
-        chain = ChainedGradient(self.step, len(ts) - 1)
-        variables, fixed = eqx.partition((solver, ts), _is_variable((solver, ts)))
-        first = pilots.u, _init(solver, self.flow, ts, pilots.u, pilots.args)
-        given = fixed, pilots.args
-        return chain, variables, given, chain.forward(variables, first, given)
-
     def log_distances(self, change: Change, pilots: Pilots) -> np.ndarray:
-        logs = []
-        for part in pilots.parts():
-            *_, states = self._run(change, part)
-            logs.append(_log_distance(self.flow.process, states[-1][0], part.exact))
+        logs = [_log_distance(change, self, part) for part in pilots.parts()]
         return np.concatenate(logs)
 
-    def value_and_gradient(self, change: Change, pilots: Pilots) -> tuple[float, Change]:
-        """The objective, and its gradient."""
-        chain, variables, given, states = self._run(change, pilots)
-        y, inner = states.pop()
-        value, back = _objective(y, self.flow.process, pilots.exact)
-        unused = jtu.tree_map(jnp.zeros_like, eqx.filter(inner, eqx.is_inexact_array))
-        back = chain.backward(variables, states, (back, unused), given)
-        return float(value), _pull_back_made(self, change, back)
-
-
-_make = eqx.filter_jit(lambda learned, change: learned(change))
-
 
 @eqx.filter_jit
-def _pull_back_made(learned, change, back):
-    variables = lambda tree: eqx.filter(tree, _is_variable(tree))
-    _, pull_back = jax.vjp(lambda change: variables(learned(change)), change)
-    return pull_back(back)[0]
+def _log_distance(change, learned, pilots):
+    """The logarithm of each pilot's distance from the endpoint of the exact flow."""
+    flow, args, (solver, ts) = learned.flow, pilots.args, learned(change)
+    inner = solver.init(flow, ts[0], ts[1], pilots.u, args)
+    arrays, rest = eqx.partition((pilots.u, inner), eqx.is_array)
 
+    # States are kept, instead of the activations of networks.
+    @ft.partial(jax.checkpoint, prevent_cse=False)
+    def step(arrays, i):
+        y, inner = eqx.combine(arrays, rest)
+        y, _, _, inner, _ = solver.step(flow, ts[i], ts[i + 1], y, args, inner, False)
+        return eqx.filter((y, inner), eqx.is_array), None
 
-def _is_variable(tree):
-    """Which leaves have gradients: not those of the data that are known."""
-    fixed = lambda x: isinstance(x, NormalData | GaussianMixture)
-    is_variable = lambda x: eqx.is_inexact_array(x) and not fixed(x)
-    return jtu.tree_map(is_variable, tree, is_leaf=fixed)
-
-
-@eqx.filter_jit
-def _init(solver, flow, ts, u, args):
-    return solver.init(flow, ts[0], ts[1], u, args)
-
-
-@eqx.filter_jit
-def _log_distance(process, y, exact):
-    square = (process.decode(y) - exact) ** 2
+    (y, _), _ = jax.lax.scan(step, arrays, jnp.arange(len(ts) - 1))
+    square = (flow.process.decode(y) - pilots.exact) ** 2
     square = square.mean(tuple(range(1, square.ndim)))
     smallest = jnp.finfo(square.dtype).tiny
     return 0.5 * jnp.log(jnp.where(square > smallest, square, smallest))
@@ -252,10 +167,10 @@ def _log_distance(process, y, exact):
 
 @eqx.filter_jit
 @eqx.filter_value_and_grad
-def _objective(y, process, exact):
+def _objective(change, learned, pilots):
     """The mean logarithm of the distance, and for the samples that are far away also the
     logarithm of the root mean square."""
-    logs = _log_distance(process, y, exact)
+    logs = _log_distance(change, learned, pilots)
     rms = 0.5 * (jax.nn.logsumexp(2 * logs) - jnp.log(len(logs)))
     return logs.mean() + 0.5 * rms
 
@@ -282,7 +197,7 @@ def descend(
     chosen = averaged = {name: change[name] for name in names}
     state = optimiser.init(chosen)
     for i, some in zip(range(steps), pilots.batches()):
-        value, gradient = learned.value_and_gradient(change, some)
+        value, gradient = _objective(change, learned, some)
         gradient = {name: gradient[name] for name in names}
         # Optax multiplies integers and floats.
         with jax.numpy_dtype_promotion("standard"):
@@ -290,4 +205,4 @@ def descend(
         chosen = eqx.apply_updates(chosen, updates)
         change = change | chosen
         averaged = _average(averaged, chosen, np.float32(i if pilots.is_split else 0))
-        yield change | averaged, value
+        yield change | averaged, float(value)

@@ -7,18 +7,21 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Inexact
 
 from .._custom_types import Args, Key, RealScalarLike, State
 from .._linear import (
+    add,
     apply,
     batch_axes,
+    BlockLinearOperator,
     check_state,
     coefficient_dtype,
     join_components,
     subtract,
 )
-from .._misc import check_count, check_key, show
+from .._misc import check_choice, check_count, check_key, show
 from .._process import normal_like, on_time_axis
 from .._term import check_flow, map_rows, ProbabilityFlow
 from ..solvers import ExponentialAdams, GDDIM, LearnedGDDIM, SSCS
@@ -231,48 +234,35 @@ def log_likelihood_bound(
         )
     check_count("num_draws", num_draws)
     t0 = on_time_axis(process, "t0", process.t_min if t0 is None else t0)
-    x = jnp.asarray(x)
-    initial = process.encode(jnp.broadcast_to(x[None], (num_draws, *x.shape)))
-    position = jtu.tree_leaves(initial)[0]
+    repeat = lambda x: jnp.broadcast_to(x, (num_draws, *jnp.shape(x)))
+    initial = process.encode(repeat(x))
     t = jnp.asarray(t0, coefficient_dtype(initial))
-    mean = apply(process.transition(t, jnp.zeros_like(t)), initial)
+    _, *means = jtu.tree_leaves(apply(process.transition(t, jnp.zeros_like(t)), initial))
     covariance = process.covariance(t).blocks[1:, 1:]
-    root = jnp.linalg.cholesky(jnp.moveaxis(covariance, (0, 1), (-2, -1)))
-    logarithms = jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1)).sum(-1)
+    root = BlockLinearOperator(covariance, process.shape).cholesky()
+    logarithms = jnp.log(jnp.diagonal(root.blocks)).sum(-1)
     logarithms = eqx.error_if(
         logarithms,
         ~jnp.isfinite(logarithms).all(),
         "The bound needs a random velocity; at `t0` that of this process is deterministic.",
     )
     velocity_key, probe_key = jr.split(key)
-    means = jtu.tree_leaves(mean)[1:]
-    normal = jtu.tree_leaves(normal_like(velocity_key, tuple(means)))
-    spread = jnp.moveaxis(root, (-2, -1), (0, 1)).astype(position.dtype)
-    velocities = [
-        m + sum(spread[i, j] * normal[j] for j in range(i + 1)) for i, m in enumerate(means)
-    ]
-    u = join_components([position, *velocities])
-    args = _repeated(args, num_draws, batch_axes(u, process.shape)[1:])
-    flow = map_rows(lambda _, x: jnp.broadcast_to(x, (num_draws, *x.shape)), flow)
+    normal = normal_like(velocity_key, join_components(means))
+    velocity = add(join_components(means), apply(root, normal))
+    u = join_components([jtu.tree_leaves(initial)[0], *jtu.tree_leaves(velocity)])
+    # Conditions, one per sample.
+    batch = batch_axes(u, process.shape)[1:]
+    is_condition = lambda x: batch and jnp.shape(x)[: len(batch)] == batch
+    args = jtu.tree_map(lambda x: repeat(x) if is_condition(x) else x, args)
+    flow = map_rows(lambda _, x: repeat(x), flow)
     joint = log_density(flow, u, probe_key, t0=t0, args=args, **kwargs)
     # Minus the log density of the velocities, which varies with that of the model.
     rest = _size(process) - math.prod(process.shape)
     constant = _sum(logarithms, process) + 0.5 * rest * math.log(2 * math.pi)
-    normal = [x.astype(joint.value.dtype) for x in normal]
+    normal = jtu.tree_map(lambda x: x.astype(joint.value.dtype), normal)
     squares = _inner(normal, normal, process)
     values = joint.value + 0.5 * squares + constant.astype(joint.value.dtype)
     return joint._replace(value=values.mean(0) + _log_volume(process))
-
-
-def _repeated(args, number, batch):
-    """Conditions per sample, for states with one more leading axis."""
-
-    def repeat(x):
-        if not batch or jnp.shape(x)[: len(batch)] != batch:
-            return x
-        return jnp.broadcast_to(x, (number, *jnp.shape(x)))
-
-    return jtu.tree_map(repeat, args)
 
 
 class _Augmented(eqx.Module):
@@ -323,13 +313,9 @@ def _over_coordinates(quadratic, u, shape):
 
 
 def _probes(divergence, num_probes, key, u):
+    check_choice("divergence", divergence, ("exact", "rademacher", "gaussian"))
     if divergence == "exact":
         return None
-    if divergence not in ("rademacher", "gaussian"):
-        raise ValueError(
-            f"`divergence` must be 'exact', 'rademacher' or 'gaussian'; got "
-            f"{show(divergence)}."
-        )
     if key is None:
         raise ValueError(f"Pass a `key`: `divergence={show(divergence)}` draws probes.")
     check_key(key)
@@ -345,12 +331,8 @@ def _norm(y):
     """The root mean square of the state, or of the log density per coordinate, whichever is
     larger: averaged with all coordinates of the state, the latter would not count."""
 
-    def root_mean_square(part):
-        leaves = [jnp.ravel(x) for x in jtu.tree_leaves(jax.lax.stop_gradient(part))]
-        values = jnp.concatenate(leaves)
-        return jnp.sqrt((values**2).sum() / max(values.size, 1))
-
-    return jnp.maximum(root_mean_square(y[0]), root_mean_square(y[1]))
+    parts = (ravel_pytree(part)[0] for part in jax.lax.stop_gradient(y))
+    return jnp.maximum(*(jnp.sqrt((x**2).sum() / max(x.size, 1)) for x in parts))
 
 
 def _inner(a, b, process):

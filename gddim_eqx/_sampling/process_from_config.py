@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Inexact, Real
 
 from .._custom_types import PredictionName, RealScalarLike
-from .._misc import as_number, check_count, check_positive, show
+from .._misc import as_number, check_choice, check_count, check_positive, show
 from .._process import AbstractProcess, from_betas, RectifiedFlow
 from .scheduler_grid import (
     BY_INDEX,
@@ -139,14 +139,9 @@ def _read(path: str | Path) -> dict[str, Any]:
         files = [folder / "scheduler_config.json" for folder in (path, path / "scheduler")]
         path = next((file for file in files if file.exists()), files[0])
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        return dict(json.loads(path.read_text()))
+    except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"Cannot read a configuration from {path}: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(
-            f"The configuration in {path} must be a dictionary; got {show(found)}."
-        )
-    return found
 
 
 # For each class, the entries that determine its model or its time grid, with their
@@ -224,19 +219,15 @@ _REFUSED = {
     "stochastic_sampling": "Remove it, and use `gddim_eqx.reverse_sde`.",
 }
 
-_PREDICTIONS: dict[str, PredictionName] = {
-    "epsilon": "noise",
-    "sample": "data",
-    "v_prediction": "v",
+_CHOICES = {
+    "final_sigmas_type": ("zero", "sigma_min"),
+    "timestep_type": ("discrete", "continuous"),
+    "interpolation_type": ("linear", "log_linear"),
+    "timestep_spacing": ("leading", "trailing", "linspace"),
 }
 
-
-def _choose(values, key, choices):
-    value = values[key]
-    if value not in tuple(choices):
-        wanted = ", ".join(map(repr, choices))
-        raise ValueError(f"`{key}` must be one of {wanted}; got {show(value)}.")
-    return value
+_PREDICTIONS: dict[str, PredictionName]
+_PREDICTIONS = {"epsilon": "noise", "sample": "data", "v_prediction": "v"}
 
 
 def _check(values, defaults) -> None:
@@ -252,13 +243,8 @@ def _check(values, defaults) -> None:
         check_positive(shift_terminal=values["shift_terminal"])
     if values.get("lambda_min_clipped") not in (None, -math.inf):
         as_number("lambda_min_clipped", values["lambda_min_clipped"])
-    for key, choices in (
-        ("final_sigmas_type", ("zero", "sigma_min")),
-        ("timestep_type", ("discrete", "continuous")),
-        ("interpolation_type", ("linear", "log_linear")),
-        ("timestep_spacing", ("leading", "trailing", "linspace")),
-    ):
-        _choose({key: choices[0]} | values, key, choices)
+    for key in _CHOICES.keys() & values.keys():
+        check_choice(key, values[key], _CHOICES[key])
     if values.get("use_karras_sigmas") and values.get("use_exponential_sigmas"):
         raise ValueError(
             "Only one of `use_karras_sigmas` and `use_exponential_sigmas` may be set."
@@ -267,7 +253,8 @@ def _check(values, defaults) -> None:
 
 def _discrete(name, values, shape) -> ModelConventions:
     process = from_betas(shape, _betas(name, values))
-    predicts = _PREDICTIONS[_choose(values, "prediction_type", _PREDICTIONS)]
+    check_choice("prediction_type", values["prediction_type"], _PREDICTIONS)
+    predicts = _PREDICTIONS[values["prediction_type"]]
     clip = float(values["clip_sample_range"]) if values.get("clip_sample") else None
     if values.get("interpolation_type") == "log_linear" and not spacing_of_levels(values):
         raise ValueError(
@@ -291,16 +278,16 @@ def _betas(name, values) -> np.ndarray:
             )
         betas = np.asarray(trained, np.float64)
     else:
+        sigmoid = 1 / (1 + np.exp(-np.linspace(-6, 6, number)))
         make = {
             "linear": lambda: np.linspace(first, last, number),
             "scaled_linear": lambda: np.linspace(first**0.5, last**0.5, number) ** 2,
             "squaredcos_cap_v2": lambda: _cosine_betas(number),
             "exp": lambda: np.full(number, -np.expm1(-12 / number)),
-            "sigmoid": lambda: (
-                first + (last - first) / (1 + np.exp(-np.linspace(-6, 6, number)))
-            ),
+            "sigmoid": lambda: first + (last - first) * sigmoid,
         }
-        betas = make[_choose(values, "beta_schedule", make)]()
+        check_choice("beta_schedule", values["beta_schedule"], make)
+        betas = make[values["beta_schedule"]]()
     if not values.get("rescale_betas_zero_snr"):
         return betas
     return _rescaled(betas, 0.0 if name in BY_INDEX else 1 / (1 + HIGHEST_LEVEL**2))
@@ -323,11 +310,8 @@ def _rescaled(betas, least) -> np.ndarray:
 
 
 def _flow_matching(name, values, shape) -> ModelConventions:
-    if values.get("prediction_type", "flow_prediction") != "flow_prediction":
-        raise ValueError(
-            "With flow sigmas `prediction_type` must be 'flow_prediction'; got "
-            f"{show(values['prediction_type'])}."
-        )
+    predicts = values.get("prediction_type", "flow_prediction")
+    check_choice("prediction_type", predicts, ["flow_prediction"])
     spacing = spacing_of_levels(values)
     converts = (name, spacing) == ("UniPCMultistepScheduler", "karras_sigmas")
     if spacing and not (name.startswith("FlowMatch") or converts):

@@ -2,7 +2,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable
-from typing import cast, Literal, NamedTuple
+from typing import Any, cast, Literal, NamedTuple
 
 import diffrax as dfx
 import equinox as eqx
@@ -13,19 +13,20 @@ import jax.tree_util as jtu
 import numpy as np
 from jax.core import Tracer
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Float
 
 from .._custom_types import Args, Key, Stochasticity, Times
 from .._linear import at_least_single
 from .._misc import (
     as_dtype,
+    check_choice,
     check_count,
     check_instance,
     check_key,
     check_per_sample,
     show,
 )
-from .._process import AbstractProcess, as_grid, log_snr_at_start
+from .._process import AbstractProcess, as_grid
 from .._sharding import Placement
 from .._term import (
     as_lam,
@@ -36,12 +37,11 @@ from .._term import (
     map_rows,
     ProbabilityFlow,
     reverse_sde,
-    StartedModel,
     without_errors,
 )
 from ..solvers import GDDIM, LearnedGDDIM
-from .diagnosis import find_fault
-from .solve import evaluation_times, last, PaddedGrid, times_for
+from .diagnosis import find_fault, most_expected
+from .solve import last, number_of_evaluations, PaddedGrid, times_for
 from .start import GaussianStart, known_start
 
 
@@ -77,6 +77,9 @@ class _PathPerSample(dfx.AbstractBrownianPath):
         return jax.vmap(lambda path: path.evaluate(t0, t1, left, use_levy))(self.path)
 
 
+_no_meter = dfx.NoProgressMeter()
+
+
 class _Sampler(eqx.Module):
     """What to draw samples with; all of it, or with the rows of one batch."""
 
@@ -90,9 +93,9 @@ class _Sampler(eqx.Module):
     placement: Placement | None
 
     @eqx.filter_jit
-    def draw(self, index: UInt32[Array, " size"], meter: dfx.AbstractProgressMeter):
-        """The samples of these indices; for each, whether it is finite, and its mean
-        square; and how the solve ended."""
+    def draw(self, index: Array | np.ndarray, meter: dfx.AbstractProgressMeter):
+        """The samples of these indices, the mean square of each, and how the solve
+        ended."""
         flow, args = self.flow, self.args
         if self.placement is not None:
             size, shard = len(index), self.placement.shard
@@ -126,9 +129,60 @@ class _Sampler(eqx.Module):
         elif self.denoise == "exact":
             u = flow.denoised(ts[-1], u, args)
         x = flow.process.decode(u)
-        axes = tuple(range(1, x.ndim))
-        squares = (x.astype(at_least_single(x.dtype)) ** 2).mean(axes)
-        return x, jnp.isfinite(x).all(axes), squares, sol.result
+        squares = x.astype(at_least_single(x.dtype)) ** 2
+        mean = squares.mean(tuple(range(1, x.ndim)))
+        return x, mean, dfx.is_successful(sol.result), sol.result
+
+    def rows(self, index: np.ndarray, number: int) -> "_Sampler":
+        """For some of the samples. Those beyond the last have the rows of the last."""
+        is_array = lambda x: eqx.is_array(x) and x.ndim > 0
+        arrays, rest = eqx.partition(self.args, is_array)
+        check_per_sample("With `batch_size`, every array in `args`", arrays, (number,))
+        index = np.minimum(index, number - 1)
+        flow = map_rows(lambda _, x: x[index], self.flow)
+        args = eqx.combine(jtu.tree_map(lambda x: x[index], arrays), rest)
+        return dataclasses.replace(self, flow=flow, args=args)
+
+    def checked(self, first: int, size: int, wanted: int, meter: Any = _no_meter):
+        """A batch of samples, from an index on, and the sum of the first mean squares."""
+        index = np.arange(first, first + size, dtype=np.uint64).astype(np.uint32)
+        quiet = dataclasses.replace(self, flow=without_errors(self.flow))
+        x, squares, successful, result = quiet.draw(index, meter)
+        if not successful:
+            raise RuntimeError(f"The solver failed: {dfx.RESULTS[result]}")
+        squares = _on_host(squares)[:wanted].astype(np.float64)
+        if wrong := (~np.isfinite(squares)).sum():
+            # If the solver or the model cannot start at this time, this raises the reason.
+            step = dataclasses.replace(self, grid=PaddedGrid.of(self.grid.ts[:2]))
+            step.draw(index, _no_meter)
+            where = f", from index {first}," if first else ""
+            raise FloatingPointError(
+                f"{wrong} of {wanted} samples{where} are not finite. {self.fault(size)}"
+            )
+        return x, squares.sum()
+
+    def in_batches(self, first: int, number: int, size: int, meter):
+        """As `checked`, for all samples, with the data on the host."""
+        starts, shown = range(0, number, size) if number else (0,), meter.init()
+        whole, total = np.empty(0), 0.0
+        try:
+            for n, start in enumerate(starts, 1):
+                # The last batch is filled up.
+                some = self.rows(np.arange(start, start + size), number)
+                wanted = min(size, number - start)
+                x, square = some.checked(first + start, size, wanted)
+                x = _on_host(x)[:wanted]
+                whole = np.empty((number, *x.shape[1:]), x.dtype) if n == 1 else whole
+                whole[start : start + size] = x
+                done = jnp.asarray(n / len(starts))
+                total, shown = total + square, meter.step(shown, done)
+        finally:
+            meter.close(shown)
+        return whole, total
+
+    def fault(self, size: int) -> str:
+        dtype = self.grid.ts.dtype
+        return find_fault(self.flow, self.args, size, dtype, self.key, self.placement)
 
 
 @flow_first("sample(flow, key, number)")
@@ -137,7 +191,7 @@ def sample(
     key: Key,
     number: int,
     num_steps: int | None = None,
-    solver: dfx.AbstractSolver | None = None,
+    solver: dfx.AbstractSolver = GDDIM(),
     *,
     lam: Stochasticity = 0.0,
     denoise: Literal["drift", "exact"] | None = None,
@@ -238,15 +292,10 @@ def sample(
             f"Samples are numbered up to 2**32; got first={first} and number={number}. "
             "Use another key."
         )
-    solver = GDDIM() if solver is None else solver
     check_instance("placement", placement, Placement | None, "a `Placement()`")
     wanted = "a Diffrax progress meter, such as `TextProgressMeter()`"
     check_instance("progress_meter", progress_meter, dfx.AbstractProgressMeter, wanted)
-    if denoise not in (None, "drift", "exact"):
-        raise ValueError(
-            f"`denoise` must be None, 'drift' or 'exact'; got {show(denoise)}."
-        )
-    dtype = None if dtype is None else as_dtype(dtype)
+    check_choice("denoise", denoise, (None, "drift", "exact"))
     if start == "auto":
         plain = ts is None and isinstance(lam, (int, float)) and lam == 0
         start = known_start(flow, solver, num_steps) if plain else None
@@ -254,31 +303,32 @@ def sample(
         flow, ts = _started(flow, solver, start, num_steps, ts, dtype)
         num_steps = None
     ts = times_for(flow.process, solver, num_steps, ts, dtype)
-    if dtype not in (None, ts.dtype):
-        ts = as_grid(flow.process, ts.astype(dtype), "decreasing")
-    _check_ends(flow.process, ts, denoise)
+    if dtype is not None:
+        ts = as_grid(flow.process, ts.astype(as_dtype(dtype)), "decreasing")
+    times = np.asarray(ts)
+    _check_ends(flow.process, times, denoise)
     args = jtu.tree_map(lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x, args)
     as_model(flow.model).check_args(args)
     flow = map_rows(lambda name, x: _check_number(name, x, number, first), flow)
-
     size = _size_of_batch(number, batch_size, placement)
-    grid = PaddedGrid.of(ts)
+    grid = PaddedGrid.of(times)
     sampler = _Sampler(flow, args, solver, as_lam(lam), denoise, grid, key, placement)
     if batch_size is None:
-        x, square = _draw(sampler, _indices(first, size), number, progress_meter)
+        x, square = sampler.checked(first, size, number, progress_meter)
     else:
         _check_other_sizes(sampler, size, number)
-        x, square = _in_batches(sampler, first, number, size, progress_meter)
-        sampler = _rows(sampler, np.arange(size), number)
-    most = _most_expected(flow)
+        x, square = sampler.in_batches(first, number, size, progress_meter)
+        sampler = sampler.rows(np.arange(size), number)
+    most = most_expected(flow)
     if (root_mean_square := (square / max(number, 1)) ** 0.5) > most:
         warnings.warn(
             f"The samples have a root mean square of {root_mean_square:.1e}, but at most "
             f"about {most:.1e} is plausible for this process and model. "
-            f"{_fault(sampler, size)}",
+            f"{sampler.fault(size)}",
             stacklevel=3,
         )
-    return Samples(cast(Array, x), _number_evaluated(flow, solver, ts, denoise))
+    evaluations = number_of_evaluations(flow, solver, times, denoise is not None)
+    return Samples(cast(Array, x), evaluations)
 
 
 def _started(flow, solver, start, num_steps, ts, dtype):
@@ -287,19 +337,18 @@ def _started(flow, solver, start, num_steps, ts, dtype):
     if isinstance(solver, LearnedGDDIM):
         raise ValueError("A learned solver has its own times; leave out `start`.")
     if ts is None:
-        number = 50 if num_steps is None else num_steps
+        num_steps = 50 if num_steps is None else num_steps
         # Searched for once.
-        start = dataclasses.replace(start, t=start.time(flow.process, number))
-        ts = start.time_grid(flow.process, number, dtype=dtype)
-        return start.flow(flow, number), ts
-    if num_steps is not None:
+        start = dataclasses.replace(start, t=start.time(flow.process, num_steps))
+        ts = start.time_grid(flow.process, num_steps, dtype=dtype)
+    elif num_steps is not None:
         raise ValueError("Pass `num_steps` or `ts`, not both.")
-    if start.t is None:
+    elif start.t is None:
         raise ValueError("With `ts`, pass the time `t` of the `GaussianStart` too.")
     return start.flow(flow, 1), ts
 
 
-def _check_ends(process: AbstractProcess, ts: Array, denoise: str | None) -> None:
+def _check_ends(process: AbstractProcess, ts: np.ndarray, denoise: str | None) -> None:
     rounding = float(jnp.finfo(ts.dtype).eps)
     if abs(float(ts[0]) - process.t_max) > rounding * process.t_max:
         raise ValueError(
@@ -313,12 +362,14 @@ def _check_ends(process: AbstractProcess, ts: Array, denoise: str | None) -> Non
 
 
 def _size_of_batch(number: int, size: int | None, placement: Placement | None) -> int:
-    if size is not None:
+    if size is None:
+        size = number
+    else:
         check_count("batch_size", size)
-    if placement is not None:
-        placement.check_batch(number if size is None else size)
-    devices = 1 if placement is None else placement.mesh.size
-    return number if size is None else min(int(size), -(-number // devices) * devices)
+    if placement is None:
+        return min(int(size), number)
+    placement.check_batch(size)
+    return min(int(size), -(-number // placement.mesh.size) * placement.mesh.size)
 
 
 def _check_number(name: str, x: Array, number: int, first: int) -> Array:
@@ -330,17 +381,6 @@ def _check_number(name: str, x: Array, number: int, first: int) -> Array:
     return x
 
 
-def _rows(sampler: _Sampler, index: np.ndarray, number: int) -> _Sampler:
-    """A sampler for some samples. Those beyond the last have the rows of the last."""
-    arrays, rest = eqx.partition(sampler.args, lambda x: eqx.is_array(x) and x.ndim > 0)
-    check_per_sample("With `batch_size`, every array in `args`", arrays, (number,))
-    index = np.minimum(index, max(number - 1, 0))
-    take = lambda x: x[index] if len(x) else x
-    flow = map_rows(lambda _, x: take(x), sampler.flow)
-    args = eqx.combine(jtu.tree_map(take, arrays), rest)
-    return dataclasses.replace(sampler, flow=flow, args=args)
-
-
 def _check_other_sizes(sampler: _Sampler, size: int, number: int) -> None:
     """**Raises:** `ValueError` for a model that is for batches of one size only, if there
     are several: it may hold one row per sample, and every batch would get the same."""
@@ -348,7 +388,7 @@ def _check_other_sizes(sampler: _Sampler, size: int, number: int) -> None:
         return
 
     def predict(size):
-        some, ts = _rows(sampler, np.arange(size), number), sampler.grid.ts
+        some, ts = sampler.rows(np.arange(size), number), sampler.grid.ts
         u = some.flow.process.prior(jr.key(0), (size,), ts.dtype)
         return some.flow.predict(ts[0], u, some.args)
 
@@ -364,75 +404,7 @@ def _check_other_sizes(sampler: _Sampler, size: int, number: int) -> None:
         ) from error
 
 
-def _indices(first: int, size: int) -> UInt32[Array, " size"]:
-    return jnp.uint32(first) + jnp.arange(size, dtype=jnp.uint32)
-
-
-def _draw(sampler: _Sampler, index: Array, wanted: int, meter):
-    """A batch of samples, and the sum of their mean squares."""
-    quiet = dataclasses.replace(sampler, flow=without_errors(sampler.flow))
-    x, finite, squares, result = quiet.draw(index, meter)
-    if result != dfx.RESULTS.successful:
-        raise RuntimeError(f"The solver failed: {dfx.RESULTS[result]}")
-    finite, squares = (_on_host(x)[:wanted] for x in (finite, squares))
-    if not finite.all():
-        # If the solver or the model cannot start at this time, this raises the reason.
-        first_step = PaddedGrid.of(sampler.grid.ts[:2])
-        step = dataclasses.replace(sampler, grid=first_step)
-        step.draw(index, dfx.NoProgressMeter())
-        where = f", from index {index[0]}," if index[0] else ""
-        raise FloatingPointError(
-            f"{(~finite).sum()} of {wanted} samples{where} are not finite. "
-            f"{_fault(sampler, len(index))}"
-        )
-    return x, float(squares.sum(dtype=np.float64))
-
-
-def _in_batches(sampler: _Sampler, first: int, number: int, size: int, meter):
-    """As `_draw`, for all batches, with the data on the host."""
-    starts, shown = range(0, number, size) if number else (0,), meter.init()
-    whole, total = np.empty(0), 0.0
-    try:
-        for n, start in enumerate(starts, 1):
-            # The last batch is filled up.
-            some = _rows(sampler, start + np.arange(size), number)
-            index, wanted = _indices(first + start, size), min(size, number - start)
-            x, square = _draw(some, index, wanted, dfx.NoProgressMeter())
-            x = _on_host(x)[:wanted]
-            whole = np.empty((number, *x.shape[1:]), x.dtype) if n == 1 else whole
-            whole[start : start + size] = x
-            total, shown = total + square, meter.step(shown, jnp.asarray(n / len(starts)))
-    finally:
-        meter.close(shown)
-    return whole, total
-
-
-def _fault(sampler: _Sampler, size: int) -> str:
-    most, dtype = _most_expected(sampler.flow), sampler.grid.ts.dtype
-    key, placement = sampler.key, sampler.placement
-    return find_fault(sampler.flow, sampler.args, size, dtype, key, most, placement)
-
-
-def _number_evaluated(flow, solver, ts: Array, denoise: str | None) -> int | None:
-    """The number of evaluations of the model, without those of a closed form."""
-    times = evaluation_times(solver, np.asarray(ts.astype(at_least_single(ts.dtype))))
-    if times is None:
-        return None
-    if isinstance(flow.model, StartedModel):
-        times = times[~np.asarray(flow.model.is_closed_form(jnp.asarray(times)))]
-    return len(times) + (denoise is not None)
-
-
 def _on_host(x: Array) -> np.ndarray:
     if x.is_fully_addressable:
         return np.asarray(x)
     return multihost_utils.process_allgather(x, tiled=True)
-
-
-def _most_expected(flow: ProbabilityFlow) -> float:
-    """The root mean square above which samples are implausibly large: a hundred times the
-    standard deviation of the data, if the model knows it; or that of data whose
-    signal-to-noise ratio at `t_max` would be 0.01, but at most a hundred."""
-    if (data := as_model(flow.model).normal_data(flow.process)) is not None:
-        return 100.0 * float(data.std)
-    return 0.1 * math.exp(min(-log_snr_at_start(flow.process), math.log(1000)))

@@ -8,8 +8,10 @@ from jax.core import Tracer
 from jaxtyping import Array, Real
 
 from .._custom_types import State, Times
+from .._linear import at_least_single
 from .._misc import check_instance, show
 from .._process import AbstractProcess, as_grid
+from .._term import ProbabilityFlow, StartedModel
 from ..solvers import LearnedGDDIM
 from .grid import time_grid
 
@@ -33,10 +35,10 @@ def times_for(
     if isinstance(solver, LearnedGDDIM):
         return _learned_times(process, solver, num_steps, ts, direction)
     if ts is None:
-        increasing = direction == "increasing"
-        ends = dict(t0=process.t_min, t1=process.t_max) if increasing else {}
+        ends = process.t_max, process.t_min
+        t0, t1 = ends if direction == "decreasing" else ends[::-1]
         number = 50 if num_steps is None else num_steps
-        ts = time_grid(process, number, dtype=dtype, **ends)
+        ts = time_grid(process, number, t0=t0, t1=t1, dtype=dtype)
     return as_grid(process, ts, direction)
 
 
@@ -52,25 +54,22 @@ def _learned_times(process, solver, num_steps, ts, direction):
             f"num_steps={show(num_steps)}. Leave it out, or learn one by `fit_solver(flow, "
             f"u, num_steps={show(num_steps)})`."
         )
-    ts = own if ts is None else ts
-    if isinstance(own, Tracer):
-        return as_grid(process, ts, direction)
-    own = np.asarray(own)
+    ts = as_grid(process, own if ts is None else ts)
+    if any(isinstance(x, Tracer) for x in (own, ts)):
+        return ts
+    own, times = (np.asarray(x, np.float64) for x in (own, ts))
     if (own[0] < own[-1]) != (direction == "increasing"):
         raise ValueError(
             f"This solver was learned from t = {own[0]} to {own[-1]}, and cannot solve in "
             "the other direction. Use `GDDIM()`."
         )
-    ts = as_grid(process, ts, direction)
-    if isinstance(ts, Tracer):
-        return ts
-    near = np.abs(np.asarray(ts, np.float64)[:, None] - own).argmin(1)
-    rounding = 8 * max(float(jnp.finfo(x.dtype).eps) for x in (ts, own)) * own.max()
-    same = np.abs(np.asarray(ts, np.float64) - own[near]) <= rounding
-    if not same.all() or (np.diff(near) != 1).any():
+    rounding = 8 * max(float(jnp.finfo(x.dtype).eps) for x in (ts, solver.ts))
+    first = np.abs(own - times[0]).argmin()
+    same = own[first : first + len(times)]
+    if len(same) != len(times) or np.abs(same - times).max() > rounding * own.max():
         raise ValueError(
             f"This solver was learned for the times {show(own.tolist())}; got `ts` "
-            f"{show(np.asarray(ts).tolist())}. Leave out `ts`."
+            f"{show(times.tolist())}. Leave out `ts`."
         )
     return ts
 
@@ -79,12 +78,12 @@ class PaddedGrid(dfx.AbstractStepSizeController[int, None]):
     """`diffrax.StepTo` on a time grid that may be followed by copies of its last time, so
     that other numbers of steps have the same shape, and need no other program."""
 
-    ts: Real[Array, " times"]
+    ts: Array | np.ndarray
 
     @classmethod
-    def of(cls, ts: Real[Array, " times"]) -> "PaddedGrid":
-        number = max(128, 1 << (ts.shape[0] - 1).bit_length())
-        return cls(jnp.pad(ts, (0, number - ts.shape[0]), mode="edge"))
+    def of(cls, ts: Any) -> "PaddedGrid":
+        number = max(128, 1 << (len(ts) - 1).bit_length())
+        return cls(np.pad(ts, (0, number - len(ts)), mode="edge"))
 
     def wrap(self, direction):
         return PaddedGrid(self.ts * direction)
@@ -99,24 +98,28 @@ class PaddedGrid(dfx.AbstractStepSizeController[int, None]):
         return True, t1, following, False, controller_state + 1, dfx.RESULTS.successful
 
 
-def evaluation_times(
-    solver: dfx.AbstractSolver, ts: Real[np.ndarray, " times"]
-) -> Real[np.ndarray, " evaluations"] | None:
-    """The times at which a solver evaluates the model on a time grid; `None` if that is not
-    known."""
-    stages, shared = getattr(solver, "stages", None), 0
+def number_of_evaluations(
+    flow: ProbabilityFlow, solver: dfx.AbstractSolver, ts: np.ndarray, more: int
+) -> int | None:
+    """The number of times that a solver evaluates the model on a time grid, without those
+    of a closed form, and `more`; `None` if that is not known."""
+    stages, shared = getattr(solver, "stages", None), False
     if isinstance(solver, dfx.AbstractERK):
         # The last stage of a step may be the first of the next.
         tableau = cast(dfx.ButcherTableau, solver.tableau)
-        stages, shared = (0.0, *tableau.c), int(tableau.fsal)
+        stages, shared = (0.0, *tableau.c), tableau.fsal
     elif isinstance(solver, _EVALUATE_AT_START):
         stages = (0.0,)
     if stages is None:
         return None
+    ts = ts.astype(at_least_single(ts.dtype))
     places = np.asarray(stages, ts.dtype)
     times = ts[:-1, None] * (1 - places) + ts[1:, None] * places
-    times = np.append(times[0], times[1:, shared:])
-    return times[solver.num_free :] if isinstance(solver, LearnedGDDIM) else times
+    times = np.append(times[0], times[1:, int(shared) :])
+    free = solver.num_free if isinstance(solver, LearnedGDDIM) else 0
+    if isinstance(flow.model, StartedModel):
+        free = int(flow.model.is_closed_form(times).sum())
+    return len(times) - free + more
 
 
 _EVALUATE_AT_START = dfx.Euler, dfx.EulerHeun, dfx.ItoMilstein, dfx.StratonovichMilstein

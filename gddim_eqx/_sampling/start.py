@@ -1,3 +1,4 @@
+import bisect
 import math
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Real
 
 from .._linear import apply
-from .._misc import as_number, check_count, check_instance, check_positive, show
+from .._misc import as_number, check_choice, check_count, check_instance, check_positive
 from .._model import GaussianMixture, NormalData
 from .._process import AbstractProcess, require_process
 from .._term import as_model, check_flow, ProbabilityFlow, started_flow, StartedModel
@@ -100,10 +101,7 @@ class GaussianStart(eqx.Module):
         check_count("num_free", num_free)
         self.data, self.num_free = data, int(num_free)
         self.t = None if t is None else as_number("t", t)
-        if regime not in ("nearest", "sharpest"):
-            raise ValueError(
-                f"`regime` must be 'nearest' or 'sharpest'; got {show(regime)}."
-            )
+        check_choice("regime", regime, ("nearest", "sharpest"))
         self.regime = regime
         default = 0.7 if regime == "nearest" else 0.0
         self.slope = as_number("slope", default if slope is None else slope)
@@ -125,18 +123,16 @@ class GaussianStart(eqx.Module):
                     f"process' `t_min` and `t_max`; got {self.t}."
                 )
             return self.t
-        assert isinstance(self.data, NormalData)
+        data = self.data
+        assert isinstance(data, NormalData)
         wanted = 7 * math.exp(-int(num_steps) / 2.4)
         wanted *= 3 if self.regime == "sharpest" else 1
-        wanted = min(wanted, 0.5 * self.data.mean.size)
-        # At least a part of the first step of the default grid.
-        low, high = 0.1 / int(num_steps), _latest
-        for _ in range(14):
-            middle = 0.5 * (low + high)
-            t = _time_at(process, middle)
-            less = _information(self.data, process, t) < wanted
-            low, high = (middle, high) if less else (low, middle)
-        return _time_at(process, low)
+        wanted = min(wanted, 0.5 * data.mean.size)
+        # At least a part of the first step of the default grid, at most most of the grid.
+        fractions = np.linspace(0.1 / int(num_steps), 0.7, 2**14 + 1)
+        at = lambda i: _time_at(process, fractions[i])
+        information = lambda i: _information(data, process, at(i))
+        return at(bisect.bisect_left(range(1, 2**14), wanted, key=information))
 
     def time_grid(
         self, process: AbstractProcess, num_steps: int, *, dtype: Any = None
@@ -191,10 +187,8 @@ def known_start(
         return None
     if not (isinstance(solver, GDDIM) and isinstance(solver.splitting, DataSplitting)):
         return None
-    if isinstance(model, StartedModel):
-        return None
     data = as_model(model).normal_data(process)
-    if data is None:
+    if data is None or isinstance(model, StartedModel):
         return None
     one_variance = data.covariance.variances.ndim == 0 and data.covariance.vectors is None
     only_std = one_variance and not data.mean.any()
@@ -209,28 +203,24 @@ def known_start(
     return GaussianStart(data, t)
 
 
-# The largest part of the default grid that a start takes.
-_latest = 0.7
-
-
-def _time_at(process: AbstractProcess, fraction: float) -> float:
+def _time_at(process: AbstractProcess, fraction: Any) -> float:
     ends = process.t_max, process.t_min
     return float(clock_times(process, *ends, np.array([fraction]))[0])
 
 
 def _information(data: NormalData, process: AbstractProcess, t: float) -> float:
-    """The mutual information between normal data and states, in nats."""
     if any(isinstance(x, Tracer) for x in jtu.tree_leaves(data)):
         raise ValueError(
             "The default time `t` takes a search, which cannot be traced by JAX. Pass `t`."
         )
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
-        data = jtu.tree_map(lambda x: jnp.asarray(np.asarray(x, np.float64)), data)
-        return float(_information_at(data, process, jnp.asarray(t, np.float64)))
+        data, t = jtu.tree_map(lambda x: np.asarray(x, np.float64), (data, t))
+        return float(_information_at(data, process, t))
 
 
 @eqx.filter_jit
 def _information_at(data, process, t):
+    """The mutual information between normal data and states, in nats."""
     mean = process.transition(t, jnp.zeros_like(t))
     u = apply(mean, process.encode(data.mean))
     alone = NormalData(data.mean, jnp.zeros_like(t))

@@ -5,6 +5,7 @@ from typing import Any
 import diffrax as dfx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 
 from .._custom_types import RealScalarLike, State
 from .._misc import show
@@ -22,19 +23,10 @@ def as_state_like(u: State, value: Any, name: str, hint: str = "") -> State:
     """What a function of a state returned, as arrays in the precision of the state.
 
     **Raises:** `ValueError` unless it has the structure and the shape of the state."""
-    structures = jtu.tree_structure(u), jtu.tree_structure(value)
-    if structures[0] != structures[1]:
+    wanted, given = (jtu.tree_map(np.shape, x) for x in (u, value))
+    if (type(given), given) != (type(wanted), wanted):
         raise ValueError(
-            f"{name} must return the structure of its state, {show(structures[0])}; it "
-            f"returned {show(structures[1])}.{hint}"
+            f"{name} must return the structure and shape of its state, {show(wanted)}; it "
+            f"returned {show(given)}.{hint}"
         )
-
-    def same(x, v):
-        if jnp.shape(v) != x.shape:
-            raise ValueError(
-                f"{name} must return the shape of its state, {x.shape}; it returned "
-                f"{jnp.shape(v)}.{hint}"
-            )
-        return jnp.asarray(v, x.dtype)
-
-    return jtu.tree_map(same, u, value)
+    return jtu.tree_map(lambda x, v: jnp.asarray(v, x.dtype), u, value)

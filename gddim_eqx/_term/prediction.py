@@ -7,7 +7,7 @@ together with the state it determines both.
 """
 
 import abc
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from .._custom_types import FrameName, PredictionName, State
 from .._linear import add, apply, BlockLinearOperator, subtract
-from .._misc import error_if_any, show
+from .._misc import check_choice, error_if_any, show
 from .._process import AbstractDiagonalProcess, AbstractProcess
 
 
@@ -130,16 +130,18 @@ class Score(AbstractPrediction):
         return value
 
 
-class V(AbstractPrediction):
-    r"""$m_t \epsilon - \sigma_t x_0$ (Salimans & Ho 2022)."""
+class AbstractCombination(AbstractPrediction):
+    """A combination of data and noise. Converted here for processes of one component."""
 
-    def fault(self, process):
-        if process.num_components == 1:
-            return None
-        return "which has more than one component"
+    @abc.abstractmethod
+    def weights(
+        self, at: PerturbationKernel
+    ) -> tuple[BlockLinearOperator, BlockLinearOperator]:
+        """The weights of data and noise."""
 
     def target(self, at, data, noise):
-        return subtract(apply(at.mean(), noise), apply(at.root(), data))
+        of_data, of_noise = self.weights(at)
+        return add(apply(of_data, data), apply(of_noise, noise))
 
     def noise(self, at, u, value, frame):
         return self._data_and_noise(at, u, value)[1]
@@ -151,10 +153,25 @@ class V(AbstractPrediction):
         return _path_rate(at, *self._data_and_noise(at, u, value))
 
     def _data_and_noise(self, at, u, value):
-        return _data_and_noise(at, u, value, -at.root(), at.mean())
+        (of_data, of_noise), mean, std = self.weights(at), at.mean(), at.root()
+        over = (mean @ of_noise - std @ of_data).inverse()
+        data = subtract(apply(of_noise @ over, u), apply(std @ over, value))
+        return data, subtract(apply(mean @ over, value), apply(of_data @ over, u))
 
 
-class Flow(AbstractPrediction):
+class V(AbstractCombination):
+    r"""$m_t \epsilon - \sigma_t x_0$ (Salimans & Ho 2022)."""
+
+    def fault(self, process):
+        if process.num_components == 1:
+            return None
+        return "which has more than one component"
+
+    def weights(self, at):
+        return -at.root(), at.mean()
+
+
+class Flow(AbstractCombination):
     r"""$\dot m_t x_0 + \dot \sigma_t \epsilon$, the derivative of the path between data and
     noise, as in flow matching (Lipman et al. 2023). For rectified flow,
     $\epsilon - x_0$: with a shift, the derivative by the noise level."""
@@ -167,39 +184,25 @@ class Flow(AbstractPrediction):
             "not determine the prediction"
         )
 
-    def target(self, at, data, noise):
-        return _scaled(_path_rate(at, data, noise), 1 / at.process.flow_speed(at.t))
+    def weights(self, at):
+        speed = at.process.flow_speed(at.t)
+        return at.mean_rate() / speed, at.process.factor_rate(at.t) / speed
 
     def noise(self, at, u, value, frame):
-        value = self.flow(at, u, value)
         if at.process.num_components == 1:
-            return self._data_and_noise(at, u, value)[1]
+            return super().noise(at, u, value, frame)
         drift, root = at.process.drift(at.t), at.root()
         pull = (at.process.factor_rate(at.t) - drift @ root).inverse()
-        noise = apply(pull, subtract(value, apply(drift, u)))
-        return _change_frame(at, noise, "R", frame)
+        rest = subtract(self.flow(at, u, value), apply(drift, u))
+        return _change_frame(at, apply(pull, rest), "R", frame)
 
     def denoised(self, at, u, value):
-        if at.process.num_components > 1:
-            noise = self.noise(at, u, value, "R")
-            return _without_noise(at, u, at.root(), noise)
-        value = self.flow(at, u, value)
-        return _scaled(self._data_and_noise(at, u, value)[0], at.process.data_scale)
+        if at.process.num_components == 1:
+            return super().denoised(at, u, value)
+        return _without_noise(at, u, at.root(), self.noise(at, u, value, "R"))
 
     def flow(self, at, u, value):
         return _scaled(value, at.process.flow_speed(at.t))
-
-    def _data_and_noise(self, at, u, value):
-        rates = at.mean_rate(), at.process.factor_rate(at.t)
-        return _data_and_noise(at, u, value, *rates)
-
-
-def _data_and_noise(at, u, value, of_data, of_noise):
-    """From the state and another combination of both, for one component."""
-    mean, std = at.mean(), at.root()
-    over = (mean @ of_noise - std @ of_data).inverse()
-    data = subtract(apply(of_noise @ over, u), apply(std @ over, value))
-    return data, subtract(apply(mean @ over, value), apply(of_data @ over, u))
 
 
 def _scaled(u, factor):
@@ -212,29 +215,19 @@ def _path_rate(at, data, noise):
     return add(apply(at.mean_rate(), data), rate)
 
 
-_predictions = {
-    "noise": lambda frame: Noise(frame),
-    "data": lambda frame: Data(),
-    "score": lambda frame: Score(),
-    "v": lambda frame: V(),
-    "flow": lambda frame: Flow(),
-}
+_predictions = {"noise": Noise, "data": Data, "score": Score, "v": V, "flow": Flow}
 
 
 def make_prediction(predicts: PredictionName, frame: FrameName) -> AbstractPrediction:
-    return _predictions[predicts](frame)
+    return Noise(frame) if predicts == "noise" else _predictions[predicts]()
 
 
-def check_prediction(process: AbstractProcess, predicts: str, frame: str) -> None:
+def check_prediction(process: AbstractProcess, predicts: Any, frame: Any) -> None:
     """**Raises:** `ValueError` unless this prediction and frame of the noise are defined
     for the process."""
-    if predicts not in list(_predictions):
-        raise ValueError(
-            f"`predicts` must be one of {', '.join(map(repr, _predictions))}; got "
-            f"{show(predicts)}."
-        )
+    check_choice("predicts", predicts, _predictions)
     check_frame(frame)
-    if fault := _predictions[predicts]("R").fault(process):
+    if fault := make_prediction(predicts, frame).fault(process):
         raise ValueError(
             f"`predicts={show(predicts)}` is not defined for {type(process).__name__}, "
             f"{fault}. Use 'noise', 'data' or 'score'."
@@ -243,8 +236,7 @@ def check_prediction(process: AbstractProcess, predicts: str, frame: str) -> Non
 
 def check_frame(frame: str) -> None:
     """Raise a `ValueError` unless given the name of a frame of the noise."""
-    if frame not in ("R", "cholesky"):
-        raise ValueError(f"`frame` must be 'R' or 'cholesky'; got {show(frame)}.")
+    check_choice("frame", frame, ("R", "cholesky"))
 
 
 def _has_singular_diffusion(process: AbstractProcess) -> bool:

@@ -1,7 +1,7 @@
-import copy
+import dataclasses
 import functools as ft
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import cast, ParamSpec, TypeVar
 
 import diffrax as dfx
 import equinox as eqx
@@ -16,7 +16,7 @@ from .._custom_types import (
     Stochasticity,
 )
 from .._linear import add, apply, BlockLinearOperator, check_state
-from .._misc import renamed, show
+from .._misc import check_instance, renamed, show
 from .._process import AbstractProcess, require_process, time_for
 from .model import as_model
 from .ode import AbstractODE, as_state_like
@@ -55,8 +55,7 @@ class ProbabilityFlow(AbstractODE, AbstractReverseTerm):
     model: Callable
     predicts: PredictionName = eqx.field(static=True)
     frame: FrameName = eqx.field(static=True)
-    # Whether run-time errors are raised, or give NaN.
-    raises: bool = eqx.field(static=True, init=False, default=True)
+    raises: bool = eqx.field(static=True)
 
     @renamed(factor="frame")
     def __init__(
@@ -65,6 +64,8 @@ class ProbabilityFlow(AbstractODE, AbstractReverseTerm):
         model: Callable,
         predicts: PredictionName | None = None,
         frame: FrameName = "R",
+        *,
+        raises: bool = True,
     ):
         r"""**Arguments:**
 
@@ -89,47 +90,36 @@ class ProbabilityFlow(AbstractODE, AbstractReverseTerm):
                 `"flow"` not where the diffusion is singular, as for [`gddim_eqx.CLD`][].
         - `frame`: the square root $K_t$ of the covariance that defines the noise: `"R"`
             for the paper's $R_t$ (equation 17), `"cholesky"` for $L_t$.
+        - `raises`: whether run-time errors are raised, or give NaN: JAX's persistent cache
+            stores no program that can raise one.
 
         **Raises:** `ValueError` for an unknown `predicts` or `frame`, or for `"v"` or
         `"flow"` where they are not defined. When evaluated: `ValueError` if the state does
         not match the process, or the model returns a different structure or shape.
         """
         require_process(process)
-        if isinstance(model, ProbabilityFlow):
-            raise ValueError(
-                "`model` is a `ProbabilityFlow` already; pass it where a flow is expected, "
-                "or its `model` here."
-            )
-        if not callable(model):
-            raise ValueError(
-                f"`model` must be callable as `model(t, u, args)`; got {show(model)}."
-            )
-        made, known = type(as_model(model)).__name__, as_model(model).predicts
+        check_instance("model", model, Callable, "callable as `model(t, u, args)`")
+        known = as_model(model).predicts
         predicts = (known or "noise") if predicts is None else predicts
         check_prediction(process, predicts, frame)
         if known not in (None, predicts):
             raise ValueError(
-                f"This {made} predicts {show(known)}; got "
-                f"predicts={show(predicts)}. Leave it out. To train a preconditioned "
-                f"network with the loss of a noise prediction, use "
+                f"This {type(model).__name__} predicts {show(known)}; got predicts="
+                f"{show(predicts)}. Leave it out. To train a preconditioned network with "
+                f"the loss of a noise prediction, use "
                 f"`DenoisingLoss(process, {show(known)}, weighting='noise')`."
             )
         self.process = process
         self.model = model
         self.predicts = predicts
         self.frame = frame
+        self.raises = raises
 
     @property
     def _prediction(self) -> AbstractPrediction:
         return make_prediction(self.predicts, self.frame)
 
-    def _evaluate(
-        self,
-        t: RealScalarLike,
-        u: State,
-        args: Args,
-        root: BlockLinearOperator | None = None,
-    ) -> tuple[PerturbationKernel, State, State]:
+    def _evaluate(self, t, u, args, root=None) -> tuple[PerturbationKernel, State, State]:
         """Evaluate the model once, with checks: returns the process at that time, the
         state as arrays, and the prediction in the basis of states."""
         process = self.process
@@ -193,11 +183,9 @@ class ProbabilityFlow(AbstractODE, AbstractReverseTerm):
         **Returns:** what `model` would return, given `predicts`, in the data's coordinates.
         """
         process = self.process
-        u, noise = (
-            check_state(x, process.num_components, process.shape, name)
-            for x, name in ((u, "The state"), (noise, "The noise"))
-        )
-        at = PerturbationKernel(process, time_for(u, t))
+        check = lambda x, name: check_state(x, process.num_components, process.shape, name)
+        u, noise = check(u, "The state"), check(noise, "The noise")
+        at = PerturbationKernel(process, time_for(u, t), raises=self.raises)
         if initial is None:
             initial = Noise("R").denoised(at, u, noise)
         data = jtu.tree_map(lambda x: x / process.data_scale, initial)
@@ -250,39 +238,28 @@ class ProbabilityFlow(AbstractODE, AbstractReverseTerm):
 
 
 def without_errors(flow: ProbabilityFlow) -> ProbabilityFlow:
-    """The flow, with NaN in place of run-time errors: JAX's persistent cache stores no
-    program that can raise one."""
-    flow = copy.copy(flow)
-    object.__setattr__(flow, "raises", False)
-    return flow
-
-
-class _FromVectorField(eqx.Module):
-    """The vector field of an ODE as a model that predicts the flow."""
-
-    term: dfx.ODETerm
-    process: AbstractProcess
-
-    def __call__(self, t: RealScalarLike, u: State, args: Args) -> State:
-        field = self.term.vf(t, self.process.from_data(u), args)
-        speed = self.process.flow_speed(t)
-        field = jtu.tree_map(lambda x: x / speed.astype(x.dtype), field)
-        return self.process.to_data(field)
+    """The flow, and those in its model, with NaN in place of run-time errors."""
+    is_inner = lambda x: x is not flow and isinstance(x, ProbabilityFlow)
+    quiet = lambda x: without_errors(x) if is_inner(x) else x
+    model = jtu.tree_map(quiet, flow.model, is_leaf=is_inner)
+    return dataclasses.replace(flow, model=model, raises=False)
 
 
 def flow_of_ode(process: AbstractProcess, term: dfx.ODETerm) -> ProbabilityFlow:
     """The probability flow of a process, given as an ODE for its states."""
-    return ProbabilityFlow(process, _FromVectorField(term, process), "flow")
+
+    def model(t, u, args):
+        field = term.vf(t, process.from_data(u), args)
+        speed = process.flow_speed(t)
+        return process.to_data(jtu.tree_map(lambda x: x / speed.astype(x.dtype), field))
+
+    return ProbabilityFlow(process, model, "flow")
 
 
 def check_flow(flow: object) -> ProbabilityFlow:
     """**Raises:** `ValueError` unless given a probability flow."""
-    if not isinstance(flow, ProbabilityFlow):
-        raise ValueError(
-            "`flow` must be a `ProbabilityFlow(process, model)`; got "
-            f"{type(flow).__name__}."
-        )
-    return flow
+    check_instance("flow", flow, ProbabilityFlow, "a `ProbabilityFlow(process, model)`")
+    return cast(ProbabilityFlow, flow)
 
 
 def flow_first(call: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -18,7 +18,7 @@ from .._linear import (
     coefficient_dtype,
     IdentityBasis,
 )
-from .._misc import as_floats, check_instance, show
+from .._misc import as_floats, check_instance
 from .ode import AbstractODE, as_state_like
 
 
@@ -125,25 +125,20 @@ class Semilinear(AbstractODE):
         **Raises:** `ValueError` for invalid arguments. When evaluated: `ValueError` if the
         state does not match `linear`, or `nonlinear` returns another structure or shape.
         """
-        if not callable(nonlinear):
-            raise ValueError(
-                "`nonlinear` must be callable as `nonlinear(t, u, args)`; got "
-                f"{show(nonlinear)}."
-            )
+        wanted = "callable as `nonlinear(t, u, args)`"
+        check_instance("nonlinear", nonlinear, Callable, wanted)
         self.basis = IdentityBasis() if basis is None else basis
         check_instance("basis", self.basis, AbstractBasis, "such as `FourierBasis()`")
-        given_operator = isinstance(linear, BlockLinearOperator)
-        function = callable(linear) and not given_operator
-        self.linear = linear if function else _as_operator(linear)
+        given = isinstance(linear, BlockLinearOperator) or not callable(linear)
+        self.linear = _as_operator(linear) if given else linear
         self.nonlinear = nonlinear
 
     def linear_part(self, y: State) -> LinearPart:
         """The linear part, for states with the structure of `y`."""
         operator = self.linear
         if not isinstance(operator, BlockLinearOperator):
-            time = jax.ShapeDtypeStruct((), coefficient_dtype(y))
-            function = operator
-            operator = eqx.filter_eval_shape(lambda t: _as_operator(function(t)), time)
+            time, at = jax.ShapeDtypeStruct((), coefficient_dtype(y)), operator
+            operator = eqx.filter_eval_shape(lambda t: _as_operator(at(t)), time)
         leaves = jtu.tree_leaves(y)
         n = operator.num_components
         return LinearPart(self.linear, operator.shape, len(leaves) if n == 1 else n)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool
 from .._custom_types import Args, PredictionName, RealScalarLike, State
 from .._process import as_time
 from .model import AbstractWrapper
-from .probability_flow import ProbabilityFlow, without_errors
+from .probability_flow import ProbabilityFlow
 
 
 class StartedModel(AbstractWrapper):
@@ -59,8 +59,8 @@ def started_flow(
     """A flow whose model is that of normal data, or of a mixture, at times after `t`."""
     process = flow.process
     closed_form = ProbabilityFlow(process, data.model(process, "data"))
-    started = ProbabilityFlow(process, StartedModel(flow, closed_form, t, slope))
-    return started if flow.raises else without_errors(started)
+    model = StartedModel(flow, closed_form, t, slope)
+    return ProbabilityFlow(process, model, raises=flow.raises)
 
 
 def evaluated_model(flow: ProbabilityFlow) -> Any:
