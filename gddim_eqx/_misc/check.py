@@ -1,6 +1,6 @@
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -107,22 +107,6 @@ def as_dtype(dtype: Any) -> Any:
     return dtype
 
 
-def as_number(name: str, value: Any) -> float:
-    """A finite number.
-
-    **Raises:** `ValueError` for anything else.
-    """
-    try:
-        if isinstance(value, (bool, str)):
-            raise TypeError
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"`{name}` must be a number; got {show(value)}.") from None
-    if not math.isfinite(number):
-        raise ValueError(f"`{name}` must be finite; got {number}.")
-    return number
-
-
 def as_constant(name: str, value: Any) -> float:
     """A finite number that is a compile-time constant.
 
@@ -135,15 +119,28 @@ def as_constant(name: str, value: Any) -> float:
             "precision. Pass a Python number. For several values, construct one object "
             "each; for derivatives, use finite differences."
         )
-    return as_number(name, value)
+    try:
+        if isinstance(value, (bool, str)):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"`{name}` must be a number; got {show(value)}.") from None
+    if not math.isfinite(number):
+        raise ValueError(f"`{name}` must be finite; got {number}.")
+    return number
 
 
-def constant_field(name: str, default: float | None) -> Any:
+def constant_field(
+    name: str, default: float | None, check: Callable[..., None] | None = None
+) -> Any:
     """A static field for a number, which is a compile-time constant, or for `None` if that
-    is the default."""
+    is the default. `check` is `check_positive` or `check_not_negative`."""
 
     def convert(value: Any) -> float | None:
-        return None if value is None is default else as_constant(name, value)
+        value = None if value is None is default else as_constant(name, value)
+        if check is not None:
+            check(**{name: value})
+        return value
 
     return eqx.field(static=True, default=default, converter=convert)
 
@@ -173,6 +170,13 @@ def check_positive(**values: float) -> None:
     for name, value in values.items():
         if not as_constant(name, value) > 0:
             raise ValueError(f"`{name}` must be positive; got {value}.")
+
+
+def check_not_negative(**values: float) -> None:
+    """Raise a `ValueError` that names the first negative value."""
+    for name, value in values.items():
+        if not as_constant(name, value) >= 0:
+            raise ValueError(f"`{name}` must not be negative; got {value}.")
 
 
 def as_shape(shape: Sequence[int] | int) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._linear import CosineBasis
-from .._misc import as_shape, check_positive, constant_field
+from .._misc import as_shape, check_not_negative, check_positive, constant_field
 from .blur import Blur
 from .diagonal import AbstractDiagonalProcess
 
@@ -35,14 +35,13 @@ class BDM(AbstractDiagonalProcess):
     """
 
     shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
-    sigma_blur_max: float = constant_field("sigma_blur_max", 10.0)
+    sigma_blur_max: float = constant_field("sigma_blur_max", 10.0, check_not_negative)
     min_scale: float = constant_field("min_scale", 0.001)
-    offset: float = constant_field("offset", 0.004)
+    offset: float = constant_field("offset", 0.004, check_positive)
     t_min: float = constant_field("t_min", 1e-5)
     t_end: float = constant_field("t_end", 1.0)
 
     def __check_init__(self):
-        check_positive(offset=self.offset)
         self._blurring()
 
     basis = CosineBasis()

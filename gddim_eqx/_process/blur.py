@@ -28,10 +28,6 @@ class Blur(eqx.Module):
                 "`min_scale` must be positive, and `min_scale` and `t_end` at most 1; got "
                 f"min_scale={self.min_scale} and t_end={self.t_end}."
             )
-        if not self.sigma_max >= 0:
-            raise ValueError(
-                f"`sigma_blur_max` must not be negative; got {self.sigma_max}."
-            )
 
     def _dissipation(self) -> np.ndarray:
         height, width, _ = self.shape

@@ -9,8 +9,8 @@ from jaxtyping import Array
 
 from .._custom_types import RealScalarLike
 from .._linear import BlockLinearOperator
-from .._misc import as_shape, check_positive, constant_field
-from .langevin import AbstractAugmentedProcess, check_gamma, check_rate
+from .._misc import as_shape, check_not_negative, check_positive, constant_field
+from .langevin import AbstractAugmentedProcess
 from .tables import cumulative_integral, PiecewisePolynomial
 from .time_axis import as_times
 
@@ -49,25 +49,17 @@ class CLD(AbstractAugmentedProcess):
     shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
     beta: float = constant_field("beta", 4.0)
     beta_slope: float = constant_field("beta_slope", 0.0)
-    mass_inverse: float = constant_field("mass_inverse", 4.0)
-    gamma: float = constant_field("gamma", 0.04)
-    epsilon: float = constant_field("epsilon", 1e-6)
+    mass_inverse: float = constant_field("mass_inverse", 4.0, check_positive)
+    gamma: float = constant_field("gamma", 0.04, check_not_negative)
+    epsilon: float = constant_field("epsilon", 1e-6, check_positive)
     t_min: float = constant_field("t_min", 1e-3)
     t_end: float = constant_field("t_end", 1.0)
-
-    def __check_init__(self):
-        check_positive(
-            mass_inverse=self.mass_inverse, epsilon=self.epsilon, t_end=self.t_end
-        )
-        check_gamma(self.gamma)
-        check_rate(self.beta, self.beta_slope, self.t_end)
 
     num_components = 2
 
     def _elapsed(self, t, s):
         """The increase of rescaled time from `s` to `t`."""
-        rate = self.beta + 0.5 * self.beta_slope * (t + s)
-        return math.sqrt(self.mass_inverse) * (t - s) * rate
+        return math.sqrt(self.mass_inverse) * self._rescaled(t, s)
 
     def _rescaled_time(self, t: Array) -> Array:
         return self._elapsed(t, 0.0)
@@ -84,11 +76,11 @@ class CLD(AbstractAugmentedProcess):
         return jnp.array([[a, right * b], [down * c, down * right * d]])
 
     def _drift(self, t):
-        speed = math.sqrt(self.mass_inverse) * (self.beta + self.beta_slope * t)
+        speed = math.sqrt(self.mass_inverse) * self._rate(t)
         return self._unscaled([[0.0, speed], [-speed, -2 * speed]], 1, -1)
 
     def _diffusion(self, t):
-        speed = math.sqrt(self.mass_inverse) * (self.beta + self.beta_slope * t)
+        speed = math.sqrt(self.mass_inverse) * self._rate(t)
         return self._unscaled([[0.0, 0.0], [0.0, 2 * jnp.sqrt(speed)]], 1, 0)
 
     def _transition(self, t, s):

@@ -27,12 +27,11 @@ class RectifiedFlow(AbstractGaussianPath):
     """
 
     shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
-    shift: float = constant_field("shift", 1.0)
+    shift: float = constant_field("shift", 1.0, check_positive)
     t_min: float = constant_field("t_min", 1e-3)
     t_end: float = constant_field("t_end", 1.0)
 
     def __check_init__(self):
-        check_positive(shift=self.shift)
         _check_end(self.t_end)
 
     t_zero_signal = 1.0

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._misc import as_constant, as_shape, check_positive, show
+from .._misc import as_constant, as_shape, check_instance, check_positive
+from .base import check_times
 from .diagonal import AbstractScalarProcess
 from .time_axis import as_time
 
@@ -119,16 +120,10 @@ class GaussianPath(AbstractGaussianPath):
         """
         self.shape = as_shape(shape)
         for name, function in (("signal", signal), ("noise", noise)):
-            if not callable(function):
-                raise ValueError(
-                    f"`{name}` must be a function of time; got {show(function)}."
-                )
+            check_instance(name, function, Callable, "a function of time")
         self.signal, self.noise = signal, noise
         self.t_min, self.t_end = as_constant("t_min", t_min), as_constant("t_end", t_end)
-        if not 0 < self.t_min < self.t_end:
-            raise ValueError(
-                f"Need 0 < `t_min` < `t_end`; got t_min={t_min} and t_end={t_end}."
-            )
+        check_times(self.t_min, self.t_end, self.t_end)
         times = self.t_end * np.linspace(0, 1, 1001) ** 2
         signals, rates = _on_host("signal", self._signal, times)
         noises, _ = _on_host("noise", self._noise, times)

@@ -13,8 +13,8 @@ from .._linear import (
     matmul,
     transposed,
 )
-from .._misc import as_shape, check_instance, check_positive
-from .base import AbstractProcess
+from .._misc import as_constant, as_shape, check_instance, check_positive
+from .base import AbstractProcess, check_times
 from .edge_transitions import saturated_product
 from .linear_sde_coefficients import as_blocks, Coefficients
 from .linear_sde_solution import Solution
@@ -86,19 +86,15 @@ class LinearSDE(AbstractProcess):
         coefficients are not finite or not smooth or have large rounding errors, or the
         covariance overflows or is not positive definite after time 0.
         """
-        check_positive(t_min=t_min, data_scale=data_scale)
-        t_max = t_end if t_max is None else t_max
-        if not t_min < t_max <= t_end < float("inf"):
-            raise ValueError(
-                "Need t_min < t_max <= t_end, all finite; got "
-                f"{t_min}, {t_max} and {t_end}."
-            )
+        check_positive(data_scale=data_scale)
+        self.t_min, self.t_end = as_constant("t_min", t_min), as_constant("t_end", t_end)
+        self.t_max = self.t_end if t_max is None else as_constant("t_max", t_max)
+        check_times(self.t_min, self.t_max, self.t_end)
         self.shape = as_shape(shape)
         self.basis = IdentityBasis() if basis is None else basis
         wanted = "a basis such as `CosineBasis()`"
         check_instance("basis", self.basis, AbstractBasis, wanted)
         self.data_scale = float(data_scale)
-        self.t_min, self.t_max, self.t_end = float(t_min), float(t_max), float(t_end)
         coefficients = Coefficients(self.shape, drift, diffusion, initial_covariance)
         _check_covariance(coefficients.initial_covariance)
         self.num_components = coefficients.num_components

@@ -8,7 +8,7 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike
 
 from .._linear import BlockLinearOperator
-from .._misc import as_floats, show
+from .._misc import as_floats, check_instance
 
 
 def as_blocks(value: "ArrayLike | BlockLinearOperator", dtype) -> Array:
@@ -50,8 +50,7 @@ class Coefficients:
     ):
         self.drift, self.diffusion = drift, diffusion
         for name, fn in (("drift", drift), ("diffusion", diffusion)):
-            if not callable(fn):
-                raise ValueError(f"`{name}` must be a function of time; got {show(fn)}.")
+            check_instance(name, fn, Callable, "a function of time")
         with jax.ensure_compile_time_eval(), jax.enable_x64(True):
             values = dict(drift=drift(jnp.zeros(())), diffusion=diffusion(jnp.zeros(())))
             if initial_covariance is not None:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Inexact, Real
 
 from .._custom_types import PredictionName, RealScalarLike
-from .._misc import as_number, check_count, check_positive, show
+from .._misc import as_constant, check_count, check_positive, show
 from .._process import AbstractProcess, from_betas, RectifiedFlow
 from .scheduler_grid import (
     BY_INDEX,
@@ -251,7 +251,7 @@ def _check(values, defaults) -> None:
     if values.get("shift_terminal"):
         check_positive(shift_terminal=values["shift_terminal"])
     if values.get("lambda_min_clipped") not in (None, -math.inf):
-        as_number("lambda_min_clipped", values["lambda_min_clipped"])
+        as_constant("lambda_min_clipped", values["lambda_min_clipped"])
     for key, choices in (
         ("final_sigmas_type", ("zero", "sigma_min")),
         ("timestep_type", ("discrete", "continuous")),
