@@ -8,6 +8,7 @@ from .check import (
     check_instance as check_instance,
     check_key as check_key,
     check_not_negative as check_not_negative,
+    check_not_traced as check_not_traced,
     check_per_sample as check_per_sample,
     check_positive as check_positive,
     constant_field as constant_field,

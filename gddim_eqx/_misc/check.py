@@ -112,13 +112,7 @@ def as_constant(name: str, value: Any) -> float:
 
     **Raises:** `ValueError` for a JAX tracer, or for anything but a single number.
     """
-    if isinstance(value, Tracer):
-        raise ValueError(
-            f"`{name}` is traced by `jax.jit`, `jax.grad` or `jax.vmap`, but it must be a "
-            "compile-time constant: what depends on it is computed on the host, in double "
-            "precision. Pass a Python number. For several values, construct one object "
-            "each; for derivatives, use finite differences."
-        )
+    check_not_traced(name, value)
     try:
         if isinstance(value, (bool, str)):
             raise TypeError
@@ -128,6 +122,17 @@ def as_constant(name: str, value: Any) -> float:
     if not math.isfinite(number):
         raise ValueError(f"`{name}` must be finite; got {number}.")
     return number
+
+
+def check_not_traced(name: str, value: Any) -> None:
+    """**Raises:** `ValueError` for a JAX tracer."""
+    if isinstance(value, Tracer):
+        raise ValueError(
+            f"`{name}` is traced by `jax.jit`, `jax.grad` or `jax.vmap`, but it must be a "
+            "compile-time constant: what depends on it is computed on the host, in double "
+            "precision. Pass a Python number. For several values, construct one object "
+            "each; for derivatives, use finite differences."
+        )
 
 
 def constant_field(

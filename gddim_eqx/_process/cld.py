@@ -126,11 +126,8 @@ class CLD(AbstractAugmentedProcess):
         y = -self._elapsed(*as_times(t, s))
         decay = jnp.exp(-y)
         rows = [[decay * (1 + y), -decay * y], [decay * y, decay * (1 - y)]]
-        xx, xw, ww = _covariance(y, 0.0, 0.0)
-        p = jnp.sqrt(xx)
-        q = -xw / jnp.where(p > 0, p, 1)
-        r = jnp.sqrt(ww - q * q)
-        root = self._unscaled([[p, 0.0], [q, r]], 1, 0)
+        p, q, r = _cholesky(y, 0.0, 0.0)
+        root = self._unscaled([[p, 0.0], [-q, r]], 1, 0)
         transition = self._operator(self._unscaled(rows, 1, -1))
         return transition, self._operator(root, lx.lower_triangular_tag)
 
@@ -176,7 +173,7 @@ def _covariance(y, a, b, xp=jnp):
 def _cholesky(y, a, b, xp=jnp):
     xx, xw, ww = _covariance(y, a, b, xp)
     p = xp.sqrt(xx)
-    q = xw / p
+    q = xw / xp.where(p > 0, p, 1)
     return p, q, xp.sqrt(ww - q * q)
 
 

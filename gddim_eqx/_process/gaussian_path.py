@@ -174,22 +174,15 @@ _direction = (
 def _check_path(times, signal, noise) -> None:
     """Raise a `ValueError` unless the signal-to-noise ratio decreases."""
     signal, noise = np.asarray(signal), np.asarray(noise)
-    # Either may be zero at one end.
-    for name, values, at in (
-        ("signal", signal[:-1], times[:-1]),
-        ("noise", noise[1:], times[1:]),
-    ):
-        if not (good := values > 0).all():
+    for name, values, end in (("signal", signal, -1), ("noise", noise, 0)):
+        good = values > 0
+        good[end] = values[end] >= 0
+        if not good.all():
             worst = int(np.argmin(good))
             raise ValueError(
-                f"`{name}` must be positive between the ends of the time axis; it is "
-                f"{values[worst]} at t = {at[worst]:.6g}. {_direction}"
+                f"`{name}` must be positive, or zero at t = {times[end]:g}; it is "
+                f"{values[worst]} at t = {times[worst]:.6g}. {_direction}"
             )
-    if not (signal[-1] >= 0 and noise[0] >= 0):
-        raise ValueError(
-            "`signal` and `noise` must not be negative; got a signal of "
-            f"{signal[-1]} at t = {times[-1]}, and a noise of {noise[0]} at t = 0."
-        )
     growing = np.diff(noise / np.where(signal > 0, signal, np.finfo(float).tiny)) > 0
     if not growing.all():
         worst = int(np.argmin(growing))

@@ -129,10 +129,10 @@ class LinearSDE(AbstractProcess):
 
 def _check_covariance(covariance: np.ndarray) -> None:
     """Checked in units of each component's standard deviation, which may have any scale."""
-    variances = np.diagonal(covariance, axis1=-2, axis2=-1)[..., None]
+    variances = np.linalg.diagonal(covariance)[..., None]
     unit = np.sqrt(np.where(variances > 0, variances, 1))
-    correlation = covariance / (unit * np.swapaxes(unit, -1, -2))
-    if not np.abs(correlation - np.swapaxes(correlation, -1, -2)).max() < 1e-6:
+    correlation = covariance / (unit * unit.mT)
+    if not np.abs(correlation - correlation.mT).max() < 1e-6:
         raise ValueError("`initial_covariance` must be symmetric and finite.")
     semidefinite = np.linalg.eigvalsh(correlation) >= -1e-12
     if not ((variances >= 0).all() and semidefinite.all()):
@@ -142,7 +142,5 @@ def _check_covariance(covariance: np.ndarray) -> None:
 def _not_after(t: Array, end: float) -> Array:
     """Clip a time at the end of the time axis, which it may exceed by rounding, and beyond
     which the user's functions may be singular."""
-    largest = np.asarray(end).astype(t.dtype)
-    if float(largest) > end:
-        largest = np.nextafter(largest, largest.dtype.type(0))
-    return t - lax.stop_gradient(jnp.maximum(t - jnp.asarray(largest), 0))
+    largest = np.nextafter(t.dtype.type(end), t.dtype.type(0))
+    return t - lax.stop_gradient(t - jnp.minimum(t, largest))

@@ -4,11 +4,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, ArrayLike
 
 from .._linear import BlockLinearOperator
-from .._misc import as_floats, check_instance
+from .._misc import as_floats, check_instance, check_not_traced
 
 
 def as_blocks(value: "ArrayLike | BlockLinearOperator", dtype) -> Array:
@@ -22,13 +21,7 @@ def as_blocks(value: "ArrayLike | BlockLinearOperator", dtype) -> Array:
 def _known_blocks(name: str, value: Any) -> np.ndarray:
     """The blocks of an argument that must be real and static."""
     value = value.blocks if isinstance(value, BlockLinearOperator) else value
-    if isinstance(value, Tracer):
-        raise ValueError(
-            f"`{name}` depends on a number that is traced by `jax.jit`, `jax.grad` or "
-            "`jax.vmap`, but a `LinearSDE` is solved on the host, in double precision. Use "
-            "Python numbers. For several values, construct one `LinearSDE` each; for "
-            "derivatives, use finite differences."
-        )
+    check_not_traced(name, value)
     return np.asarray(as_blocks(as_floats(name, value), np.float64))
 
 
@@ -96,7 +89,7 @@ class Coefficients:
                     f"`{name}` must be finite on the whole of [0, t_end]; it is not near "
                     f"t = {float(times[np.argmin(finite)]):.6g}."
                 )
-        return values | dict(diffusion=diffusion @ np.swapaxes(diffusion, -1, -2))
+        return values | dict(diffusion=diffusion @ diffusion.mT)
 
     def rounding_errors(self, left: float, right: float) -> dict[str, np.ndarray]:
         """Estimates of the rounding errors of both on an interval, row by row: their sixth

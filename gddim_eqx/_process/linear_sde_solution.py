@@ -83,10 +83,6 @@ class _Panel(NamedTuple):
     covariance: np.ndarray
 
 
-class _Unresolved(Exception):
-    """The reason why a panel is too wide."""
-
-
 def _solve(
     coefficients: Coefficients, singular: bool, t_min: float, t_end: float
 ) -> tuple[np.ndarray, list[_Panel]]:
@@ -104,19 +100,16 @@ def _solve(
             panel = _solve_panel(
                 coefficients, left, right, covariance, rotation, early=right <= t_min
             )
-        except (_Unresolved, np.linalg.LinAlgError) as error:
-            fault = str(error)
-            if not isinstance(error, _Unresolved):
-                fault = f"The transition near t = {left:.6g} is singular."
+        except ValueError as error:  # The panel is too wide.
             if right - left < _NARROWEST * right or right < _NARROWEST * start:
-                raise ValueError(fault) from None
+                raise
             if len(panels) + len(todo) > _MOST_PANELS:
                 raise ValueError(
                     f"The process changes too often on [0, {t_end:g}] to be tabulated: "
                     f"{len(panels)} panels only reach t = {left:.6g}. End the time axis "
                     "earlier, or let states decay or rotate fewer times along it. At this "
-                    f"time: {fault}"
-                ) from None
+                    f"time: {error}"
+                ) from error
             todo.append(0.5 * (left + right))
             continue
         panels.append(panel)
@@ -126,7 +119,7 @@ def _solve(
 
 
 def _solve_panel(coefficients, left, right, covariance, rotation, *, early) -> _Panel:
-    """**Raises:** `_Unresolved` if polynomials do not suffice, or there is no solution."""
+    """**Raises:** `ValueError` if polynomials do not suffice, or there is no solution."""
     width, eye, near = right - left, np.eye(coefficients.num_components), f"{left:.6g}"
     tolerance = _TOLERANCE_EARLY if early else _TOLERANCE
     integrate = integration_matrix(_DEGREE) * width / 2
@@ -136,9 +129,9 @@ def _solve_panel(coefficients, left, right, covariance, rotation, *, early) -> _
     # Errors of the coefficients are tolerated if they do not affect the solution.
     within = _collocate(drift, np.broadcast_to(eye, drift.shape[1:]), integrate)
     inverse = np.linalg.inv(within[:-1])
-    added = np.tensordot(integrate, inverse @ noise @ _T(inverse), 1)
-    covariances = within @ (covariance + added) @ _T(within)
-    spread = np.nan_to_num(np.sqrt(_diagonal(covariances[-1])))
+    added = np.tensordot(integrate, inverse @ noise @ inverse.mT, 1)
+    covariances = within @ (covariance + added) @ within.mT
+    spread = np.nan_to_num(np.sqrt(np.linalg.diagonal(covariances[-1])))
     negligible = dict(
         drift=np.nan_to_num(spread / spread.max(-1, keepdims=True)),
         diffusion=spread * spread.min(-1, keepdims=True),
@@ -149,13 +142,13 @@ def _solve_panel(coefficients, left, right, covariance, rotation, *, early) -> _
     _check_resolved(f"The transition near t = {near}", within[:-1], tolerance)
 
     if not np.isfinite(covariances).all():
-        raise _Unresolved(
+        raise ValueError(
             f"The covariance overflows near t = {near}, as `drift` lets it grow for too "
             "long. End the time axis earlier."
         )
     cholesky = _cholesky(covariances)
-    if not (_diagonal(cholesky) > 0).all():
-        raise _Unresolved(
+    if not (np.linalg.diagonal(cholesky) > 0).all():
+        raise ValueError(
             "The covariance must be positive definite after time 0, but it is not near "
             f"t = {near}: through `diffusion` and `drift`, noise must reach every "
             "component. If it does, give those that it reaches last some variance at time "
@@ -174,7 +167,7 @@ def _solve_panel(coefficients, left, right, covariance, rotation, *, early) -> _
     # The nearest rotation, so that rounding errors do not accumulate.
     left_vectors, _, right_vectors = np.linalg.svd(rotations[-1])
     rotations = np.append(rotations[:-1], (left_vectors @ right_vectors)[None], axis=0)
-    symmetric = 0.5 * (covariances[-1] + _T(covariances[-1]))
+    symmetric = 0.5 * (covariances[-1] + covariances[-1].mT)
     return _Panel(within, cholesky, rotations, symmetric)
 
 
@@ -182,10 +175,10 @@ def _rotations(drift, noise, cholesky, start, integrate):
     """L^-1 R at the nodes and the end, by equation 17 of the paper from R = `start`."""
     # In units of each component's standard deviation, which may have any scale.
     unit = np.linalg.norm(cholesky[-1], axis=-1, keepdims=True)
-    drift, noise = drift * _T(unit) / unit, noise / (unit * _T(unit))
+    drift, noise = drift * unit.mT / unit, noise / (unit * unit.mT)
     cholesky = cholesky / unit
     precision = np.linalg.inv(cholesky[:-1])
-    precision = _T(precision) @ precision
+    precision = precision.mT @ precision
     turning = drift + 0.5 * noise @ precision
     return np.linalg.solve(cholesky, _collocate(turning, start / unit, integrate))
 
@@ -203,7 +196,7 @@ def _at_nodes(coefficients, left, right):
 
 
 def _check_coefficients(coefficients, left, right, values, negligible, tolerance, early):
-    """Raise `_Unresolved` if a coefficient is unresolved. Returns the tolerance for the
+    """Raise `ValueError` if a coefficient is unresolved. Returns the tolerance for the
     solution, which rounding errors of the coefficients may increase."""
     most = _MOST_ROUNDING_EARLY if early else _MOST_ROUNDING
     solution_tolerance = tolerance
@@ -219,7 +212,7 @@ def _check_coefficients(coefficients, left, right, values, negligible, tolerance
             rounding = 10 * coefficients.rounding_errors(left, right)[name]
         relative = float((rounding / scale).max())
         if not (tail <= np.maximum(allowed, rounding)).all() or relative > most:
-            raise _Unresolved(
+            raise ValueError(
                 f"`{name}` could not be resolved near t = {left:.6g}. It must be smooth on "
                 "[0, t_end] to full precision: it must compute in its argument's dtype, "
                 "nothing in it may cancel (write `1 - jnp.exp(-t)` as `-jnp.expm1(-t)`), "
@@ -232,7 +225,7 @@ def _check_coefficients(coefficients, left, right, values, negligible, tolerance
 def _check_resolved(name, values, tolerance):
     tail, scale = _tail(values)
     if not (tail <= tolerance * scale).all():
-        raise _Unresolved(f"{name} could not be resolved: it changes too fast.")
+        raise ValueError(f"{name} could not be resolved: it changes too fast.")
 
 
 def _tail(values):
@@ -244,7 +237,10 @@ def _tail(values):
 
 def _is_singular(covariance):
     """Whether a component is determined by the preceding ones."""
-    rest, variances = _diagonal(_cholesky(covariance)), _diagonal(covariance)
+    rest, variances = (
+        np.linalg.diagonal(_cholesky(covariance)),
+        np.linalg.diagonal(covariance),
+    )
     return not (rest > 1e-7 * np.sqrt(variances)).all()
 
 
@@ -269,17 +265,9 @@ def _cholesky(matrices):
     n = matrices.shape[-1]
     factor = np.zeros_like(matrices)
     for j in range(n):
-        rest = matrices - factor @ _T(factor)
+        rest = matrices - factor @ factor.mT
         pivot = np.sqrt(rest[..., j, j])
         column = rest[..., j:, j] / np.where(pivot == 0, 1, pivot)[..., None]
         factor[..., j:, j] = column
         factor[..., j, j] = pivot
     return factor
-
-
-def _diagonal(matrices):
-    return np.diagonal(matrices, axis1=-2, axis2=-1)
-
-
-def _T(x):
-    return np.swapaxes(x, -1, -2)

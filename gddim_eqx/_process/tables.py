@@ -37,15 +37,6 @@ class PiecewisePolynomial:
         coarse, rest = _two_parts(self.edges[1:-1], x.dtype)
         return (_distance(x, jnp.asarray(coarse), jnp.asarray(rest)) >= 0).sum()
 
-    def on_host(self, x: np.ndarray) -> np.ndarray:
-        """The function at many arguments, in double precision."""
-        panel = np.clip(np.searchsorted(self.edges, x, "right") - 1, 0, len(self.edges) - 2)
-        left, right = self.edges[panel], self.edges[panel + 1]
-        coefficients = np.moveaxis(self.coefficients[panel], np.ndim(x), 0)
-        u = ((x - left) - (right - x)) / (right - left)
-        u = u.reshape(u.shape + (1,) * (coefficients.ndim - 1 - u.ndim))
-        return chebyshev.chebval(u, coefficients, tensor=False)
-
     def __call__(self, x: Inexact[Array, ""]) -> Inexact[Array, "*value"]:
         # Overflow gives a huge number rather than `nan`.
         largest = float(jnp.finfo(x.dtype).max) / 256
@@ -94,19 +85,16 @@ def nodes_of_panels(edges: np.ndarray, degree: int) -> np.ndarray:
 def integration_matrix(degree: int) -> np.ndarray:
     """The matrix from values at `panel_nodes(degree)` to the integrals from -1 to each
     of those nodes and, in its last row, to 1."""
-    nodes = panel_nodes(degree)
-    columns = to_chebyshev(degree).T
-    integrals = np.stack([chebyshev.chebint(column, lbnd=-1) for column in columns])
-    ends = chebyshev.chebvander(np.append(nodes, 1.0), degree + 1)
-    return ends @ integrals.T
+    integrals = chebyshev.chebint(to_chebyshev(degree), lbnd=-1)
+    ends = np.append(panel_nodes(degree), 1.0)
+    return chebyshev.chebvander(ends, degree + 1) @ integrals
 
 
 @ft.cache
 def differentiation_matrix(degree: int) -> np.ndarray:
     """The matrix from values at `panel_nodes(degree)` to the derivatives there."""
-    columns = to_chebyshev(degree).T
-    derivatives = np.stack([chebyshev.chebder(column) for column in columns])
-    return chebyshev.chebvander(panel_nodes(degree), degree - 1) @ derivatives.T
+    derivatives = chebyshev.chebder(to_chebyshev(degree))
+    return chebyshev.chebvander(panel_nodes(degree), degree - 1) @ derivatives
 
 
 @ft.cache

@@ -1,7 +1,8 @@
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import ArrayLike
 
-from .discrete import DiscreteVP, from_betas
+from .discrete import as_list, DiscreteVP
 from .scheduled import AbstractScheduledProcess, arguments
 
 
@@ -32,7 +33,14 @@ class VP(AbstractScheduledProcess):
 
         **Raises:** `ValueError` for numbers out of range.
         """
-        return from_betas(shape, betas)
+        betas = as_list("betas", betas)
+        if not ((betas > 0) & (betas <= 1)).all() or (betas[:-1] == 1).any():
+            worst = betas[np.argmin((betas > 0) & (betas < 1))]
+            raise ValueError(
+                "`betas` must be between 0 and 1; only the last may be 1, for "
+                f"zero-terminal SNR; got {worst}."
+            )
+        return DiscreteVP(shape, np.cumprod(1 - betas))
 
     @staticmethod
     def from_alphas_cumprod(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Inexact, Real
 
 from .._custom_types import PredictionName, RealScalarLike
 from .._misc import as_constant, check_count, check_positive, show
-from .._process import AbstractProcess, from_betas, RectifiedFlow
+from .._process import AbstractProcess, RectifiedFlow, VP
 from .scheduler_grid import (
     BY_INDEX,
     discrete_times,
@@ -266,7 +266,7 @@ def _check(values, defaults) -> None:
 
 
 def _discrete(name, values, shape) -> ModelConventions:
-    process = from_betas(shape, _betas(name, values))
+    process = VP.from_betas(shape, _betas(name, values))
     predicts = _PREDICTIONS[_choose(values, "prediction_type", _PREDICTIONS)]
     clip = float(values["clip_sample_range"]) if values.get("clip_sample") else None
     if values.get("interpolation_type") == "log_linear" and not spacing_of_levels(values):
