@@ -80,7 +80,7 @@ def test_what_is_no_configuration_is_refused(tmp_path, oracle, without_type_chec
         with pytest.raises(ValueError, match="`config` must be a mapping .*got "):
             gd.checkpoints.load_authors(tmp_path / "checkpoint", made)
     shifting = dict(model=config, data=dict(centered=False))
-    with pytest.raises(ValueError, match="data.centered=False"):
+    with pytest.raises(ValueError, match="centered=False; only True"):
         gd.checkpoints.load_authors(tmp_path / "checkpoint", shifting)
 
 
@@ -98,15 +98,18 @@ def _changed(parameters, **changes):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"Dense_1/bias": None}, r"lacks the array 'Dense_1/bias' of shape \(32,\)"),
-        ({"Dense_2/bias": np.zeros(3, "f4")}, r"an array 'Dense_2/bias' of shape \(3,\)"),
+        ({"Dense_1/bias": None}, r"'Dense_1/bias' is missing, .* float32 of shape \(32,\)"),
+        (
+            {"Dense_2/bias": np.zeros(3, "f4")},
+            r"'Dense_2/bias' is float32 of shape \(3,\), .* none",
+        ),
         (
             {"Conv_1/kernel": np.zeros((3, 3, 8, 3), "f4")},
             r"'Conv_1/kernel' is float32 of shape \(3, 3, 8, 3\).*\(3, 3, 8, 2\)",
         ),
         ({"Conv_1/bias": np.zeros(2, "i4")}, "'Conv_1/bias' is int32"),
         ({"Conv_0/kernel": None}, "no convolution 'Conv_0/kernel'"),
-        ({"AttnBlockpp_0/NIN_2/W": None}, "lacks the array 'AttnBlockpp_0/NIN_2/W'"),
+        ({"AttnBlockpp_0/NIN_2/W": None}, "'AttnBlockpp_0/NIN_2/W' is missing"),
     ],
 )
 def test_arrays_that_do_not_fit_are_named(tmp_path, oracle, change, message):
@@ -377,8 +380,11 @@ def _without_norm(key):
     "make, message",
     [
         (lambda key: None, "holds a _Own, which .*Make one .*`load\\(path, like="),
-        (_other_frequencies, r"array .model.network.freq.*has shape \(2,\).*needs \(3,\)"),
-        (_without_norm, r"array .model.network.layers\[1\].bias, which has no place"),
+        (_other_frequencies, r"shape \(2,\) at .model.network.freq.*needs .* \(3,\)"),
+        (
+            _without_norm,
+            r"at .model.network.layers\[1\].bias, but its network needs no array",
+        ),
         (lambda key: _Own(4, key=key), r"layers\[0\].layers\[0\].out_features 8, .* has 4"),
         (lambda key: _Own(8, 2, key=key), r"network.layers\[0\].depth 1, but `like` has 2"),
         (
@@ -667,10 +673,10 @@ def test_numbers_are_loaded_and_fixed_ones_compared(tmp_path, value, other):
         (_sde(2.0), _sde(3.0), "<rate> 2.0, but `like` has 3.0"),
         (_matrix_sde(2.0), _matrix_sde(3.0), r"<matrix> \[2\], but `like` has \[3\]"),
         (eqx.nn.Identity(), eqx.nn.Dropout(), "dynamic Identity, but `like` has Dropout"),
-        ({"a": 1, "b": 2}, {"a": 1}, r"model.dynamic\['b'\] 2, but `like` has no such"),
-        ({"a": 1}, {"a": 1, "b": 2}, r"no number model.dynamic\['b'\], but `like` has one"),
-        (2.0, jnp.array(2.0), "model.dynamic 2.0, but `like` has no such number"),
-        (jnp.array(2.0), 2.0, "no number model.dynamic, but `like` has one"),
+        ({"a": 1, "b": 2}, {"a": 1}, r"model.dynamic\['b'\] 2, but `like` has None"),
+        ({"a": 1}, {"a": 1, "b": 2}, r"model.dynamic\['b'\] None, but `like` has 2"),
+        (2.0, jnp.array(2.0), "model.dynamic 2.0, but `like` has None"),
+        (jnp.array(2.0), 2.0, "model.dynamic None, but `like` has 2.0"),
         (
             functools.partial(_apply, 1, b=2),
             functools.partial(_apply, 1, b=3),
@@ -718,7 +724,7 @@ def test_several_models_in_one_file(tmp_path, kind):
     like = make(jax.random.key(1))
     loaded = gd.checkpoints.load(tmp_path / "models", like=like)
     assert eqx.tree_equal(loaded, make(jax.random.key(0)))
-    with pytest.raises(ValueError, match=r"array \[4\], which has no place"):
+    with pytest.raises(ValueError, match=r"at \[4\], but its network needs no array"):
         gd.checkpoints.load(tmp_path / "models", like=like[:4])
     gd.checkpoints.save(tmp_path / "models", kind([]))
     assert gd.checkpoints.load(tmp_path / "models") == kind([])
@@ -802,11 +808,11 @@ def _rewritten(path, change):
         (lambda h, a: h.update(format="x"), "was not written by"),
         (lambda h, a: h["model"].update({"class": "UViT"}), "a UViT, which this.*Update"),
         (lambda h, a: h["model"]["arguments"].update(x=1), r"arguments \['x'\] of TimeMLP"),
-        (lambda h, a: a.pop(".first.bias"), "no array .first.bias, which"),
-        (lambda h, a: a.update(more=np.zeros(2)), "an array more, which has no place"),
+        (lambda h, a: a.pop(".first.bias"), "no array at .first.bias, but its network"),
+        (lambda h, a: a.update(more=np.zeros(2)), r"shape \(2,\) at more, but .* no array"),
         (
             lambda h, a: a.update({".first.bias": np.zeros(3, "f4")}),
-            r"array .first.bias has shape \(3,\), but its network needs \(256,\)",
+            r"shape \(3,\) at .first.bias, but its network needs an array of shape \(256,\)",
         ),
     ],
 )

@@ -64,27 +64,21 @@ def load_authors(
         # The authors' networks have frequencies even if they ignore the time.
         arrays.pop(_FREQUENCIES, None)
     leaves, treedef = jtu.tree_flatten(network)
+    has = {name: f"{x.dtype} of shape {x.shape}" for name, x in arrays.items()}
+    needs = {}
     for name, index, axes in _arrays(treedef.unflatten(range(len(leaves)))):
+        shape = leaves[index].shape
         # Here it may have trailing axes of length 1.
-        shape = tuple(leaves[index].shape[axis] for axis in np.argsort(axes))
-        value = arrays.pop(name, None)
-        if value is None:
+        there = tuple(shape[axis] for axis in np.argsort(axes))
+        needs[name] = f"float32 of shape {there}"
+        if has.get(name) == needs[name]:
+            leaves[index] = jnp.asarray(arrays[name].transpose(axes).reshape(shape))
+    for name in (*needs, *has):
+        if has.get(name) != needs.get(name):
             raise ValueError(
-                f"{path} lacks the array {name!r} of shape {shape}, which this network "
-                f"needs. {_other}"
+                f"{path}: the array {name!r} is {has.get(name, 'missing')}, but this "
+                f"network needs {needs.get(name, 'none')}. {_other}"
             )
-        if value.shape != shape or value.dtype != np.float32:
-            raise ValueError(
-                f"{path}: the array {name!r} is {value.dtype} of shape {value.shape}, but "
-                f"this network has float32 of shape {shape}. {_other}"
-            )
-        value = value.transpose(axes).reshape(leaves[index].shape)
-        leaves[index] = jnp.asarray(value)
-    for name, value in arrays.items():
-        raise ValueError(
-            f"{path} has an array {name!r} of shape {value.shape}, which this network does "
-            f"not have. {_other}"
-        )
     return treedef.unflatten(leaves)
 
 
@@ -203,6 +197,8 @@ _fixed = {
     "scale_by_sigma": False,
     "conv_size": 3,
     "attention_type": "ddpm",
+    # Data in [-1, 1], which the network does not shift.
+    "centered": True,
 }
 # Entries that do not affect the network, or are read by `_from_config`.
 _other_entries = {
@@ -219,12 +215,10 @@ def _from_config(
     """The network, without values, that the authors' configuration describes."""
     if "model" in config:
         data = config.get("data", {})
-        if not data.get("centered", True):
-            raise ValueError(
-                "`config` has data.centered=False, for a network that shifts its input "
-                "from [0, 1] to [-1, 1]. Only networks for data in [-1, 1] are supported."
-            )
-        config = {"image_size": data.get("image_size"), **config["model"]}
+        entries = {k: data[k] for k in ("image_size", "centered") if k in data}
+        config = entries | dict(config["model"])
+    if size is not None:
+        config = {**config, "image_size": size}
     # The authors' code ignores case.
     config = {k: x.lower() if isinstance(x, str) else x for k, x in config.items()}
     for name, value in _fixed.items():
@@ -234,18 +228,16 @@ def _from_config(
             )
     if unknown := sorted(set(config) - {*_options, *_fixed, *_other_entries}):
         raise ValueError(f"`config` has unknown entries: {unknown}.")
-    size = config.get("image_size") if size is None else size
-    needed = {*_options, "fir", "attn_resolutions"} - {"fourier_scale"}
-    missing = (needed | ({"image_size"} if size is None else set())) - set(config)
-    if missing or size is None:
+    needed = {*_options, "fir", "attn_resolutions", "image_size"} - {"fourier_scale"}
+    if missing := sorted(needed - set(config)):
         raise ValueError(
-            f"`config` lacks the entries {sorted(missing)}. In place of image_size, pass "
-            "`size`."
+            f"`config` lacks the entries {missing}. In place of image_size, pass `size`."
         )
     options = {ours: config[x] for x, ours in _options.items() if x in config}
     taps = config.get("fir_kernel", (1, 3, 3, 1)) if config["fir"] else None
     if not config.get("conditional", True):
         options["embedding"] = None
+    size = config["image_size"]
     height, width = (size, size) if isinstance(size, int) else size
     heights = [height // 2**i for i in range(len(options["multipliers"]))]
     attention = [h for h in config["attn_resolutions"] if h in heights]

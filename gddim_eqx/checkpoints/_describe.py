@@ -86,7 +86,7 @@ def build(description: Any, arrays: Mapping[str, Any], like: Any = None) -> Any:
             return list(make(value["list"], where))
         if "array" in value:
             if where not in arrays:
-                raise ValueError(f"It has no array {where}, which its network needs.")
+                raise ValueError(f"It has no array {where}, which it needs.")
             return arrays[where]
         if "class" in value:
             arguments = {
@@ -130,16 +130,12 @@ def _arguments(value: Any) -> dict[str, Any] | None:
 
 def _construct(name: str, arguments: dict[str, Any]) -> Any:
     cls = _find(name)
-    if cls is None:
+    known = inspect.signature(cls).parameters if cls else {}
+    unknown = sorted(arguments.keys() - known.keys())
+    if cls is None or unknown:
         raise ValueError(
-            f"It has a {name}, which this version of the library does not know. Update "
-            "`gddim_eqx`."
-        )
-    known = inspect.signature(cls).parameters
-    if unknown := sorted(arguments.keys() - known.keys()):
-        raise ValueError(
-            f"It has the arguments {unknown} of {name}, which this version of the library "
-            "does not know. Update `gddim_eqx`."
+            f"It has {f'the arguments {unknown} of' if cls else 'a'} {name}, which this "
+            "version of the library does not know. Update `gddim_eqx`."
         )
     if "key" not in known:
         return cls(**arguments)

@@ -50,17 +50,13 @@ def restore_rest(saved: dict[str, list[Any]], model: Any) -> Any:
 
     **Raises:** `ValueError` for anything else that differs.
     """
-    found, faults = describe_rest(model), []
+    found, faults, missing = describe_rest(model), [], (True, None)
     for name in sorted(saved.keys() | found.keys()):
-        leaf, was = saved.get(name, (None, None))
-        is_leaf, now = found.get(name, (None, None))
-        if leaf is None and is_leaf and now is not None:
-            faults.append(f"no number model{name}, but `like` has one")
-        elif is_leaf is None and leaf and was is not None:
-            faults.append(f"model{name} {_show(was)}, but `like` has no such number")
-        elif None not in (leaf, is_leaf) and not (leaf and is_leaf):
-            if repr(was) != repr(now):
-                faults.append(f"model{name} {_show(was)}, but `like` has {_show(now)}")
+        (leaf, was), (is_leaf, now) = saved.get(name, missing), found.get(name, missing)
+        # Leaves of both are restored. What functions hold may be missing on one side.
+        in_both, are_leaves = name in saved and name in found, leaf and is_leaf
+        if in_both != are_leaves and repr(was) != repr(now):
+            faults.append(f"model{name} {_show(was)}, but `like` has {_show(now)}")
     if faults:
         more = f", and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ValueError(f"It was saved with {'; with '.join(faults[:5])}{more}.")
