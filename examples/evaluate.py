@@ -33,6 +33,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
 
+import authors_config
 import diffrax as dfx
 import jax
 import jax.numpy as jnp
@@ -304,7 +305,9 @@ def read_authors(
         network = gd.checkpoints.load_authors(path, getattr(gd.nn.presets, authors))
     elif Path(authors).is_file():
         settings = json.loads(Path(authors).read_text())
-        network = gd.checkpoints.load_authors(path, settings, size=(shape[0], shape[1]))
+        states = shape[-1] * (2 if process == "cld" else 1)
+        network = authors_config.network(settings, states, (shape[0], shape[1]))
+        network = gd.checkpoints.load_authors(path, network)
         mixed_score = settings.get("model", settings).get("mixed_score", False)
     else:
         raise ValueError(
