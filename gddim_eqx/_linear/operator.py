@@ -89,8 +89,7 @@ class BlockLinearOperator(lx.AbstractLinearOperator):
         `shape`.
         """
         leaves, treedef = jtu.tree_flatten(vector)
-        n = self.num_components
-        rank = len(self.shape)
+        n, rank = self.num_components, len(self.shape)
         if len(leaves) != n or any(
             jnp.shape(x)[jnp.ndim(x) - rank :] != self.shape for x in leaves
         ):
@@ -102,9 +101,8 @@ class BlockLinearOperator(lx.AbstractLinearOperator):
 
         def entry(i, j, x):
             block = self.blocks[i, j]
-            if block.ndim:
-                block = jnp.expand_dims(block, tuple(range(x.ndim - rank)))
-            return block * x
+            axes = tuple(range(x.ndim - rank)) if block.ndim else ()
+            return jnp.expand_dims(block, axes) * x
 
         out = [sum(entry(i, j, x) for j, x in enumerate(leaves)) for i in range(n)]
         return jtu.tree_unflatten(treedef, out)
@@ -174,8 +172,6 @@ class BlockLinearOperator(lx.AbstractLinearOperator):
         return self._like(a + b, self.tags & other.tags & _CLOSED_UNDER_SUM)
 
     def __sub__(self, other) -> Any:
-        if not isinstance(other, BlockLinearOperator):
-            return super().__sub__(other)
         return self + (-other)
 
     def __mul__(self, other):
@@ -277,31 +273,19 @@ def _(operator):
     return jnp.diagonal(matrix), jnp.diagonal(matrix, -1), jnp.diagonal(matrix, 1)
 
 
-@lx.is_diagonal.register(BlockLinearOperator)
-@lx.is_tridiagonal.register(BlockLinearOperator)
-def _(operator):
-    return operator.num_components == 1 or lx.diagonal_tag in operator.tags
+_definite = {lx.positive_semidefinite_tag, lx.negative_semidefinite_tag}
+# The tags that imply each property. Operators of one component are diagonal.
+for query, implied_by in (
+    (lx.is_diagonal, {lx.diagonal_tag}),
+    (lx.is_tridiagonal, {lx.diagonal_tag}),
+    (lx.is_lower_triangular, {lx.diagonal_tag, lx.lower_triangular_tag}),
+    (lx.is_upper_triangular, {lx.diagonal_tag, lx.upper_triangular_tag}),
+    (lx.is_symmetric, {lx.diagonal_tag, lx.symmetric_tag, *_definite}),
+):
 
-
-@lx.is_symmetric.register(BlockLinearOperator)
-def _(operator):
-    symmetric = {
-        lx.symmetric_tag,
-        lx.diagonal_tag,
-        lx.positive_semidefinite_tag,
-        lx.negative_semidefinite_tag,
-    }
-    return operator.num_components == 1 or bool(symmetric & operator.tags)
-
-
-@lx.is_lower_triangular.register(BlockLinearOperator)
-def _(operator):
-    return lx.is_diagonal(operator) or lx.lower_triangular_tag in operator.tags
-
-
-@lx.is_upper_triangular.register(BlockLinearOperator)
-def _(operator):
-    return lx.is_diagonal(operator) or lx.upper_triangular_tag in operator.tags
+    @query.register(BlockLinearOperator)
+    def _(operator, implied_by=implied_by):
+        return operator.num_components == 1 or bool(implied_by & operator.tags)
 
 
 for query, tag in (
