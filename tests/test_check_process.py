@@ -138,7 +138,7 @@ wrong = {
     ),
     "dtype": (
         dict(_drift=_dtype_of_its_own),
-        r"`Changed._drift` must compute in the dtype of .* float32; it returned float64",
+        r"`Changed._drift` must return blocks .* dtype of .* float32; it returned float64",
     ),
     "an operator": (
         dict(_drift=lambda self, t: gd.CLD.drift(gd.CLD((2,)), t)),

@@ -153,16 +153,7 @@ class BlockLinearOperator(lx.AbstractLinearOperator):
     def cholesky(self) -> "BlockLinearOperator":
         r"""The Cholesky factor of this operator, block by block: lower triangular $L$ with
         $L L^\top$ equal to it. A block that is not positive definite gives `nan`."""
-        b = self.blocks
-        if self.num_components == 1:
-            factor = jnp.sqrt(b)
-        elif self.num_components == 2:
-            top = jnp.sqrt(b[0, 0])
-            side = b[1, 0] / top
-            corner = jnp.sqrt(b[1, 1] - side**2)
-            factor = jnp.array([[top, jnp.zeros_like(top)], [side, corner]])
-        else:
-            factor = _last_to_first(jnp.linalg.cholesky(_first_to_last(b)))
+        factor = _last_to_first(jnp.linalg.cholesky(_first_to_last(self.blocks)))
         return self._like(factor, lx.lower_triangular_tag)
 
     def __add__(self, other) -> Any:

@@ -15,13 +15,6 @@ from .check import (
     error_if_any as error_if_any,
     is_integer as is_integer,
 )
-from .contents import (
-    contents as contents,
-    is_array as is_array,
-    is_constant as is_constant,
-    is_weights as is_weights,
-    Item as Item,
-)
 from .pin import pin as pin
 from .renamed import renamed as renamed
 from .show import show as show

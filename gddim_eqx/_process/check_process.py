@@ -78,18 +78,13 @@ def _check_operators(process: AbstractProcess, name: str) -> None:
                     f"{method} must return an array of blocks; it returned "
                     f"{type(blocks).__name__}."
                 )
-            operator = jax.eval_shape(getattr(process, quantity), *times)
-            if operator.num_components != process.num_components:
+            n = jax.eval_shape(getattr(process, quantity), *times).num_components
+            if n != process.num_components or (blocks.dtype != dtype and times):
                 raise ValueError(
                     f"{method} must return blocks for states of `num_components="
-                    f"{process.num_components}`; these are for "
-                    f"{operator.num_components} component(s)."
-                )
-            if blocks.dtype != dtype and times:
-                raise ValueError(
-                    f"{method} must compute in the dtype of the time that is passed, "
-                    f"{jnp.dtype(dtype)}; it returned {blocks.dtype}. Build arrays with "
-                    "`jnp.zeros_like(t)` or `jnp.asarray(x, t.dtype)`."
+                    f"{process.num_components}`, in the dtype of the time that is passed, "
+                    f"{jnp.dtype(dtype)}; it returned {blocks.dtype}, for {n} component(s)."
+                    " Build arrays with `jnp.zeros_like(t)` or `jnp.asarray(x, t.dtype)`."
                 )
 
 

@@ -41,17 +41,12 @@ class DiscreteVP(AbstractGaussianPath):
         """
         alphas = as_list("alphas_cumprod", alphas_cumprod)
         before = np.append(1.0, alphas[:-1])
-        if not (alphas < before).all():
-            worst = int(np.argmin(alphas < before))
+        decreasing = (0 <= alphas) & (alphas < before)
+        if not decreasing.all():
+            worst = int(np.argmin(decreasing))
             raise ValueError(
-                "`alphas_cumprod` must decrease strictly and be less than 1; at index "
-                f"{worst} it is {alphas[worst]}, after {before[worst]}."
-            )
-        if len(alphas) < 2:
-            raise ValueError("`alphas_cumprod` must hold at least two numbers; got one.")
-        if alphas[-1] < 0:
-            raise ValueError(
-                f"`alphas_cumprod` must not be negative; got {alphas[-1]} at the end."
+                "`alphas_cumprod` must decrease strictly, from less than 1 to at least 0; "
+                f"at index {worst} it is {alphas[worst]}, after {before[worst]}."
             )
         self.shape = as_shape(shape)
         self.alphas_cumprod = tuple(alphas.tolist())
@@ -160,11 +155,13 @@ def _interpolated(alphas_cumprod: tuple[float, ...]) -> Callable[[np.ndarray], n
 
 
 def as_list(name: str, values) -> Float[np.ndarray, " N"]:
-    """A list of numbers on the host, in double precision."""
+    """A list of numbers, at least two, on the host and in double precision."""
     try:
         array = np.asarray(values, np.float64)
     except (TypeError, ValueError):
         array = np.zeros(())
-    if array.ndim != 1 or array.size < 1 or not np.isfinite(array).all():
-        raise ValueError(f"`{name}` must be a list of finite numbers; got {show(values)}.")
+    if array.ndim != 1 or array.size < 2 or not np.isfinite(array).all():
+        raise ValueError(
+            f"`{name}` must be a list of at least two finite numbers; got {show(values)}."
+        )
     return array

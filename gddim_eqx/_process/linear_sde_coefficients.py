@@ -26,13 +26,8 @@ def _known_blocks(name: str, value: Any) -> np.ndarray:
 
 
 class Coefficients:
-    """The drift and noise of a `LinearSDE`, on the host in float64, block axes last."""
-
-    drift: Callable
-    diffusion: Callable
-    num_components: int
-    batch: tuple[int, ...]  # (*spectrum, n, n)
-    initial_covariance: np.ndarray
+    """The drift and noise of a `LinearSDE`, on the host in float64, block axes last: of
+    the shape `batch`, `(*spectrum, n, n)`."""
 
     def __init__(
         self,

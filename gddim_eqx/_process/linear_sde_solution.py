@@ -28,14 +28,12 @@ _MOST_PANELS = 1024
 
 
 class Solution:
-    """The tables of a `LinearSDE`, and the functions they were computed from.
+    r"""The tables of a `LinearSDE`, and the functions they were computed from.
 
     A constant that compares and hashes by identity, for the same reasons as
-    `PiecewisePolynomial`.
+    `PiecewisePolynomial`: `within`, the transition from the left edge of the panel of a
+    time, and `rotation`, $L^{-1} R$.
     """
-
-    within: PiecewisePolynomial  # Psi(t, left edge of t's panel)
-    rotation: PiecewisePolynomial  # L^-1 R
 
     def __init__(self, coefficients: Coefficients, t_min: float, t_end: float):
         self.drift, self.diffusion = coefficients.drift, coefficients.diffusion

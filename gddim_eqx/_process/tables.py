@@ -17,9 +17,6 @@ class PiecewisePolynomial:
     compares and hashes by identity.
     """
 
-    edges: np.ndarray  # (panels + 1,)
-    coefficients: np.ndarray  # (panels, degree + 1, *value), of Chebyshev polynomials
-
     def __init__(self, edges: np.ndarray, node_values: np.ndarray):
         """**Arguments:**
 
@@ -28,6 +25,7 @@ class PiecewisePolynomial:
             degree + 1, *value)`.
         """
         self.edges = np.asarray(edges, np.float64)
+        # Of Chebyshev polynomials.
         degree = node_values.shape[1] - 1
         self.coefficients = np.einsum("dn,pn...->pd...", to_chebyshev(degree), node_values)
 

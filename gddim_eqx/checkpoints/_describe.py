@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from .. import _linear, _model, _process, _sampling, _term, nn, solvers
-from .._misc import is_array
+from ._contents import is_array
 
 
 _rooms = (_linear, _model, _process, _sampling, _term, nn, solvers)

@@ -13,7 +13,8 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 
-from .._misc import is_array, write_whole
+from .._misc import write_whole
+from ._contents import is_array
 from ._describe import build, describe, name_of, others
 from ._rest import check_arrays, describe_rest, restore_rest
 

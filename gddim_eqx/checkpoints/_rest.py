@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from .._misc import contents, is_array, is_constant, is_weights, show
+from .._misc import show
 from .._process import AbstractProcess
+from ._contents import contents, is_array, is_constant, is_weights
 
 
 _advice = (
