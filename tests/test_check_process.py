@@ -148,10 +148,6 @@ wrong = {
         dict(_diffusion=_scaled("_diffusion", float("nan"))),
         r"`diffusion\(t\)` must be finite",
     ),
-    "time of vanishing signal": (
-        dict(t_zero_signal=property(lambda self: 0.9)),
-        r"`Changed.t_zero_signal` must not be before `t_max`",
-    ),
     "encode": (
         dict(encode=lambda self, x: gd.Phase(2 * x, 0 * x)),
         "`encode` must be `data_scale` times",

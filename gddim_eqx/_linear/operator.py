@@ -168,10 +168,7 @@ class BlockLinearOperator(lx.AbstractLinearOperator):
     def __mul__(self, other):
         other = jnp.asarray(other)
         if other.shape != ():
-            raise ValueError(
-                "Can only multiply a `BlockLinearOperator` by scalars; got an array of "
-                f"shape {other.shape}. Use `@` to compose operators."
-            )
+            raise ValueError(f"Can only multiply by scalars; got shape {other.shape}.")
         return self._like(self.blocks * other, self.tags & _CLOSED_UNDER_SCALING)
 
     def __truediv__(self, other):

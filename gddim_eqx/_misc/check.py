@@ -54,15 +54,11 @@ def check_instance(name: str, value: Any, kind: Any, wanted: str) -> None:
 def check_key(key: Any) -> Key:
     """**Raises:** `ValueError` unless given a single JAX random key."""
     if isinstance(key, jax.Array):
-        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
+        if typed or (key.dtype == jnp.uint32 and key.ndim == 1):
             return key
-        if key.dtype == jnp.uint32 and key.ndim == 1:
-            return key
-        text = f"an array of {key.dtype} of shape {key.shape}"
-    else:
-        text = show(key)
     raise ValueError(
-        f"`key` must be one random key, such as `jax.random.key(0)`; got {text}."
+        f"`key` must be one random key, such as `jax.random.key(0)`; got {show(key)}."
     )
 
 
@@ -74,12 +70,11 @@ def error_if_any(
     if not faults:
         return x
     conditions, messages = zip(*faults)
+    conditions = jnp.stack(conditions)
     if not raises:
-        return jnp.where(jnp.stack(conditions).any(), jnp.nan, x)
-    index = 0
-    for i, condition in enumerate(conditions):
-        index = jnp.where(condition, i, index)
-    return eqx.branched_error_if(x, jnp.stack(conditions).any(), index, messages)
+        return jnp.where(conditions.any(), jnp.nan, x)
+    last = jnp.where(conditions, jnp.arange(len(messages)), 0).max()
+    return eqx.branched_error_if(x, conditions.any(), last, messages)
 
 
 def as_batch(batch: Any) -> tuple[int, ...]:

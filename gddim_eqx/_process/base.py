@@ -129,6 +129,11 @@ class AbstractProcess(eqx.Module):
         if any(size < 1 for size in self.shape):
             raise ValueError(f"`shape` must consist of positive sizes; got {self.shape}.")
         check_times(self.t_min, self.t_max, self.t_end)
+        if not self.t_zero_signal >= self.t_max:
+            raise ValueError(
+                f"`t_max` must not be after t = {self.t_zero_signal}, where the signal "
+                f"vanishes, or `t_zero_signal` is wrong; got {self.t_max}."
+            )
 
     @abc.abstractmethod
     def _drift(self, t: Array) -> Array:
@@ -286,8 +291,8 @@ class AbstractProcess(eqx.Module):
         u = check_state(u, self.num_components, self.shape, "The state `u`")
         u = jtu.tree_map(lambda x: x.astype(coefficient_dtype(u)), u)
         factor, axes = self.prior_factor(), tuple(range(-len(self.shape), 0))
-        squares = jtu.tree_map(lambda x: (x**2).sum(axes), apply(factor.inverse(), u))
-        squares = jnp.stack(jtu.tree_leaves(squares)).sum(0)
+        normal = jnp.stack(jtu.tree_leaves(apply(factor.inverse(), u)))
+        squares = (normal**2).sum((0, *axes))
         volume = jnp.linalg.slogdet(jnp.moveaxis(factor.blocks, (0, 1), (-2, -1)))[1]
         volume = jnp.broadcast_to(volume, self.shape).sum()
         size = self.num_components * math.prod(self.shape)

@@ -41,7 +41,8 @@ def check_process(process: AbstractProcess) -> None:
         jax.enable_x64(True),
         np.errstate(all="ignore"),
     ):
-        _check_attributes(process, name)
+        check_count(f"{name}.num_components", process.num_components)
+        check_positive(**{f"{name}.data_scale": process.data_scale})
         _check_operators(process, name)
         for times, laws in _laws(process):
             for law, errors, *cure in laws:
@@ -52,16 +53,6 @@ def check_process(process: AbstractProcess) -> None:
                         f"`{name}` breaks a law at t = {times[worst]:.6g}: {law}. The "
                         f"relative error is {errors[worst]:.2g}. {' '.join(cure)}"
                     )
-
-
-def _check_attributes(process: AbstractProcess, name: str) -> None:
-    check_count(f"{name}.num_components", process.num_components)
-    check_positive(**{f"{name}.data_scale": process.data_scale})
-    if not process.t_zero_signal >= process.t_max:
-        raise ValueError(
-            f"`{name}.t_zero_signal` must not be before `t_max`; got "
-            f"{process.t_zero_signal} and {process.t_max}."
-        )
 
 
 def _check_operators(process: AbstractProcess, name: str) -> None:

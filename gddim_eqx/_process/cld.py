@@ -11,7 +11,7 @@ from .._custom_types import RealScalarLike
 from .._linear import BlockLinearOperator
 from .._misc import as_shape, check_not_negative, check_positive, constant_field
 from .langevin import AbstractAugmentedProcess
-from .tables import cumulative_integral, PiecewisePolynomial
+from .tables import integration_matrix, nodes_of_panels, PiecewisePolynomial
 from .time_axis import as_times
 
 
@@ -57,12 +57,9 @@ class CLD(AbstractAugmentedProcess):
 
     num_components = 2
 
-    def _elapsed(self, t, s):
+    def _elapsed(self, t, s=0.0):
         """The increase of rescaled time from `s` to `t`."""
         return math.sqrt(self.mass_inverse) * self._rescaled(t, s)
-
-    def _rescaled_time(self, t: Array) -> Array:
-        return self._elapsed(t, 0.0)
 
     def _initial_variances(self) -> tuple[float, float]:
         return self.epsilon, self.gamma + self.epsilon * self.mass_inverse
@@ -90,18 +87,18 @@ class CLD(AbstractAugmentedProcess):
         return self._unscaled(rows, 1, -1)
 
     def _covariance(self, t):
-        xx, xw, ww = _covariance(self._rescaled_time(t), *self._initial_variances())
+        xx, xw, ww = _covariance(self._elapsed(t), *self._initial_variances())
         return self._unscaled([[xx, xw], [xw, ww]], 1, 1)
 
     def _cholesky(self, t):
-        p, q, r = _cholesky(self._rescaled_time(t), *self._initial_variances())
+        p, q, r = _cholesky(self._elapsed(t), *self._initial_variances())
         return self._unscaled([[p, 0.0], [q, r]], 1, 0)
 
     def _factor(self, t):
-        y = self._rescaled_time(t)
+        y = self._elapsed(t)
         p, q, r = _cholesky(y, *self._initial_variances())
-        end = self._elapsed(np.float64(self.t_end), np.float64(0))
-        cosine, sine = _rotation(float(end), *self._initial_variances())(y)
+        end = self._elapsed(self.t_end)
+        cosine, sine = _rotation(end, *self._initial_variances())(y)
         rows = [
             [p * cosine, -p * sine],
             [q * cosine + r * sine, r * cosine - q * sine],
@@ -196,10 +193,9 @@ def _rotation(end: float, a: float, b: float) -> PiecewisePolynomial:
     edges = np.interp(
         np.arange(pieces.sum() + 1), np.concatenate([[0], np.cumsum(pieces)]), edges
     )
-
-    def speed(y):
-        p, _, r = _cholesky(y, a, b, np)
-        return -r / p
-
-    angle = cumulative_integral(speed, edges, degree)
+    p, _, r = _cholesky(nodes_of_panels(edges, degree), a, b, np)
+    # The integrals from the left edge of each panel, and those before it.
+    integrals = (-r / p) @ integration_matrix(degree).T * np.diff(edges)[:, None] / 2
+    before = np.concatenate([[0.0], np.cumsum(integrals[:-1, -1])])
+    angle = before[:, None] + integrals[:, :-1]
     return PiecewisePolynomial(edges, np.stack([np.cos(angle), np.sin(angle)], -1))

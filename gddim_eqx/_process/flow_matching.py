@@ -31,9 +31,6 @@ class RectifiedFlow(AbstractGaussianPath):
     t_min: float = constant_field("t_min", 1e-3)
     t_end: float = constant_field("t_end", 1.0)
 
-    def __check_init__(self):
-        _check_end(self.t_end)
-
     t_zero_signal = 1.0
 
     def sigma(self, t):
@@ -75,9 +72,6 @@ class TrigonometricFlow(AbstractGaussianPath):
     t_min: float = constant_field("t_min", 1e-3)
     t_end: float = constant_field("t_end", 1.0)
 
-    def __check_init__(self):
-        _check_end(self.t_end)
-
     t_zero_signal = 1.0
 
     # The cosine, as the sine of the distance to t = 1: exact there.
@@ -100,10 +94,3 @@ TrigonometricFlow.__init__.__doc__ = """**Arguments:**
 - `shape`: the shape of one data sample.
 - `t_min`, `t_end`: sampling runs from `t_end` down to `t_min`.
 """
-
-
-def _check_end(t_end: float) -> None:
-    if not t_end <= 1:
-        raise ValueError(
-            f"`t_end` must be at most 1, where there is no signal; got {t_end}."
-        )

@@ -131,7 +131,7 @@ class GaussianPath(AbstractGaussianPath):
         prior_std = noises[-1] if prior_std is None else prior_std
         self.prior_std = as_constant("prior_std", prior_std)
         check_positive(prior_std=self.prior_std)
-        self.data_scale = signals[0]
+        self.data_scale = float(signals[0])
         # By linear extrapolation from the end.
         rest = -signals[-1] / rates[-1] if rates[-1] < 0 else math.inf
         self.t_zero_signal = float(times[-1] + (rest if signals[-1] > 0 else 0))
@@ -151,7 +151,7 @@ def _with_rate(fn, t):
     return jax.jvp(fn, (t,), (jnp.ones_like(t),))
 
 
-def _on_host(name, fn, times) -> tuple[list[float], list[float]]:
+def _on_host(name, fn, times) -> tuple[np.ndarray, np.ndarray]:
     """The values and derivatives of a function of time, in double precision."""
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
         # A new function for each call: with a shared one, JAX's cache would keep the
@@ -163,7 +163,7 @@ def _on_host(name, fn, times) -> tuple[list[float], list[float]]:
             f"`{name}` must return one number for one time; it returned an array of shape "
             f"{values.shape[1:]}."
         )
-    return values.tolist(), rates.tolist()
+    return values, rates
 
 
 _direction = (
@@ -173,7 +173,6 @@ _direction = (
 
 def _check_path(times, signal, noise) -> None:
     """Raise a `ValueError` unless the signal-to-noise ratio decreases."""
-    signal, noise = np.asarray(signal), np.asarray(noise)
     for name, values, end in (("signal", signal, -1), ("noise", noise, 0)):
         good = values > 0
         good[end] = values[end] >= 0

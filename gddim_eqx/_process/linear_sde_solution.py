@@ -16,14 +16,12 @@ from .tables import (
 
 
 _DEGREE = 15
-_TOLERANCE = 1e-13
-# Before `t_min`, where no accuracy is promised, and only a velocity has had time to
-# accumulate noise.
-_TOLERANCE_EARLY = 1e-9
+# The relative error, and the largest relative rounding errors of the coefficients that are
+# tolerated; and those before `t_min`, where no accuracy is promised, and only a velocity
+# has had time to accumulate noise.
+_LIMITS, _LIMITS_EARLY = (1e-13, 1e-6), (1e-9, 1e-2)
 # Relative to time. The width of a narrower panel would be comparable to rounding errors.
 _NARROWEST = 2.0**-36
-# The largest relative rounding errors of the coefficients that are tolerated.
-_MOST_ROUNDING, _MOST_ROUNDING_EARLY = 1e-6, 1e-2
 _MOST_PANELS = 1024
 
 
@@ -94,10 +92,9 @@ def _solve(
     edges, panels = [0.0], []
     while todo:
         left, right = edges[-1], todo[-1]
+        limits = _LIMITS_EARLY if right <= t_min else _LIMITS
         try:
-            panel = _solve_panel(
-                coefficients, left, right, covariance, rotation, early=right <= t_min
-            )
+            panel = _solve_panel(coefficients, left, right, covariance, rotation, limits)
         except ValueError as error:  # The panel is too wide.
             if right - left < _NARROWEST * right or right < _NARROWEST * start:
                 raise
@@ -116,10 +113,9 @@ def _solve(
     return np.array(edges), panels
 
 
-def _solve_panel(coefficients, left, right, covariance, rotation, *, early) -> _Panel:
+def _solve_panel(coefficients, left, right, covariance, rotation, limits) -> _Panel:
     """**Raises:** `ValueError` if polynomials do not suffice, or there is no solution."""
     width, eye, near = right - left, np.eye(coefficients.num_components), f"{left:.6g}"
-    tolerance = _TOLERANCE_EARLY if early else _TOLERANCE
     integrate = integration_matrix(_DEGREE) * width / 2
     values = _at_nodes(coefficients, left, right)
     drift, noise = values["drift"], values["diffusion"]
@@ -134,9 +130,7 @@ def _solve_panel(coefficients, left, right, covariance, rotation, *, early) -> _
         drift=np.nan_to_num(spread / spread.max(-1, keepdims=True)),
         diffusion=spread * spread.min(-1, keepdims=True),
     )
-    tolerance = _check_coefficients(
-        coefficients, left, right, values, negligible, tolerance, early
-    )
+    tolerance = _check_coefficients(coefficients, left, right, values, negligible, *limits)
     _check_resolved(f"The transition near t = {near}", within[:-1], tolerance)
 
     if not np.isfinite(covariances).all():
@@ -193,10 +187,9 @@ def _at_nodes(coefficients, left, right):
     return {k: v + np.tensordot(to_node, v, 1) for k, v in values.items()}
 
 
-def _check_coefficients(coefficients, left, right, values, negligible, tolerance, early):
+def _check_coefficients(coefficients, left, right, values, negligible, tolerance, most):
     """Raise `ValueError` if a coefficient is unresolved. Returns the tolerance for the
     solution, which rounding errors of the coefficients may increase."""
-    most = _MOST_ROUNDING_EARLY if early else _MOST_ROUNDING
     solution_tolerance = tolerance
     for name, value in values.items():
         tail, scale = _tail(value)

@@ -1,5 +1,4 @@
 import functools as ft
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -99,18 +98,6 @@ def differentiation_matrix(degree: int) -> np.ndarray:
 def to_chebyshev(degree: int) -> np.ndarray:
     """The matrix from values at `panel_nodes(degree)` to Chebyshev coefficients."""
     return np.linalg.inv(chebyshev.chebvander(panel_nodes(degree), degree))
-
-
-def cumulative_integral(
-    fn: Callable[[np.ndarray], np.ndarray], edges: np.ndarray, degree: int
-) -> np.ndarray:
-    """The integral of `fn` from `edges[0]` to the nodes of every panel, `(panels,
-    degree + 1)`, by spectral integration on each panel."""
-    half = (edges[1:] - edges[:-1])[:, None] / 2
-    values = fn(nodes_of_panels(edges, degree))
-    within = values @ integration_matrix(degree).T * half
-    before = np.concatenate([[0.0], np.cumsum(within[:-1, -1])])
-    return before[:, None] + within[:, :-1]
 
 
 def coarse_and_rest(value: float | np.ndarray) -> tuple[Any, Any]:
