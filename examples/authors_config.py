@@ -86,8 +86,8 @@ def network(
     taps = config.get("fir_kernel", (1, 3, 3, 1)) if config["fir"] else None
     if not config.get("conditional", True):
         options["embedding"] = None
-    size = config["image_size"]
-    height, width = (size, size) if isinstance(size, int) else size
+    images = config["image_size"]
+    height, width = (images, images) if isinstance(images, int) else images
     heights = [height // 2**i for i in range(len(options["multipliers"]))]
     attention = [h for h in config["attn_resolutions"] if h in heights]
     options |= {"filter_taps": taps, "attention": attention}

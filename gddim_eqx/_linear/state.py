@@ -66,7 +66,6 @@ def check_state(
     **Raises:** `ValueError` unless it is a state for `num_components` components of
     `shape`, with equal leading batch axes, of real floating-point numbers.
     """
-    expected = join_components([0] * num_components)
     kind = {1: "an array", 2: "a `Phase(x, v)`"}.get(
         num_components, f"a tuple of {num_components} arrays"
     )
@@ -74,7 +73,8 @@ def check_state(
         state = jnp.asarray(state)
     shapes = jtu.tree_map(jnp.shape, state)
     got = [jnp.shape(leaf) for leaf in jtu.tree_leaves(state)]
-    if jtu.tree_structure(state) != jtu.tree_structure(expected) or any(
+    expected = jtu.tree_structure(join_components([0] * num_components))
+    if jtu.tree_structure(state) != expected or any(
         x[max(len(x) - len(shape), 0) :] != shape or x != got[0] for x in got
     ):
         axes = ", ".join(["*batch", *map(str, shape)])

@@ -161,8 +161,7 @@ def as_floats(name: str, value: Any) -> Inexact[Array, " *shape"]:
         # With an explicit dtype, as Python numbers would become weakly typed arrays.
         return jnp.asarray(array, float if whole else array.dtype)
     except (TypeError, ValueError):
-        message = f"`{name}` must be real numbers; got {show(value)}."
-        raise ValueError(message) from None
+        raise ValueError(f"`{name}` must be real numbers; got {show(value)}.") from None
 
 
 def check_positive(**values: float) -> None:

@@ -40,11 +40,8 @@ class Blur(eqx.Module):
         difference from it."""
         table = _blur_time(self.sigma_max, self.t_end)
         edge_coarse, edge_rest, difference = table(t)
-        dissipation = self._dissipation()
-        coarse, rest = coarse_and_rest(dissipation)
-        rest = jnp.asarray(rest, t.dtype)
-        dissipation = jnp.asarray(dissipation, t.dtype)
-        coarse = jnp.asarray(coarse, t.dtype)
+        parts = self._dissipation(), *coarse_and_rest(self._dissipation())
+        dissipation, coarse, rest = (jnp.asarray(x, t.dtype) for x in parts)
         small = rest * edge_coarse + dissipation * (edge_rest + difference)
         # Not written as a product of exponentials, which XLA would merge.
         at_edge = jnp.exp(-coarse * edge_coarse)
@@ -80,9 +77,7 @@ def _blur_time(sigma_blur_max: float, t_end: float) -> PiecewisePolynomial:
     edges = np.linspace(0, t_end, 65)
     degree = 9
 
-    def blur_time(t):
-        return 0.5 * sigma_blur_max**2 * np.sin(0.5 * np.pi * t) ** 4
-
+    blur_time = lambda t: 0.5 * sigma_blur_max**2 * np.sin(0.5 * np.pi * t) ** 4
     at_edges = blur_time(edges[:-1])
     parts = np.stack(coarse_and_rest(at_edges), -1)
     difference = blur_time(nodes_of_panels(edges, degree)) - at_edges[:, None]

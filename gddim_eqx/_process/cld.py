@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .._custom_types import RealScalarLike
-from .._linear import BlockLinearOperator
+from .._linear import BlockLinearOperator, matmul
 from .._misc import as_shape, check_not_negative, check_positive, constant_field
 from .langevin import AbstractAugmentedProcess
 from .tables import integration_matrix, nodes_of_panels, PiecewisePolynomial
@@ -57,7 +57,7 @@ class CLD(AbstractAugmentedProcess):
 
     num_components = 2
 
-    def _elapsed(self, t, s=0.0):
+    def _elapsed(self, t, s: RealScalarLike = 0.0):
         """The increase of rescaled time from `s` to `t`."""
         return math.sqrt(self.mass_inverse) * self._rescaled(t, s)
 
@@ -95,15 +95,9 @@ class CLD(AbstractAugmentedProcess):
         return self._unscaled([[p, 0.0], [q, r]], 1, 0)
 
     def _factor(self, t):
-        y = self._elapsed(t)
-        p, q, r = _cholesky(y, *self._initial_variances())
-        end = self._elapsed(self.t_end)
-        cosine, sine = _rotation(end, *self._initial_variances())(y)
-        rows = [
-            [p * cosine, -p * sine],
-            [q * cosine + r * sine, r * cosine - q * sine],
-        ]
-        return self._unscaled(rows, 1, 0)
+        table = _rotation(self._elapsed(self.t_end), *self._initial_variances())
+        cosine, sine = table(self._elapsed(t))
+        return matmul(self._cholesky(t), jnp.array([[cosine, -sine], [sine, cosine]]))
 
     def stationary_reversal(
         self, t: RealScalarLike, s: RealScalarLike

@@ -45,8 +45,9 @@ class DiscreteVP(AbstractGaussianPath):
         if not decreasing.all():
             worst = int(np.argmin(decreasing))
             raise ValueError(
-                "`alphas_cumprod` must decrease strictly, from less than 1 to at least 0; "
-                f"at index {worst} it is {alphas[worst]}, after {before[worst]}."
+                "`alphas_cumprod`, the products of one minus `betas`, must decrease "
+                f"strictly, from less than 1 to at least 0; at index {worst} it is "
+                f"{alphas[worst]}, after {before[worst]}."
             )
         self.shape = as_shape(shape)
         self.alphas_cumprod = tuple(alphas.tolist())

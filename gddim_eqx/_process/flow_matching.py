@@ -82,12 +82,6 @@ class TrigonometricFlow(AbstractGaussianPath):
     def _noise(self, t):
         return jnp.sin(0.5 * np.pi * t)
 
-    def _signal_rate(self, t):
-        return -0.5 * np.pi * self._noise(t)
-
-    def _noise_rate(self, t):
-        return 0.5 * np.pi * self._signal(t)
-
 
 TrigonometricFlow.__init__.__doc__ = """**Arguments:**
 

@@ -1,15 +1,24 @@
 import abc
 import functools as ft
 import math
+from typing import TYPE_CHECKING
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
+from .._custom_types import RealScalarLike
 from .._linear import IdentityBasis
 from .._misc import as_shape, check_not_negative, check_positive, constant_field
 from .base import AbstractProcess
 from .linear_sde import LinearSDE
+
+
+# As in base.py.
+if TYPE_CHECKING:
+    from typing import ClassVar as AbstractVar
+else:
+    from equinox import AbstractVar
 
 
 class AbstractAugmentedProcess(AbstractProcess):
@@ -17,8 +26,8 @@ class AbstractAugmentedProcess(AbstractProcess):
     $\beta_t = \beta_0 + \beta_1 t$. Some signal remains at `t_end`, where sampling
     starts."""
 
-    beta: eqx.AbstractVar[float]
-    beta_slope: eqx.AbstractVar[float]
+    beta: AbstractVar[float]
+    beta_slope: AbstractVar[float]
 
     basis = IdentityBasis()
     data_scale = 1.0
@@ -39,7 +48,7 @@ class AbstractAugmentedProcess(AbstractProcess):
     def _rate(self, t):
         return self.beta + self.beta_slope * t
 
-    def _rescaled(self, t, start=0.0):
+    def _rescaled(self, t, start: RealScalarLike = 0.0):
         return (t - start) * (self.beta + 0.5 * self.beta_slope * (t + start))
 
 

@@ -92,8 +92,7 @@ class LinearSDE(AbstractProcess):
         check_times(self.t_min, self.t_max, self.t_end)
         self.shape = as_shape(shape)
         self.basis = IdentityBasis() if basis is None else basis
-        wanted = "a basis such as `CosineBasis()`"
-        check_instance("basis", self.basis, AbstractBasis, wanted)
+        check_instance("basis", self.basis, AbstractBasis, "such as `CosineBasis()`")
         self.data_scale = float(data_scale)
         coefficients = Coefficients(self.shape, drift, diffusion, initial_covariance)
         _check_covariance(coefficients.initial_covariance)

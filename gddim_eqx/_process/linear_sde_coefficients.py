@@ -57,12 +57,9 @@ class Coefficients:
         initial = values.get("initial_covariance", np.zeros((n, n)))
         self.initial_covariance = self._to_host(initial[None])[0]
 
-        @jax.jit
-        @jax.vmap
-        def evaluate(t):
-            return [as_blocks(fn(t), np.float64) for fn in (drift, diffusion)]
-
-        self._evaluate = evaluate
+        functions = drift, diffusion
+        at_time = lambda t: [as_blocks(fn(t), np.float64) for fn in functions]
+        self._evaluate = jax.jit(jax.vmap(at_time))
 
     def _to_host(self, blocks) -> np.ndarray:
         blocks = np.asarray(blocks)

@@ -74,6 +74,5 @@ def check_sigmas(sigma_min: float, sigma_max: float) -> None:
     """Raise a `ValueError` unless `sigma_min` < `sigma_max`."""
     if not sigma_max > sigma_min:
         raise ValueError(
-            "`sigma_max` must be greater than `sigma_min`; got "
-            f"{sigma_max} and {sigma_min}."
+            f"Need `sigma_min` < `sigma_max`; got {sigma_min} and {sigma_max}."
         )

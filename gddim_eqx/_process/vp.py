@@ -33,14 +33,7 @@ class VP(AbstractScheduledProcess):
 
         **Raises:** `ValueError` for numbers out of range.
         """
-        betas = as_list("betas", betas)
-        if not ((betas > 0) & (betas <= 1)).all() or (betas[:-1] == 1).any():
-            worst = betas[np.argmin((betas > 0) & (betas < 1))]
-            raise ValueError(
-                "`betas` must be between 0 and 1; only the last may be 1, for "
-                f"zero-terminal SNR; got {worst}."
-            )
-        return DiscreteVP(shape, np.cumprod(1 - betas))
+        return DiscreteVP(shape, np.cumprod(1 - as_list("betas", betas)))
 
     @staticmethod
     def from_alphas_cumprod(

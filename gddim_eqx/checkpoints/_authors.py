@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from .._misc import check_instance, renamed
+from .._misc import renamed, show
 from ..nn import NCSNpp
 
 
@@ -39,14 +39,12 @@ def load_authors(path: str | Path, network: Callable[..., NCSNpp] | NCSNpp) -> N
     arrays = _read(path)
     if callable(network) and not isinstance(network, NCSNpp):
         network = eqx.filter_eval_shape(network, key=jax.random.key(0))
-    check_instance(
-        "network",
-        network,
-        NCSNpp,
-        "an `NCSNpp` or a function that makes one, such as "
-        "`gddim_eqx.nn.presets.cifar10_cld`; for the authors' configurations, see "
-        "`examples/authors_config.py`",
-    )
+    if not isinstance(network, NCSNpp):
+        raise ValueError(
+            "`network` must be an `NCSNpp` or a function that makes one, such as "
+            "`gddim_eqx.nn.presets.cifar10_cld`; for the authors' configurations, see "
+            f"`examples/authors_config.py`; got {show(network)}."
+        )
     if network.embedding is None:
         # The authors' networks have frequencies even if they ignore the time.
         arrays.pop(_FREQUENCIES, None)
@@ -110,10 +108,9 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 def _arrays(network: NCSNpp) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
     """Every array of a network: its name in a checkpoint, the array, and the permutation of
     the axes there."""
-    if network.time_layers is not None:
-        frequencies = getattr(network.time_features, "frequencies", None)
-        if frequencies is not None:
-            yield _FREQUENCIES, frequencies, (0,)
+    frequencies = getattr(network.time_features, "frequencies", None)
+    if network.time_layers is not None and frequencies is not None:
+        yield _FREQUENCIES, frequencies, (0,)
     for name, layer, (weight, bias), axes in _layers(network):
         yield f"{name}/{weight}", layer.weight, axes
         yield f"{name}/{bias}", layer.bias, (0,)

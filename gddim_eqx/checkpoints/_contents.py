@@ -53,9 +53,8 @@ def contents(tree: Any, constant: type) -> Iterator[tuple[str, Any, str]]:
         elif place == "leaf" or is_new(value):
             yield path, value, place
             for name, part, its in _parts(value):
-                yield from search(
-                    path + name, part, place if its == "leaf" else its, inside
-                )
+                its = place if its == "leaf" else its
+                yield from search(path + name, part, its, inside)
             cls = type(value)
             for name, part in _in_methods(cls) if is_new(cls) else ():
                 yield from search(path + name, part, "within", "method")

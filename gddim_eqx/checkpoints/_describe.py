@@ -42,14 +42,12 @@ def describe(value: Any) -> Any:
 
 def others(description: Any) -> Iterator[str]:
     """The names of classes that are not the library's."""
-    if isinstance(description, list):
-        for part in description:
-            yield from others(part)
-    elif isinstance(description, dict) and "other" in description:
-        yield description["other"]
-    elif isinstance(description, dict):
+    parts = description if isinstance(description, list) else ()
+    if isinstance(description, dict):
+        yield from [description["other"]] if "other" in description else []
         parts = description.get("list") or description.get("arguments", {}).values()
-        yield from others(list(parts))
+    for part in parts:
+        yield from others(part)
 
 
 def name_of(description: Any) -> str:

@@ -39,10 +39,8 @@ def describe_rest(model: Any) -> dict[str, list[Any]]:
     for path, part, place in contents(model, AbstractProcess):
         if place == "constant":
             rest[path] = [False, _describe_array(part)]
-        elif is_constant(part) and place != "within":
-            rest[path] = [place == "leaf", _describe(part)]
         elif not (place == "within" or is_weights(part) or type(part) in _containers):
-            rest[path] = [False, _describe(part)]
+            rest[path] = [place == "leaf" and is_constant(part), _describe(part)]
     return rest
 
 
