@@ -71,7 +71,6 @@ def check_state(
     )
     if num_components == 1 and isinstance(state, list):
         state = jnp.asarray(state)
-    shapes = jtu.tree_map(jnp.shape, state)
     got = [jnp.shape(leaf) for leaf in jtu.tree_leaves(state)]
     expected = jtu.tree_structure(join_components([0] * num_components))
     if jtu.tree_structure(state) != expected or any(
@@ -80,7 +79,7 @@ def check_state(
         axes = ", ".join(["*batch", *map(str, shape)])
         raise ValueError(
             f"{name} must be {kind} of shape ({axes}), where `shape={shape}` is the shape "
-            f"of one data sample; got {type(state).__name__} of shape {show(shapes)}."
+            f"of one data sample; got {show(jtu.tree_map(jnp.shape, state))}."
         )
     state = jtu.tree_map(jnp.asarray, state)
     for leaf in jtu.tree_leaves(state):
