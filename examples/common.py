@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import authors_config
 import jax
 import numpy as np
 from einops import rearrange
@@ -68,7 +69,9 @@ def read_authors(
         network = gd.checkpoints.load_authors(path, getattr(gd.nn.presets, authors))
     elif Path(authors).is_file():
         settings = json.loads(Path(authors).read_text())
-        network = gd.checkpoints.load_authors(path, settings, size=(shape[0], shape[1]))
+        states = shape[-1] * (2 if name == "cld" else 1)
+        network = authors_config.network(settings, states, (shape[0], shape[1]))
+        network = gd.checkpoints.load_authors(path, network)
     else:
         raise ValueError(
             f"`--authors` must be one of {', '.join(presets)}, or a file; got {authors!r}."

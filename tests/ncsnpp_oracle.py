@@ -10,6 +10,7 @@ import scipy.signal
 import scipy.special
 
 import gddim_eqx as gd
+from examples import authors_config
 
 
 def silu(x):
@@ -265,5 +266,5 @@ def authors_network(folder, size=(16, 16), channels=2, **changes):
     oracle = Oracle(config | changes)
     oracle(0.5, np.zeros((*size, channels)))
     write_checkpoint(folder / "checkpoint", oracle.parameters)
-    network = gd.checkpoints.load_authors(folder / "checkpoint", oracle.config, size=size)
-    return network, oracle
+    network = authors_config.network(oracle.config, channels, size)
+    return gd.checkpoints.load_authors(folder / "checkpoint", network), oracle

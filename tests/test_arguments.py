@@ -170,7 +170,7 @@ _refused = {
     "`frame` must be": [lambda: _flow.noise(0.5, _x, None, "L")],
     "`lam` must be": [lambda: _flow.reverse_drift(0.5, _x, None, "1")],
     "The noise must be": [lambda: _flow.prediction(0.5, _x, None)],
-    "must be floating-point numbers": [
+    "must be real floating-point numbers": [
         lambda: _process.perturb(_key, np.zeros((3, 2), np.uint8), 0.5),
         lambda: gd.log_likelihood(_flow, np.zeros((3, 2), int)),
         lambda: gd.generate(_flow, np.zeros((3, 2), int)),

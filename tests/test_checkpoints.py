@@ -19,6 +19,7 @@ import pytest
 from jaxtyping import PyTree
 
 import gddim_eqx as gd
+from examples import authors_config
 
 from . import helpers
 from .helpers import slow
@@ -31,7 +32,8 @@ _fixture = pathlib.Path(__file__).parent / "fixtures" / "ncsnpp_fourier_fir"
 def test_a_checkpoint_of_the_authors_gives_their_predictions():
     # Random parameters; inputs and outputs were computed by the authors' network.
     settings = json.loads((_fixture / "config.json").read_text())
-    network = gd.checkpoints.load_authors(_fixture / "checkpoint_7", settings, size=32)
+    network = authors_config.network(settings, 6, 32)
+    network = gd.checkpoints.load_authors(_fixture / "checkpoint_7", network)
     with np.load(_fixture / "io.npz") as arrays:
         u, times, eps = (jnp.asarray(arrays[name]) for name in ("u", "t", "eps"))
     model = gd.nn.NetworkModel(gd.CLD((32, 32, 3)), network)
@@ -51,37 +53,35 @@ def oracle():
 
 
 @pytest.mark.x64
-def test_the_size_of_images_is_in_a_whole_configuration(tmp_path, oracle):
-    write_checkpoint(tmp_path / "checkpoint", oracle.parameters)
+def test_the_size_of_images_is_in_a_whole_configuration():
     whole = dict(model=config, data=dict(image_size=16, centered=True), seed=42)
-    network = gd.checkpoints.load_authors(tmp_path / "checkpoint", whole)
-    assert network.shape == (16, 16, 2)
+    assert authors_config.network(whole, 2).shape == (16, 16, 2)
     with pytest.raises(ValueError, match=r"lacks the entries \['image_size'\].*`size`"):
-        gd.checkpoints.load_authors(tmp_path / "checkpoint", config)
+        authors_config.network(config, 2)
 
 
 @pytest.mark.x64
-def test_configurations_as_the_authors_write_them(tmp_path, oracle):
-    write_checkpoint(tmp_path / "checkpoint", oracle.parameters)
+def test_configurations_as_the_authors_write_them():
     # Capitals, and entries that are of the process.
     blur = dict(resblock_type="BigGAN", embedding_type="Fourier", sigma_blur_max=10.0)
     cld = dict(m_inv=4.0, beta_0=4.0, vv_gamma=0.04, is_R_rk=True, name="ncsnpp")
-    load = lambda config: gd.checkpoints.load_authors(
-        tmp_path / "checkpoint", config, size=(16, 16)
-    )
+    network = lambda config: authors_config.network(config, 2, (16, 16))
     for entries in (blur, cld):
-        assert eqx.tree_equal(load(config | entries), load(config))
+        assert eqx.tree_equal(network(config | entries), network(config))
 
 
 @pytest.mark.x64
-def test_what_is_no_configuration_is_refused(tmp_path, oracle, without_type_checks):
+def test_what_is_no_network_is_refused(tmp_path, oracle, without_type_checks):
     write_checkpoint(tmp_path / "checkpoint", oracle.parameters)
-    for made in ("cifar10_cld", functools.partial(gd.nn.presets.points, 2)):
-        with pytest.raises(ValueError, match="`config` must be a mapping .*got "):
-            gd.checkpoints.load_authors(tmp_path / "checkpoint", made)
-    shifting = dict(model=config, data=dict(centered=False))
-    with pytest.raises(ValueError, match="data.centered=False"):
-        gd.checkpoints.load_authors(tmp_path / "checkpoint", shifting)
+    for other in ("cifar10_cld", config, functools.partial(gd.nn.presets.points, 2)):
+        with pytest.raises(ValueError, match="`network` must be .*authors_config.*got "):
+            gd.checkpoints.load_authors(tmp_path / "checkpoint", other)
+    for name, value in (("config", config), ("size", 16)):
+        with pytest.raises(ValueError, match=f"`{name}` was renamed"):
+            gd.checkpoints.load_authors(tmp_path / "checkpoint", **{name: value})
+    shifting = dict(model=config, data=dict(centered=False, image_size=16))
+    with pytest.raises(ValueError, match="centered=False; only True"):
+        authors_config.network(shifting, 2)
 
 
 def _changed(parameters, **changes):
@@ -98,15 +98,18 @@ def _changed(parameters, **changes):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"Dense_1/bias": None}, r"lacks the array 'Dense_1/bias' of shape \(32,\)"),
-        ({"Dense_2/bias": np.zeros(3, "f4")}, r"an array 'Dense_2/bias' of shape \(3,\)"),
+        ({"Dense_1/bias": None}, r"'Dense_1/bias' is missing, .* float32 of shape \(32,\)"),
+        (
+            {"Dense_2/bias": np.zeros(3, "f4")},
+            r"'Dense_2/bias' is float32 of shape \(3,\), .* none",
+        ),
         (
             {"Conv_1/kernel": np.zeros((3, 3, 8, 3), "f4")},
             r"'Conv_1/kernel' is float32 of shape \(3, 3, 8, 3\).*\(3, 3, 8, 2\)",
         ),
         ({"Conv_1/bias": np.zeros(2, "i4")}, "'Conv_1/bias' is int32"),
-        ({"Conv_0/kernel": None}, "no convolution 'Conv_0/kernel'"),
-        ({"AttnBlockpp_0/NIN_2/W": None}, "lacks the array 'AttnBlockpp_0/NIN_2/W'"),
+        ({"Conv_0/kernel": None}, "'Conv_0/kernel' is missing"),
+        ({"AttnBlockpp_0/NIN_2/W": None}, "'AttnBlockpp_0/NIN_2/W' is missing"),
     ],
 )
 def test_arrays_that_do_not_fit_are_named(tmp_path, oracle, change, message):
@@ -114,26 +117,26 @@ def test_arrays_that_do_not_fit_are_named(tmp_path, oracle, change, message):
     write_checkpoint(path, _changed(oracle.parameters, **change))
     for size in (16, (16, 16)):
         with pytest.raises(ValueError, match=message) as error:
-            gd.checkpoints.load_authors(path, config, size=size)
+            gd.checkpoints.load_authors(path, authors_config.network(config, 2, size))
         assert str(path) in str(error.value)
 
 
 @pytest.mark.x64
 def test_broken_files_are_refused(tmp_path, oracle):
-    path = tmp_path / "checkpoint"
+    path, network = tmp_path / "checkpoint", authors_config.network(config, 2, 16)
     write_checkpoint(path, oracle.parameters)
     whole = path.read_bytes()
     for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match="checkpoint is not a complete checkpoint"):
-            gd.checkpoints.load_authors(path, config, size=16)
+            gd.checkpoints.load_authors(path, network)
     for text in (b"not a checkpoint", b"\x93\x01\x02\x03", whole + b"more"):
         path.write_bytes(text)
         with pytest.raises(ValueError, match="checkpoint "):
-            gd.checkpoints.load_authors(path, config, size=16)
+            gd.checkpoints.load_authors(path, network)
     write_checkpoint(path, oracle.parameters, params_ema=None)
     with pytest.raises(ValueError, match="no averaged parameters.*'rng', 'step'"):
-        gd.checkpoints.load_authors(path, config, size=16)
+        gd.checkpoints.load_authors(path, network)
 
 
 @pytest.mark.x64
@@ -143,19 +146,20 @@ def test_broken_files_are_refused(tmp_path, oracle):
         ({"progressive": "output_skip"}, "progressive='output_skip'; only 'none'"),
         ({"nonlinearity": "relu"}, "nonlinearity='relu'; only 'swish'"),
         ({"depth": 3}, r"unknown entries: \['depth'\]"),
-        ({"num_res_blocks": 2}, "of another network than `config`"),
-        ({"ch_mult": [1, 2, 2]}, "of another network than `config`"),
-        ({"resblock_type": "ddpm"}, "of another network than `config`"),
-        ({"embedding_type": "positional"}, "of another network than `config`"),
+        ({"num_res_blocks": 2}, "of another network than `network`"),
+        ({"ch_mult": [1, 2, 2]}, "of another network than `network`"),
+        ({"resblock_type": "ddpm"}, "of another network than `network`"),
+        ({"embedding_type": "positional"}, "of another network than `network`"),
     ],
 )
 def test_another_architecture_is_refused(tmp_path, oracle, changes, message):
     write_checkpoint(tmp_path / "checkpoint", oracle.parameters)
     with pytest.raises(ValueError, match=message):
-        gd.checkpoints.load_authors(tmp_path / "checkpoint", config | changes, size=16)
+        network = authors_config.network(config | changes, 2, 16)
+        gd.checkpoints.load_authors(tmp_path / "checkpoint", network)
     lacking = {key: value for key, value in config.items() if key != "nf"}
     with pytest.raises(ValueError, match=r"lacks the entries \['nf'\]"):
-        gd.checkpoints.load_authors(tmp_path / "checkpoint", lacking, size=16)
+        authors_config.network(lacking, 2, 16)
 
 
 # Our own files
@@ -377,8 +381,11 @@ def _without_norm(key):
     "make, message",
     [
         (lambda key: None, "holds a _Own, which .*Make one .*`load\\(path, like="),
-        (_other_frequencies, r"array .model.network.freq.*has shape \(2,\).*needs \(3,\)"),
-        (_without_norm, r"array .model.network.layers\[1\].bias, which has no place"),
+        (_other_frequencies, r"shape \(2,\) at .model.network.freq.*needs .* \(3,\)"),
+        (
+            _without_norm,
+            r"at .model.network.layers\[1\].bias, but its network needs no array",
+        ),
         (lambda key: _Own(4, key=key), r"layers\[0\].layers\[0\].out_features 8, .* has 4"),
         (lambda key: _Own(8, 2, key=key), r"network.layers\[0\].depth 1, but `like` has 2"),
         (
@@ -667,10 +674,10 @@ def test_numbers_are_loaded_and_fixed_ones_compared(tmp_path, value, other):
         (_sde(2.0), _sde(3.0), "<rate> 2.0, but `like` has 3.0"),
         (_matrix_sde(2.0), _matrix_sde(3.0), r"<matrix> \[2\], but `like` has \[3\]"),
         (eqx.nn.Identity(), eqx.nn.Dropout(), "dynamic Identity, but `like` has Dropout"),
-        ({"a": 1, "b": 2}, {"a": 1}, r"model.dynamic\['b'\] 2, but `like` has no such"),
-        ({"a": 1}, {"a": 1, "b": 2}, r"no number model.dynamic\['b'\], but `like` has one"),
-        (2.0, jnp.array(2.0), "model.dynamic 2.0, but `like` has no such number"),
-        (jnp.array(2.0), 2.0, "no number model.dynamic, but `like` has one"),
+        ({"a": 1, "b": 2}, {"a": 1}, r"model.dynamic\['b'\] 2, but `like` has None"),
+        ({"a": 1}, {"a": 1, "b": 2}, r"model.dynamic\['b'\] None, but `like` has 2"),
+        (2.0, jnp.array(2.0), "model.dynamic 2.0, but `like` has None"),
+        (jnp.array(2.0), 2.0, "model.dynamic None, but `like` has 2.0"),
         (
             functools.partial(_apply, 1, b=2),
             functools.partial(_apply, 1, b=3),
@@ -718,7 +725,7 @@ def test_several_models_in_one_file(tmp_path, kind):
     like = make(jax.random.key(1))
     loaded = gd.checkpoints.load(tmp_path / "models", like=like)
     assert eqx.tree_equal(loaded, make(jax.random.key(0)))
-    with pytest.raises(ValueError, match=r"array \[4\], which has no place"):
+    with pytest.raises(ValueError, match=r"at \[4\], but its network needs no array"):
         gd.checkpoints.load(tmp_path / "models", like=like[:4])
     gd.checkpoints.save(tmp_path / "models", kind([]))
     assert gd.checkpoints.load(tmp_path / "models") == kind([])
@@ -802,11 +809,11 @@ def _rewritten(path, change):
         (lambda h, a: h.update(format="x"), "was not written by"),
         (lambda h, a: h["model"].update({"class": "UViT"}), "a UViT, which this.*Update"),
         (lambda h, a: h["model"]["arguments"].update(x=1), r"arguments \['x'\] of TimeMLP"),
-        (lambda h, a: a.pop(".first.bias"), "no array .first.bias, which"),
-        (lambda h, a: a.update(more=np.zeros(2)), "an array more, which has no place"),
+        (lambda h, a: a.pop(".first.bias"), "no array at .first.bias, but its network"),
+        (lambda h, a: a.update(more=np.zeros(2)), r"shape \(2,\) at more, but .* no array"),
         (
             lambda h, a: a.update({".first.bias": np.zeros(3, "f4")}),
-            r"array .first.bias has shape \(3,\), but its network needs \(256,\)",
+            r"shape \(3,\) at .first.bias, but .* needs an array of shape \(256,\)",
         ),
     ],
 )

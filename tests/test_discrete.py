@@ -140,14 +140,14 @@ def test_no_network_gets_an_index_that_does_not_exist():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: gd.VP.from_betas((2,), [0.1, 1.2]), "`betas` must be between.*1.2"),
-        (lambda: gd.VP.from_betas((2,), [1.0, 0.1]), "only the last may be 1"),
-        (lambda: gd.VP.from_betas((2,), [-0.1]), "`betas` must be between"),
+        (lambda: gd.VP.from_betas((2,), [0.1, 1.2]), "one minus `betas`.*index 1"),
+        (lambda: gd.VP.from_betas((2,), [1.0, 0.1]), "one minus `betas`.*index 1"),
+        (lambda: gd.VP.from_betas((2,), [-0.1, 0.1]), "one minus `betas`.*index 0"),
         (lambda: gd.VP.from_betas((2,), "linear"), "`betas` must be a list"),
         (lambda: gd.VP.from_alphas_cumprod((2,), [0.5, 0.7]), "must decrease.*index 1"),
         (lambda: gd.VP.from_alphas_cumprod((2,), [0.5, 0.0, 0.0]), "index 2"),
         (lambda: gd.VP.from_alphas_cumprod((2,), [1.0, 0.5]), "must decrease.*index 0"),
-        (lambda: gd.VP.from_alphas_cumprod((2,), [0.5, -0.5]), "must not be negative"),
+        (lambda: gd.VP.from_alphas_cumprod((2,), [0.5, -0.5]), "index 1 it is -0.5"),
         (lambda: gd.VP.from_alphas_cumprod((2,), []), "must be a list"),
         (lambda: gd.VP.from_alphas_cumprod((2,), [0.3]), "at least two"),
     ],

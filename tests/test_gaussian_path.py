@@ -201,7 +201,9 @@ def test_noise_space_cannot_start_without_signal():
 def test_what_is_no_path_is_refused(arguments, message, without_type_checks):
     with pytest.raises(ValueError, match=message):
         gd.GaussianPath((2,), **arguments)
-    with pytest.raises(ValueError, match="`t_end` must be at most 1"):
+    with pytest.raises(
+        ValueError, match="`t_max` must not be after t = 1.0, where the signal"
+    ):
         gd.RectifiedFlow((2,), t_end=1.5)
-    with pytest.raises(ValueError, match="`sigma_max` must be greater"):
+    with pytest.raises(ValueError, match="Need `sigma_min` < `sigma_max`"):
         gd.EDM((2,), sigma_min=3.0, sigma_max=1.0)

@@ -292,7 +292,7 @@ def test_what_cannot_be_solved_is_refused():
         gd.LinearSDE((2,), lambda t: jnp.log(t - 0.5), one)
     with pytest.raises(ValueError, match="`initial_covariance` must be positive semi"):
         gd.LinearSDE((2,), lambda t: -one(t), one, -1.0)
-    with pytest.raises(ValueError, match="t_min < t_max <= t_end"):
+    with pytest.raises(ValueError, match="`t_min` < `t_max` <= `t_end`"):
         gd.LinearSDE((2,), lambda t: -one(t), one, t_max=2.0)
 
 

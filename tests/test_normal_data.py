@@ -420,11 +420,11 @@ bad_arguments = {
     "process": (lambda: _normal(1.0).model(gd.VP((2,))), r"\(3,\).*\(2,\)"),
     "covariance of another": (
         lambda: gd.NormalData(np.zeros(2), _normal(_eye).covariance),
-        "of another shape",
+        "not that of data of shape",
     ),
     "no process": (lambda: _normal(1.0).model("vp"), "`process` must be"),
     "prediction": (lambda: _normal(1.0).model(gd.CLD((3,)), "v"), "not defined for CLD"),
-    "density": (lambda: _normal(1.0).log_density(jnp.ones((2, 4))), r"shape \(2, 4\)"),
+    "density": (lambda: _normal(1.0).log_density(jnp.ones((2, 4))), r"got \(2, 4\)"),
     "integers": (lambda: _normal(1.0).log_density(jnp.ones(3, int)), "floating-point"),
     "forms": (
         lambda: gd.GaussianMixture([_normal(1.0), _normal(_eye)]),

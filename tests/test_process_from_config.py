@@ -716,7 +716,7 @@ def test_files(tmp_path):
         (dict(timestep_spacing="x"), "`timestep_spacing` must be 'leading'"),
         (
             dict(trained_betas=[0.1, 1.2], num_train_timesteps=2),
-            "`betas` must be between 0 and 1.*1.2",
+            "one minus `betas`, must decrease",
         ),
         (
             # FLUX.1, Krea, BRIA and others.

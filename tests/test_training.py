@@ -589,7 +589,7 @@ def test_a_model_is_made_in_parts():
         ),
         (
             lambda: DenoisingLoss(gd.VP((2,))).noised(jr.key(0), jnp.ones((4, 2), int)),
-            "must be floating-point numbers; got int.*`Augmentation",
+            "must be real floating-point numbers; got int.*`Augmentation",
         ),
         (lambda: UniformTimes(0.0), "Need 0 < `start`"),
         (lambda: StratifiedTimes(0.5, 0.4), "Need 0 < `start`"),

@@ -42,20 +42,16 @@ class CosineBasis(AbstractBasis):
     """
 
     def forward(self, x):
-        rows, columns = (_cosine_matrix(n) for n in x.shape[-3:-1])
-        return _two_sided(rows, columns, x)
+        return _two_sided("hi,wj,...ijc->...hwc", x)
 
     def inverse(self, x):
-        rows, columns = (_cosine_matrix(n) for n in x.shape[-3:-1])
-        return _two_sided(rows.T, columns.T, x)
+        return _two_sided("ih,jw,...ijc->...hwc", x)
 
 
 class FourierBasis(AbstractBasis):
-    """The real orthonormal Fourier basis of periodic functions, over the last axis or over
-    several axes of an array.
-
-    Along an axis of size n the coefficients are those of the cosines of wave numbers 0 to
-    n // 2, and then those of the sines, from 1 on.
+    r"""A real orthonormal Fourier basis of periodic functions, over the last axis or over
+    several axes of an array: that of the Hartley transform, $\cos(k x) + \sin(k x)$ for
+    the wave numbers $k$ of `frequencies`.
     """
 
     axes: tuple[int, ...] = eqx.field(static=True, default=(-1,))
@@ -69,32 +65,21 @@ class FourierBasis(AbstractBasis):
 
     @staticmethod
     def frequencies(n: int) -> np.ndarray:
-        """The wave number of every coefficient along an axis of size `n`. The second
-        derivative on [0, 2 pi] multiplies coefficients by minus its square."""
-        return np.concatenate([np.arange(n // 2 + 1), np.arange(1, (n + 1) // 2)])
+        """The wave number of every coefficient along an axis of size `n`, negative from the
+        middle on. The second derivative on [0, 2 pi] multiplies coefficients by minus its
+        square."""
+        return np.fft.fftfreq(n, 1 / n)
 
     def forward(self, x):
         for axis in self.axes:
-            n = x.shape[axis]
-            z = jnp.fft.rfft(x, axis=axis, norm="ortho")
-            z = jnp.moveaxis(z, axis, -1)
-            parts = [z.real, -z.imag[..., 1 : (n + 1) // 2]]
-            x = jnp.concatenate(parts, -1) * _fourier_scale(n, x)
-            x = jnp.moveaxis(x, -1, axis)
+            z = jnp.moveaxis(jnp.fft.rfft(x, axis=axis, norm="ortho"), axis, -1)
+            negative = (z.real + z.imag)[..., 1 : (x.shape[axis] + 1) // 2]
+            coefficients = jnp.concatenate([z.real - z.imag, negative[..., ::-1]], -1)
+            x = jnp.moveaxis(coefficients, -1, axis)
         return x
 
     def inverse(self, x):
-        for axis in self.axes:
-            n = x.shape[axis]
-            x = jnp.moveaxis(x, axis, -1) / _fourier_scale(n, x)
-            cosines, sines = jnp.split(x, [n // 2 + 1], -1)
-            # The mean and, if any, the highest cosine have no sine.
-            rest = cosines.shape[-1] - 1 - sines.shape[-1]
-            sines = jnp.pad(sines, [(0, 0)] * (x.ndim - 1) + [(1, rest)])
-            z = lax.complex(cosines, -sines)
-            x = jnp.fft.irfft(z, n, axis=-1, norm="ortho")
-            x = jnp.moveaxis(x, -1, axis)
-        return x
+        return self.forward(x)
 
 
 FourierBasis.__init__.__doc__ = """**Arguments:**
@@ -105,13 +90,6 @@ FourierBasis.__init__.__doc__ = """**Arguments:**
 """
 
 
-def _fourier_scale(n, x):
-    """What makes the transform orthonormal, for the coefficients along the last axis."""
-    once = (FourierBasis.frequencies(n) * 2) % n == 0
-    scale = np.where(once, 1, np.sqrt(2)).reshape([1] * (x.ndim - 1) + [n])
-    return jnp.asarray(scale, x.dtype)
-
-
 @ft.cache
 def _cosine_matrix(n: int) -> np.ndarray:
     frequency, place = np.arange(n)[:, None], np.arange(n)[None]
@@ -120,9 +98,6 @@ def _cosine_matrix(n: int) -> np.ndarray:
     return matrix
 
 
-def _two_sided(rows, columns, x):
-    rows = jnp.asarray(rows, x.dtype)
-    columns = jnp.asarray(columns, x.dtype)
-    return jnp.einsum(
-        "hi,wj,...ijc->...hwc", rows, columns, x, precision=lax.Precision.HIGHEST
-    )
+def _two_sided(product, x):
+    rows, columns = (jnp.asarray(_cosine_matrix(n), x.dtype) for n in x.shape[-3:-1])
+    return jnp.einsum(product, rows, columns, x, precision=lax.Precision.HIGHEST)

@@ -152,9 +152,7 @@ def make_covariance(
     if isinstance(covariance, Covariance):
         rows = size if covariance.vectors is None else len(covariance.vectors)
         if covariance.variances.shape not in ((), shape) or rows != size:
-            raise ValueError(
-                f"`covariance` is that of data of another shape than `mean`, {shape}."
-            )
+            raise ValueError(f"`covariance` is not that of data of shape {shape}.")
         if basis not in (None, covariance.basis):
             raise ValueError("This covariance has a basis of its own: leave out `basis`.")
         return covariance.astype(dtype)
@@ -195,9 +193,8 @@ def make_covariance(
     rest = values[0] if one else parts[2]
     if on_host:
         _check_eigenvalues(values, vectors, rest)
-    rest, values = (jnp.asarray(x, dtype) for x in (rest, values))
-    rest = jnp.maximum(rest, 0)
-    excess = jnp.maximum(values - rest, 0)
+    rest = jnp.maximum(jnp.asarray(rest, dtype), 0)
+    excess = jnp.maximum(jnp.asarray(values, dtype) - rest, 0)
     return Covariance(rest, IdentityBasis(), jnp.asarray(vectors, dtype), excess)
 
 

@@ -89,8 +89,7 @@ class BlockLinearOperator(lx.AbstractLinearOperator):
         `shape`.
         """
         leaves, treedef = jtu.tree_flatten(vector)
-        n = self.num_components
-        rank = len(self.shape)
+        n, rank = self.num_components, len(self.shape)
         if len(leaves) != n or any(
             jnp.shape(x)[jnp.ndim(x) - rank :] != self.shape for x in leaves
         ):
@@ -102,9 +101,8 @@ class BlockLinearOperator(lx.AbstractLinearOperator):
 
         def entry(i, j, x):
             block = self.blocks[i, j]
-            if block.ndim:
-                block = jnp.expand_dims(block, tuple(range(x.ndim - rank)))
-            return block * x
+            axes = tuple(range(x.ndim - rank)) if block.ndim else ()
+            return jnp.expand_dims(block, axes) * x
 
         rows = [[entry(i, j, x) for j, x in enumerate(leaves)] for i in range(n)]
         out = [ft.reduce(jnp.add, row) for row in rows]
@@ -156,16 +154,7 @@ class BlockLinearOperator(lx.AbstractLinearOperator):
     def cholesky(self) -> "BlockLinearOperator":
         r"""The Cholesky factor of this operator, block by block: lower triangular $L$ with
         $L L^\top$ equal to it. A block that is not positive definite gives `nan`."""
-        b = self.blocks
-        if self.num_components == 1:
-            factor = jnp.sqrt(b)
-        elif self.num_components == 2:
-            top = jnp.sqrt(b[0, 0])
-            side = b[1, 0] / top
-            corner = jnp.sqrt(b[1, 1] - side**2)
-            factor = jnp.array([[top, jnp.zeros_like(top)], [side, corner]])
-        else:
-            factor = _last_to_first(jnp.linalg.cholesky(_first_to_last(b)))
+        factor = _last_to_first(jnp.linalg.cholesky(_first_to_last(self.blocks)))
         return self._like(factor, lx.lower_triangular_tag)
 
     def __add__(self, other) -> Any:
@@ -175,17 +164,12 @@ class BlockLinearOperator(lx.AbstractLinearOperator):
         return self._like(a + b, self.tags & other.tags & _CLOSED_UNDER_SUM)
 
     def __sub__(self, other) -> Any:
-        if not isinstance(other, BlockLinearOperator):
-            return super().__sub__(other)
         return self + (-other)
 
     def __mul__(self, other):
         other = jnp.asarray(other)
         if other.shape != ():
-            raise ValueError(
-                "Can only multiply a `BlockLinearOperator` by scalars; got an array of "
-                f"shape {other.shape}. Use `@` to compose operators."
-            )
+            raise ValueError(f"Can only multiply by scalars; got shape {other.shape}.")
         return self._like(self.blocks * other, self.tags & _CLOSED_UNDER_SCALING)
 
     def __truediv__(self, other):
@@ -278,31 +262,19 @@ def _(operator):
     return jnp.diagonal(matrix), jnp.diagonal(matrix, -1), jnp.diagonal(matrix, 1)
 
 
-@lx.is_diagonal.register(BlockLinearOperator)
-@lx.is_tridiagonal.register(BlockLinearOperator)
-def _(operator):
-    return operator.num_components == 1 or lx.diagonal_tag in operator.tags
+_definite = {lx.positive_semidefinite_tag, lx.negative_semidefinite_tag}
+# The tags that imply each property. Operators of one component are diagonal.
+for query, implied_by in (
+    (lx.is_diagonal, {lx.diagonal_tag}),
+    (lx.is_tridiagonal, {lx.diagonal_tag}),
+    (lx.is_lower_triangular, {lx.diagonal_tag, lx.lower_triangular_tag}),
+    (lx.is_upper_triangular, {lx.diagonal_tag, lx.upper_triangular_tag}),
+    (lx.is_symmetric, {lx.diagonal_tag, lx.symmetric_tag, *_definite}),
+):
 
-
-@lx.is_symmetric.register(BlockLinearOperator)
-def _(operator):
-    symmetric = {
-        lx.symmetric_tag,
-        lx.diagonal_tag,
-        lx.positive_semidefinite_tag,
-        lx.negative_semidefinite_tag,
-    }
-    return operator.num_components == 1 or bool(symmetric & operator.tags)
-
-
-@lx.is_lower_triangular.register(BlockLinearOperator)
-def _(operator):
-    return lx.is_diagonal(operator) or lx.lower_triangular_tag in operator.tags
-
-
-@lx.is_upper_triangular.register(BlockLinearOperator)
-def _(operator):
-    return lx.is_diagonal(operator) or lx.upper_triangular_tag in operator.tags
+    @query.register(BlockLinearOperator)
+    def _(operator, implied_by=implied_by):
+        return operator.num_components == 1 or bool(implied_by & operator.tags)
 
 
 for query, tag in (

@@ -66,27 +66,22 @@ def check_state(
     **Raises:** `ValueError` unless it is a state for `num_components` components of
     `shape`, with equal leading batch axes, of real floating-point numbers.
     """
-    expected = join_components([0] * num_components)
     kind = {1: "an array", 2: "a `Phase(x, v)`"}.get(
         num_components, f"a tuple of {num_components} arrays"
     )
-    axes = ", ".join(["*batch", *map(str, shape)])
-    want = f"{kind} of shape ({axes})"
     if num_components == 1 and isinstance(state, list):
         state = jnp.asarray(state)
-    if jtu.tree_structure(state) != jtu.tree_structure(expected):
+    got = [jnp.shape(leaf) for leaf in jtu.tree_leaves(state)]
+    expected = jtu.tree_structure(join_components([0] * num_components))
+    if jtu.tree_structure(state) != expected or any(
+        x[max(len(x) - len(shape), 0) :] != shape or x != got[0] for x in got
+    ):
+        axes = ", ".join(["*batch", *map(str, shape)])
         raise ValueError(
-            f"{name} must be {want}, but it has the structure "
-            f"{show(jtu.tree_structure(state))}."
+            f"{name} must be {kind} of shape ({axes}), where `shape={shape}` is the shape "
+            f"of one data sample; got {show(jtu.tree_map(jnp.shape, state))}."
         )
     state = jtu.tree_map(jnp.asarray, state)
-    got = [tuple(leaf.shape) for leaf in jtu.tree_leaves(state)]
-    for leaf_shape in got:
-        if leaf_shape[len(leaf_shape) - len(shape) :] != shape or leaf_shape != got[0]:
-            raise ValueError(
-                f"{name} must be {want}, where `shape={shape}` is the shape of one "
-                f"data sample, but it has shape {' and '.join(map(str, got))}."
-            )
     for leaf in jtu.tree_leaves(state):
         check_real(leaf.dtype, name)
     return state
@@ -94,13 +89,9 @@ def check_state(
 
 def check_real(dtype: Any, name: str) -> None:
     """**Raises:** `ValueError` unless the dtype is real floating-point."""
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        raise ValueError(
-            f"{name} must be real, but has dtype {dtype}. For complex data give real and "
-            "imaginary parts an axis of their own: `jnp.stack([z.real, z.imag], -1)`."
-        )
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
-            f"{name} must be floating-point numbers; got {dtype}. Scale images to [-1, 1], "
-            "for example with `Augmentation()` from `gddim_eqx.training`."
+            f"{name} must be real floating-point numbers; got {dtype}. Scale images to "
+            "[-1, 1], for example with `Augmentation()` from `gddim_eqx.training`. Give "
+            "complex data an axis for both parts: `jnp.stack([z.real, z.imag], -1)`."
         )

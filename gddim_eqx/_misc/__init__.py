@@ -3,24 +3,18 @@ from .check import (
     as_constant as as_constant,
     as_dtype as as_dtype,
     as_floats as as_floats,
-    as_number as as_number,
     as_shape as as_shape,
     check_choice as check_choice,
     check_count as check_count,
     check_instance as check_instance,
     check_key as check_key,
+    check_not_negative as check_not_negative,
+    check_not_traced as check_not_traced,
     check_per_sample as check_per_sample,
     check_positive as check_positive,
     constant_field as constant_field,
     error_if_any as error_if_any,
     is_integer as is_integer,
-)
-from .contents import (
-    contents as contents,
-    is_array as is_array,
-    is_constant as is_constant,
-    is_weights as is_weights,
-    Item as Item,
 )
 from .pin import pin as pin
 from .renamed import renamed as renamed

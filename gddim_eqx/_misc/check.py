@@ -1,6 +1,6 @@
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -63,15 +63,11 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
 def check_key(key: Any) -> Key:
     """**Raises:** `ValueError` unless given a single JAX random key."""
     if isinstance(key, jax.Array):
-        if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
+        if typed or (key.dtype == jnp.uint32 and key.ndim == 1):
             return key
-        if key.dtype == jnp.uint32 and key.ndim == 1:
-            return key
-        text = f"an array of {key.dtype} of shape {key.shape}"
-    else:
-        text = show(key)
     raise ValueError(
-        f"`key` must be one random key, such as `jax.random.key(0)`; got {text}."
+        f"`key` must be one random key, such as `jax.random.key(0)`; got {show(key)}."
     )
 
 
@@ -83,12 +79,11 @@ def error_if_any(
     if not faults:
         return x
     conditions, messages = zip(*faults)
+    conditions = jnp.stack(conditions)
     if not raises:
-        return jnp.where(jnp.stack(conditions).any(), jnp.nan, x)
-    index = 0
-    for i, condition in enumerate(conditions):
-        index = jnp.where(condition, i, index)
-    return eqx.branched_error_if(x, jnp.stack(conditions).any(), index, messages)
+        return jnp.where(conditions.any(), jnp.nan, x)
+    last = jnp.where(conditions, jnp.arange(len(messages)), 0).max()
+    return eqx.branched_error_if(x, conditions.any(), last, messages)
 
 
 def as_batch(batch: Any) -> tuple[int, ...]:
@@ -116,11 +111,12 @@ def as_dtype(dtype: Any) -> Any:
     return dtype
 
 
-def as_number(name: str, value: Any) -> float:
-    """A finite number.
+def as_constant(name: str, value: Any) -> float:
+    """A finite number that is a compile-time constant.
 
-    **Raises:** `ValueError` for anything else.
+    **Raises:** `ValueError` for a JAX tracer, or for anything but a single number.
     """
+    check_not_traced(name, value)
     try:
         if isinstance(value, (bool, str)):
             raise TypeError
@@ -132,11 +128,8 @@ def as_number(name: str, value: Any) -> float:
     return number
 
 
-def as_constant(name: str, value: Any) -> float:
-    """A finite number that is a compile-time constant.
-
-    **Raises:** `ValueError` for a JAX tracer, or for anything but a single number.
-    """
+def check_not_traced(name: str, value: Any) -> None:
+    """**Raises:** `ValueError` for a JAX tracer."""
     if isinstance(value, Tracer):
         raise ValueError(
             f"`{name}` is traced by `jax.jit`, `jax.grad` or `jax.vmap`, but it must be a "
@@ -144,15 +137,19 @@ def as_constant(name: str, value: Any) -> float:
             "precision. Pass a Python number. For several values, construct one object "
             "each; for derivatives, use finite differences."
         )
-    return as_number(name, value)
 
 
-def constant_field(name: str, default: float | None) -> Any:
+def constant_field(
+    name: str, default: float | None, check: Callable[..., None] | None = None
+) -> Any:
     """A static field for a number, which is a compile-time constant, or for `None` if that
-    is the default."""
+    is the default. `check` is `check_positive` or `check_not_negative`."""
 
     def convert(value: Any) -> float | None:
-        return None if value is None is default else as_constant(name, value)
+        value = None if value is None is default else as_constant(name, value)
+        if check is not None:
+            check(**{name: value})
+        return value
 
     return eqx.field(static=True, default=default, converter=convert)
 
@@ -173,8 +170,7 @@ def as_floats(name: str, value: Any) -> Inexact[Array, " *shape"]:
         # With an explicit dtype, as Python numbers would become weakly typed arrays.
         return jnp.asarray(array, float if whole else array.dtype)
     except (TypeError, ValueError):
-        message = f"`{name}` must be real numbers; got {show(value)}."
-        raise ValueError(message) from None
+        raise ValueError(f"`{name}` must be real numbers; got {show(value)}.") from None
 
 
 def check_positive(**values: float) -> None:
@@ -182,6 +178,13 @@ def check_positive(**values: float) -> None:
     for name, value in values.items():
         if not as_constant(name, value) > 0:
             raise ValueError(f"`{name}` must be positive; got {value}.")
+
+
+def check_not_negative(**values: float) -> None:
+    """Raise a `ValueError` that names the first negative value."""
+    for name, value in values.items():
+        if not as_constant(name, value) >= 0:
+            raise ValueError(f"`{name}` must not be negative; got {value}.")
 
 
 def as_shape(shape: Sequence[int] | int) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from .diagonal import (
     AbstractDiagonalProcess as AbstractDiagonalProcess,
     AbstractScalarProcess as AbstractScalarProcess,
 )
-from .discrete import DiscreteVP as DiscreteVP, from_betas as from_betas
+from .discrete import DiscreteVP as DiscreteVP
 from .edm import EDM as EDM
 from .flow_matching import (
     RectifiedFlow as RectifiedFlow,

@@ -20,7 +20,7 @@ from .._linear import (
     coefficient_dtype,
     join_components,
 )
-from .._misc import as_batch, as_dtype, check_key, show
+from .._misc import as_batch, as_dtype, check_instance, check_key
 from .time_axis import as_time, as_times, time_for
 
 
@@ -128,10 +128,11 @@ class AbstractProcess(eqx.Module):
     def __check_init__(self):
         if any(size < 1 for size in self.shape):
             raise ValueError(f"`shape` must consist of positive sizes; got {self.shape}.")
-        if not 0 < self.t_min < self.t_max <= self.t_end:
+        check_times(self.t_min, self.t_max, self.t_end)
+        if not self.t_zero_signal >= self.t_max:
             raise ValueError(
-                "Need 0 < `t_min` < `t_max` <= `t_end`; got "
-                f"{self.t_min}, {self.t_max} and {self.t_end}."
+                f"`t_max` must not be after t = {self.t_zero_signal}, where the signal "
+                f"vanishes, or `t_zero_signal` is wrong; got {self.t_max}."
             )
 
     @abc.abstractmethod
@@ -290,8 +291,8 @@ class AbstractProcess(eqx.Module):
         u = check_state(u, self.num_components, self.shape, "The state `u`")
         u = jtu.tree_map(lambda x: x.astype(coefficient_dtype(u)), u)
         factor, axes = self.prior_factor(), tuple(range(-len(self.shape), 0))
-        squares = jtu.tree_map(lambda x: (x**2).sum(axes), apply(factor.inverse(), u))
-        squares = jnp.stack(jtu.tree_leaves(squares)).sum(0)
+        normal = jnp.stack(jtu.tree_leaves(apply(factor.inverse(), u)))
+        squares = (normal**2).sum((0, *axes))
         volume = jnp.linalg.slogdet(jnp.moveaxis(factor.blocks, (0, 1), (-2, -1)))[1]
         volume = jnp.broadcast_to(volume, self.shape).sum()
         size = self.num_components * math.prod(self.shape)
@@ -352,10 +353,16 @@ def normal_like(key: Key, state: State) -> State:
     return jtu.tree_unflatten(treedef, draws)
 
 
+def check_times(t_min: float, t_max: float, t_end: float) -> None:
+    """**Raises:** `ValueError` unless these are in order."""
+    if not 0 < t_min < t_max <= t_end < math.inf:
+        raise ValueError(
+            "Need 0 < `t_min` < `t_max` <= `t_end`, all finite; got "
+            f"{t_min}, {t_max} and {t_end}."
+        )
+
+
 def require_process(process: object) -> None:
     """Raise a `ValueError` unless given a process."""
-    if not isinstance(process, AbstractProcess):
-        raise ValueError(
-            "`process` must be a forward process such as `CLD(shape=...)`; got "
-            f"{show(process)}."
-        )
+    wanted = "a forward process such as `CLD(shape=...)`"
+    check_instance("process", process, AbstractProcess, wanted)

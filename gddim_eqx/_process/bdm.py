@@ -2,10 +2,9 @@ import math
 
 import equinox as eqx
 import jax.numpy as jnp
-import numpy as np
 
 from .._linear import CosineBasis
-from .._misc import as_shape, check_positive, constant_field
+from .._misc import as_shape, check_not_negative, check_positive, constant_field
 from .blur import Blur
 from .diagonal import AbstractDiagonalProcess
 
@@ -35,29 +34,27 @@ class BDM(AbstractDiagonalProcess):
     """
 
     shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
-    sigma_blur_max: float = constant_field("sigma_blur_max", 10.0)
+    sigma_blur_max: float = constant_field("sigma_blur_max", 10.0, check_not_negative)
     min_scale: float = constant_field("min_scale", 0.001)
-    offset: float = constant_field("offset", 0.004)
+    offset: float = constant_field("offset", 0.004, check_positive)
     t_min: float = constant_field("t_min", 1e-5)
     t_end: float = constant_field("t_end", 1.0)
 
     def __check_init__(self):
-        check_positive(offset=self.offset)
         self._blurring()
 
     basis = CosineBasis()
 
     @property
     def data_scale(self) -> float:
-        return math.cos(0.5 * math.pi * self.offset / (1 + 2 * self.offset))
+        return math.cos(self._unit * self.offset)
 
     @property
     def t_max(self) -> float:
         # Where noise is 80 times the signal, relative to time 0 (authors' code).
         signal = self.data_scale
         ratio = signal / (80 + math.sqrt(1 - signal**2))
-        unit = 0.5 * math.pi / (1 + 2 * self.offset)
-        return min(math.atan2(1.0, ratio) / unit - self.offset, self.t_end)
+        return min(math.atan2(1.0, ratio) / self._unit - self.offset, self.t_end)
 
     @property
     def t_zero_signal(self) -> float:
@@ -66,34 +63,32 @@ class BDM(AbstractDiagonalProcess):
     def _blurring(self) -> Blur:
         return Blur(self.shape, self.sigma_blur_max, self.min_scale, self.t_end)
 
-    def _sine(self, t):
-        """The standard deviation."""
-        return jnp.sin(0.5 * np.pi * (t + self.offset) / (1 + 2 * self.offset))
+    @property
+    def _unit(self) -> float:
+        return 0.5 * math.pi / (1 + 2 * self.offset)
+
+    def _std(self, t):
+        return jnp.sin(self._unit * (t + self.offset))
 
     def _cosine(self, t):
         """The square root of alpha, as a sine of the distance to the end: exact there."""
         # Add the offset last, or XLA would fold it into the 1.
-        unit = 0.5 * np.pi / (1 + 2 * self.offset)
-        return jnp.sin(unit * (1 - t) + unit * self.offset)
+        return jnp.sin(self._unit * (1 - t) + self._unit * self.offset)
 
     def _drift(self, t):
-        unit = 0.5 * np.pi / (1 + 2 * self.offset)
-        return -unit * self._sine(t) / self._cosine(t) - self._blurring().fading(t)
+        speed = self._unit * self._std(t) / self._cosine(t)
+        return -speed - self._blurring().fading(t)
 
     def _diffusion(self, t):
         # d(std^2)/dt = 2 F std^2 + G^2.
-        unit = 0.5 * np.pi / (1 + 2 * self.offset)
-        sine = self._sine(t)
-        growth = 2 * unit * sine * self._cosine(t)
-        return jnp.sqrt(growth - 2 * self._drift(t) * sine**2)
+        std = self._std(t)
+        growth = 2 * self._unit * std * self._cosine(t)
+        return jnp.sqrt(growth - 2 * self._drift(t) * std**2)
 
     def _transition(self, t, s):
         signal = self._cosine(t) / self._cosine(s)
         blur = self._blurring()
         return signal * (blur.scale(t) / blur.scale(s))
-
-    def _std(self, t):
-        return self._sine(t)
 
     def _prior_factor(self):
         return jnp.ones(())

@@ -28,10 +28,6 @@ class Blur(eqx.Module):
                 "`min_scale` must be positive, and `min_scale` and `t_end` at most 1; got "
                 f"min_scale={self.min_scale} and t_end={self.t_end}."
             )
-        if not self.sigma_max >= 0:
-            raise ValueError(
-                f"`sigma_blur_max` must not be negative; got {self.sigma_max}."
-            )
 
     def _dissipation(self) -> np.ndarray:
         height, width, _ = self.shape
@@ -44,11 +40,8 @@ class Blur(eqx.Module):
         difference from it."""
         table = _blur_time(self.sigma_max, self.t_end)
         edge_coarse, edge_rest, difference = table(t)
-        dissipation = self._dissipation()
-        coarse, rest = coarse_and_rest(dissipation)
-        rest = jnp.asarray(rest, t.dtype)
-        dissipation = jnp.asarray(dissipation, t.dtype)
-        coarse = jnp.asarray(coarse, t.dtype)
+        parts = self._dissipation(), *coarse_and_rest(self._dissipation())
+        dissipation, coarse, rest = (jnp.asarray(x, t.dtype) for x in parts)
         small = rest * edge_coarse + dissipation * (edge_rest + difference)
         # Not written as a product of exponentials, which XLA would merge.
         at_edge = jnp.exp(-coarse * edge_coarse)
@@ -84,9 +77,7 @@ def _blur_time(sigma_blur_max: float, t_end: float) -> PiecewisePolynomial:
     edges = np.linspace(0, t_end, 65)
     degree = 9
 
-    def blur_time(t):
-        return 0.5 * sigma_blur_max**2 * np.sin(0.5 * np.pi * t) ** 4
-
+    blur_time = lambda t: 0.5 * sigma_blur_max**2 * np.sin(0.5 * np.pi * t) ** 4
     at_edges = blur_time(edges[:-1])
     parts = np.stack(coarse_and_rest(at_edges), -1)
     difference = blur_time(nodes_of_panels(edges, degree)) - at_edges[:, None]

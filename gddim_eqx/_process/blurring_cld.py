@@ -4,7 +4,7 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from .._linear import append_axes, CosineBasis
-from .._misc import as_shape, constant_field
+from .._misc import as_shape, check_not_negative, check_positive, constant_field
 from .blur import Blur
 from .cld import CLD
 from .langevin import AbstractAugmentedProcess
@@ -22,19 +22,18 @@ class BlurringCLD(AbstractAugmentedProcess):
     """
 
     shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
-    sigma_blur_max: float = constant_field("sigma_blur_max", 10.0)
+    sigma_blur_max: float = constant_field("sigma_blur_max", 10.0, check_not_negative)
     min_scale: float = constant_field("min_scale", 0.001)
     beta: float = constant_field("beta", 4.0)
     beta_slope: float = constant_field("beta_slope", 0.0)
-    mass_inverse: float = constant_field("mass_inverse", 4.0)
-    gamma: float = constant_field("gamma", 0.04)
-    epsilon: float = constant_field("epsilon", 1e-6)
+    mass_inverse: float = constant_field("mass_inverse", 4.0, check_positive)
+    gamma: float = constant_field("gamma", 0.04, check_not_negative)
+    epsilon: float = constant_field("epsilon", 1e-6, check_positive)
     t_min: float = constant_field("t_min", 1e-3)
     t_end: float = constant_field("t_end", 1.0)
 
     def __check_init__(self):
         self._blurring()
-        self._cld()
 
     def _blurring(self) -> Blur:
         return Blur(self.shape, self.sigma_blur_max, self.min_scale, self.t_end)

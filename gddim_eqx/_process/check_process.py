@@ -7,15 +7,16 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._linear import append_axes, BlockLinearOperator
-from .._misc import show
+from .._misc import check_count, check_positive
 from .base import AbstractProcess, require_process
 
 
 _QUANTITIES = ("drift", "diffusion", "covariance", "factor", "cholesky")
 _TOLERANCE = 1e-6
 
-# A law, its error at each time (or whether it is broken), those times, and what to do.
-_Law = tuple[str, np.ndarray, np.ndarray, str]
+# Laws that are checked at some times: each with its error at each of these, or whether it
+# is broken there; and what to do about that.
+_Laws = Iterator[tuple[str, np.ndarray] | tuple[str, np.ndarray, str]]
 
 
 def check_process(process: AbstractProcess) -> None:
@@ -40,35 +41,18 @@ def check_process(process: AbstractProcess) -> None:
         jax.enable_x64(True),
         np.errstate(all="ignore"),
     ):
-        _check_attributes(process, name)
+        check_count(f"{name}.num_components", process.num_components)
+        check_positive(**{f"{name}.data_scale": process.data_scale})
         _check_operators(process, name)
-        for law, errors, times, cure in _laws(process):
-            errors = np.where(np.isnan(errors), np.inf, np.asarray(errors, float))
-            worst = int(np.argmax(errors))
-            if errors[worst] > _TOLERANCE:
-                raise ValueError(
-                    f"`{name}` breaks a law at t = {times[worst]:.6g}: {law}. The relative "
-                    f"error is {errors[worst]:.2g}. {cure}"
-                )
-
-
-def _check_attributes(process: AbstractProcess, name: str) -> None:
-    if not (isinstance(process.num_components, int) and process.num_components > 0):
-        raise ValueError(
-            f"`{name}.num_components` must be a positive integer; got "
-            f"{show(process.num_components)}."
-        )
-    for attribute in ("data_scale", "t_min", "t_max", "t_end", "t_zero_signal"):
-        value = getattr(process, attribute)
-        if not isinstance(value, float | int) or not value > 0:
-            raise ValueError(
-                f"`{name}.{attribute}` must be a positive number; got {show(value)}."
-            )
-    if not process.t_zero_signal >= process.t_max:
-        raise ValueError(
-            f"`{name}.t_zero_signal` must not be before `t_max`; got "
-            f"{process.t_zero_signal} and {process.t_max}."
-        )
+        for times, laws in _laws(process):
+            for law, errors, *cure in laws:
+                errors = np.where(np.isnan(errors), np.inf, np.asarray(errors, float))
+                worst = int(np.argmax(errors))
+                if errors[worst] > _TOLERANCE:
+                    raise ValueError(
+                        f"`{name}` breaks a law at t = {times[worst]:.6g}: {law}. The "
+                        f"relative error is {errors[worst]:.2g}. {' '.join(cure)}"
+                    )
 
 
 def _check_operators(process: AbstractProcess, name: str) -> None:
@@ -85,19 +69,29 @@ def _check_operators(process: AbstractProcess, name: str) -> None:
                     f"{method} must return an array of blocks; it returned "
                     f"{type(blocks).__name__}."
                 )
-            operator = jax.eval_shape(getattr(process, quantity), *times)
-            if operator.num_components != process.num_components:
+            n = jax.eval_shape(getattr(process, quantity), *times).num_components
+            if n != process.num_components or (blocks.dtype != dtype and times):
                 raise ValueError(
                     f"{method} must return blocks for states of `num_components="
-                    f"{process.num_components}`; these are for "
-                    f"{operator.num_components} component(s)."
+                    f"{process.num_components}`, in the dtype of the time that is passed, "
+                    f"{jnp.dtype(dtype)}; it returned {blocks.dtype}, for {n} component(s)."
+                    " Build arrays with `jnp.zeros_like(t)` or `jnp.asarray(x, t.dtype)`."
                 )
-            if blocks.dtype != dtype and times:
-                raise ValueError(
-                    f"{method} must compute in the dtype of the time that is passed, "
-                    f"{jnp.dtype(dtype)}; it returned {blocks.dtype}. Build arrays with "
-                    "`jnp.zeros_like(t)` or `jnp.asarray(x, t.dtype)`."
-                )
+
+
+def _laws(process: AbstractProcess) -> Iterator[tuple[np.ndarray, _Laws]]:
+    times = _times(process)
+    evaluate = lambda t: {
+        q: _matrices(process, getattr(process, q)(t)) for q in _QUANTITIES
+    }
+    values, rates = _with_rates(evaluate, times)
+    yield times, _laws_of_values(values)
+    later, earlier = np.append(times, times[1:]), np.append(0 * times, times[:-1])
+    drift = np.append(values["drift"], values["drift"][1:], axis=0)
+    yield later, _laws_of_transition(process, later, earlier, drift)
+    yield times, _laws_of_roots(values)
+    yield times, _laws_of_rates(times, values, rates)
+    yield np.array([process.t_max]), _laws_of_states(process, values["covariance"][-1])
 
 
 def _times(process: AbstractProcess) -> np.ndarray:
@@ -107,21 +101,6 @@ def _times(process: AbstractProcess) -> np.ndarray:
     end = 1 if process.t_zero_signal > process.t_max else 0.99
     linear = first + (last - first) * np.array([0.3, 0.6, 0.85, end])
     return np.unique(np.clip(np.concatenate([geometric, linear]), first, last))
-
-
-def _laws(process: AbstractProcess) -> Iterator[_Law]:
-    times = _times(process)
-    evaluate = lambda t: {
-        q: _matrices(process, getattr(process, q)(t)) for q in _QUANTITIES
-    }
-    values, rates = _with_rates(evaluate, times)
-    for name, value in values.items():
-        infinite = ~np.isfinite(value).reshape(len(times), -1).all(1)
-        yield f"`{name}(t)` must be finite", infinite, times, ""
-    yield from _laws_of_transition(process, times, values["drift"])
-    yield from _laws_of_roots(times, values)
-    yield from _laws_of_rates(times, values, rates)
-    yield from _laws_of_states(process, values["covariance"][-1])
 
 
 def _with_rates(fn, *times):
@@ -136,124 +115,118 @@ def _matrices(process: AbstractProcess, operator: BlockLinearOperator):
     return jnp.moveaxis(blocks, (0, 1), (-2, -1))
 
 
-def _laws_of_transition(process, times, drift) -> Iterator[_Law]:
-    t, s = np.append(times, times[1:]), np.append(0 * times, times[:-1])
-    r, drift = 0.5 * (t + s), np.append(drift, drift[1:], axis=0)
-    later, earlier = np.stack([t, t, t, r, s]), np.stack([t, s, r, s, t])
+def _laws_of_values(values) -> _Laws:
+    for name, value in values.items():
+        yield f"`{name}(t)` must be finite", _anywhere(~np.isfinite(value))
+
+
+def _laws_of_transition(process, t, s, drift) -> _Laws:
+    r = 0.5 * (t + s)
     transition = lambda t, s: _matrices(process, process.transition(t, s))
-    moved, rates = _with_rates(transition, later.ravel(), earlier.ravel())
+    times = np.stack([t, t, t, r, s]), np.stack([t, s, r, s, t])
+    moved, rates = _with_rates(transition, *(x.ravel() for x in times))
     still, forward, after, before, back = np.split(moved, 5)
-    rate = np.split(rates, 5)[1]
-    from_zero = forward[: len(times)].reshape(len(times), -1)
     yield (
         "`transition(t, 0)` must not be nan, but zero or huge where it under- or overflows",
-        np.asarray(np.isnan(from_zero).any(1)),
-        times,
-        "",
+        _anywhere(np.isnan(forward)) & (s == 0),
     )
     eye = np.eye(process.num_components)
-    yield "`transition(t, t)` must be the identity", _error(still, eye, eye), t, ""
+    yield "`transition(t, t)` must be the identity", _error(still, eye, eye)
     yield (
         "`transition(t, r) @ transition(r, s)` must equal `transition(t, s)`",
         _error_of_product(after, before, forward),
-        t,
         "A transition maps the mean of the state at one time to that at another.",
     )
     yield (
         "`transition(t, s) @ transition(s, t)` must be the identity",
         _error_of_product(forward, back, eye),
-        t,
         "`transition` must be defined backward in time too.",
     )
     size = abs(drift) @ abs(forward) + _slow(forward, t)
     yield (
         "the derivative of `transition(t, s)` in `t` must be `drift(t) @ transition(t, s)`",
-        _error(rate, drift @ forward, size),
-        t,
+        _error(np.split(rates, 5)[1], drift @ forward, size),
         "Either `drift` or `transition` is wrong; mind the sign of `drift`, which is that "
         "of the forward process.",
     )
 
 
-def _laws_of_roots(times, values) -> Iterator[_Law]:
+def _laws_of_roots(values) -> _Laws:
     covariance, cholesky = values["covariance"], values["cholesky"]
-    above = np.triu(cholesky, 1) != 0
-    negative = np.diagonal(cholesky, axis1=-2, axis2=-1) <= 0
+    not_positive = np.linalg.diagonal(cholesky) <= 0
     yield (
         "`cholesky(t)` must be lower triangular, with a positive diagonal",
-        above.reshape(len(times), -1).any(1) | negative.reshape(len(times), -1).any(1),
-        times,
+        _anywhere(np.triu(cholesky, 1) != 0) | _anywhere(not_positive),
         "`covariance(t).cholesky()` gives the blocks of such a factor.",
     )
     errors = {
-        name: _error_of_product(values[name], _T(values[name]), covariance)
+        name: _error_of_product(values[name], values[name].mT, covariance)
         for name in ("factor", "cholesky")
     }
     yield (
         "`covariance(t)` must equal `factor(t) @ factor(t).T` and `cholesky(t) @ "
         "cholesky(t).T`",
         np.minimum(*errors.values()),
-        times,
         "As neither square root agrees with it, `covariance` is wrong.",
     )
     for name, error in errors.items():
         law = f"`{name}(t) @ {name}(t).T` must equal `covariance(t)`"
-        yield law, error, times, f"`{name}` is wrong, as the other square root is right."
+        yield law, error, f"`{name}` is wrong, as the other square root is right."
 
 
-def _laws_of_rates(times, values, rates) -> Iterator[_Law]:
+def _laws_of_rates(times, values, rates) -> _Laws:
     drift, diffusion, covariance, factor = (values[name] for name in _QUANTITIES[:4])
-    noise, spread = diffusion @ _T(diffusion), drift @ covariance
+    noise, spread = diffusion @ diffusion.mT, drift @ covariance
     size = abs(drift) @ abs(covariance)
-    size = size + _T(size) + abs(diffusion) @ abs(_T(diffusion)) + _slow(covariance, times)
+    size = size + size.mT + abs(diffusion) @ abs(diffusion.mT) + _slow(covariance, times)
     yield (
         "the derivative of `covariance(t)` must be `drift(t) @ covariance(t) + "
         "covariance(t) @ drift(t).T + diffusion(t) @ diffusion(t).T`",
-        _error(rates["covariance"], spread + _T(spread) + noise, size),
-        times,
+        _error(rates["covariance"], spread + spread.mT + noise, size),
         "`drift` agrees with `transition`, so either `diffusion` is wrong, or `covariance` "
         "and its square roots are.",
     )
-    turned = np.linalg.inv(_T(factor))
+    turned = np.linalg.inv(factor.mT)
     size = abs(drift) @ abs(factor) + abs(noise) @ abs(turned) + _slow(factor, times)
     yield (
         "the derivative of `factor(t)` must be `(F + G @ G.T @ covariance^-1 / 2) @ "
         "factor(t)`, with F and G for `drift(t)` and `diffusion(t)` (gDDIM, equation 17)",
         _error(rates["factor"], drift @ factor + noise @ turned / 2, size),
-        times,
         "With several components no other square root will do, not even the Cholesky "
         "factor. `LinearSDE` solves this equation for any `drift` and `diffusion`.",
     )
 
 
-def _laws_of_states(process, covariance) -> Iterator[_Law]:
-    at_end, moved = np.array([process.t_max]), process.transition(process.t_max, 0.0)
+def _laws_of_states(process, covariance) -> _Laws:
+    moved = _matrices(process, process.transition(process.t_max, 0.0))
     prior = np.asarray(_matrices(process, process.prior_factor()))
-    mean = process.data_scale * np.asarray(_matrices(process, moved))[..., :1]
-    largest, prior = covariance + mean @ _T(mean), prior @ _T(prior)
+    mean = process.data_scale * np.asarray(moved)[..., :1]
     least, most = (
-        np.linalg.eigvals(np.linalg.solve(x, prior)).real for x in (covariance, largest)
+        np.linalg.eigvals(np.linalg.solve(x, prior @ prior.mT)).real
+        for x in (covariance, covariance + mean @ mean.mT)
     )
     yield (
         "`prior_factor()` must be about a square root of the covariance of states at "
         "`t_max`, which is at least `covariance(t_max)`, and not much more for data of "
         "unit variance",
         ~np.array([least.min() > 0.5 and most.max() < 2]),
-        at_end,
         "`cholesky(t_max)` is suitable.",
     )
     x = jr.normal(jr.key(0), process.shape, jnp.float64)
     encoded = jax.jit(process.encode)(x)
-    first = jtu.tree_leaves(encoded)[0]
-    lengths = jnp.linalg.norm(process.data_scale * x), jnp.linalg.norm(first)
+    length = jnp.linalg.norm(process.data_scale * x)
+    change = abs(jnp.linalg.norm(jtu.tree_leaves(encoded)[0]) - length) / length
     yield (
         "`basis` must be orthogonal, and `encode` must be `data_scale` times its `forward`",
-        np.array([abs(lengths[0] - lengths[1]) / lengths[0]]),
-        at_end,
-        "",
+        np.array([change]),
     )
     decoded = jax.jit(process.decode)(encoded)
-    yield "`decode` must undo `encode`", np.array([abs(decoded - x).max()]), at_end, ""
+    yield "`decode` must undo `encode`", np.array([abs(decoded - x).max()])
+
+
+def _anywhere(broken) -> np.ndarray:
+    """Whether any entry is, at each time."""
+    return broken.reshape(len(broken), -1).any(1)
 
 
 def _error(actual, expected, size) -> np.ndarray:
@@ -273,7 +246,3 @@ def _slow(value, times):
     """A slow rate of change: the smallest scale for relative errors of derivatives."""
     times = times.reshape(-1, *(1,) * (value.ndim - 1))
     return 0.01 * np.abs(value) / times
-
-
-def _T(x):
-    return np.swapaxes(x, -1, -2)

@@ -8,10 +8,10 @@ import numpy as np
 from jaxtyping import Array
 
 from .._custom_types import RealScalarLike
-from .._linear import BlockLinearOperator
-from .._misc import as_shape, check_positive, constant_field
-from .langevin import AbstractAugmentedProcess, check_gamma, check_rate
-from .tables import cumulative_integral, PiecewisePolynomial
+from .._linear import BlockLinearOperator, matmul
+from .._misc import as_shape, check_not_negative, check_positive, constant_field
+from .langevin import AbstractAugmentedProcess
+from .tables import integration_matrix, nodes_of_panels, PiecewisePolynomial
 from .time_axis import as_times
 
 
@@ -49,28 +49,17 @@ class CLD(AbstractAugmentedProcess):
     shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
     beta: float = constant_field("beta", 4.0)
     beta_slope: float = constant_field("beta_slope", 0.0)
-    mass_inverse: float = constant_field("mass_inverse", 4.0)
-    gamma: float = constant_field("gamma", 0.04)
-    epsilon: float = constant_field("epsilon", 1e-6)
+    mass_inverse: float = constant_field("mass_inverse", 4.0, check_positive)
+    gamma: float = constant_field("gamma", 0.04, check_not_negative)
+    epsilon: float = constant_field("epsilon", 1e-6, check_positive)
     t_min: float = constant_field("t_min", 1e-3)
     t_end: float = constant_field("t_end", 1.0)
 
-    def __check_init__(self):
-        check_positive(
-            mass_inverse=self.mass_inverse, epsilon=self.epsilon, t_end=self.t_end
-        )
-        check_gamma(self.gamma)
-        check_rate(self.beta, self.beta_slope, self.t_end)
-
     num_components = 2
 
-    def _elapsed(self, t, s):
+    def _elapsed(self, t, s: RealScalarLike = 0.0):
         """The increase of rescaled time from `s` to `t`."""
-        rate = self.beta + 0.5 * self.beta_slope * (t + s)
-        return math.sqrt(self.mass_inverse) * (t - s) * rate
-
-    def _rescaled_time(self, t: Array) -> Array:
-        return self._elapsed(t, 0.0)
+        return math.sqrt(self.mass_inverse) * self._rescaled(t, s)
 
     def _initial_variances(self) -> tuple[float, float]:
         return self.epsilon, self.gamma + self.epsilon * self.mass_inverse
@@ -84,11 +73,11 @@ class CLD(AbstractAugmentedProcess):
         return jnp.array([[a, right * b], [down * c, down * right * d]])
 
     def _drift(self, t):
-        speed = math.sqrt(self.mass_inverse) * (self.beta + self.beta_slope * t)
+        speed = math.sqrt(self.mass_inverse) * self._rate(t)
         return self._unscaled([[0.0, speed], [-speed, -2 * speed]], 1, -1)
 
     def _diffusion(self, t):
-        speed = math.sqrt(self.mass_inverse) * (self.beta + self.beta_slope * t)
+        speed = math.sqrt(self.mass_inverse) * self._rate(t)
         return self._unscaled([[0.0, 0.0], [0.0, 2 * jnp.sqrt(speed)]], 1, 0)
 
     def _transition(self, t, s):
@@ -98,23 +87,17 @@ class CLD(AbstractAugmentedProcess):
         return self._unscaled(rows, 1, -1)
 
     def _covariance(self, t):
-        xx, xw, ww = _covariance(self._rescaled_time(t), *self._initial_variances())
+        xx, xw, ww = _covariance(self._elapsed(t), *self._initial_variances())
         return self._unscaled([[xx, xw], [xw, ww]], 1, 1)
 
     def _cholesky(self, t):
-        p, q, r = _cholesky(self._rescaled_time(t), *self._initial_variances())
+        p, q, r = _cholesky(self._elapsed(t), *self._initial_variances())
         return self._unscaled([[p, 0.0], [q, r]], 1, 0)
 
     def _factor(self, t):
-        y = self._rescaled_time(t)
-        p, q, r = _cholesky(y, *self._initial_variances())
-        end = self._elapsed(np.float64(self.t_end), np.float64(0))
-        cosine, sine = _rotation(float(end), *self._initial_variances())(y)
-        rows = [
-            [p * cosine, -p * sine],
-            [q * cosine + r * sine, r * cosine - q * sine],
-        ]
-        return self._unscaled(rows, 1, 0)
+        table = _rotation(self._elapsed(self.t_end), *self._initial_variances())
+        cosine, sine = table(self._elapsed(t))
+        return matmul(self._cholesky(t), jnp.array([[cosine, -sine], [sine, cosine]]))
 
     def stationary_reversal(
         self, t: RealScalarLike, s: RealScalarLike
@@ -134,11 +117,8 @@ class CLD(AbstractAugmentedProcess):
         y = -self._elapsed(*as_times(t, s))
         decay = jnp.exp(-y)
         rows = [[decay * (1 + y), -decay * y], [decay * y, decay * (1 - y)]]
-        xx, xw, ww = _covariance(y, 0.0, 0.0)
-        p = jnp.sqrt(xx)
-        q = -xw / jnp.where(p > 0, p, 1)
-        r = jnp.sqrt(ww - q * q)
-        root = self._unscaled([[p, 0.0], [q, r]], 1, 0)
+        p, q, r = _cholesky(y, 0.0, 0.0)
+        root = self._unscaled([[p, 0.0], [-q, r]], 1, 0)
         transition = self._operator(self._unscaled(rows, 1, -1))
         return transition, self._operator(root, lx.lower_triangular_tag)
 
@@ -184,7 +164,7 @@ def _covariance(y, a, b, xp=jnp):
 def _cholesky(y, a, b, xp=jnp):
     xx, xw, ww = _covariance(y, a, b, xp)
     p = xp.sqrt(xx)
-    q = xw / p
+    q = xw / xp.where(p > 0, p, 1)
     return p, q, xp.sqrt(ww - q * q)
 
 
@@ -207,10 +187,9 @@ def _rotation(end: float, a: float, b: float) -> PiecewisePolynomial:
     edges = np.interp(
         np.arange(pieces.sum() + 1), np.concatenate([[0], np.cumsum(pieces)]), edges
     )
-
-    def speed(y):
-        p, _, r = _cholesky(y, a, b, np)
-        return -r / p
-
-    angle = cumulative_integral(speed, edges, degree)
+    p, _, r = _cholesky(nodes_of_panels(edges, degree), a, b, np)
+    # The integrals from the left edge of each panel, and those before it.
+    integrals = (-r / p) @ integration_matrix(degree).T * np.diff(edges)[:, None] / 2
+    before = np.concatenate([[0.0], np.cumsum(integrals[:-1, -1])])
+    angle = before[:, None] + integrals[:, :-1]
     return PiecewisePolynomial(edges, np.stack([np.cos(angle), np.sin(angle)], -1))

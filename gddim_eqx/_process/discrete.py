@@ -1,5 +1,6 @@
 import functools as ft
 import math
+from collections.abc import Callable
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -38,19 +39,15 @@ class DiscreteVP(AbstractGaussianPath):
 
         **Raises:** `ValueError` for any other values.
         """
-        alphas = _as_list("alphas_cumprod", alphas_cumprod)
+        alphas = as_list("alphas_cumprod", alphas_cumprod)
         before = np.append(1.0, alphas[:-1])
-        if not (alphas < before).all():
-            worst = int(np.argmin(alphas < before))
+        decreasing = (0 <= alphas) & (alphas < before)
+        if not decreasing.all():
+            worst = int(np.argmin(decreasing))
             raise ValueError(
-                "`alphas_cumprod` must decrease strictly and be less than 1; at index "
-                f"{worst} it is {alphas[worst]}, after {before[worst]}."
-            )
-        if len(alphas) < 2:
-            raise ValueError("`alphas_cumprod` must hold at least two numbers; got one.")
-        if alphas[-1] < 0:
-            raise ValueError(
-                f"`alphas_cumprod` must not be negative; got {alphas[-1]} at the end."
+                "`alphas_cumprod`, the products of one minus `betas`, must decrease "
+                f"strictly, from less than 1 to at least 0; at index {worst} it is "
+                f"{alphas[worst]}, after {before[worst]}."
             )
         self.shape = as_shape(shape)
         self.alphas_cumprod = tuple(alphas.tolist())
@@ -100,11 +97,11 @@ class DiscreteVP(AbstractGaussianPath):
     ) -> Float[np.ndarray, " levels"]:
         """The time at which the noise-to-signal ratio has a given value, on the host and
         in double precision; the nearest end of the time axis if there is none."""
-        table, target = _squared_angle(self.alphas_cumprod), np.arctan(sigma) ** 2
+        table, target = _interpolated(self.alphas_cumprod), np.arctan(sigma) ** 2
         low, high = np.zeros_like(target), np.ones_like(target)
         for _ in range(60):
             middle = 0.5 * (low + high)
-            later = table.on_host(middle)[..., 0] < target
+            later = table(middle)[..., 0] < target
             low, high = np.where(later, middle, low), np.where(later, high, middle)
         # Exactly the time of an index where it is that up to rounding.
         scaled, number = high * len(self.alphas_cumprod), len(self.alphas_cumprod)
@@ -141,6 +138,13 @@ class DiscreteVP(AbstractGaussianPath):
 
 @ft.lru_cache(maxsize=64)
 def _squared_angle(alphas_cumprod: tuple[float, ...]) -> PiecewisePolynomial:
+    edges = np.linspace(0, 1, len(alphas_cumprod) + 1)
+    values = _interpolated(alphas_cumprod)(nodes_of_panels(edges, 3))
+    return PiecewisePolynomial(edges, values)
+
+
+@ft.lru_cache(maxsize=64)
+def _interpolated(alphas_cumprod: tuple[float, ...]) -> Callable[[np.ndarray], np.ndarray]:
     from scipy.interpolate import PchipInterpolator  # takes long to import
 
     alphas = np.concatenate([[1.0], alphas_cumprod])
@@ -148,28 +152,17 @@ def _squared_angle(alphas_cumprod: tuple[float, ...]) -> PiecewisePolynomial:
     angles = np.arctan2(np.sqrt(1 - alphas), np.sqrt(alphas))
     rests = np.arctan2(np.sqrt(alphas), np.sqrt(1 - alphas))
     values = np.stack([angles**2, rests * (0.5 * np.pi + angles)], axis=-1)
-    edges = np.linspace(0, 1, len(alphas))
-    interpolated = PchipInterpolator(edges, values)(nodes_of_panels(edges, 3))
-    return PiecewisePolynomial(edges, interpolated)
+    return PchipInterpolator(np.linspace(0, 1, len(alphas)), values)
 
 
-def _as_list(name: str, values) -> Float[np.ndarray, " N"]:
-    """A list of numbers on the host, in double precision."""
+def as_list(name: str, values) -> Float[np.ndarray, " N"]:
+    """A list of numbers, at least two, on the host and in double precision."""
     try:
         array = np.asarray(values, np.float64)
     except (TypeError, ValueError):
         array = np.zeros(())
-    if array.ndim != 1 or array.size < 1 or not np.isfinite(array).all():
-        raise ValueError(f"`{name}` must be a list of finite numbers; got {show(values)}.")
-    return array
-
-
-def from_betas(shape: tuple[int, ...] | int, betas: ArrayLike | list) -> DiscreteVP:
-    betas = _as_list("betas", betas)
-    if not ((betas > 0) & (betas <= 1)).all() or (betas[:-1] == 1).any():
-        worst = betas[np.argmin((betas > 0) & (betas < 1))]
+    if array.ndim != 1 or array.size < 2 or not np.isfinite(array).all():
         raise ValueError(
-            "`betas` must be between 0 and 1; only the last may be 1, for zero-terminal "
-            f"SNR; got {worst}."
+            f"`{name}` must be a list of at least two finite numbers; got {show(values)}."
         )
-    return DiscreteVP(shape, np.cumprod(1 - betas))
+    return array

@@ -3,7 +3,7 @@ import math
 import equinox as eqx
 import jax.numpy as jnp
 
-from .._misc import as_shape, constant_field
+from .._misc import as_shape, check_positive, constant_field
 from .gaussian_path import AbstractGaussianPath
 from .ve import check_sigmas
 
@@ -20,7 +20,7 @@ class EDM(AbstractGaussianPath):
     """
 
     shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
-    sigma_min: float = constant_field("sigma_min", 0.002)
+    sigma_min: float = constant_field("sigma_min", 0.002, check_positive)
     sigma_max: float = constant_field("sigma_max", 80.0)
 
     def __check_init__(self):

@@ -27,13 +27,9 @@ class RectifiedFlow(AbstractGaussianPath):
     """
 
     shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
-    shift: float = constant_field("shift", 1.0)
+    shift: float = constant_field("shift", 1.0, check_positive)
     t_min: float = constant_field("t_min", 1e-3)
     t_end: float = constant_field("t_end", 1.0)
-
-    def __check_init__(self):
-        check_positive(shift=self.shift)
-        _check_end(self.t_end)
 
     t_zero_signal = 1.0
 
@@ -76,9 +72,6 @@ class TrigonometricFlow(AbstractGaussianPath):
     t_min: float = constant_field("t_min", 1e-3)
     t_end: float = constant_field("t_end", 1.0)
 
-    def __check_init__(self):
-        _check_end(self.t_end)
-
     t_zero_signal = 1.0
 
     # The cosine, as the sine of the distance to t = 1: exact there.
@@ -89,22 +82,9 @@ class TrigonometricFlow(AbstractGaussianPath):
     def _noise(self, t):
         return jnp.sin(0.5 * np.pi * t)
 
-    def _signal_rate(self, t):
-        return -0.5 * np.pi * self._noise(t)
-
-    def _noise_rate(self, t):
-        return 0.5 * np.pi * self._signal(t)
-
 
 TrigonometricFlow.__init__.__doc__ = """**Arguments:**
 
 - `shape`: the shape of one data sample.
 - `t_min`, `t_end`: sampling runs from `t_end` down to `t_min`.
 """
-
-
-def _check_end(t_end: float) -> None:
-    if not t_end <= 1:
-        raise ValueError(
-            f"`t_end` must be at most 1, where there is no signal; got {t_end}."
-        )

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._misc import as_constant, as_shape, check_positive, show
+from .._misc import as_constant, as_shape, check_instance, check_positive
+from .base import check_times
 from .diagonal import AbstractScalarProcess
 from .time_axis import as_time
 
@@ -119,16 +120,10 @@ class GaussianPath(AbstractGaussianPath):
         """
         self.shape = as_shape(shape)
         for name, function in (("signal", signal), ("noise", noise)):
-            if not callable(function):
-                raise ValueError(
-                    f"`{name}` must be a function of time; got {show(function)}."
-                )
+            check_instance(name, function, Callable, "a function of time")
         self.signal, self.noise = signal, noise
         self.t_min, self.t_end = as_constant("t_min", t_min), as_constant("t_end", t_end)
-        if not 0 < self.t_min < self.t_end:
-            raise ValueError(
-                f"Need 0 < `t_min` < `t_end`; got t_min={t_min} and t_end={t_end}."
-            )
+        check_times(self.t_min, self.t_end, self.t_end)
         times = self.t_end * np.linspace(0, 1, 1001) ** 2
         signals, rates = _on_host("signal", self._signal, times)
         noises, _ = _on_host("noise", self._noise, times)
@@ -136,7 +131,7 @@ class GaussianPath(AbstractGaussianPath):
         prior_std = noises[-1] if prior_std is None else prior_std
         self.prior_std = as_constant("prior_std", prior_std)
         check_positive(prior_std=self.prior_std)
-        self.data_scale = signals[0]
+        self.data_scale = float(signals[0])
         # By linear extrapolation from the end.
         rest = -signals[-1] / rates[-1] if rates[-1] < 0 else math.inf
         self.t_zero_signal = float(times[-1] + (rest if signals[-1] > 0 else 0))
@@ -156,7 +151,7 @@ def _with_rate(fn, t):
     return jax.jvp(fn, (t,), (jnp.ones_like(t),))
 
 
-def _on_host(name, fn, times) -> tuple[list[float], list[float]]:
+def _on_host(name, fn, times) -> tuple[np.ndarray, np.ndarray]:
     """The values and derivatives of a function of time, in double precision."""
     with jax.ensure_compile_time_eval(), jax.enable_x64(True):
         # A new function for each call: with a shared one, JAX's cache would keep the
@@ -168,7 +163,7 @@ def _on_host(name, fn, times) -> tuple[list[float], list[float]]:
             f"`{name}` must return one number for one time; it returned an array of shape "
             f"{values.shape[1:]}."
         )
-    return values.tolist(), rates.tolist()
+    return values, rates
 
 
 _direction = (
@@ -178,23 +173,15 @@ _direction = (
 
 def _check_path(times, signal, noise) -> None:
     """Raise a `ValueError` unless the signal-to-noise ratio decreases."""
-    signal, noise = np.asarray(signal), np.asarray(noise)
-    # Either may be zero at one end.
-    for name, values, at in (
-        ("signal", signal[:-1], times[:-1]),
-        ("noise", noise[1:], times[1:]),
-    ):
-        if not (good := values > 0).all():
+    for name, values, end in (("signal", signal, -1), ("noise", noise, 0)):
+        good = values > 0
+        good[end] = values[end] >= 0
+        if not good.all():
             worst = int(np.argmin(good))
             raise ValueError(
-                f"`{name}` must be positive between the ends of the time axis; it is "
-                f"{values[worst]} at t = {at[worst]:.6g}. {_direction}"
+                f"`{name}` must be positive, or zero at t = {times[end]:g}; it is "
+                f"{values[worst]} at t = {times[worst]:.6g}. {_direction}"
             )
-    if not (signal[-1] >= 0 and noise[0] >= 0):
-        raise ValueError(
-            "`signal` and `noise` must not be negative; got a signal of "
-            f"{signal[-1]} at t = {times[-1]}, and a noise of {noise[0]} at t = 0."
-        )
     growing = np.diff(noise / np.where(signal > 0, signal, np.finfo(float).tiny)) > 0
     if not growing.all():
         worst = int(np.argmin(growing))

@@ -25,22 +25,14 @@ class HOLD(AbstractLangevin):
     """
 
     shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
-    coupling: float = constant_field("coupling", 2 * math.sqrt(2))
-    friction: float = constant_field("friction", 3 * math.sqrt(3))
+    coupling: float = constant_field("coupling", 2 * math.sqrt(2), check_positive)
+    friction: float = constant_field("friction", 3 * math.sqrt(3), check_positive)
     beta: float = constant_field("beta", 6.0)
     beta_slope: float = constant_field("beta_slope", 0.0)
-    gamma: float = constant_field("gamma", 0.04)
-    epsilon: float = constant_field("epsilon", 1e-4)
+    gamma: float = constant_field("gamma", 0.04, check_positive)
+    epsilon: float = constant_field("epsilon", 1e-4, check_positive)
     t_min: float = constant_field("t_min", 1e-3)
     t_end: float = constant_field("t_end", 1.0)
-
-    def __check_init__(self):
-        check_positive(
-            coupling=self.coupling,
-            friction=self.friction,
-            gamma=self.gamma,
-            epsilon=self.epsilon,
-        )
 
     def _coefficients(self):
         k, xi = self.coupling, self.friction

@@ -1,20 +1,33 @@
 import abc
 import functools as ft
 import math
+from typing import TYPE_CHECKING
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
+from .._custom_types import RealScalarLike
 from .._linear import IdentityBasis
-from .._misc import as_shape, check_positive, constant_field
+from .._misc import as_shape, check_not_negative, check_positive, constant_field
 from .base import AbstractProcess
 from .linear_sde import LinearSDE
 
 
+# As in base.py.
+if TYPE_CHECKING:
+    from typing import ClassVar as AbstractVar
+else:
+    from equinox import AbstractVar
+
+
 class AbstractAugmentedProcess(AbstractProcess):
-    """A process of the data and auxiliary variables, such as a velocity. Some signal
-    remains at `t_end`, where sampling starts."""
+    r"""A process of the data and auxiliary variables, such as a velocity, at the rate
+    $\beta_t = \beta_0 + \beta_1 t$. Some signal remains at `t_end`, where sampling
+    starts."""
+
+    beta: AbstractVar[float]
+    beta_slope: AbstractVar[float]
 
     basis = IdentityBasis()
     data_scale = 1.0
@@ -25,19 +38,28 @@ class AbstractAugmentedProcess(AbstractProcess):
 
     t_zero_signal = math.inf
 
+    def __check_init__(self):
+        if self.beta < 0 or not self._rate(self.t_end) > 0:
+            raise ValueError(
+                "`beta + beta_slope * t` must be positive on (0, t_end]; got "
+                f"beta={self.beta} and beta_slope={self.beta_slope}."
+            )
+
+    def _rate(self, t):
+        return self.beta + self.beta_slope * t
+
+    def _rescaled(self, t, start: RealScalarLike = 0.0):
+        return (t - start) * (self.beta + 0.5 * self.beta_slope * (t + start))
+
 
 class AbstractLangevin(AbstractAugmentedProcess):
-    r"""A process whose coefficients are constant up to a time-dependent rate,
-    $\mathrm{d}u = \beta_t A u\,\mathrm{d}t + \sqrt{\beta_t} B\,\mathrm{d}w$ with
-    $\beta_t = \beta_0 + \beta_1 t$.
+    r"""A process whose coefficients are constant up to the rate,
+    $\mathrm{d}u = \beta_t A u\,\mathrm{d}t + \sqrt{\beta_t} B\,\mathrm{d}w$.
 
     Subclasses specify $A$, $B$, the initial covariance and the prior. Everything else
     follows from a [`gddim_eqx.LinearSDE`][] in the rescaled time $\int \beta$, which is
     solved once for all processes with the same coefficients.
     """
-
-    beta: eqx.AbstractVar[float]
-    beta_slope: eqx.AbstractVar[float]
 
     @abc.abstractmethod
     def _coefficients(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -47,18 +69,9 @@ class AbstractLangevin(AbstractAugmentedProcess):
     def _prior_std(self) -> list[float]:
         """The standard deviation of each component under the prior."""
 
-    def __check_init__(self):
-        check_rate(self.beta, self.beta_slope, self.t_end)
-
     @property
     def num_components(self) -> int:
         return len(self._prior_std())
-
-    def _rate(self, t):
-        return self.beta + self.beta_slope * t
-
-    def _rescaled(self, t):
-        return t * (self.beta + 0.5 * self.beta_slope * t)
 
     def _sde(self) -> LinearSDE:
         matrices = tuple(tuple(map(tuple, x.tolist())) for x in self._coefficients())
@@ -108,20 +121,14 @@ class Langevin(AbstractLangevin):
     """
 
     shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
-    damping: float = constant_field("damping", 1.0)
+    damping: float = constant_field("damping", 1.0, check_positive)
     beta: float = constant_field("beta", 4.0)
     beta_slope: float = constant_field("beta_slope", 0.0)
-    mass_inverse: float = constant_field("mass_inverse", 4.0)
-    gamma: float = constant_field("gamma", 0.04)
-    epsilon: float = constant_field("epsilon", 1e-6)
+    mass_inverse: float = constant_field("mass_inverse", 4.0, check_positive)
+    gamma: float = constant_field("gamma", 0.04, check_not_negative)
+    epsilon: float = constant_field("epsilon", 1e-6, check_positive)
     t_min: float = constant_field("t_min", 1e-3)
     t_end: float = constant_field("t_end", 1.0)
-
-    def __check_init__(self):
-        check_positive(
-            damping=self.damping, mass_inverse=self.mass_inverse, epsilon=self.epsilon
-        )
-        check_gamma(self.gamma)
 
     def _coefficients(self):
         friction = 2 * self.damping * math.sqrt(self.mass_inverse)
@@ -141,21 +148,6 @@ Langevin.__init__.__doc__ = """**Arguments:**
 - `epsilon`: added to both initial variances; keeps the covariance non-singular at time 0.
 - `t_min`, `t_end`: sampling runs from `t_end` down to `t_min`.
 """
-
-
-def check_rate(beta: float, beta_slope: float, t_end: float) -> None:
-    """**Raises:** `ValueError` unless the rate is positive."""
-    if beta < 0 or not beta + beta_slope * t_end > 0:
-        raise ValueError(
-            "`beta + beta_slope * t` must be positive on (0, t_end]; got "
-            f"beta={beta} and beta_slope={beta_slope}."
-        )
-
-
-def check_gamma(gamma: float) -> None:
-    """**Raises:** `ValueError` for a negative variance of the initial velocity."""
-    if not gamma >= 0:
-        raise ValueError(f"`gamma` must not be negative; got {gamma}.")
 
 
 def phase_space(

@@ -13,8 +13,8 @@ from .._linear import (
     matmul,
     transposed,
 )
-from .._misc import as_shape, check_instance, check_positive
-from .base import AbstractProcess
+from .._misc import as_constant, as_shape, check_instance, check_positive
+from .base import AbstractProcess, check_times
 from .edge_transitions import saturated_product
 from .linear_sde_coefficients import as_blocks, Coefficients
 from .linear_sde_solution import Solution
@@ -86,19 +86,14 @@ class LinearSDE(AbstractProcess):
         coefficients are not finite or not smooth or have large rounding errors, or the
         covariance overflows or is not positive definite after time 0.
         """
-        check_positive(t_min=t_min, data_scale=data_scale)
-        t_max = t_end if t_max is None else t_max
-        if not t_min < t_max <= t_end < float("inf"):
-            raise ValueError(
-                "Need t_min < t_max <= t_end, all finite; got "
-                f"{t_min}, {t_max} and {t_end}."
-            )
+        check_positive(data_scale=data_scale)
+        self.t_min, self.t_end = as_constant("t_min", t_min), as_constant("t_end", t_end)
+        self.t_max = self.t_end if t_max is None else as_constant("t_max", t_max)
+        check_times(self.t_min, self.t_max, self.t_end)
         self.shape = as_shape(shape)
         self.basis = IdentityBasis() if basis is None else basis
-        wanted = "a basis such as `CosineBasis()`"
-        check_instance("basis", self.basis, AbstractBasis, wanted)
+        check_instance("basis", self.basis, AbstractBasis, "such as `CosineBasis()`")
         self.data_scale = float(data_scale)
-        self.t_min, self.t_max, self.t_end = float(t_min), float(t_max), float(t_end)
         coefficients = Coefficients(self.shape, drift, diffusion, initial_covariance)
         _check_covariance(coefficients.initial_covariance)
         self.num_components = coefficients.num_components
@@ -133,10 +128,10 @@ class LinearSDE(AbstractProcess):
 
 def _check_covariance(covariance: np.ndarray) -> None:
     """Checked in units of each component's standard deviation, which may have any scale."""
-    variances = np.diagonal(covariance, axis1=-2, axis2=-1)[..., None]
+    variances = np.linalg.diagonal(covariance)[..., None]
     unit = np.sqrt(np.where(variances > 0, variances, 1))
-    correlation = covariance / (unit * np.swapaxes(unit, -1, -2))
-    if not np.abs(correlation - np.swapaxes(correlation, -1, -2)).max() < 1e-6:
+    correlation = covariance / (unit * unit.mT)
+    if not np.abs(correlation - correlation.mT).max() < 1e-6:
         raise ValueError("`initial_covariance` must be symmetric and finite.")
     semidefinite = np.linalg.eigvalsh(correlation) >= -1e-12
     if not ((variances >= 0).all() and semidefinite.all()):
@@ -146,7 +141,5 @@ def _check_covariance(covariance: np.ndarray) -> None:
 def _not_after(t: Array, end: float) -> Array:
     """Clip a time at the end of the time axis, which it may exceed by rounding, and beyond
     which the user's functions may be singular."""
-    largest = np.asarray(end).astype(t.dtype)
-    if float(largest) > end:
-        largest = np.nextafter(largest, largest.dtype.type(0))
-    return t - lax.stop_gradient(jnp.maximum(t - jnp.asarray(largest), 0))
+    largest = np.nextafter(t.dtype.type(end), t.dtype.type(0))
+    return t - lax.stop_gradient(t - jnp.minimum(t, largest))

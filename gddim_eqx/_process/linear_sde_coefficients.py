@@ -4,11 +4,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, ArrayLike
 
 from .._linear import BlockLinearOperator
-from .._misc import as_floats, show
+from .._misc import as_floats, check_instance, check_not_traced
 
 
 def as_blocks(value: "ArrayLike | BlockLinearOperator", dtype) -> Array:
@@ -22,24 +21,13 @@ def as_blocks(value: "ArrayLike | BlockLinearOperator", dtype) -> Array:
 def _known_blocks(name: str, value: Any) -> np.ndarray:
     """The blocks of an argument that must be real and static."""
     value = value.blocks if isinstance(value, BlockLinearOperator) else value
-    if isinstance(value, Tracer):
-        raise ValueError(
-            f"`{name}` depends on a number that is traced by `jax.jit`, `jax.grad` or "
-            "`jax.vmap`, but a `LinearSDE` is solved on the host, in double precision. Use "
-            "Python numbers. For several values, construct one `LinearSDE` each; for "
-            "derivatives, use finite differences."
-        )
+    check_not_traced(name, value)
     return np.asarray(as_blocks(as_floats(name, value), np.float64))
 
 
 class Coefficients:
-    """The drift and noise of a `LinearSDE`, on the host in float64, block axes last."""
-
-    drift: Callable
-    diffusion: Callable
-    num_components: int
-    batch: tuple[int, ...]  # (*spectrum, n, n)
-    initial_covariance: np.ndarray
+    """The drift and noise of a `LinearSDE`, on the host in float64, block axes last: of
+    the shape `batch`, `(*spectrum, n, n)`."""
 
     def __init__(
         self,
@@ -50,8 +38,7 @@ class Coefficients:
     ):
         self.drift, self.diffusion = drift, diffusion
         for name, fn in (("drift", drift), ("diffusion", diffusion)):
-            if not callable(fn):
-                raise ValueError(f"`{name}` must be a function of time; got {show(fn)}.")
+            check_instance(name, fn, Callable, "a function of time")
         with jax.ensure_compile_time_eval(), jax.enable_x64(True):
             values = dict(drift=drift(jnp.zeros(())), diffusion=diffusion(jnp.zeros(())))
             if initial_covariance is not None:
@@ -70,12 +57,9 @@ class Coefficients:
         initial = values.get("initial_covariance", np.zeros((n, n)))
         self.initial_covariance = self._to_host(initial[None])[0]
 
-        @jax.jit
-        @jax.vmap
-        def evaluate(t):
-            return [as_blocks(fn(t), np.float64) for fn in (drift, diffusion)]
-
-        self._evaluate = evaluate
+        functions = drift, diffusion
+        at_time = lambda t: [as_blocks(fn(t), np.float64) for fn in functions]
+        self._evaluate = jax.jit(jax.vmap(at_time))
 
     def _to_host(self, blocks) -> np.ndarray:
         blocks = np.asarray(blocks)
@@ -97,7 +81,7 @@ class Coefficients:
                     f"`{name}` must be finite on the whole of [0, t_end]; it is not near "
                     f"t = {float(times[np.argmin(finite)]):.6g}."
                 )
-        return values | dict(diffusion=diffusion @ np.swapaxes(diffusion, -1, -2))
+        return values | dict(diffusion=diffusion @ diffusion.mT)
 
     def rounding_errors(self, left: float, right: float) -> dict[str, np.ndarray]:
         """Estimates of the rounding errors of both on an interval, row by row: their sixth

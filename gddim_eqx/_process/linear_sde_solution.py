@@ -16,26 +16,22 @@ from .tables import (
 
 
 _DEGREE = 15
-_TOLERANCE = 1e-13
-# Before `t_min`, where no accuracy is promised, and only a velocity has had time to
-# accumulate noise.
-_TOLERANCE_EARLY = 1e-9
+# The relative error, and the largest relative rounding errors of the coefficients that are
+# tolerated; and those before `t_min`, where no accuracy is promised, and only a velocity
+# has had time to accumulate noise.
+_LIMITS, _LIMITS_EARLY = (1e-13, 1e-6), (1e-9, 1e-2)
 # Relative to time. The width of a narrower panel would be comparable to rounding errors.
 _NARROWEST = 2.0**-36
-# The largest relative rounding errors of the coefficients that are tolerated.
-_MOST_ROUNDING, _MOST_ROUNDING_EARLY = 1e-6, 1e-2
 _MOST_PANELS = 1024
 
 
 class Solution:
-    """The tables of a `LinearSDE`, and the functions they were computed from.
+    r"""The tables of a `LinearSDE`, and the functions they were computed from.
 
     A constant that compares and hashes by identity, for the same reasons as
-    `PiecewisePolynomial`.
+    `PiecewisePolynomial`: `within`, the transition from the left edge of the panel of a
+    time, and `rotation`, $L^{-1} R$.
     """
-
-    within: PiecewisePolynomial  # Psi(t, left edge of t's panel)
-    rotation: PiecewisePolynomial  # L^-1 R
 
     def __init__(self, coefficients: Coefficients, t_min: float, t_end: float):
         self.drift, self.diffusion = coefficients.drift, coefficients.diffusion
@@ -83,10 +79,6 @@ class _Panel(NamedTuple):
     covariance: np.ndarray
 
 
-class _Unresolved(Exception):
-    """The reason why a panel is too wide."""
-
-
 def _solve(
     coefficients: Coefficients, singular: bool, t_min: float, t_end: float
 ) -> tuple[np.ndarray, list[_Panel]]:
@@ -100,23 +92,19 @@ def _solve(
     edges, panels = [0.0], []
     while todo:
         left, right = edges[-1], todo[-1]
+        limits = _LIMITS_EARLY if right <= t_min else _LIMITS
         try:
-            panel = _solve_panel(
-                coefficients, left, right, covariance, rotation, early=right <= t_min
-            )
-        except (_Unresolved, np.linalg.LinAlgError) as error:
-            fault = str(error)
-            if not isinstance(error, _Unresolved):
-                fault = f"The transition near t = {left:.6g} is singular."
+            panel = _solve_panel(coefficients, left, right, covariance, rotation, limits)
+        except ValueError as error:  # The panel is too wide.
             if right - left < _NARROWEST * right or right < _NARROWEST * start:
-                raise ValueError(fault) from None
+                raise
             if len(panels) + len(todo) > _MOST_PANELS:
                 raise ValueError(
                     f"The process changes too often on [0, {t_end:g}] to be tabulated: "
                     f"{len(panels)} panels only reach t = {left:.6g}. End the time axis "
                     "earlier, or let states decay or rotate fewer times along it. At this "
-                    f"time: {fault}"
-                ) from None
+                    f"time: {error}"
+                ) from error
             todo.append(0.5 * (left + right))
             continue
         panels.append(panel)
@@ -125,10 +113,9 @@ def _solve(
     return np.array(edges), panels
 
 
-def _solve_panel(coefficients, left, right, covariance, rotation, *, early) -> _Panel:
-    """**Raises:** `_Unresolved` if polynomials do not suffice, or there is no solution."""
+def _solve_panel(coefficients, left, right, covariance, rotation, limits) -> _Panel:
+    """**Raises:** `ValueError` if polynomials do not suffice, or there is no solution."""
     width, eye, near = right - left, np.eye(coefficients.num_components), f"{left:.6g}"
-    tolerance = _TOLERANCE_EARLY if early else _TOLERANCE
     integrate = integration_matrix(_DEGREE) * width / 2
     values = _at_nodes(coefficients, left, right)
     drift, noise = values["drift"], values["diffusion"]
@@ -136,26 +123,24 @@ def _solve_panel(coefficients, left, right, covariance, rotation, *, early) -> _
     # Errors of the coefficients are tolerated if they do not affect the solution.
     within = _collocate(drift, np.broadcast_to(eye, drift.shape[1:]), integrate)
     inverse = np.linalg.inv(within[:-1])
-    added = np.tensordot(integrate, inverse @ noise @ _T(inverse), 1)
-    covariances = within @ (covariance + added) @ _T(within)
-    spread = np.nan_to_num(np.sqrt(_diagonal(covariances[-1])))
+    added = np.tensordot(integrate, inverse @ noise @ inverse.mT, 1)
+    covariances = within @ (covariance + added) @ within.mT
+    spread = np.nan_to_num(np.sqrt(np.linalg.diagonal(covariances[-1])))
     negligible = dict(
         drift=np.nan_to_num(spread / spread.max(-1, keepdims=True)),
         diffusion=spread * spread.min(-1, keepdims=True),
     )
-    tolerance = _check_coefficients(
-        coefficients, left, right, values, negligible, tolerance, early
-    )
+    tolerance = _check_coefficients(coefficients, left, right, values, negligible, *limits)
     _check_resolved(f"The transition near t = {near}", within[:-1], tolerance)
 
     if not np.isfinite(covariances).all():
-        raise _Unresolved(
+        raise ValueError(
             f"The covariance overflows near t = {near}, as `drift` lets it grow for too "
             "long. End the time axis earlier."
         )
     cholesky = _cholesky(covariances)
-    if not (_diagonal(cholesky) > 0).all():
-        raise _Unresolved(
+    if not (np.linalg.diagonal(cholesky) > 0).all():
+        raise ValueError(
             "The covariance must be positive definite after time 0, but it is not near "
             f"t = {near}: through `diffusion` and `drift`, noise must reach every "
             "component. If it does, give those that it reaches last some variance at time "
@@ -174,7 +159,7 @@ def _solve_panel(coefficients, left, right, covariance, rotation, *, early) -> _
     # The nearest rotation, so that rounding errors do not accumulate.
     left_vectors, _, right_vectors = np.linalg.svd(rotations[-1])
     rotations = np.append(rotations[:-1], (left_vectors @ right_vectors)[None], axis=0)
-    symmetric = 0.5 * (covariances[-1] + _T(covariances[-1]))
+    symmetric = 0.5 * (covariances[-1] + covariances[-1].mT)
     return _Panel(within, cholesky, rotations, symmetric)
 
 
@@ -182,10 +167,10 @@ def _rotations(drift, noise, cholesky, start, integrate):
     """L^-1 R at the nodes and the end, by equation 17 of the paper from R = `start`."""
     # In units of each component's standard deviation, which may have any scale.
     unit = np.linalg.norm(cholesky[-1], axis=-1, keepdims=True)
-    drift, noise = drift * _T(unit) / unit, noise / (unit * _T(unit))
+    drift, noise = drift * unit.mT / unit, noise / (unit * unit.mT)
     cholesky = cholesky / unit
     precision = np.linalg.inv(cholesky[:-1])
-    precision = _T(precision) @ precision
+    precision = precision.mT @ precision
     turning = drift + 0.5 * noise @ precision
     return np.linalg.solve(cholesky, _collocate(turning, start / unit, integrate))
 
@@ -202,10 +187,9 @@ def _at_nodes(coefficients, left, right):
     return {k: v + np.tensordot(to_node, v, 1) for k, v in values.items()}
 
 
-def _check_coefficients(coefficients, left, right, values, negligible, tolerance, early):
-    """Raise `_Unresolved` if a coefficient is unresolved. Returns the tolerance for the
+def _check_coefficients(coefficients, left, right, values, negligible, tolerance, most):
+    """Raise `ValueError` if a coefficient is unresolved. Returns the tolerance for the
     solution, which rounding errors of the coefficients may increase."""
-    most = _MOST_ROUNDING_EARLY if early else _MOST_ROUNDING
     solution_tolerance = tolerance
     for name, value in values.items():
         tail, scale = _tail(value)
@@ -219,7 +203,7 @@ def _check_coefficients(coefficients, left, right, values, negligible, tolerance
             rounding = 10 * coefficients.rounding_errors(left, right)[name]
         relative = float((rounding / scale).max())
         if not (tail <= np.maximum(allowed, rounding)).all() or relative > most:
-            raise _Unresolved(
+            raise ValueError(
                 f"`{name}` could not be resolved near t = {left:.6g}. It must be smooth on "
                 "[0, t_end] to full precision: it must compute in its argument's dtype, "
                 "nothing in it may cancel (write `1 - jnp.exp(-t)` as `-jnp.expm1(-t)`), "
@@ -232,7 +216,7 @@ def _check_coefficients(coefficients, left, right, values, negligible, tolerance
 def _check_resolved(name, values, tolerance):
     tail, scale = _tail(values)
     if not (tail <= tolerance * scale).all():
-        raise _Unresolved(f"{name} could not be resolved: it changes too fast.")
+        raise ValueError(f"{name} could not be resolved: it changes too fast.")
 
 
 def _tail(values):
@@ -244,7 +228,10 @@ def _tail(values):
 
 def _is_singular(covariance):
     """Whether a component is determined by the preceding ones."""
-    rest, variances = _diagonal(_cholesky(covariance)), _diagonal(covariance)
+    rest, variances = (
+        np.linalg.diagonal(_cholesky(covariance)),
+        np.linalg.diagonal(covariance),
+    )
     return not (rest > 1e-7 * np.sqrt(variances)).all()
 
 
@@ -269,17 +256,9 @@ def _cholesky(matrices):
     n = matrices.shape[-1]
     factor = np.zeros_like(matrices)
     for j in range(n):
-        rest = matrices - factor @ _T(factor)
+        rest = matrices - factor @ factor.mT
         pivot = np.sqrt(rest[..., j, j])
         column = rest[..., j:, j] / np.where(pivot == 0, 1, pivot)[..., None]
         factor[..., j:, j] = column
         factor[..., j, j] = pivot
     return factor
-
-
-def _diagonal(matrices):
-    return np.diagonal(matrices, axis1=-2, axis2=-1)
-
-
-def _T(x):
-    return np.swapaxes(x, -1, -2)

@@ -2,8 +2,8 @@ import math
 
 import equinox as eqx
 
-from .._misc import as_shape, check_positive, constant_field
-from .langevin import AbstractLangevin, check_gamma, phase_space
+from .._misc import as_shape, check_not_negative, check_positive, constant_field
+from .langevin import AbstractLangevin, phase_space
 
 
 class PSLD(AbstractLangevin):
@@ -26,20 +26,14 @@ class PSLD(AbstractLangevin):
     """
 
     shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
-    nu: float = constant_field("nu", 0.01)
+    nu: float = constant_field("nu", 0.01, check_not_negative)
     beta: float = constant_field("beta", 4.0)
     beta_slope: float = constant_field("beta_slope", 0.0)
-    mass_inverse: float = constant_field("mass_inverse", 4.0)
-    gamma: float = constant_field("gamma", 0.04)
-    epsilon: float = constant_field("epsilon", 1e-6)
+    mass_inverse: float = constant_field("mass_inverse", 4.0, check_positive)
+    gamma: float = constant_field("gamma", 0.04, check_not_negative)
+    epsilon: float = constant_field("epsilon", 1e-6, check_positive)
     t_min: float = constant_field("t_min", 1e-3)
     t_end: float = constant_field("t_end", 1.0)
-
-    def __check_init__(self):
-        check_positive(mass_inverse=self.mass_inverse, epsilon=self.epsilon)
-        check_gamma(self.gamma)
-        if not self.nu >= 0:
-            raise ValueError(f"`nu` must not be negative; got {self.nu}.")
 
     def _coefficients(self):
         friction = self.nu + 2 * math.sqrt(self.mass_inverse)

@@ -1,5 +1,4 @@
 import functools as ft
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,9 +16,6 @@ class PiecewisePolynomial:
     compares and hashes by identity.
     """
 
-    edges: np.ndarray  # (panels + 1,)
-    coefficients: np.ndarray  # (panels, degree + 1, *value), of Chebyshev polynomials
-
     def __init__(self, edges: np.ndarray, node_values: np.ndarray):
         """**Arguments:**
 
@@ -28,6 +24,7 @@ class PiecewisePolynomial:
             degree + 1, *value)`.
         """
         self.edges = np.asarray(edges, np.float64)
+        # Of Chebyshev polynomials.
         degree = node_values.shape[1] - 1
         self.coefficients = np.einsum("dn,pn...->pd...", to_chebyshev(degree), node_values)
 
@@ -36,15 +33,6 @@ class PiecewisePolynomial:
         the nearest."""
         coarse, rest = _two_parts(self.edges[1:-1], x.dtype)
         return (_distance(x, jnp.asarray(coarse), jnp.asarray(rest)) >= 0).sum()
-
-    def on_host(self, x: np.ndarray) -> np.ndarray:
-        """The function at many arguments, in double precision."""
-        panel = np.clip(np.searchsorted(self.edges, x, "right") - 1, 0, len(self.edges) - 2)
-        left, right = self.edges[panel], self.edges[panel + 1]
-        coefficients = np.moveaxis(self.coefficients[panel], np.ndim(x), 0)
-        u = ((x - left) - (right - x)) / (right - left)
-        u = u.reshape(u.shape + (1,) * (coefficients.ndim - 1 - u.ndim))
-        return chebyshev.chebval(u, coefficients, tensor=False)
 
     def __call__(self, x: Inexact[Array, ""]) -> Inexact[Array, "*value"]:
         # Overflow gives a huge number rather than `nan`.
@@ -94,37 +82,22 @@ def nodes_of_panels(edges: np.ndarray, degree: int) -> np.ndarray:
 def integration_matrix(degree: int) -> np.ndarray:
     """The matrix from values at `panel_nodes(degree)` to the integrals from -1 to each
     of those nodes and, in its last row, to 1."""
-    nodes = panel_nodes(degree)
-    columns = to_chebyshev(degree).T
-    integrals = np.stack([chebyshev.chebint(column, lbnd=-1) for column in columns])
-    ends = chebyshev.chebvander(np.append(nodes, 1.0), degree + 1)
-    return ends @ integrals.T
+    integrals = chebyshev.chebint(to_chebyshev(degree), lbnd=-1)
+    ends = np.append(panel_nodes(degree), 1.0)
+    return chebyshev.chebvander(ends, degree + 1) @ integrals
 
 
 @ft.cache
 def differentiation_matrix(degree: int) -> np.ndarray:
     """The matrix from values at `panel_nodes(degree)` to the derivatives there."""
-    columns = to_chebyshev(degree).T
-    derivatives = np.stack([chebyshev.chebder(column) for column in columns])
-    return chebyshev.chebvander(panel_nodes(degree), degree - 1) @ derivatives.T
+    derivatives = chebyshev.chebder(to_chebyshev(degree))
+    return chebyshev.chebvander(panel_nodes(degree), degree - 1) @ derivatives
 
 
 @ft.cache
 def to_chebyshev(degree: int) -> np.ndarray:
     """The matrix from values at `panel_nodes(degree)` to Chebyshev coefficients."""
     return np.linalg.inv(chebyshev.chebvander(panel_nodes(degree), degree))
-
-
-def cumulative_integral(
-    fn: Callable[[np.ndarray], np.ndarray], edges: np.ndarray, degree: int
-) -> np.ndarray:
-    """The integral of `fn` from `edges[0]` to the nodes of every panel, `(panels,
-    degree + 1)`, by spectral integration on each panel."""
-    half = (edges[1:] - edges[:-1])[:, None] / 2
-    values = fn(nodes_of_panels(edges, degree))
-    within = values @ integration_matrix(degree).T * half
-    before = np.concatenate([[0.0], np.cumsum(within[:-1, -1])])
-    return before[:, None] + within[:, :-1]
 
 
 def coarse_and_rest(value: float | np.ndarray) -> tuple[Any, Any]:

@@ -89,10 +89,8 @@ def as_grid(
         # On the host, even while JAX is tracing.
         values = np.asarray(ts, np.float64)
         steps = np.diff(values)
-        found = {(True, False): "increasing", (False, True): "decreasing"}.get(
-            (bool((steps > 0).all()), bool((steps < 0).all()))
-        )
-        if found is None or direction not in (None, found):
+        found = {"increasing": (steps > 0).all(), "decreasing": (steps < 0).all()}
+        if not (found[direction] if direction else any(found.values())):
             raise ValueError(
                 f"`ts` must be strictly {direction or 'decreasing or increasing'}, as "
                 f"sampling runs backward in time and encoding forward; got "

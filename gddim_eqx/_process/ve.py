@@ -26,7 +26,7 @@ class VE(AbstractScalarProcess):
     """
 
     shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
-    sigma_min: float = constant_field("sigma_min", 0.01)
+    sigma_min: float = constant_field("sigma_min", 0.01, check_positive)
     sigma_max: float = constant_field("sigma_max", 50.0)
     t_min: float = constant_field("t_min", 1e-5)
     t_end: float = constant_field("t_end", 1.0)
@@ -71,10 +71,8 @@ VE.__init__.__doc__ = """**Arguments:**
 
 
 def check_sigmas(sigma_min: float, sigma_max: float) -> None:
-    """Raise a `ValueError` unless 0 < `sigma_min` < `sigma_max`."""
-    check_positive(sigma_min=sigma_min)
+    """Raise a `ValueError` unless `sigma_min` < `sigma_max`."""
     if not sigma_max > sigma_min:
         raise ValueError(
-            "`sigma_max` must be greater than `sigma_min`; got "
-            f"{sigma_max} and {sigma_min}."
+            f"Need `sigma_min` < `sigma_max`; got {sigma_min} and {sigma_max}."
         )

@@ -1,7 +1,8 @@
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import ArrayLike
 
-from .discrete import DiscreteVP, from_betas
+from .discrete import as_list, DiscreteVP
 from .scheduled import AbstractScheduledProcess, arguments
 
 
@@ -32,7 +33,7 @@ class VP(AbstractScheduledProcess):
 
         **Raises:** `ValueError` for numbers out of range.
         """
-        return from_betas(shape, betas)
+        return DiscreteVP(shape, np.cumprod(1 - as_list("betas", betas)))
 
     @staticmethod
     def from_alphas_cumprod(

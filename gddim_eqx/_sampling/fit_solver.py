@@ -11,7 +11,7 @@ from jaxtyping import Array, Real
 
 from .._custom_types import Args, State, Times
 from .._linear import at_least_single, batch_axes, check_state, coefficient_dtype
-from .._misc import as_number, check_count, check_instance, show
+from .._misc import as_constant, check_count, check_instance, show
 from .._process import as_grid
 from .._term import as_model, check_flow, map_rows, ProbabilityFlow, StartedModel
 from ..solvers import GDDIM, LearnedGDDIM
@@ -134,7 +134,7 @@ def fit_solver(
     u = _checked_pilots(flow, u, args)
     check_count("batch_size", batch_size)
     check_count("num_iterations", num_iterations, least=2)
-    rate = as_number("learning_rate", learning_rate)
+    rate = as_constant("learning_rate", learning_rate)
     grids = _grids(flow.process, num_steps, ts, coefficient_dtype(u))
     candidates = [Learned(solver, flow, *grids, names != ("times",))]
     if isinstance(start, GaussianStart):

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Array, Inexact, Real
 
 from .._custom_types import PredictionName, RealScalarLike
-from .._misc import as_number, check_choice, check_count, check_positive, show
-from .._process import AbstractProcess, from_betas, RectifiedFlow
+from .._misc import as_constant, check_choice, check_count, check_positive, show
+from .._process import AbstractProcess, RectifiedFlow, VP
 from .scheduler_grid import (
     BY_INDEX,
     discrete_times,
@@ -242,7 +242,7 @@ def _check(values, defaults) -> None:
     if values.get("shift_terminal"):
         check_positive(shift_terminal=values["shift_terminal"])
     if values.get("lambda_min_clipped") not in (None, -math.inf):
-        as_number("lambda_min_clipped", values["lambda_min_clipped"])
+        as_constant("lambda_min_clipped", values["lambda_min_clipped"])
     for key in _CHOICES.keys() & values.keys():
         check_choice(key, values[key], _CHOICES[key])
     if values.get("use_karras_sigmas") and values.get("use_exponential_sigmas"):
@@ -252,7 +252,7 @@ def _check(values, defaults) -> None:
 
 
 def _discrete(name, values, shape) -> ModelConventions:
-    process = from_betas(shape, _betas(name, values))
+    process = VP.from_betas(shape, _betas(name, values))
     check_choice("prediction_type", values["prediction_type"], _PREDICTIONS)
     predicts = _PREDICTIONS[values["prediction_type"]]
     clip = float(values["clip_sample_range"]) if values.get("clip_sample") else None

@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Real
 
 from .._linear import apply
-from .._misc import as_number, check_choice, check_count, check_instance, check_positive
+from .._misc import as_constant, check_choice, check_count, check_instance, check_positive
 from .._model import GaussianMixture, NormalData
 from .._process import AbstractProcess, require_process
 from .._term import as_model, check_flow, ProbabilityFlow, started_flow, StartedModel
@@ -100,12 +100,12 @@ class GaussianStart(eqx.Module):
             )
         check_count("num_free", num_free)
         self.data, self.num_free = data, int(num_free)
-        self.t = None if t is None else as_number("t", t)
+        self.t = None if t is None else as_constant("t", t)
         check_choice("regime", regime, ("nearest", "sharpest"))
         self.regime = regime
         default = 0.7 if regime == "nearest" else 0.0
-        self.slope = as_number("slope", default if slope is None else slope)
-        self.power = None if power is None else as_number("power", power)
+        self.slope = as_constant("slope", default if slope is None else slope)
+        self.power = None if power is None else as_constant("power", power)
         if self.power is not None:
             check_positive(power=self.power)
 

@@ -1,7 +1,6 @@
 """The authors' checkpoints: training states of NCSN++, written by Flax 0.3."""
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,12 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from .._misc import show
+from .._misc import renamed, show
 from ..nn import NCSNpp
 
 
-def load_authors(
-    path: str | Path,
-    config: Mapping[str, Any] | Callable[..., NCSNpp] | NCSNpp,
-    *,
-    size: int | tuple[int, int] | None = None,
-) -> NCSNpp:
+@renamed(config="network", size="an `NCSNpp` of this size")
+def load_authors(path: str | Path, network: Callable[..., NCSNpp] | NCSNpp) -> NCSNpp:
     """Load a checkpoint written by the authors' code.
 
     Needs the package `msgpack` (`pip install "gddim_eqx[checkpoints]"`), but not Flax.
@@ -28,11 +23,9 @@ def load_authors(
     **Arguments:**
 
     - `path`: the path of the file, such as `checkpoint_15`.
-    - `config`: the architecture: one of `gddim_eqx.nn.presets`; or the authors'
-        configuration as a mapping (their `config.to_dict()`), complete or only its entry
-        `model`; or a network, whose parameters are not used.
-    - `size`: the size of images, one number or height and width, for a configuration
-        without `image_size`.
+    - `network`: the architecture: one of `gddim_eqx.nn.presets`; or a network, whose
+        parameters are not used. For the authors' configurations, see
+        `examples/authors_config.py` in the repository.
 
     **Returns:** the network with the EMA of its parameters, in single precision. It
     predicts noise with respect to `frame="R"`; if the configuration has `mixed_score`,
@@ -40,56 +33,42 @@ def load_authors(
     the optimiser's, is not read.
 
     **Raises:** `ValueError` for a file that is not such a checkpoint, or is of another
-    network than `config`, naming the first array that does not match; or for a
-    configuration with unknown or unsupported entries.
+    network, naming the first array that does not match.
     """
     path = Path(path)
     arrays = _read(path)
-    if isinstance(config, Mapping):
-        kernel = arrays.get("Conv_0/kernel")
-        if kernel is None or kernel.ndim != 4:
-            raise ValueError(f"{path}: there is no convolution 'Conv_0/kernel'. {_other}")
-        network = _from_config(config, kernel.shape[2], size)
-    elif callable(config) and not isinstance(config, NCSNpp):
-        network = eqx.filter_eval_shape(config, key=jax.random.key(0))
-    else:
-        network = config
+    if callable(network) and not isinstance(network, NCSNpp):
+        network = eqx.filter_eval_shape(network, key=jax.random.key(0))
     if not isinstance(network, NCSNpp):
         raise ValueError(
-            "`config` must be a mapping (`to_dict()` of a `ConfigDict`), an `NCSNpp`, "
-            "or a function that makes one, such as `gddim_eqx.nn.presets.cifar10_cld`; got "
-            f"{type(config).__name__}."
+            "`network` must be an `NCSNpp` or a function that makes one, such as "
+            "`gddim_eqx.nn.presets.cifar10_cld`; for the authors' configurations, see "
+            f"`examples/authors_config.py`; got {show(network)}."
         )
     if network.embedding is None:
         # The authors' networks have frequencies even if they ignore the time.
         arrays.pop(_FREQUENCIES, None)
     leaves, treedef = jtu.tree_flatten(network)
+    has = {name: f"{x.dtype} of shape {x.shape}" for name, x in arrays.items()}
+    needs = {}
     for name, index, axes in _arrays(treedef.unflatten(range(len(leaves)))):
+        shape = leaves[index].shape
         # Here it may have trailing axes of length 1.
-        shape = tuple(leaves[index].shape[axis] for axis in np.argsort(axes))
-        value = arrays.pop(name, None)
-        if value is None:
+        there = tuple(shape[axis] for axis in np.argsort(axes))
+        needs[name] = f"float32 of shape {there}"
+        if has.get(name) == needs[name]:
+            leaves[index] = jnp.asarray(arrays[name].transpose(axes).reshape(shape))
+    for name in (*needs, *has):
+        if has.get(name) != needs.get(name):
             raise ValueError(
-                f"{path} lacks the array {name!r} of shape {shape}, which this network "
-                f"needs. {_other}"
+                f"{path}: the array {name!r} is {has.get(name, 'missing')}, but this "
+                f"network needs {needs.get(name, 'none')}. {_other}"
             )
-        if value.shape != shape or value.dtype != np.float32:
-            raise ValueError(
-                f"{path}: the array {name!r} is {value.dtype} of shape {value.shape}, but "
-                f"this network has float32 of shape {shape}. {_other}"
-            )
-        value = value.transpose(axes).reshape(leaves[index].shape)
-        leaves[index] = jnp.asarray(value)
-    for name, value in arrays.items():
-        raise ValueError(
-            f"{path} has an array {name!r} of shape {value.shape}, which this network does "
-            f"not have. {_other}"
-        )
     return treedef.unflatten(leaves)
 
 
 _FREQUENCIES = "GaussianFourierProjection_0/W"
-_other = "The checkpoint is of another network than `config`, or another `size`."
+_other = "The checkpoint is of another network than `network`."
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -129,10 +108,9 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 def _arrays(network: NCSNpp) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
     """Every array of a network: its name in a checkpoint, the array, and the permutation of
     the axes there."""
-    if network.time_layers is not None:
-        frequencies = getattr(network.time_features, "frequencies", None)
-        if frequencies is not None:
-            yield _FREQUENCIES, frequencies, (0,)
+    frequencies = getattr(network.time_features, "frequencies", None)
+    if network.time_layers is not None and frequencies is not None:
+        yield _FREQUENCIES, frequencies, (0,)
     for name, layer, (weight, bias), axes in _layers(network):
         yield f"{name}/{weight}", layer.weight, axes
         yield f"{name}/{bias}", layer.bias, (0,)
@@ -179,76 +157,3 @@ def _layers(network: NCSNpp) -> Iterator[tuple[str, Any, tuple[str, str], tuple[
                 yield f"{kind}_{i}/Conv2d_0", layer.convolution, *_filtered
     yield "GroupNorm_0", network.normalisation, *_norm
     yield "Conv_1", network.last, *_conv
-
-
-# Our names for entries of the authors' `config.model`.
-_options = {
-    "nf": "features",
-    "ch_mult": "multipliers",
-    "num_res_blocks": "num_blocks",
-    "resblock_type": "block",
-    "resamp_with_conv": "resample_with_convolution",
-    "progressive_input": "progressive_input",
-    "embedding_type": "embedding",
-    "fourier_scale": "fourier_scale",
-    "dropout": "dropout",
-    "skip_rescale": "skip_rescale",
-    "init_scale": "init_scale",
-}
-# Entries with a single supported value.
-_fixed = {
-    "normalization": "groupnorm",
-    "nonlinearity": "swish",
-    "progressive": "none",
-    "scale_by_sigma": False,
-    "conv_size": 3,
-    "attention_type": "ddpm",
-}
-# Entries that do not affect the network, or are read by `_from_config`.
-_other_entries = {
-    *("name", "ema_rate", "num_scales", "sigma_min", "sigma_max", "beta_min", "beta_max"),
-    *("progressive_combine", "conditional", "fir", "fir_kernel", "attn_resolutions"),
-    *("image_size", "mixed_score", "m_inv", "beta_0", "beta_1", "vv_gamma"),
-    *("is_R_rk", "R_dt", "used_cache", "x64", "sigma_blur_max"),
-}
-
-
-def _from_config(
-    config: Mapping[str, Any], channels: int, size: int | tuple[int, int] | None
-) -> NCSNpp:
-    """The network, without values, that the authors' configuration describes."""
-    if "model" in config:
-        data = config.get("data", {})
-        if not data.get("centered", True):
-            raise ValueError(
-                "`config` has data.centered=False, for a network that shifts its input "
-                "from [0, 1] to [-1, 1]. Only networks for data in [-1, 1] are supported."
-            )
-        config = {"image_size": data.get("image_size"), **config["model"]}
-    # The authors' code ignores case.
-    config = {k: x.lower() if isinstance(x, str) else x for k, x in config.items()}
-    for name, value in _fixed.items():
-        if config.get(name, value) != value:
-            raise ValueError(
-                f"`config` has {name}={show(config[name])}; only {value!r} is supported."
-            )
-    if unknown := sorted(set(config) - {*_options, *_fixed, *_other_entries}):
-        raise ValueError(f"`config` has unknown entries: {unknown}.")
-    size = config.get("image_size") if size is None else size
-    needed = {*_options, "fir", "attn_resolutions"} - {"fourier_scale"}
-    missing = (needed | ({"image_size"} if size is None else set())) - set(config)
-    if missing or size is None:
-        raise ValueError(
-            f"`config` lacks the entries {sorted(missing)}. In place of image_size, pass "
-            "`size`."
-        )
-    options = {ours: config[x] for x, ours in _options.items() if x in config}
-    taps = config.get("fir_kernel", (1, 3, 3, 1)) if config["fir"] else None
-    if not config.get("conditional", True):
-        options["embedding"] = None
-    height, width = (size, size) if isinstance(size, int) else size
-    heights = [height // 2**i for i in range(len(options["multipliers"]))]
-    attention = [h for h in config["attn_resolutions"] if h in heights]
-    options |= {"filter_taps": taps, "attention": attention}
-    make = partial(NCSNpp, (height, width, channels), **options)
-    return eqx.filter_eval_shape(make, key=jax.random.key(0))

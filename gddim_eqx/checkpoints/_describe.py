@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from .. import _linear, _model, _process, _sampling, _term, nn, solvers
-from .._misc import is_array
+from ._contents import is_array
 
 
 _rooms = (_linear, _model, _process, _sampling, _term, nn, solvers)
@@ -42,14 +42,12 @@ def describe(value: Any) -> Any:
 
 def others(description: Any) -> Iterator[str]:
     """The names of classes that are not the library's."""
-    if isinstance(description, list):
-        for part in description:
-            yield from others(part)
-    elif isinstance(description, dict) and "other" in description:
-        yield description["other"]
-    elif isinstance(description, dict):
+    parts = description if isinstance(description, list) else ()
+    if isinstance(description, dict):
+        yield from [description["other"]] if "other" in description else []
         parts = description.get("list") or description.get("arguments", {}).values()
-        yield from others(list(parts))
+    for part in parts:
+        yield from others(part)
 
 
 def name_of(description: Any) -> str:
@@ -86,7 +84,7 @@ def build(description: Any, arrays: Mapping[str, Any], like: Any = None) -> Any:
             return list(make(value["list"], where))
         if "array" in value:
             if where not in arrays:
-                raise ValueError(f"It has no array {where}, which its network needs.")
+                raise ValueError(f"It has no array {where}, which it needs.")
             return arrays[where]
         if "class" in value:
             arguments = {
@@ -130,16 +128,12 @@ def _arguments(value: Any) -> dict[str, Any] | None:
 
 def _construct(name: str, arguments: dict[str, Any]) -> Any:
     cls = _find(name)
-    if cls is None:
+    known = inspect.signature(cls).parameters if cls else {}
+    unknown = sorted(arguments.keys() - known.keys())
+    if cls is None or unknown:
         raise ValueError(
-            f"It has a {name}, which this version of the library does not know. Update "
-            "`gddim_eqx`."
-        )
-    known = inspect.signature(cls).parameters
-    if unknown := sorted(arguments.keys() - known.keys()):
-        raise ValueError(
-            f"It has the arguments {unknown} of {name}, which this version of the library "
-            "does not know. Update `gddim_eqx`."
+            f"It has {f'the arguments {unknown} of' if cls else 'a'} {name}, which this "
+            "version of the library does not know. Update `gddim_eqx`."
         )
     if "key" not in known:
         return cls(**arguments)

@@ -13,7 +13,8 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 
-from .._misc import is_array, write_whole
+from .._misc import write_whole
+from ._contents import is_array
 from ._describe import build, describe, name_of, others
 from ._rest import check_arrays, describe_rest, restore_rest
 
@@ -120,21 +121,16 @@ def _rebuilt(header: dict[str, Any], arrays: dict[str, np.ndarray], like: Any) -
     check_arrays(like, "cannot be loaded")
     model = build(description, arrays, like)
     model = restore_rest(header["rest"], model) if unknown else model
-    values = []
-    for name, shape in ((name, x.shape) for name, x in _arrays(model)):
-        if name not in arrays:
-            raise ValueError(f"It has no array {name}, which its network needs.")
-        values.append(arrays.pop(name))
-        if values[-1].shape != shape:
+    has = {name: f"an array of shape {x.shape}" for name, x in arrays.items()}
+    needs = {name: f"an array of shape {x.shape}" for name, x in _arrays(model)}
+    for name in (*needs, *has):
+        if has.get(name) != needs.get(name):
             raise ValueError(
-                f"The array {name} has shape {values[-1].shape}, but its network needs "
-                f"{shape}."
+                f"It has {has.get(name, 'no array')} at {name}, but its network needs "
+                f"{needs.get(name, 'no array')} there."
             )
-    if arrays:
-        raise ValueError(
-            f"It has an array {next(iter(arrays))}, which has no place in its network."
-        )
     dynamic, static = eqx.partition(model, is_array)
+    values = [arrays[name] for name in needs]
     dynamic = jtu.tree_unflatten(jtu.tree_structure(dynamic), values)
     return eqx.combine(dynamic, static)
 

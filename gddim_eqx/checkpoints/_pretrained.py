@@ -99,14 +99,14 @@ def pretrained_solver(name: Name, num_steps: int) -> LearnedGDDIM:
     return _read(f"{name}-{num_steps}-steps", "solver", found)
 
 
+_files = importlib.resources.files("gddim_eqx.checkpoints")
 _ending = ".npz"
 _of_data = "-data"
 _solver = re.compile(r".*-\d+-steps")
 
 
 def _names() -> list[str]:
-    files = importlib.resources.files("gddim_eqx.checkpoints").iterdir()
-    names = (path.name for path in files)
+    names = (path.name for path in _files.iterdir())
     return sorted(x.removesuffix(_ending) for x in names if x.endswith(_ending))
 
 
@@ -115,6 +115,5 @@ def _read(name: str, kind: str, names: list[str]) -> Any:
         raise ValueError(
             f"There is no {kind} {show(name)}, but there are {', '.join(names)}."
         )
-    files = importlib.resources.files("gddim_eqx.checkpoints")
-    with importlib.resources.as_file(files / f"{name}{_ending}") as path:
+    with importlib.resources.as_file(_files / f"{name}{_ending}") as path:
         return load(path)

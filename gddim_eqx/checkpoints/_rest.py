@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from .._misc import contents, is_array, is_constant, is_weights, show
+from .._misc import show
 from .._process import AbstractProcess
+from ._contents import contents, is_array, is_constant, is_weights
 
 
 _advice = (
@@ -38,10 +39,8 @@ def describe_rest(model: Any) -> dict[str, list[Any]]:
     for path, part, place in contents(model, AbstractProcess):
         if place == "constant":
             rest[path] = [False, _describe_array(part)]
-        elif is_constant(part) and place != "within":
-            rest[path] = [place == "leaf", _describe(part)]
         elif not (place == "within" or is_weights(part) or type(part) in _containers):
-            rest[path] = [False, _describe(part)]
+            rest[path] = [place == "leaf" and is_constant(part), _describe(part)]
     return rest
 
 
@@ -50,17 +49,13 @@ def restore_rest(saved: dict[str, list[Any]], model: Any) -> Any:
 
     **Raises:** `ValueError` for anything else that differs.
     """
-    found, faults = describe_rest(model), []
+    found, faults, missing = describe_rest(model), [], (True, None)
     for name in sorted(saved.keys() | found.keys()):
-        leaf, was = saved.get(name, (None, None))
-        is_leaf, now = found.get(name, (None, None))
-        if leaf is None and is_leaf and now is not None:
-            faults.append(f"no number model{name}, but `like` has one")
-        elif is_leaf is None and leaf and was is not None:
-            faults.append(f"model{name} {_show(was)}, but `like` has no such number")
-        elif None not in (leaf, is_leaf) and not (leaf and is_leaf):
-            if repr(was) != repr(now):
-                faults.append(f"model{name} {_show(was)}, but `like` has {_show(now)}")
+        (leaf, was), (is_leaf, now) = saved.get(name, missing), found.get(name, missing)
+        # Leaves of both are restored. What functions hold may be missing on one side.
+        in_both, are_leaves = name in saved and name in found, leaf and is_leaf
+        if in_both != are_leaves and repr(was) != repr(now):
+            faults.append(f"model{name} {_show(was)}, but `like` has {_show(now)}")
     if faults:
         more = f", and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ValueError(f"It was saved with {'; with '.join(faults[:5])}{more}.")

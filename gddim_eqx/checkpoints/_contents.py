@@ -6,7 +6,7 @@ import sys
 import sysconfig
 import types
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -14,18 +14,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 
-class Item(NamedTuple):
-    """Something that a model holds."""
-
-    path: str
-    """Where: as by `jax.tree_util.keystr`, with captured variables in angle brackets."""
-    value: Any
-    place: str
-    """`"leaf"` in the pytree; `"fixed"` in a static field, or captured by a function;
-    `"constant"` for an array that is so in a process; `"within"` other objects."""
-
-
-def contents(tree: Any, constant: type) -> Iterator[Item]:
+def contents(tree: Any, constant: type) -> Iterator[tuple[str, Any, str]]:
     """What a pytree holds and, as far as Python can tell, what its functions and objects
     hold: arrays, constants, functions and other objects.
 
@@ -36,6 +25,11 @@ def contents(tree: Any, constant: type) -> Iterator[Item]:
 
     - `tree`: a pytree.
     - `constant`: objects of this class have no parameters: their arrays are constants.
+
+    **Returns:** triples of a path, as by `jax.tree_util.keystr` with captured variables in
+    angle brackets, a value, and where it is: `"leaf"` in the pytree; `"fixed"` in a static
+    field, or captured by a function; `"constant"` for an array that is so in a process;
+    `"within"` other objects.
     """
     # By identity, and kept alive so that identities stay unique.
     seen: dict[int, Any] = {}
@@ -45,21 +39,22 @@ def contents(tree: Any, constant: type) -> Iterator[Item]:
         seen[id(x)] = x
         return new
 
-    def search(path: str, value: Any, place: str, inside: str | None) -> Iterator[Item]:
+    def search(
+        path: str, value: Any, place: str, inside: str | None
+    ) -> Iterator[tuple[str, Any, str]]:
         inside = "constant" if isinstance(value, constant) else inside
         if is_constant(value):
-            yield Item(path, value, place)
+            yield path, value, place
         elif is_weights(value):
             if inside == "constant" and place == "fixed":
-                yield Item(path, value, "constant")
+                yield path, value, "constant"
             elif not (inside and isinstance(value, np.ndarray) or inside == "constant"):
-                yield Item(path, value, place)
+                yield path, value, place
         elif place == "leaf" or is_new(value):
-            yield Item(path, value, place)
+            yield path, value, place
             for name, part, its in _parts(value):
-                yield from search(
-                    path + name, part, place if its == "leaf" else its, inside
-                )
+                its = place if its == "leaf" else its
+                yield from search(path + name, part, its, inside)
             cls = type(value)
             for name, part in _in_methods(cls) if is_new(cls) else ():
                 yield from search(path + name, part, "within", "method")
