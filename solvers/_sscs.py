@@ -39,6 +39,8 @@ class SSCS(dfx.AbstractItoSolver[None]):
 
         T. Dockhorn, A. Vahdat, K. Kreis, *Score-Based Generative Modeling with
         Critically-Damped Langevin Diffusion*, ICLR 2022.
+
+    **Arguments:** None
     """
 
     stages: ClassVar[tuple[float, ...]] = (0.5,)
@@ -111,6 +113,3 @@ class SSCS(dfx.AbstractItoSolver[None]):
 
     def func(self, terms: ReverseSDE, t0: RealScalarLike, y0: State, args: Args) -> tuple:
         return terms.vf(t0, y0, args)
-
-
-SSCS.__init__.__doc__ = """**Arguments:** None"""

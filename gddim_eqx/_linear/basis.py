@@ -52,6 +52,12 @@ class FourierBasis(AbstractBasis):
     r"""A real orthonormal Fourier basis of periodic functions, over the last axis or over
     several axes of an array: that of the Hartley transform, $\cos(k x) + \sin(k x)$ for
     the wave numbers $k$ of `frequencies`.
+
+    **Arguments:**
+
+    - `axes`: negative integers, which count from the last axis.
+
+    **Raises:** `ValueError` for other axes.
     """
 
     axes: tuple[int, ...] = eqx.field(static=True, default=(-1,))
@@ -80,14 +86,6 @@ class FourierBasis(AbstractBasis):
 
     def inverse(self, x):
         return self.forward(x)
-
-
-FourierBasis.__init__.__doc__ = """**Arguments:**
-
-- `axes`: negative integers, which count from the last axis.
-
-**Raises:** `ValueError` for other axes.
-"""
 
 
 @ft.cache

@@ -31,6 +31,15 @@ class BDM(AbstractDiagonalProcess):
     ??? cite "Reference"
 
         E. Hoogeboom, T. Salimans, *Blurring Diffusion Models*, ICLR 2023.
+
+    **Arguments:**
+
+    - `shape`: (height, width, channels) of one image.
+    - `sigma_blur_max`: the strongest blur, in pixels.
+    - `min_scale`: the fraction of the highest frequencies that remains.
+    - `offset`: the offset of the noise schedule.
+    - `t_min`, `t_end`: the end of sampling and of the time axis. Sampling starts at
+        `t_max`, where the noise is 80 times the signal, or at `t_end` if that is earlier.
     """
 
     shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
@@ -92,14 +101,3 @@ class BDM(AbstractDiagonalProcess):
 
     def _prior_factor(self):
         return jnp.ones(())
-
-
-BDM.__init__.__doc__ = """**Arguments:**
-
-- `shape`: (height, width, channels) of one image.
-- `sigma_blur_max`: the strongest blur, in pixels.
-- `min_scale`: the fraction of the highest frequencies that remains.
-- `offset`: the offset of the noise schedule.
-- `t_min`, `t_end`: the end of sampling and of the time axis. Sampling starts at `t_max`,
-    where the noise is 80 times the signal, or at `t_end` if that is earlier.
-"""

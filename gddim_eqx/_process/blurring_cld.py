@@ -19,6 +19,13 @@ class BlurringCLD(AbstractAugmentedProcess):
     covariance and its square roots are those of CLD: the factor $R_t$ does not depend on
     the decay of the mean. Noise drives both position and velocity. Without blur
     (`sigma_blur_max=0`) this is CLD of the cosine coefficients.
+
+    **Arguments:**
+
+    - `shape`: (height, width, channels) of one image.
+    - `sigma_blur_max`: the standard deviation of the strongest blur, in pixels.
+    - `min_scale`: the fraction of the highest frequencies that remains.
+    - The other arguments are those of [`gddim_eqx.CLD`][].
     """
 
     shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
@@ -74,12 +81,3 @@ class BlurringCLD(AbstractAugmentedProcess):
 
     def _prior_factor(self):
         return self._cld()._prior_factor()
-
-
-BlurringCLD.__init__.__doc__ = """**Arguments:**
-
-- `shape`: (height, width, channels) of one image.
-- `sigma_blur_max`: the standard deviation of the strongest blur, in pixels.
-- `min_scale`: the fraction of the highest frequencies that remains.
-- The other arguments are those of [`gddim_eqx.CLD`][].
-"""

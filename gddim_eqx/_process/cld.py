@@ -40,6 +40,16 @@ class CLD(AbstractAugmentedProcess):
 
         T. Dockhorn, A. Vahdat, K. Kreis, *Score-Based Generative Modeling with
         Critically-Damped Langevin Diffusion*, ICLR 2022.
+
+    **Arguments:**
+
+    - `shape`: the shape of one data sample.
+    - `beta`, `beta_slope`: the rate is `beta + beta_slope * t`.
+    - `mass_inverse`: 1 / M. The friction follows from critical damping.
+    - `gamma`: the variance of the initial velocity, divided by the mass.
+    - `epsilon`: added to both initial variances, so that the covariance is non-singular at
+        time 0.
+    - `t_min`, `t_end`: sampling runs from `t_end` down to `t_min`.
     """
 
     # In the coordinates (x, w) with v = sqrt(M) w, and in rescaled time y with
@@ -124,17 +134,6 @@ class CLD(AbstractAugmentedProcess):
 
     def _prior_factor(self):
         return self._unscaled(jnp.eye(2), 1, 0)
-
-
-CLD.__init__.__doc__ = """**Arguments:**
-
-- `shape`: the shape of one data sample.
-- `beta`, `beta_slope`: the rate is `beta + beta_slope * t`.
-- `mass_inverse`: 1 / M. The friction follows from critical damping.
-- `gamma`: the variance of the initial velocity, divided by the mass.
-- `epsilon`: added to both initial variances; keeps the covariance non-singular at time 0.
-- `t_min`, `t_end`: sampling runs from `t_end` down to `t_min`.
-"""
 
 
 def _exponential_tail(x, xp):

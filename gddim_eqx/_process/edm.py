@@ -17,6 +17,11 @@ class EDM(AbstractGaussianPath):
 
         T. Karras, M. Aittala, T. Aila, S. Laine, *Elucidating the Design Space of
         Diffusion-Based Generative Models*, NeurIPS 2022.
+
+    **Arguments:**
+
+    - `shape`: the shape of one data sample.
+    - `sigma_min`, `sigma_max`: the noise levels at the end and the start of sampling.
     """
 
     shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
@@ -41,10 +46,3 @@ class EDM(AbstractGaussianPath):
 
     def _noise(self, t):
         return t
-
-
-EDM.__init__.__doc__ = """**Arguments:**
-
-- `shape`: the shape of one data sample.
-- `sigma_min`, `sigma_max`: the noise levels at the end and the start of sampling.
-"""

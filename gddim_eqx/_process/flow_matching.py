@@ -24,6 +24,12 @@ class RectifiedFlow(AbstractGaussianPath):
         X. Liu, C. Gong, Q. Liu, *Flow Straight and Fast: Learning to Generate and Transfer
         Data with Rectified Flow*, ICLR 2023. Shift: P. Esser et al., *Scaling Rectified
         Flow Transformers for High-Resolution Image Synthesis*, ICML 2024.
+
+    **Arguments:**
+
+    - `shape`: the shape of one data sample.
+    - `shift`: values greater than 1 shift times towards noise.
+    - `t_min`, `t_end`: sampling runs from `t_end` down to `t_min`.
     """
 
     shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
@@ -47,14 +53,6 @@ class RectifiedFlow(AbstractGaussianPath):
         return self.sigma(t)
 
 
-RectifiedFlow.__init__.__doc__ = """**Arguments:**
-
-- `shape`: the shape of one data sample.
-- `shift`: values greater than 1 shift times towards noise.
-- `t_min`, `t_end`: sampling runs from `t_end` down to `t_min`.
-"""
-
-
 class TrigonometricFlow(AbstractGaussianPath):
     r"""The variance-preserving path
     $x_t = \cos(\tfrac{\pi}{2} t)\,x_0 + \sin(\tfrac{\pi}{2} t)\,\epsilon$.
@@ -66,6 +64,11 @@ class TrigonometricFlow(AbstractGaussianPath):
 
         M. S. Albergo, E. Vanden-Eijnden, *Building Normalizing Flows with Stochastic
         Interpolants*, ICLR 2023.
+
+    **Arguments:**
+
+    - `shape`: the shape of one data sample.
+    - `t_min`, `t_end`: sampling runs from `t_end` down to `t_min`.
     """
 
     shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
@@ -81,10 +84,3 @@ class TrigonometricFlow(AbstractGaussianPath):
 
     def _noise(self, t):
         return jnp.sin(0.5 * np.pi * t)
-
-
-TrigonometricFlow.__init__.__doc__ = """**Arguments:**
-
-- `shape`: the shape of one data sample.
-- `t_min`, `t_end`: sampling runs from `t_end` down to `t_min`.
-"""

@@ -22,6 +22,16 @@ class HOLD(AbstractLangevin):
     ??? cite "Reference"
 
         Z. Shi, R. Liu, *Generative Modelling With High-Order Langevin Dynamics*, 2024.
+
+    **Arguments:**
+
+    - `shape`: the shape of one data sample.
+    - `coupling`, `friction`: $\kappa$ and $\xi$.
+    - `beta`, `beta_slope`: the rate is `beta + beta_slope * t`.
+    - `gamma`: the variance of the initial velocity and acceleration.
+    - `epsilon`: the variance of the data at time 0, so that the covariance is non-singular
+        there.
+    - `t_min`, `t_end`: sampling runs from `t_end` down to `t_min`.
     """
 
     shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
@@ -42,14 +52,3 @@ class HOLD(AbstractLangevin):
 
     def _prior_std(self):
         return [1.0, 1.0, 1.0]
-
-
-HOLD.__init__.__doc__ = r"""**Arguments:**
-
-- `shape`: the shape of one data sample.
-- `coupling`, `friction`: $\kappa$ and $\xi$.
-- `beta`, `beta_slope`: the rate is `beta + beta_slope * t`.
-- `gamma`: the variance of the initial velocity and acceleration.
-- `epsilon`: the variance of the data at time 0; keeps the covariance non-singular there.
-- `t_min`, `t_end`: sampling runs from `t_end` down to `t_min`.
-"""

@@ -118,6 +118,17 @@ class Langevin(AbstractLangevin):
     With the damping ratio $\zeta = 1$ this is [`gddim_eqx.CLD`][]. For smaller ratios the
     process is underdamped and oscillates; for larger ones it is overdamped and converges
     more slowly.
+
+    **Arguments:**
+
+    - `shape`: the shape of one data sample.
+    - `damping`: the damping ratio; 1 is critical.
+    - `beta`, `beta_slope`: the rate is `beta + beta_slope * t`.
+    - `mass_inverse`: 1 / M.
+    - `gamma`: the variance of the initial velocity, divided by the mass.
+    - `epsilon`: added to both initial variances, so that the covariance is non-singular at
+        time 0.
+    - `t_min`, `t_end`: sampling runs from `t_end` down to `t_min`.
     """
 
     shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
@@ -136,18 +147,6 @@ class Langevin(AbstractLangevin):
 
     def _prior_std(self):
         return [1.0, self.mass_inverse**-0.5]
-
-
-Langevin.__init__.__doc__ = """**Arguments:**
-
-- `shape`: the shape of one data sample.
-- `damping`: the damping ratio; 1 is critical.
-- `beta`, `beta_slope`: the rate is `beta + beta_slope * t`.
-- `mass_inverse`: 1 / M.
-- `gamma`: the variance of the initial velocity, divided by the mass.
-- `epsilon`: added to both initial variances; keeps the covariance non-singular at time 0.
-- `t_min`, `t_end`: sampling runs from `t_end` down to `t_min`.
-"""
 
 
 def phase_space(

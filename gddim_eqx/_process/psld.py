@@ -23,6 +23,17 @@ class PSLD(AbstractLangevin):
     ??? cite "Reference"
 
         K. Pandey, S. Mandt, *A Complete Recipe for Diffusion Generative Models*, ICCV 2023.
+
+    **Arguments:**
+
+    - `shape`: the shape of one data sample.
+    - `nu`: $\nu$, the friction of the data, which also sets the noise in the data.
+    - `beta`, `beta_slope`: the rate is `beta + beta_slope * t`.
+    - `mass_inverse`: 1 / M. The friction of the velocity follows from critical damping.
+    - `gamma`: the variance of the initial velocity, divided by the mass.
+    - `epsilon`: added to both initial variances, so that the covariance is non-singular at
+        time 0.
+    - `t_min`, `t_end`: sampling runs from `t_end` down to `t_min`.
     """
 
     shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
@@ -41,15 +52,3 @@ class PSLD(AbstractLangevin):
 
     def _prior_std(self):
         return [1.0, self.mass_inverse**-0.5]
-
-
-PSLD.__init__.__doc__ = r"""**Arguments:**
-
-- `shape`: the shape of one data sample.
-- `nu`: $\nu$, the friction of the data, which also sets the noise in the data.
-- `beta`, `beta_slope`: the rate is `beta + beta_slope * t`.
-- `mass_inverse`: 1 / M. The friction of the velocity follows from critical damping.
-- `gamma`: the variance of the initial velocity, divided by the mass.
-- `epsilon`: added to both initial variances; keeps the covariance non-singular at time 0.
-- `t_min`, `t_end`: sampling runs from `t_end` down to `t_min`.
-"""

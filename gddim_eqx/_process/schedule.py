@@ -35,7 +35,15 @@ class AbstractSchedule(eqx.Module):
 
 class LinearSchedule(AbstractSchedule):
     r"""$\beta_t = \beta_\text{min} + (\beta_\text{max} - \beta_\text{min})\,t$ on [0, 1]
-    (Song et al. 2021)."""
+    (Song et al. 2021).
+
+    **Arguments:**
+
+    - `beta_min`, `beta_max`: the rates at times 0 and 1.
+    - `t_min`, `t_end`: times at the end and the start of sampling.
+
+    **Raises:** `ValueError` for numbers out of range.
+    """
 
     beta_min: float = constant_field("beta_min", 0.1, check_not_negative)
     beta_max: float = constant_field("beta_max", 20.0, check_not_negative)
@@ -61,21 +69,19 @@ class LinearSchedule(AbstractSchedule):
         return -jnp.expm1(-self._integral(t, jnp.zeros_like(t)))
 
 
-LinearSchedule.__init__.__doc__ = """**Arguments:**
-
-- `beta_min`, `beta_max`: the rates at times 0 and 1.
-- `t_min`, `t_end`: times at the end and the start of sampling.
-
-**Raises:** `ValueError` for numbers out of range.
-"""
-
-
 class CosineSchedule(AbstractSchedule):
     r"""$\exp(-\int_0^t \beta) = \cos^2(\phi_t) / \cos^2(\phi_0)$ with
     $\phi_t = \frac{\pi}{2} \frac{t + o}{1 + o}$ (Nichol & Dhariwal 2021).
 
     The signal vanishes at t = 1, so the time axis ends earlier: by default at 0.9946, as
     in DPM-Solver (Lu et al. 2022).
+
+    **Arguments:**
+
+    - `offset`: positive; keeps the rate of noise from vanishing at time 0.
+    - `t_min`, `t_end`: times at the end and the start of sampling, below 1.
+
+    **Raises:** `ValueError` for numbers out of range.
     """
 
     offset: float = constant_field("offset", 0.008, check_positive)
@@ -103,15 +109,6 @@ class CosineSchedule(AbstractSchedule):
         unit = 0.5 * np.pi / (1 + self.offset)
         start = math.cos(unit * self.offset)
         return jnp.sin(unit * t) * jnp.sin(unit * (t + 2 * self.offset)) / start**2
-
-
-CosineSchedule.__init__.__doc__ = """**Arguments:**
-
-- `offset`: positive; keeps the rate of noise from vanishing at time 0.
-- `t_min`, `t_end`: times at the end and the start of sampling, below 1.
-
-**Raises:** `ValueError` for numbers out of range.
-"""
 
 
 def as_schedule(schedule: "str | AbstractSchedule") -> AbstractSchedule:

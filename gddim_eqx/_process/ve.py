@@ -23,6 +23,12 @@ class VE(AbstractScalarProcess):
         Y. Song, J. Sohl-Dickstein, D. P. Kingma, A. Kumar, S. Ermon, B. Poole,
         *Score-Based Generative Modeling through Stochastic Differential Equations*,
         ICLR 2021.
+
+    **Arguments:**
+
+    - `shape`: the shape of one data sample.
+    - `sigma_min`, `sigma_max`: the standard deviations given data at times 0 and 1.
+    - `t_min`, `t_end`: sampling runs from `t_end` down to `t_min`.
     """
 
     shape: tuple[int, ...] = eqx.field(static=True, converter=as_shape)
@@ -60,14 +66,6 @@ class VE(AbstractScalarProcess):
 
     def _prior_factor(self):
         return self._std(jnp.asarray(self.t_max))
-
-
-VE.__init__.__doc__ = """**Arguments:**
-
-- `shape`: the shape of one data sample.
-- `sigma_min`, `sigma_max`: the standard deviations given data at times 0 and 1.
-- `t_min`, `t_end`: sampling runs from `t_end` down to `t_min`.
-"""
 
 
 def check_sigmas(sigma_min: float, sigma_max: float) -> None:

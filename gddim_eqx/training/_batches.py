@@ -17,9 +17,13 @@ from jaxtyping import Array, PyTree
 
 from .._custom_types import Key
 from .._linear import check_real
-from .._misc import check_count, check_instance, check_key, is_array, show
+from .._misc import check_count, check_instance, check_key, show
 from .._pixels import dequantise, highest_level
 from .._sharding import Placement
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray)
 
 
 class Batches:
@@ -120,7 +124,7 @@ class Batches:
         """
         content = hashlib.sha256()
         some = np.unique(np.linspace(0, self.number - 1, 64).astype(int))
-        whole = lambda source: is_array(source) and source.nbytes <= 2**26
+        whole = lambda source: _is_array(source) and source.nbytes <= 2**26
         with self._lock:
             rows = [x if whole(x) else _rows(x, some) for x in self.sources]
         leaves = [np.asarray(leaf) for leaf in jtu.tree_leaves(rows)]
@@ -184,10 +188,10 @@ def _order(seed: int, epoch: int, number: int) -> np.ndarray:
 
 def _rows(source: Any, indices: np.ndarray) -> PyTree[np.ndarray]:
     """Samples of a source, stacked."""
-    samples = source[indices] if is_array(source) else [source[int(i)] for i in indices]
+    samples = source[indices] if _is_array(source) else [source[int(i)] for i in indices]
     try:
         stack = lambda *leaves: np.stack(leaves)
-        stacked = samples if is_array(source) else jtu.tree_map(stack, *samples)
+        stacked = samples if _is_array(source) else jtu.tree_map(stack, *samples)
     except ValueError as error:
         raise ValueError(
             f"The samples of a {type(source).__name__} must have the same structure and "
@@ -248,7 +252,7 @@ def split_condition(batch: Any) -> tuple[Any, Any]:
     """The data and the condition of a batch, which is `None` if it has none."""
     if isinstance(batch, tuple) and len(batch) == 2:
         return batch
-    if is_array(batch):
+    if _is_array(batch):
         return batch, None
     size = f" of {len(batch)}" if isinstance(batch, tuple) else ""
     raise ValueError(
