@@ -113,11 +113,9 @@ class ExponentialAdams(AbstractExponentialMultistep):
             return self.splitting.evaluate(term, tau, y, args)
 
         def sweep(values, _):
-            nodes = [jtu.tree_map(lambda x: x[k], values) for k in range(q)]
-
             def at(node):
                 tau, polynomials, linear, moments = node
-                force = integral(shape, polynomials, moments, nodes)
+                force = integral(shape, polynomials, moments, [values])
                 return evaluate(tau, add(combine(shape, [(linear, y0)]), force))
 
             later = lax.map(at, (times[1:], polynomials[1:], *steps))

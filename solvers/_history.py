@@ -28,6 +28,7 @@ class Nodes(eqx.Module):
     """Evaluations as interpolation nodes: node 0 is the new one, and node k + 1 is slot k
     of the history."""
 
+    # Stacked along the first axis: the new one, and those of the history.
     values: list[State]
     places: Places
     stored: Bool[Array, " nodes"]
@@ -122,14 +123,13 @@ class History(eqx.Module):
             # Every value is affected by the noise of its step.
             length = jnp.full_like(s, jnp.inf)
         place = Places(s, c.start, c.error_start, length)
-        pick = lambda k: lambda x: lax.index_in_dim(x, k, keepdims=False)
-        stored = [jtu.tree_map(pick(k), self.values) for k in range(known.shape[0])]
+        new = jtu.tree_map(lambda x: x[None], value)
 
         def all_places(new, old):
             return jnp.concatenate([new[None], jnp.where(known, old, new)])
 
         return Nodes(
-            [value, *stored],
+            [new, self.values],
             jtu.tree_map(all_places, place, self.places),
             jnp.concatenate([jnp.ones(1, bool), known]),
         )

@@ -28,6 +28,7 @@ from gddim_eqx._exponential import (
     interpolation,
     lagrange,
     StepCoefficients,
+    weighted_sum,
     weights,
 )
 from gddim_eqx._linear import (
@@ -215,8 +216,7 @@ class AbstractExponentialMultistep(
         polynomials = self._polynomials(nodes, history.last, c, equation)
 
         # The linear part of the corrected state, and the noise.
-        start = before = y0
-        forcing = []
+        start, before, moved, forcing = y0, y0, None, []
         if normal is not None:
             assert c.noise is not None
             forcing = [(c.noise, normal(t0, t1, y0))]
@@ -226,22 +226,25 @@ class AbstractExponentialMultistep(
                 shape, linear, history.last, polynomials.corrector, nodes, y0
             )
             before, change, moved = corrected
-            start, forcing = add(before, change), [*forcing, *moved]
+            start = add(before, change)
         base = combine(shape, [(linear, before), *forcing])
+        if moved is not None:
+            base = add(base, weighted_sum(shape, moved, nodes.values))
 
         # The integral of the interpolated part.
         # Order 1 stores a value only for its error estimate.
-        used = 1 if self.predictor.num_nodes == 1 else len(nodes.values)
+        used = 1 if self.predictor.num_nodes == 1 else None
         values, predictor = nodes.values[:used], polynomials.predictor[:used]
         y1 = add(base, integral(shape, predictor, c.moments, values))
         if self.corrector.reevaluates:
             again = self.splitting.evaluate(term, t, y1, args)
+            again = jtu.tree_map(lambda x: x[None], again)
             values, predictor = [again, *nodes.values], self._reevaluated(nodes, c)
             predicted = y1
             y1 = add(base, integral(shape, predictor, c.moments, values))
             y_error = subtract(y1, predicted)
         else:
-            y_error = self._error(shape, c, polynomials, y0, nodes)
+            y_error = self._error(shape, c, polynomials, y0, value, nodes)
         too_long = self.splitting.is_too_long(c, nodes.span())
         y_error = jtu.tree_map(lambda x: jnp.where(too_long, jnp.inf, x), y_error)
 
@@ -344,15 +347,15 @@ class AbstractExponentialMultistep(
         values, last = lax.cond(first, shifted, lambda: (history.values, history.last))
         return dataclasses.replace(history, values=values, last=last)
 
-    def _error(self, shape, c: StepCoefficients, polynomials, y0: State, nodes: Nodes):
+    def _error(self, shape, c: StepCoefficients, polynomials, y0, value, nodes: Nodes):
         """The error estimate: the difference from polynomials of lower degree in another
         coordinate; or an a priori bound if there is only one value."""
-        change = self.splitting.first_change(shape, c, y0, nodes.values[0])
+        change = self.splitting.first_change(shape, c, y0, value)
         bound = combine(shape, [(jnp.abs(c.error_moments[0]), change)])
         lower = self._lower(nodes, polynomials.usable, c)
         blocks = weights(polynomials.predictor, c.moments)
         blocks = blocks - weights(lower, c.error_moments)
-        estimate = combine(shape, list(zip(blocks, nodes.values, strict=True)))
+        estimate = weighted_sum(shape, blocks, nodes.values)
         alone = (lower == 0).all()
         return jtu.tree_map(lambda x, y: jnp.where(alone, x, y), bound, estimate)
 
@@ -378,7 +381,7 @@ class AbstractExponentialMultistep(
 def _corrected(shape, linear, last: LastStep, polynomials, nodes: Nodes, y0: State):
     """The corrected state at the end of the previous step, as a sum: what the linear part
     and the noise made of its start, and the integral over it. And the product of this
-    step's linear part with that integral, as pairs of blocks and states: multiplying
+    step's linear part with that integral, as blocks that multiply the values: multiplying
     blocks takes less time than multiplying states."""
     known = nodes.stored[1:].any()
     polynomials = jnp.where(known, polynomials, 0)
@@ -386,8 +389,7 @@ def _corrected(shape, linear, last: LastStep, polynomials, nodes: Nodes, y0: Sta
     change = integral(shape, polynomials, last.moments, nodes.values)
     operator = BlockLinearOperator(linear, shape)
     moved = jax.vmap(lambda m: (operator @ BlockLinearOperator(m, shape)).blocks)
-    blocks = weights(polynomials, moved(last.moments))
-    return before, change, list(zip(blocks, nodes.values, strict=True))
+    return before, change, weights(polynomials, moved(last.moments))
 
 
 def _after(y1: State, value: State) -> State:

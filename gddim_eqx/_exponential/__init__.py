@@ -6,7 +6,12 @@ from .coordinate import (
     Time as Time,
 )
 from .interpolation import Exponential as Exponential, interpolation as interpolation
-from .polynomial import integral as integral, lagrange as lagrange, weights as weights
+from .polynomial import (
+    integral as integral,
+    lagrange as lagrange,
+    weighted_sum as weighted_sum,
+    weights as weights,
+)
 from .quadrature import step_nodes as step_nodes
 from .reverse_transition import (
     noise_transition as noise_transition,

@@ -1,9 +1,13 @@
+import functools as ft
+
+import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, Bool, Inexact
 
 from .._custom_types import State
-from .._linear import append_axes, combine
+from .._linear import add, append_axes, apply, BlockLinearOperator
 
 
 def lagrange(
@@ -53,4 +57,16 @@ def integral(
     values: list[State],
 ) -> State:
     """The integral of the interpolation polynomial of the values."""
-    return combine(shape, list(zip(weights(polynomials, moments), values, strict=True)))
+    return weighted_sum(shape, weights(polynomials, moments), values)
+
+
+def weighted_sum(
+    shape: tuple[int, ...], blocks: Inexact[Array, "nodes n n *_"], values: list[State]
+) -> State:
+    """The sum over the nodes of operators, given by their blocks, applied to values. These
+    are arrays over some of the nodes each, one after the other."""
+    sizes = [len(jtu.tree_leaves(x)[0]) for x in values]
+    parts = jnp.split(blocks, np.cumsum(sizes)[:-1])
+    products = jax.vmap(lambda b, x: apply(BlockLinearOperator(b, shape), x))
+    sums = [jtu.tree_map(lambda x: x.sum(0), products(*x)) for x in zip(parts, values)]
+    return ft.reduce(add, sums)
