@@ -15,13 +15,15 @@ class AbstractCorrector(eqx.Module):
     """Whether the model is evaluated at the end of every step; otherwise the evaluation
     that begins the next step is used, and the last step is not corrected."""
     closest: eqx.AbstractClassVar[float]
-    """How close a newer node may be to one where the state is corrected after the
-    evaluation; see `Nodes.rank`."""
+    """Which past nodes are not used: those that a newer node follows within this fraction
+    of the current step and of the step that ended at the past node. The model was evaluated
+    there before the state was corrected."""
 
     def __call__(
         self, polynomials: Inexact[Array, "nodes nodes"], rank: Int[Array, " nodes"]
     ) -> Inexact[Array, "nodes nodes"]:
-        """As `AbstractPredictor.__call__`."""
+        """As `AbstractPredictor.__call__`, for the polynomials over the corrected step, of
+        which node 0 is the end."""
         return polynomials
 
 
@@ -41,7 +43,7 @@ class FreeCorrector(AbstractCorrector):
     does. It costs no NFE, but the last step is not corrected.
 
     The evaluations are at uncorrected states. Their differences over a short distance say
-    more about the corrections than about the derivative.
+    more about the corrections than about the derivative, so that close nodes are dropped.
 
     **Arguments:**
 
@@ -54,7 +56,8 @@ class FreeCorrector(AbstractCorrector):
 
 
 class Reevaluate(AbstractCorrector):
-    """Corrects each step with an extra evaluation of the model at its end: PEC.
+    """Corrects each step with an extra evaluation of the model at its end: PEC in the
+    paper. The next step evaluates the model again, at the corrected state.
 
     **Arguments:**
 

@@ -215,7 +215,7 @@ def _as_coordinate(coordinate) -> AbstractCoordinate:
 
 def _as_corrector(corrector, order: int, reevaluate: bool) -> AbstractCorrector:
     if isinstance(corrector, AbstractCorrector):
-        if reevaluate and not corrector.reevaluates:
+        if reevaluate:
             raise ValueError("With a corrector, leave out `reevaluate`.")
         return corrector
     if not is_integer(corrector, 0, order):

@@ -20,7 +20,8 @@ class Places(NamedTuple):
     time: Real[Array, " *nodes"]
     coordinate: Real[Array, " *nodes"]
     error_coordinate: Real[Array, " *nodes"]
-    # The length in time of the step that ended there, whose error the value contains.
+    # The length in time of the step that ended there, before whose correction the model was
+    # evaluated; the largest number with noise, which affects the value anyway.
     corrected: Real[Array, " *nodes"]
 
 
@@ -46,16 +47,17 @@ class Nodes(eqx.Module):
     ) -> Int[Array, " nodes"]:
         """The position of each node among those to use, by the distance from node 0.
 
-        Of two nodes that are too close, only the first is used: the difference of their
-        values would say more about their errors than about the derivative. Its rank is the
-        number of nodes.
+        Of two nodes that are too close, the farther is dropped, even if the nearer is
+        dropped too: the difference of their values would say more about their errors than
+        about the derivative. The rank of a dropped node is the number of nodes.
 
         **Arguments:**
 
-        - `x`: the nodes in the coordinate of a step of length 1.
-        - `moves`: whether it is a step; otherwise only equal nodes are too close.
-        - `closest`: where the state was corrected after the evaluation, how close a newer
-            node may be, as a fraction of the step and of the step that was corrected.
+        - `x`: the nodes, in a coordinate that is 0 at the start of the step and 1 at its
+            end.
+        - `moves`: whether the step has a length; otherwise only equal nodes are too close.
+        - `closest`: drop a node if a newer one lies within this fraction of the step, and
+            of the step that ended at the node.
         """
         number, between = len(x), lambda a: jnp.abs(a[:, None] - a[None])
         # XLA may compute the same number twice, with other rounding.
@@ -64,11 +66,12 @@ class Nodes(eqx.Module):
         precedes = (other < this) | (other == this) & np.tri(number, k=-1, dtype=bool)
         precedes &= self.stored[None] & ~np.eye(number, dtype=bool)
         gaps = between(x)
-        close = between(self.places.time) < closest * self.places.corrected[:, None]
+        uncertain = between(self.places.time) < closest * self.places.corrected[:, None]
         # Values of still closer nodes hardly differ but for rounding errors.
         resolved = 50 * float(jnp.finfo(x.dtype).eps) ** 0.5
-        close = gaps <= jnp.where(moves, jnp.where(close, closest, resolved), 0)
-        used = self.stored & ~(precedes & close).any(1)
+        spacing = jnp.where(uncertain, closest, resolved)
+        too_close = gaps <= jnp.where(moves, spacing, 0)
+        used = self.stored & ~(precedes & too_close).any(1)
         rank = (precedes & used[None]).sum(1, dtype=jnp.int32)
         return jnp.where(used, rank, number)
 
@@ -90,7 +93,7 @@ class History(eqx.Module):
 
     places: Places
     values: PyTree[Inexact[Array, "slots ..."]]
-    # Which of the slots hold evaluations along the current solution.
+    # Which of the slots hold evaluations.
     stored: Bool[Array, " slots"]
     # Where the previous step ended, in the time of `diffeqsolve`.
     end: Real[Array, ""]
@@ -110,6 +113,7 @@ class History(eqx.Module):
     def known(self, t0: RealScalarLike, made_jump: BoolScalarLike) -> Bool[Array, " slots"]:
         """Which stored evaluations a step from `t0` may use: none if they precede a jump,
         or belong to a solution that ended elsewhere."""
+        # Diffrax passes the end of a step on as it is.
         return self.stored & (self.end == t0) & ~jnp.asarray(made_jump)
 
     def nodes(
@@ -121,10 +125,11 @@ class History(eqx.Module):
             length = jnp.where(length == jnp.inf, 0, length)
         else:
             # Every value is affected by the noise of its step.
-            length = jnp.full_like(s, jnp.inf)
+            length = jnp.full_like(s, jnp.finfo(s.dtype).max)
         place = Places(s, c.start, c.error_start, length)
         new = jtu.tree_map(lambda x: x[None], value)
 
+        # Those of other slots are finite, but not used.
         def all_places(new, old):
             return jnp.concatenate([new[None], jnp.where(known, old, new)])
 
@@ -136,6 +141,7 @@ class History(eqx.Module):
 
     def push(
         self,
+        value: State,
         nodes: Nodes,
         rank: Int[Array, " nodes"],
         t: Array,
@@ -158,7 +164,7 @@ class History(eqx.Module):
         replace = lambda x, y: lax.dynamic_update_index_in_dim(x, y, slot, 0)
         return History(
             jtu.tree_map(lambda x, y: replace(x, y[0]), self.places, nodes.places),
-            jtu.tree_map(replace, self.values, nodes.values[0]),
+            jtu.tree_map(replace, self.values, value),
             replace(known, True),
             jnp.asarray(t1),
             last,

@@ -14,7 +14,7 @@ from gddim_eqx._misc import error_if_any, is_integer, show
 from gddim_eqx._process import AbstractProcess, require_process
 from gddim_eqx._term import ProbabilityFlow, real_time, started_flow, StartedModel
 
-from ._corrector import AbstractCorrector, FreeCorrector
+from ._corrector import AbstractCorrector
 from ._gddim import GDDIM
 from ._history import History
 from ._multistep import Problem
@@ -204,15 +204,18 @@ class LearnedGDDIM(dfx.AbstractItoSolver[History]):
 
     def _solver(self, index: Int[Array, ""], dtype) -> GDDIM:
         """The solver of a step."""
-        coordinate, number = self.solver.coordinate, self.solver.predictor.num_nodes
-        corrector, older = self.solver.corrector, self.solver.corrector.num_older
+        coordinate = self.solver.coordinate
+        predictor, corrector = self.solver.predictor, self.solver.corrector
         if isinstance(coordinate, Clock):
             rate = coordinate.rate * jnp.exp(_pick(self.log_rates, index, dtype))
             coordinate = _Clock(rate)
-        if older:
-            corrector = _Corrector(older, _pick(self.corrector, index, dtype))
+        if older := corrector.num_older:
+            change = _pick(self.corrector, index, dtype)
+            # Pyright takes `closest` for a field.
+            corrector = _Corrector(older, corrector, change)  # pyright: ignore[reportCallIssue]
+        change = _pick(self.predictor, index, dtype)
         return GDDIM(
-            _Predictor(number, _pick(self.predictor, index, dtype)),
+            _Predictor(predictor.num_nodes, predictor, change),
             self.solver.splitting,
             corrector,
             coordinate=coordinate,
@@ -253,19 +256,26 @@ class _Clock(AbstractCoordinate):
 
 class _Predictor(AbstractPredictor):
     num_nodes: int = eqx.field(static=True)
+    predictor: AbstractPredictor
     change: Float[Array, "nodes powers"]
 
     def __call__(self, polynomials, rank):
+        polynomials = self.predictor(polynomials, rank)
         return _corrected(polynomials, self.change, rank, self.num_nodes)
 
 
 class _Corrector(AbstractCorrector):
     num_older: int = eqx.field(static=True)
+    corrector: AbstractCorrector
     change: Float[Array, "older powers"]
     reevaluates: ClassVar[bool] = False
-    closest: ClassVar[float] = FreeCorrector.closest
+
+    @property
+    def closest(self) -> float:
+        return self.corrector.closest
 
     def __call__(self, polynomials, rank):
+        polynomials = self.corrector(polynomials, rank)
         return _corrected(polynomials, self.change, rank, self.num_older + 1)
 
 

@@ -129,7 +129,7 @@ class AbstractExponentialMultistep(
     )
 
     def order(self, terms):
-        # The corrected state replaces the predicted one.
+        # A step returns the prediction, but the next one starts from its correction.
         older = self.corrector.num_older
         return older + 1 if older else self.predictor.num_nodes
 
@@ -249,17 +249,18 @@ class AbstractExponentialMultistep(
         y_error = jtu.tree_map(lambda x: jnp.where(too_long, jnp.inf, x), y_error)
 
         dense_info = dict(y0=y0, y1=y1)
+        # On reverse diffusions, dense output is linear.
         if lam is None:
             direction = jnp.asarray(direction, s.dtype)
             method = equation, self.splitting, self.coordinate
             dense_info["exponential"] = Exponential(
                 start, values, predictor, c.end, direction, *method
             )
-        nodes = eqx.tree_at(lambda n: n.values[0], nodes, _after(y1, nodes.values[0]))
-        last = history.last and LastStep(
-            base, c.moments, c.start, self.coordinate, self.corrector
-        )
-        history = history.push(nodes, polynomials.rank, t, t1, last)
+        last = None
+        if history.last is not None:
+            method = self.coordinate, self.corrector
+            last = LastStep(base, c.moments, c.start, *method)
+        history = history.push(_after(y1, value), nodes, polynomials.rank, t, t1, last)
         return y1, y_error, dense_info, history, dfx.RESULTS.successful
 
     def _integrate(self, problem: Problem, s, t) -> StepCoefficients:
@@ -276,7 +277,7 @@ class AbstractExponentialMultistep(
     def _polynomials(
         self, nodes: Nodes, last: LastStep | None, c: StepCoefficients, equation
     ) -> _Polynomials:
-        # Noise makes values rough: their differences grow as the root of the distance.
+        # Noise makes values rough: differences grow as the square root of the distance.
         closest = self.corrector.closest if c.noise is None else 0.2
         at = nodes.places.coordinate
         steps, numbers = [(self.coordinate, c.start, c.end)], [self.predictor.num_nodes]
@@ -289,7 +290,7 @@ class AbstractExponentialMultistep(
             x = coordinate.rescale(at, start, end)
             return x, nodes.rank(x, start != end, closest)
 
-        # Batched, so that they are compiled once.
+        # Row 0 is this step, and row 1 the previous one: batched, to be compiled once.
         x, ranks = jax.vmap(place)(jtu.tree_map(lambda *a: jnp.stack(a), *steps))
         valid = ranks < np.array(numbers, np.int32)[:, None]
         rank = ranks[0]
@@ -299,12 +300,13 @@ class AbstractExponentialMultistep(
             valid = valid.at[0].set(valid[0] & usable)
         predictor, *rest = lagrange(x, valid)
         corrector = None if last is None else last.corrector(rest[0], ranks[1])
-        predictor = self.predictor(predictor, rank)[:, : self._num_moments]
+        used = jnp.where(usable, rank, len(rank))
+        predictor = self.predictor(predictor, used)[:, : self._num_moments]
         return _Polynomials(rank, usable, predictor, corrector)
 
     def _lower(self, nodes: Nodes, usable: Array, c: StepCoefficients):
         """The polynomials that the error estimate compares with: of lower degree, in
-        another coordinate, and through no other nodes."""
+        another coordinate, and through a subset of the same nodes."""
         places, number = nodes.places.error_coordinate, self._num_for_error
         x = self.splitting.error_coordinate.rescale(places, c.error_start, c.error_end)
         nodes = Nodes(nodes.values, nodes.places, usable)
@@ -341,7 +343,8 @@ class AbstractExponentialMultistep(
 
             values = jtu.tree_map(shift, history.values, difference)
             last = history.last
-            last = last and last._replace(base=y0, moments=jnp.zeros_like(last.moments))
+            if last is not None:
+                last = last._replace(base=y0, moments=jnp.zeros_like(last.moments))
             return values, last
 
         values, last = lax.cond(first, shifted, lambda: (history.values, history.last))
@@ -379,9 +382,9 @@ class AbstractExponentialMultistep(
 
 
 def _corrected(shape, linear, last: LastStep, polynomials, nodes: Nodes, y0: State):
-    """The corrected state at the end of the previous step, as a sum: what the linear part
-    and the noise made of its start, and the integral over it. And the product of this
-    step's linear part with that integral, as blocks that multiply the values: multiplying
+    """The corrected state at the end of the previous step, as a sum: its propagated start
+    plus noise, and the integral over it. And the product of this step's linear part with
+    that integral, as blocks that multiply the values: multiplying
     blocks takes less time than multiplying states."""
     known = nodes.stored[1:].any()
     polynomials = jnp.where(known, polynomials, 0)

@@ -17,8 +17,15 @@ class AbstractPredictor(eqx.Module):
         self, polynomials: Inexact[Array, "nodes nodes"], rank: Int[Array, " nodes"]
     ) -> Inexact[Array, "nodes nodes"]:
         """For each node, the coefficients of the polynomial that multiplies its value,
-        lowest power first, given those of the Lagrange polynomials and its rank, the
-        newest first."""
+        lowest power first.
+
+        **Arguments:**
+
+        - `polynomials`: those of the Lagrange polynomials through the `num_nodes` nodes
+            that are nearest to the start of the step; zero for others.
+        - `rank`: the position of each node by its distance from the start of the step, 0
+            for the new evaluation; the number of nodes for those that are not usable.
+        """
 
 
 class AdamsBashforth(AbstractPredictor):

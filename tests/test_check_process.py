@@ -96,7 +96,7 @@ wrong = {
     ),
     "cholesky is scaled": (
         dict(_cholesky=_scaled("_cholesky", 2.0)),
-        r"`cholesky\(t\) @ cholesky\(t\).T` must equal `covariance\(t\)`",
+        r"`covariance\(t\)` must equal .* and `cholesky\(t\) @ cholesky\(t\).T`",
     ),
     "cholesky is upper triangular": (
         dict(_cholesky=lambda self, t: gd.CLD._cholesky(self, t).T),

@@ -105,3 +105,25 @@ def test_own_parts_are_saved(tmp_path):
     other = eqx.tree_at(lambda s: s.predictor, solver, AdamsBashforth(3))
     with pytest.raises(ValueError, match="num_nodes"):
         gd.checkpoints.load(tmp_path / "sampler.npz", like=(flow, other))
+
+
+class NewestOnly(PreviousEvaluation):
+    """Corrects with the evaluation at the end of the step alone."""
+
+    def __call__(self, polynomials, rank):
+        newest = (rank == 0).astype(polynomials.dtype)
+        return jnp.zeros_like(polynomials).at[:, 0].set(newest)
+
+
+@pytest.mark.x64
+def test_learned_corrections_are_added_to_own_parts():
+    ts = gd.time_grid(_process, 6)
+    u = _process.prior(jax.random.key(0), (4,))
+    solvers = [gd.GDDIM(2, corrector=c) for c in (PreviousEvaluation(), NewestOnly())]
+    ends = []
+    for solver in solvers:
+        learned = gd.LearnedGDDIM(solver, _process, ts)
+        same = [gd.generate(_flow, u, 6, solver), gd.generate(_flow, u, solver=learned)]
+        np.testing.assert_allclose(*same, rtol=0, atol=1e-12)
+        ends.append(same[0])
+    assert jnp.abs(ends[0] - ends[1]).max() > 1e-3

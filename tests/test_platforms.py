@@ -54,7 +54,8 @@ def _exported(run, *args):
 
 def _draw(flow, solver, lam, key, num_steps=10):
     """What `sample` compiles."""
-    grid = PaddedGrid.of(gd.time_grid(flow.process, num_steps))
+    with jax.ensure_compile_time_eval():
+        grid = PaddedGrid.of(gd.time_grid(flow.process, num_steps))
     rest = None, solver, lam, None, grid, key, None
     sampler, index = _Sampler(without_errors(flow), *rest), jnp.arange(4, dtype=jnp.uint32)
     return sampler.draw(index, dfx.NoProgressMeter())

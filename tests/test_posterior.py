@@ -303,11 +303,9 @@ def test_scales_are_per_sample_not_per_draw_or_coordinate():
     flow = gd.ProbabilityFlow(process, lambda t, u, args: u)
     normal = gd.ProbabilityFlow(process, data.model(process))
     guided = gd.classifier_free_guidance(flow, normal, np.ones(2)).model
-    with pytest.raises(ValueError, match=r"got shape \(2,\) for a state of shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"batch axes, \(\); got shape \(2,\)"):
         guided(t, u[0], None)
-    with pytest.raises(
-        ValueError, match=r"got shape \(2,\) for a state of shape \(2, 3, 2"
-    ):
+    with pytest.raises(ValueError, match=r"batch axes, \(2, 3\); got shape \(2,\)"):
         guided(t, jnp.ones((2, 3, 2)), None)
     with pytest.raises(ValueError, match="`y` of `PosteriorGuidance` has one row per samp"):
         gd.fit_solver(_guided(np.ones((9, 1))), jnp.ones((9, 2)), 2, progress=False)

@@ -360,7 +360,7 @@ def test_bad_arguments_raise_and_are_named(arguments, message, monkeypatch):
         ("vp", gd.Phase(jnp.ones(3), jnp.ones(3)), "an array.*Phase"),
         ("cld", jnp.ones(3), r"a `Phase\(x, v\)`"),
         ("cld", (jnp.ones(3), jnp.ones(3)), r"a `Phase\(x, v\)`"),
-        ("cld", gd.Phase(jnp.ones(3), jnp.ones((2, 3))), r"\(3,\) and \(2, 3\)"),
+        ("cld", gd.Phase(jnp.ones(3), jnp.ones((2, 3))), r"x=\(3,\), v=\(2, 3\)"),
         ("bdm", jnp.ones((6, 4, 2)), r"\(\*batch, 4, 6, 2\).*\(6, 4, 2\)"),
     ],
 )

@@ -99,12 +99,13 @@ class ProbabilityFlow(AbstractODE, AbstractReverseTerm):
         """
         require_process(process)
         check_instance("model", model, Callable, "callable as `model(t, u, args)`")
-        known = as_model(model).predicts
+        described = as_model(model)
+        known = described.predicts
         predicts = (known or "noise") if predicts is None else predicts
         check_prediction(process, predicts, frame)
         if known not in (None, predicts):
             raise ValueError(
-                f"This {type(model).__name__} predicts {show(known)}; got predicts="
+                f"This {type(described).__name__} predicts {show(known)}; got predicts="
                 f"{show(predicts)}. Leave it out. To train a preconditioned network with "
                 f"the loss of a noise prediction, use "
                 f"`DenoisingLoss(process, {show(known)}, weighting='noise')`."
