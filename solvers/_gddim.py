@@ -44,8 +44,8 @@ class GDDIM(AbstractExponentialMultistep):
     model.
 
     - In data space, the default, the data prediction is extrapolated. The UniC corrector
-        reuses the next step's evaluation, so it costs no extra NFE; the final step is not
-        corrected. For VP, order 2 without a corrector and with
+        reuses the next step's evaluation, so it costs no extra NFE; saved states, such as
+        the final one, are not corrected. For VP, order 2 without a corrector and with
         `coordinate="log_snr"` is DPM-Solver++(2M) with exactly integrated coefficients.
     - In noise space, the noise prediction is extrapolated in the frame $R_t$, where it is
         nearly constant along the flow. This is the paper's method: equations 18 (order 1;

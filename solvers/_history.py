@@ -39,41 +39,45 @@ class Nodes(eqx.Module):
         lengths = jnp.abs(self.places.time - self.places.time[0])
         return jnp.where(self.stored, lengths, 0).max()
 
-    def rank(
-        self,
-        x: Inexact[Array, " nodes"],
-        moves: Bool[Array, ""],
-        closest: float,
-    ) -> Int[Array, " nodes"]:
-        """The position of each node among those to use, by the distance from node 0.
 
-        Of two nodes that are too close, the farther is dropped, even if the nearer is
-        dropped too: the difference of their values would say more about their errors than
-        about the derivative. The rank of a dropped node is the number of nodes.
+def rank_by_distance(
+    x: Inexact[Array, " nodes"],
+    places: Places,
+    stored: Bool[Array, " nodes"],
+    moves: Bool[Array, ""],
+    closest: float,
+) -> Int[Array, " nodes"]:
+    """The position of each node among those to use, by their distance from node 0.
 
-        **Arguments:**
+    Of two nodes that are too close, the farther is dropped, even if the nearer is
+    dropped too: the difference of their values would say more about their errors than
+    about the derivative. The rank of a dropped node is the number of nodes.
 
-        - `x`: the nodes, in a coordinate that is 0 at the start of the step and 1 at its
-            end.
-        - `moves`: whether the step has a length; otherwise only equal nodes are too close.
-        - `closest`: drop a node if a newer one lies within this fraction of the step, and
-            of the step that ended at the node.
-        """
-        number, between = len(x), lambda a: jnp.abs(a[:, None] - a[None])
-        # XLA may compute the same number twice, with other rounding.
-        distance = jnp.where(np.arange(number) == 0, -1, jnp.abs(x - x[0]))
-        this, other = distance[:, None], distance[None]
-        precedes = (other < this) | (other == this) & np.tri(number, k=-1, dtype=bool)
-        precedes &= self.stored[None] & ~np.eye(number, dtype=bool)
-        gaps = between(x)
-        uncertain = between(self.places.time) < closest * self.places.corrected[:, None]
-        # Values of still closer nodes hardly differ but for rounding errors.
-        resolved = 50 * float(jnp.finfo(x.dtype).eps) ** 0.5
-        spacing = jnp.where(uncertain, closest, resolved)
-        too_close = gaps <= jnp.where(moves, spacing, 0)
-        used = self.stored & ~(precedes & too_close).any(1)
-        rank = (precedes & used[None]).sum(1, dtype=jnp.int32)
-        return jnp.where(used, rank, number)
+    **Arguments:**
+
+    - `x`: the nodes, in a coordinate that is 0 at the start of the step and 1 at its
+        end.
+    - `places`: where they lie.
+    - `stored`: which of them may be used.
+    - `moves`: whether the step has a length; otherwise only equal nodes are too close.
+    - `closest`: drop a node if a newer one lies within this fraction of the step, and
+        of the step that ended at the node.
+    """
+    number, between = len(x), lambda a: jnp.abs(a[:, None] - a[None])
+    # XLA may compute the same number twice, with other rounding.
+    distance = jnp.where(np.arange(number) == 0, -1, jnp.abs(x - x[0]))
+    this, other = distance[:, None], distance[None]
+    precedes = (other < this) | (other == this) & np.tri(number, k=-1, dtype=bool)
+    precedes &= stored[None] & ~np.eye(number, dtype=bool)
+    gaps = between(x)
+    uncertain = between(places.time) < closest * places.corrected[:, None]
+    # Values of still closer nodes hardly differ but for rounding errors.
+    resolved = 50 * float(jnp.finfo(x.dtype).eps) ** 0.5
+    spacing = jnp.where(uncertain, closest, resolved)
+    too_close = gaps <= jnp.where(moves, spacing, 0)
+    used = stored & ~(precedes & too_close).any(1)
+    rank = (precedes & used[None]).sum(1, dtype=jnp.int32)
+    return jnp.where(used, rank, number)
 
 
 class LastStep(NamedTuple):

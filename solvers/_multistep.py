@@ -53,7 +53,7 @@ from gddim_eqx._term import (
 )
 
 from ._corrector import AbstractCorrector
-from ._history import History, LastStep, Nodes, Places
+from ._history import History, LastStep, Nodes, Places, rank_by_distance
 from ._predictor import AbstractPredictor
 
 
@@ -176,7 +176,7 @@ class AbstractExponentialMultistep(
         last = None
         if self.corrector.num_older > 0 and not self.corrector.reevaluates:
             time = jax.ShapeDtypeStruct((), coefficient_dtype(y0))
-            c = eqx.filter_eval_shape(self._integrate, problem, time, time)
+            c = eqx.filter_eval_shape(self._coefficients, problem, time, time)
             zeros = jtu.tree_map(jnp.zeros_like, (y0, c.moments, c.start))
             base, moments, start = zeros
             last = LastStep(base, moments, start, self.coordinate, self.corrector)
@@ -200,7 +200,7 @@ class AbstractExponentialMultistep(
         term, equation, direction, lam, normal = problem
         shape, dtype = equation.shape, coefficient_dtype(y0)
         s, t = (real_time(equation.t_end, x, direction, dtype) for x in (t0, t1))
-        c = self._integrate(problem, s, t)
+        c = self._coefficients(problem, s, t)
         faults = self.splitting.faults(equation, c, s, lam is not None)
         linear = error_if_any(c.linear, faults, term.raises)
 
@@ -215,36 +215,15 @@ class AbstractExponentialMultistep(
         nodes = history.nodes(value, s, c, known)
         polynomials = self._polynomials(nodes, history.last, c, equation)
 
-        # The linear part of the corrected state, and the noise.
-        start, before, moved, forcing = y0, y0, None, []
+        noise = []
         if normal is not None:
             assert c.noise is not None
-            forcing = [(c.noise, normal(t0, t1, y0))]
-        if history.last is not None:
-            assert polynomials.corrector is not None
-            corrected = _corrected(
-                shape, linear, history.last, polynomials.corrector, nodes, y0
-            )
-            before, change, moved = corrected
-            start = add(before, change)
-        base = combine(shape, [(linear, before), *forcing])
-        if moved is not None:
-            base = add(base, weighted_sum(shape, moved, nodes.values))
-
-        # The integral of the interpolated part.
-        # Order 1 stores a value only for its error estimate.
-        used = 1 if self.predictor.num_nodes == 1 else None
-        values, predictor = nodes.values[:used], polynomials.predictor[:used]
-        y1 = add(base, integral(shape, predictor, c.moments, values))
-        if self.corrector.reevaluates:
-            again = self.splitting.evaluate(term, t, y1, args)
-            again = jtu.tree_map(lambda x: x[None], again)
-            values, predictor = [again, *nodes.values], self._reevaluated(nodes, c)
-            predicted = y1
-            y1 = add(base, integral(shape, predictor, c.moments, values))
-            y_error = subtract(y1, predicted)
-        else:
-            y_error = self._error(shape, c, polynomials, y0, value, nodes)
+            noise = [(c.noise, normal(t0, t1, y0))]
+        start, base = _propagated(
+            shape, linear, noise, history.last, polynomials.corrector, nodes, y0
+        )
+        integrated = self._integrated(problem, c, polynomials, nodes, base, y0, args)
+        y1, y_error, values, interpolant = integrated
         too_long = self.splitting.is_too_long(c, nodes.span())
         y_error = jtu.tree_map(lambda x: jnp.where(too_long, jnp.inf, x), y_error)
 
@@ -254,7 +233,7 @@ class AbstractExponentialMultistep(
             direction = jnp.asarray(direction, s.dtype)
             method = equation, self.splitting, self.coordinate
             dense_info["exponential"] = Exponential(
-                start, values, predictor, c.end, direction, *method
+                start, values, interpolant, c.end, direction, *method
             )
         last = None
         if history.last is not None:
@@ -263,7 +242,7 @@ class AbstractExponentialMultistep(
         history = history.push(_after(y1, value), nodes, polynomials.rank, t, t1, last)
         return y1, y_error, dense_info, history, dfx.RESULTS.successful
 
-    def _integrate(self, problem: Problem, s, t) -> StepCoefficients:
+    def _coefficients(self, problem: Problem, s, t) -> StepCoefficients:
         return self.splitting.integrate(
             problem.equation,
             s,
@@ -288,7 +267,8 @@ class AbstractExponentialMultistep(
         def place(step):
             coordinate, start, end = step
             x = coordinate.rescale(at, start, end)
-            return x, nodes.rank(x, start != end, closest)
+            moves = start != end
+            return x, rank_by_distance(x, nodes.places, nodes.stored, moves, closest)
 
         # Row 0 is this step, and row 1 the previous one: batched, to be compiled once.
         x, ranks = jax.vmap(place)(jtu.tree_map(lambda *a: jnp.stack(a), *steps))
@@ -304,13 +284,39 @@ class AbstractExponentialMultistep(
         predictor = self.predictor(predictor, used)[:, : self._num_moments]
         return _Polynomials(rank, usable, predictor, corrector)
 
+    def _integrated(
+        self,
+        problem: Problem,
+        c: StepCoefficients,
+        polynomials: _Polynomials,
+        nodes: Nodes,
+        base: State,
+        y0: State,
+        args: Args,
+    ):
+        """The state after the step: `base` plus the integral of the interpolated part. And
+        the error estimate, and the interpolated values and their polynomials."""
+        shape = problem.equation.shape
+        # Order 1 stores a value only for its error estimate.
+        used = 1 if self.predictor.num_nodes == 1 else None
+        values, predictor = nodes.values[:used], polynomials.predictor[:used]
+        y1 = add(base, integral(shape, predictor, c.moments, values))
+        if not self.corrector.reevaluates:
+            y_error = self._error(shape, c, polynomials, y0, nodes)
+            return y1, y_error, values, predictor
+        at_end = self.splitting.evaluate(problem.term, c.t, y1, args)
+        values = [jtu.tree_map(lambda x: x[None], at_end), *nodes.values]
+        corrector = self._reevaluated(nodes, c)
+        corrected = add(base, integral(shape, corrector, c.moments, values))
+        return corrected, subtract(corrected, y1), values, corrector
+
     def _lower(self, nodes: Nodes, usable: Array, c: StepCoefficients):
         """The polynomials that the error estimate compares with: of lower degree, in
         another coordinate, and through a subset of the same nodes."""
         places, number = nodes.places.error_coordinate, self._num_for_error
         x = self.splitting.error_coordinate.rescale(places, c.error_start, c.error_end)
-        nodes = Nodes(nodes.values, nodes.places, usable)
-        rank = nodes.rank(x, c.error_start != c.error_end, 0.0)
+        moves = c.error_start != c.error_end
+        rank = rank_by_distance(x, nodes.places, usable, moves, 0.0)
         found = (rank < len(rank)).sum(dtype=jnp.int32)
         # Order 1 is compared with order 2, and the others with the next lower.
         few = jnp.minimum(found, number) - int(self.predictor.num_nodes > 1)
@@ -350,9 +356,10 @@ class AbstractExponentialMultistep(
         values, last = lax.cond(first, shifted, lambda: (history.values, history.last))
         return dataclasses.replace(history, values=values, last=last)
 
-    def _error(self, shape, c: StepCoefficients, polynomials, y0, value, nodes: Nodes):
+    def _error(self, shape, c: StepCoefficients, polynomials, y0: State, nodes: Nodes):
         """The error estimate: the difference from polynomials of lower degree in another
         coordinate; or an a priori bound if there is only one value."""
+        value = jtu.tree_map(lambda x: x[0], nodes.values[0])
         change = self.splitting.first_change(shape, c, y0, value)
         bound = combine(shape, [(jnp.abs(c.error_moments[0]), change)])
         lower = self._lower(nodes, polynomials.usable, c)
@@ -370,8 +377,8 @@ class AbstractExponentialMultistep(
         # The end is at 1 even if the step has size zero.
         x = jnp.append(jnp.ones(1, x.dtype), x)
         places = jtu.tree_map(lambda a, b: jnp.append(a, b), end, nodes.places)
-        nodes = Nodes([], places, jnp.append(True, nodes.stored))
-        rank = nodes.rank(x, c.start != c.end, self.corrector.closest)
+        stored, closest = jnp.append(True, nodes.stored), self.corrector.closest
+        rank = rank_by_distance(x, places, stored, c.start != c.end, closest)
         polynomials = lagrange(x, rank <= self.corrector.num_older)
         return self.corrector(polynomials, rank)[:, : self._num_moments]
 
@@ -381,18 +388,20 @@ class AbstractExponentialMultistep(
         return terms.vf(t0, y0, args)
 
 
-def _corrected(shape, linear, last: LastStep, polynomials, nodes: Nodes, y0: State):
-    """The corrected state at the end of the previous step, as a sum: its propagated start
-    plus noise, and the integral over it. And the product of this step's linear part with
-    that integral, as blocks that multiply the values: multiplying
-    blocks takes less time than multiplying states."""
+def _propagated(shape, linear, noise, last: LastStep | None, polynomials, nodes, y0):
+    """The corrected state at the start of the step; and what the linear part makes of it,
+    plus the noise."""
+    if last is None:
+        return y0, combine(shape, [(linear, y0), *noise])
     known = nodes.stored[1:].any()
     polynomials = jnp.where(known, polynomials, 0)
     before = jtu.tree_map(lambda a, y: jnp.where(known, a, y), last.base, y0)
     change = integral(shape, polynomials, last.moments, nodes.values)
+    # Multiplying blocks takes less time than multiplying states.
     operator = BlockLinearOperator(linear, shape)
     moved = jax.vmap(lambda m: (operator @ BlockLinearOperator(m, shape)).blocks)
-    return before, change, weights(polynomials, moved(last.moments))
+    moved = weighted_sum(shape, weights(polynomials, moved(last.moments)), nodes.values)
+    return add(before, change), add(combine(shape, [(linear, before), *noise]), moved)
 
 
 def _after(y1: State, value: State) -> State:
