@@ -71,7 +71,13 @@ def read_authors(
         settings = json.loads(Path(authors).read_text())
         states = shape[-1] * (2 if name == "cld" else 1)
         network = authors_config.network(settings, states, (shape[0], shape[1]))
-        network = gd.checkpoints.load_authors(path, network)
+        try:
+            network = gd.checkpoints.load_authors(path, network)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} Here {name} needs {states} input channels: choose another "
+                "`--process` or `--data`, or another configuration."
+            ) from error
     else:
         raise ValueError(
             f"`--authors` must be one of {', '.join(presets)}, or a file; got {authors!r}."
