@@ -1,13 +1,11 @@
-import functools as ft
-
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Bool, Inexact
 
 from .._custom_types import State
-from .._linear import add, append_axes, apply, BlockLinearOperator
+from .._linear import append_axes, combine
 
 
 def lagrange(
@@ -65,8 +63,11 @@ def weighted_sum(
 ) -> State:
     """The sum over the nodes of operators, given by their blocks, applied to values. These
     are arrays over some of the nodes each, one after the other."""
-    sizes = [len(jtu.tree_leaves(x)[0]) for x in values]
-    parts = jnp.split(blocks, np.cumsum(sizes)[:-1])
-    products = jax.vmap(lambda b, x: apply(BlockLinearOperator(b, shape), x))
-    sums = [jtu.tree_map(lambda x: x.sum(0), products(*x)) for x in zip(parts, values)]
-    return ft.reduce(add, sums)
+    # One by one: XLA's CPU compiler does not parallelise a sum over a short axis.
+    pick = lambda k: lambda x: lax.index_in_dim(x, k, keepdims=False)
+    each = [
+        jtu.tree_map(pick(k), group)
+        for group in values
+        for k in range(len(jtu.tree_leaves(group)[0]))
+    ]
+    return combine(shape, list(zip(blocks, each, strict=True)))
