@@ -1,9 +1,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: check clean demo docs docs-serve few-steps fashion-mnist learned-solvers lint release
-.PHONY: tables test test-float32 test-newest test-oldest test-precision test-slow
+.PHONY: tables test test-all test-float32 test-newest test-oldest test-slow
 .PHONY: work-precision
 
 # Installs the package with its extras once, and again when pyproject.toml changes.
@@ -37,35 +38,35 @@ learned-solvers: $(VENV)/.installed
 work-precision: $(VENV)/.installed
 	$(BIN)/python benchmarks/work_precision.py
 
-# The test suite, in double precision.
+# Every law, one solve per feature, messages: in double precision.
 test: $(VENV)/.installed
-	JAX_ENABLE_X64=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" \
-		--durations=25
+	JAX_ENABLE_X64=1 $(PYTEST) -m "not (thorough or slow)" --durations=25
 
-# The same in JAX's default, single precision.
-test-float32: $(VENV)/.installed
-	JAX_ENABLE_X64=0 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
-
-# The part of it that `.ci/run` runs: the tests that are skipped in double precision or that
-# depend on the precision. Then, once, those that depend on how XLA compiles, without the
-# flags that make the suite fast.
-test-precision: $(VENV)/.installed
-	JAX_ENABLE_X64=0 $(BIN)/python -m pytest -n 2 --dist worksteal \
-		-m "(float32 or precision) and not slow"
+# Also orders, statistics, adjoints, devices and networks against oracles; examples,
+# benchmarks and pages; what is skipped in double precision or depends on the precision; and
+# what depends on how XLA compiles, without the flags that make the suite fast.
+test-all: test
+	JAX_ENABLE_X64=1 $(PYTEST) -m "thorough and not slow" --durations=25
+	JAX_ENABLE_X64=0 $(PYTEST) -m "(float32 or precision) and not slow"
 	XLA_FLAGS= JAX_DISABLE_MOST_OPTIMIZATIONS=1 JAX_ENABLE_X64=1 \
-		$(BIN)/python -m pytest -n 2 -m "not slow" tests/test_gddim_precision.py \
+		$(PYTEST) tests/thorough/test_gddim_precision.py \
 		-k "medians or agrees_with_double or survive"
 
+# All of it in JAX's default, single precision.
+test-float32: $(VENV)/.installed
+	JAX_ENABLE_X64=0 $(PYTEST) -m "not slow"
+
+# Also the few cases that take minutes, such as training that is killed ten times.
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2
+	$(PYTEST)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-# Formatting, lint, types, and the test suite in both precisions.
-check: lint test test-float32
+# Formatting, lint, types, and the test suite.
+check: lint test-all
 
 # The site, in site/. Executes its tutorials.
 docs: $(VENV)/.docs

@@ -62,7 +62,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("default")
 
 
+# What `make test` leaves to `make test-all`, beside single cases that are marked so.
+_thorough = {"thorough", "programs"}
+
+
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.path.parent.name in _thorough:
+            item.add_marker(pytest.mark.thorough)
     if jax.config.jax_enable_x64:
         marker, reason = "float32", "is only run in single precision (JAX_ENABLE_X64=0)"
     else:
