@@ -29,7 +29,6 @@ class Nodes(eqx.Module):
     """Evaluations as interpolation nodes: node 0 is the new one, and node k + 1 is slot k
     of the history."""
 
-    # Stacked along the first axis: the new one, and those of the history.
     values: list[State]
     places: Places
     stored: Bool[Array, " nodes"]
@@ -88,8 +87,9 @@ class LastStep(NamedTuple):
     moments: Inexact[Array, "number n n *spectrum"]
     start: Real[Array, ""]
     """The coordinate at its start."""
-    coordinate: AbstractCoordinate
-    corrector: AbstractCorrector
+    parts: tuple[AbstractCoordinate, AbstractCorrector]
+    """The arrays and numbers of the coordinate and the corrector, which may depend on the
+    step; for others Diffrax's loop has no place."""
 
 
 class History(eqx.Module):
@@ -131,14 +131,15 @@ class History(eqx.Module):
             # Every value is affected by the noise of its step.
             length = jnp.full_like(s, jnp.finfo(s.dtype).max)
         place = Places(s, c.start, c.error_start, length)
-        new = jtu.tree_map(lambda x: x[None], value)
+        slot = lambda k: lambda x: lax.index_in_dim(x, k, keepdims=False)
+        older = [jtu.tree_map(slot(k), self.values) for k in range(len(known))]
 
         # Those of other slots are finite, but not used.
         def all_places(new, old):
             return jnp.concatenate([new[None], jnp.where(known, old, new)])
 
         return Nodes(
-            [new, self.values],
+            [value, *older],
             jtu.tree_map(all_places, place, self.places),
             jnp.concatenate([jnp.ones(1, bool), known]),
         )

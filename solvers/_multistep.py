@@ -161,6 +161,10 @@ class AbstractExponentialMultistep(
         """The number of moments that the error estimate needs."""
         return max(self.predictor.num_nodes, 2)
 
+    @property
+    def _numbers(self):
+        return eqx.filter((self.coordinate, self.corrector), eqx.is_array_like)
+
     def init(
         self,
         terms: dfx.AbstractTerm,
@@ -179,7 +183,7 @@ class AbstractExponentialMultistep(
             c = eqx.filter_eval_shape(self._coefficients, problem, time, time)
             zeros = jtu.tree_map(jnp.zeros_like, (y0, c.moments, c.start))
             base, moments, start = zeros
-            last = LastStep(base, moments, start, self.coordinate, self.corrector)
+            last = LastStep(base, moments, start, self._numbers)
         return History.empty(self._slots, t0, y0, last)
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
@@ -237,8 +241,7 @@ class AbstractExponentialMultistep(
             )
         last = None
         if history.last is not None:
-            method = self.coordinate, self.corrector
-            last = LastStep(base, c.moments, c.start, *method)
+            last = LastStep(base, c.moments, c.start, self._numbers)
         history = history.push(_after(y1, value), nodes, polynomials.rank, t, t1, last)
         return y1, y_error, dense_info, history, dfx.RESULTS.successful
 
@@ -260,10 +263,17 @@ class AbstractExponentialMultistep(
         closest = self.corrector.closest if c.noise is None else 0.2
         at = nodes.places.coordinate
         steps, numbers = [(self.coordinate, c.start, c.end)], [self.predictor.num_nodes]
+        correct = self.corrector
         if last is not None:
-            steps.append((last.coordinate, last.start, at[0]))
-            numbers.append(last.corrector.num_older + 1)
+            parts = self.coordinate, self.corrector
+            coordinate, correct = eqx.combine(last.parts, parts)
+            steps.append((coordinate, last.start, at[0]))
+            numbers.append(correct.num_older + 1)
 
+        def stack(x, *others):
+            return jnp.stack([x, *others]) if eqx.is_array_like(x) else x
+
+        @eqx.filter_vmap
         def place(step):
             coordinate, start, end = step
             x = coordinate.rescale(at, start, end)
@@ -271,7 +281,7 @@ class AbstractExponentialMultistep(
             return x, rank_by_distance(x, nodes.places, nodes.stored, moves, closest)
 
         # Row 0 is this step, and row 1 the previous one: batched, to be compiled once.
-        x, ranks = jax.vmap(place)(jtu.tree_map(lambda *a: jnp.stack(a), *steps))
+        x, ranks = place(jtu.tree_map(stack, *steps))
         valid = ranks < np.array(numbers, np.int32)[:, None]
         rank = ranks[0]
         usable = rank < len(rank)
@@ -279,7 +289,7 @@ class AbstractExponentialMultistep(
             usable &= (np.arange(len(rank)) == 0) | (c.t >= equation.t_min)
             valid = valid.at[0].set(valid[0] & usable)
         predictor, *rest = lagrange(x, valid)
-        corrector = None if last is None else last.corrector(rest[0], ranks[1])
+        corrector = None if last is None else correct(rest[0], ranks[1])
         used = jnp.where(usable, rank, len(rank))
         predictor = self.predictor(predictor, used)[:, : self._num_moments]
         return _Polynomials(rank, usable, predictor, corrector)
@@ -305,7 +315,7 @@ class AbstractExponentialMultistep(
             y_error = self._error(shape, c, polynomials, y0, nodes)
             return y1, y_error, values, predictor
         at_end = self.splitting.evaluate(problem.term, c.t, y1, args)
-        values = [jtu.tree_map(lambda x: x[None], at_end), *nodes.values]
+        values = [at_end, *nodes.values]
         corrector = self._reevaluated(nodes, c)
         corrected = add(base, integral(shape, corrector, c.moments, values))
         return corrected, subtract(corrected, y1), values, corrector
@@ -359,8 +369,7 @@ class AbstractExponentialMultistep(
     def _error(self, shape, c: StepCoefficients, polynomials, y0: State, nodes: Nodes):
         """The error estimate: the difference from polynomials of lower degree in another
         coordinate; or an a priori bound if there is only one value."""
-        value = jtu.tree_map(lambda x: x[0], nodes.values[0])
-        change = self.splitting.first_change(shape, c, y0, value)
+        change = self.splitting.first_change(shape, c, y0, nodes.values[0])
         bound = combine(shape, [(jnp.abs(c.error_moments[0]), change)])
         lower = self._lower(nodes, polynomials.usable, c)
         blocks = weights(polynomials.predictor, c.moments)

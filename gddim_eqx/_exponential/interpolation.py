@@ -21,8 +21,7 @@ class Exponential(NamedTuple):
     # The state at the start of the step, after correction.
     start: State
     # The interpolation polynomial in the coordinate, scaled to 0 at the start and 1 at the
-    # end: values, stacked in groups, and for each the coefficients of the polynomial that
-    # multiplies it.
+    # end: values, and for each the coefficients of the polynomial that multiplies it.
     values: list[State]
     polynomials: Inexact[Array, "nodes number"]
     # The coordinate at the end of the step.

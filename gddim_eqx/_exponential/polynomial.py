@@ -1,7 +1,5 @@
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Bool, Inexact
 
 from .._custom_types import State
@@ -61,13 +59,6 @@ def integral(
 def weighted_sum(
     shape: tuple[int, ...], blocks: Inexact[Array, "nodes n n *_"], values: list[State]
 ) -> State:
-    """The sum over the nodes of operators, given by their blocks, applied to values. These
-    are arrays over some of the nodes each, one after the other."""
-    # One by one: XLA's CPU compiler does not parallelise a sum over a short axis.
-    pick = lambda k: lambda x: lax.index_in_dim(x, k, keepdims=False)
-    each = [
-        jtu.tree_map(pick(k), group)
-        for group in values
-        for k in range(len(jtu.tree_leaves(group)[0]))
-    ]
-    return combine(shape, list(zip(blocks, each, strict=True)))
+    """The sum over the nodes of operators, given by their blocks, applied to values."""
+    # Not one array of values: XLA's CPU compiler does not parallelise sums over short axes.
+    return combine(shape, list(zip(blocks, values, strict=True)))

@@ -479,7 +479,7 @@ def _run_apart(script):
     """In a process of its own: for instance as Orbax leaves coroutines behind that reads
     began which failed."""
     result = subprocess.run(
-        [sys.executable, "-c", "from tests.spine.test_fit import _check_damaged, _fit" + script],
+        [sys.executable, "-c", f"from {__name__} import _check_damaged, _fit" + script],
         cwd=pathlib.Path(__file__).parents[2],
         capture_output=True,
         text=True,

@@ -1,6 +1,7 @@
 """A process, a coordinate and a corrector from outside the package, by public names."""
 
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import equinox as eqx
@@ -40,10 +41,14 @@ class OrnsteinUhlenbeck(gd.AbstractScalarProcess):
 
 
 class LogTime(AbstractCoordinate):
+    # Neither is an array, and neither is static.
+    log: Callable = jnp.log
+    scale: float = 2.0
+
     is_logarithm: ClassVar[bool] = True
 
     def __call__(self, process, t, log_snr):
-        return jnp.log(jnp.maximum(t, process.t_min))
+        return self.scale * self.log(jnp.maximum(t, process.t_min))
 
 
 class PreviousEvaluation(AbstractCorrector):

@@ -14,7 +14,15 @@ from hypothesis import given
 
 import gddim_eqx as gd
 
-from ..helpers import every_family, forward, last, mixture_for, prior_state, processes, solve
+from ..helpers import (
+    every_family,
+    forward,
+    last,
+    mixture_for,
+    prior_state,
+    processes,
+    solve,
+)
 
 
 # Data with a normal distribution, for which the probability flow is known.
