@@ -49,7 +49,7 @@ test-all: test
 	JAX_ENABLE_X64=1 $(PYTEST) -m "thorough and not slow" --durations=25
 	JAX_ENABLE_X64=0 $(PYTEST) -m "(float32 or precision) and not slow"
 	XLA_FLAGS= JAX_DISABLE_MOST_OPTIMIZATIONS=1 JAX_ENABLE_X64=1 \
-		$(PYTEST) tests/thorough/test_gddim_precision.py \
+		$(PYTEST) tests/thorough/test_accuracy.py \
 		-k "medians or agrees_with_double or survive"
 
 # All of it in JAX's default, single precision.

@@ -72,6 +72,16 @@ def slow(*cases):
     ]
 
 
+def thorough(*cases):
+    """As `slow`, for cases that `make test-all` runs."""
+    return [
+        pytest.param(
+            *(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.thorough
+        )
+        for case in cases
+    ]
+
+
 every_process = pytest.mark.parametrize(
     "name",
     [name for name in processes if name not in _similar] + slow(*_similar),
@@ -90,6 +100,12 @@ def mixture_for(process, *, scale=0.3, components=3, seed=0):
     means = jnp.asarray(rng.normal(size=(components, *process.shape)))
     weights = np.arange(1, components + 1)
     return gd.GaussianMixture(means, scale, weights)
+
+
+def flow_of(name, **kwargs):
+    """The probability flow of a mixture under one of the processes."""
+    process = processes[name]()
+    return gd.ProbabilityFlow(process, mixture_for(process, **kwargs).model(process))
 
 
 @eqx.filter_jit
@@ -134,6 +150,13 @@ def diffrax_solve(term, solver, ts, y0, **kwargs):
         term, solver, ts[0], ts[-1], None, y0, stepsize_controller=controller, **kwargs
     )
     return last(sol.ys)
+
+
+def adaptive(term, solver, t0, t1, dt0, y0, tol=1e-3, **kwargs):
+    """`diffrax.diffeqsolve` with step sizes chosen for a tolerance."""
+    controller = dfx.PIDController(rtol=tol, atol=tol)
+    kwargs = dict(stepsize_controller=controller, adjoint=forward) | kwargs
+    return dfx.diffeqsolve(term, solver, t0, t1, dt0, y0, **kwargs)
 
 
 def accurate(term, t0, t1, y0, rtol=1e-11):

@@ -10,7 +10,7 @@ import pytest
 
 import gddim_eqx as gd
 
-from ..helpers import last
+from ..helpers import adaptive, last
 
 
 _process = gd.VP((2,))
@@ -99,17 +99,14 @@ def test_gradient_in_the_times():
 @pytest.mark.x64
 def test_vmap_of_grad_and_grad_of_vmap():
     y0 = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2)))
-    args = jnp.asarray(0.7)
-
-    def loss(y):
-        return _loss((y, args), _ts, dfx.RecursiveCheckpointAdjoint())
-
+    adjoint = dfx.RecursiveCheckpointAdjoint()
+    loss = lambda y: _loss((y, jnp.asarray(0.7)), _ts, adjoint)
     gradient = jax.jit(jax.grad(loss))
     one_by_one = jnp.stack([gradient(y) for y in y0])
     inside = jax.jit(jax.vmap(jax.grad(loss)))(y0)
     outside = jax.jit(jax.grad(lambda y: jax.vmap(loss)(y).sum()))(y0)
-    np.testing.assert_allclose(inside, one_by_one, rtol=1e-10)
-    np.testing.assert_allclose(outside, one_by_one, rtol=1e-10)
+    for found in (inside, outside):
+        np.testing.assert_allclose(found, one_by_one, rtol=1e-10)
 
 
 @pytest.mark.x64
@@ -118,17 +115,9 @@ def test_gradients_are_finite_under_vmap_with_finished_lanes():
     y0 = jnp.asarray(np.array([[0.1, 0.2], [5.0, -9.0]]))
 
     def loss(y):
-        sol = dfx.diffeqsolve(
-            gd.ProbabilityFlow(_process, _model),
-            gd.GDDIM(3),
-            1.0,
-            0.1,
-            -0.3,
-            y,
-            jnp.asarray(0.7, y.dtype),
-            stepsize_controller=dfx.PIDController(rtol=1e-3, atol=1e-3),
-            max_steps=128,
-        )
+        flow, args = gd.ProbabilityFlow(_process, _model), jnp.asarray(0.7, y.dtype)
+        kwargs = dict(args=args, max_steps=128, adjoint=dfx.RecursiveCheckpointAdjoint())
+        sol = adaptive(flow, gd.GDDIM(3), 1.0, 0.1, -0.3, y, **kwargs)
         return last(sol.ys).sum()
 
     gradient = jax.jit(jax.grad(lambda y: jax.vmap(loss)(y).sum()))(y0)

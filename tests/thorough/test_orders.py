@@ -12,7 +12,7 @@ import pytest
 
 import gddim_eqx as gd
 
-from ..helpers import accurate, forward, mixture_for, slow
+from ..helpers import accurate, adaptive, mixture_for
 
 
 # Where the flow bends, away from either end.
@@ -48,19 +48,8 @@ def _flow(name, backward):
     term = gd.ProbabilityFlow(process, mixture_for(process, scale=0.6).model(process))
     before = t0 + 0.25 * (t0 - t1)
     y = accurate(term, t0, before, process.prior(jax.random.key(0), (3,)), rtol=1e-13)
-    controller = dfx.PIDController(rtol=1e-13, atol=1e-13)
-    sol = dfx.diffeqsolve(
-        term,
-        dfx.Dopri8(),
-        before,
-        t1,
-        None,
-        y,
-        stepsize_controller=controller,
-        saveat=dfx.SaveAt(dense=True),
-        max_steps=4096,
-        adjoint=forward,
-    )
+    saveat = dfx.SaveAt(dense=True)
+    sol = adaptive(term, dfx.Dopri8(), before, t1, None, y, 1e-13, saveat=saveat)
     return term, t0, t1, sol
 
 
@@ -128,28 +117,12 @@ _variants = {
     "data3_reevaluate2": (gd.GDDIM(3, reevaluate=True), 3),
 }
 
-# Between others that are tested always.
-_slow = (
-    "noise2",
-    "noise3",
-    "noise3_sqrt",
-    "noise3_log",
-    "noise2_corrector2",
-    "data2",
-    "data3",
-    "data3_corrector1",
-    "data3_time",
-    "data2_corrector2",
-    "noise2_reevaluate2",
-)
-
 
 @pytest.mark.x64
 @pytest.mark.parametrize(
     "name, variant",
-    [("vp", v) for v in _variants if v not in _slow]
-    + slow(*(("vp", v) for v in _slow))
-    + slow(*((name, v) for name in ("cld", "bdm") for v in ("data4", "noise4"))),
+    [("vp", v) for v in _variants]
+    + [(name, v) for name in ("cld", "bdm") for v in ("data4", "noise4")],
 )
 def test_multistep_formula_has_its_order(name, variant):
     solver, order = _variants[variant]
