@@ -68,13 +68,13 @@ def rank_by_distance(
     this, other = distance[:, None], distance[None]
     precedes = (other < this) | (other == this) & np.tri(number, k=-1, dtype=bool)
     precedes &= stored[None] & ~np.eye(number, dtype=bool)
-    gaps = between(x)
+    gaps = jnp.where(precedes, between(x), 1)
     uncertain = between(places.time) < closest * places.corrected[:, None]
-    # Values of still closer nodes hardly differ but for rounding errors.
+    too_close = uncertain & (gaps <= jnp.where(moves, closest, 0))
+    # A divided difference divides rounding errors by this product.
     resolved = 50 * float(jnp.finfo(x.dtype).eps) ** 0.5
-    spacing = jnp.where(uncertain, closest, resolved)
-    too_close = gaps <= jnp.where(moves, spacing, 0)
-    used = stored & ~(precedes & too_close).any(1)
+    unresolved = jnp.minimum(gaps, 1).prod(1) <= jnp.where(moves, resolved, 0)
+    used = stored & ~too_close.any(1) & ~unresolved
     rank = (precedes & used[None]).sum(1, dtype=jnp.int32)
     return jnp.where(used, rank, number)
 

@@ -88,13 +88,18 @@ def test_an_extra_time_close_to_another_does_no_harm(name, order):
 
 
 @pytest.mark.x64
-@pytest.mark.parametrize("gap", (1e-4, 1e-6, 2e-7))
-def test_two_close_times_on_a_coarse_grid(gap):
-    process = gd.RectifiedFlow((1,))
-    flow, u, solver = _normal_flow(process), _prior(process), gd.GDDIM(2)
-    without = _error(flow, solver, np.array([1, 0.5, 0.2, 0.05, 0.001]), u)
-    ts = np.array([1, 0.5, 0.5 - gap, 0.2, 0.05, 0.001])
-    assert _error(flow, solver, ts, u) < 1.1 * without
+@pytest.mark.parametrize("name", ("vp", "rectified"))
+@pytest.mark.parametrize("solver", (gd.GDDIM(), gd.GDDIM(corrector=0)), ids=("4", "4, 0"))
+def test_several_close_times_on_a_coarse_grid(name, solver):
+    process = _scalar[name]()
+    flow, u = _normal_flow(process), _prior(process)
+    ts = np.asarray(gd.time_grid(process, 8))
+    without = _error(flow, solver, ts, u)
+    for gap in (1e-2, 1e-4, 1e-5, 1e-6, 1e-7, 2e-8):
+        for number in (1, 2, 3, 4):
+            close = ts[1] - gap * np.arange(1, number + 1)
+            error = _error(flow, solver, np.insert(ts, 2, close), u)
+            assert error < 1.5 * without, (gap, number, error, without)
 
 
 _orders = (
