@@ -111,8 +111,8 @@ show({f"{n} evaluations": x for n, x in samples.items()} | {"data": images})
 
 # %% [markdown]
 # After less than a minute of training, these look roughly like digits. They improve with
-# longer training and a wider network: run `make demo`, or `python examples/train.py
-# digits`. The latter gives these samples after four minutes:
+# longer training and a wider network: run `make demo`, or
+# `python examples/train.py digits`. The latter gives these samples after four minutes:
 #
 # ![Samples after four minutes of training](../digits.png)
 
