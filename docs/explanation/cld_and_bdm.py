@@ -2,12 +2,13 @@
 # # What CLD and BDM do to a distribution
 #
 # All processes are linear, $\mathrm{d}u = F_t u\,\mathrm{d}t + G_t\,\mathrm{d}w$, and turn
-# any data into Gaussian noise. They differ in how.
+# any data into Gaussian noise. They differ in how they do this.
 #
-# - **VP** shrinks the data, and adds noise to every coordinate directly.
-# - **CLD** adds noise to a velocity only, which moves the data: their paths are smooth.
-# - **BDM** shrinks high frequencies of an image first: the data are blurred while noise is
-#   added.
+# - **VP** shrinks the data and adds noise directly to every coordinate.
+# - **CLD** adds noise only to a velocity, which moves the data. The paths of the data are
+#   therefore smooth.
+# - **BDM** shrinks the high frequencies of an image first: it blurs the data while adding
+#   noise.
 
 # %%
 import warnings
@@ -29,9 +30,9 @@ warnings.filterwarnings("ignore", "The samples have a root mean square")
 # %% [markdown]
 # ## Position and velocity
 #
-# Points near -1 and 1, along Brownian paths, and the density of a mixture of two Gaussians
-# around -1 and 1. The forward diffusion is an SDE for Diffrax, with coefficients
-# `process.drift` and `process.diffusion`.
+# The first figure shows paths of four points that start at -1 and 1, over the density of a
+# mixture of two Gaussians around -1 and 1. Diffrax solves the forward diffusion as an SDE
+# with the coefficients `process.drift` and `process.diffusion`.
 
 # %%
 points = jnp.array([[-1.0], [-1.0], [1.0], [1.0]])
@@ -98,16 +99,17 @@ def draw_paths():
 draw_paths()
 
 # %% [markdown]
-# Sampling runs from right to left. Under CLD only the velocity is driven by noise, so only
-# its equation contains a score: that of the velocity given the position, which is Gaussian
-# at both ends. The random initial velocity, of variance $\gamma M$, is part of the noise
-# that a network predicts.
+# Sampling runs from right to left. Under CLD, only the velocity is driven by noise, so only
+# its equation contains a score. This is the score of the velocity given the position, whose
+# distribution is Gaussian at both ends. The random initial velocity, of variance
+# $\gamma M$, is part of the noise that a network predicts.
 #
 # ## Blurring
 #
-# A test image under VP and under BDM; below, the mean of BDM alone, at the contrast of the
-# image. Fine rings fade first. States of [`gddim_eqx.BDM`][] are cosine coefficients;
-# `process.to_data` makes images of them.
+# The next figure shows a test image under VP and under BDM. The last row is the mean under
+# BDM without the noise, rescaled to the contrast of the image. Fine rings fade first.
+# States of [`gddim_eqx.BDM`][] are cosine coefficients; `process.to_data` converts them to
+# images.
 
 # %%
 radius = jnp.hypot(*jnp.meshgrid(jnp.arange(64) - 31.5, jnp.arange(64) - 31.5))
@@ -148,26 +150,26 @@ def draw_images():
 draw_images()
 
 # %% [markdown]
-# ## R against L
+# ## R versus L
 #
-# A network predicts noise: $\epsilon$ in $u_t = \Psi(t, 0)\,x_0 + K_t\,\epsilon$, where
-# $\Psi$ is the transition and $K_t K_t^\top = \Sigma_t$ the covariance. For VP and BDM
-# $K_t$ is a positive number per coordinate, and unique. For CLD it is a 2 by 2 matrix, and
-# that times any rotation will do as well. The Cholesky factor $L_t$ is the obvious choice,
+# A network predicts the noise $\epsilon$ in $u_t = \Psi(t, 0)\,x_0 + K_t\,\epsilon$, where
+# $\Psi$ is the transition and $K_t K_t^\top = \Sigma_t$ the covariance. For VP and BDM,
+# $K_t$ is one positive number per coordinate, and unique. For CLD, it is a 2 by 2 matrix,
+# and can be multiplied by any rotation. The Cholesky factor $L_t$ is the obvious choice,
 # and a bad one.
 #
-# For data at one point, the score is $-\Sigma_t^{-1} (u - \Psi(t, 0)\,x_0)$. So along the
-# probability flow the deviation from the mean, $d_t$, satisfies
+# For data at a single point, the score is $-\Sigma_t^{-1} (u - \Psi(t, 0)\,x_0)$. Along the
+# probability flow, the deviation from the mean, $d_t$, therefore satisfies
 #
 # $$\dot d_t = \left(F_t + \tfrac{1}{2} G_t G_t^\top \Sigma_t^{-1}\right) d_t.$$
 #
 # Let $R_t$ be the square root of $\Sigma_t$ that satisfies the same equation (gDDIM,
 # equation 17). Then the noise prediction $R_t^{-1} d_t$ is constant, and a step that
-# extrapolates it is exact, whatever its length. In the frame $L_t = R_t Q_t$ it is
-# multiplied by a rotation, $Q_t^\top$.
+# extrapolates it is exact for any step size. In the frame $L_t = R_t Q_t$, the prediction
+# is multiplied by a rotation, $Q_t^\top$.
 #
-# Here are noise predictions along the flow for two data points, from five initial states,
-# with position solid and velocity dashed:
+# The next figure shows noise predictions along the flow for two data points, from five
+# initial states (solid: position; dashed: velocity).
 
 # %%
 data = gd.GaussianMixture([[-1.0], [1.0]])
@@ -212,15 +214,15 @@ def draw_noise():
 draw_noise()
 
 # %% [markdown]
-# In $R_t$ predictions change only while the flow chooses between the two points; before and
-# after, they are constant. In $L_t$ they keep turning: about once until $t = 0.2$, and then
-# at a rate proportional to $1 / t$.
+# In $R_t$, predictions change only while the flow chooses between the two points. Before
+# and after, they are constant. In $L_t$, they keep rotating: about once until $t = 0.2$,
+# and then at a rate proportional to $1 / t$.
 #
-# ## What it means for samples
+# ## The effect on samples
 #
 # The same solver, of order 2, extrapolates in both frames. The model is the same too: the
 # frame in which a model predicts (`frame` of [`gddim_eqx.ProbabilityFlow`][]) need not be
-# the solver's.
+# that of the solver.
 
 # %%
 angles = jnp.arange(8) * jnp.pi / 4
@@ -255,8 +257,9 @@ def draw_samples():
 draw_samples()
 
 # %% [markdown]
-# In $L_t$, 10 steps diverge, and later errors are two to three times as large.
+# In $L_t$, 10 steps diverge, and with more steps the errors are two to three times as
+# large.
 #
-# `GDDIM()`, the default, extrapolates the prediction of the *data*, which needs no frame,
-# and is constant too for data at one point. VP and BDM have $R_t = L_t$: a number per
+# `GDDIM()`, the default, extrapolates the *data* prediction. This needs no frame, and is
+# also constant for data at a single point. For VP and BDM, $R_t = L_t$ is one number per
 # coordinate.

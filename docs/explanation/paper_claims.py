@@ -1,14 +1,14 @@
 # %% [markdown]
 # # The paper's claims, in two dimensions
 #
-# gDDIM (Zhang, Tao & Chen, ICLR 2023) was tested on images, by FID. Here is each claim with
-# the call that reproduces it, on data whose score is known exactly: eight clusters on a
-# ring. What is measured is therefore the sampler alone.
+# The paper (gDDIM; Zhang, Tao & Chen, ICLR 2023) evaluates the method on images, with FIDs.
+# This page reproduces each claim on data whose score is known exactly: eight clusters on a
+# ring. It therefore measures the sampler alone.
 #
-# The paper's q, the number of evaluations that a step combines, is `order` here. Where q
-# counts from 0, by the degree of the polynomial, as in tables and in the authors' option
-# `deis_order`, `order` is q + 1: their best sampler, `deis_order=2`, is
-# `gd.GDDIM(3, "noise")`. All solves below are on the authors' quadratic grid.
+# The paper's q, the number of evaluations that a step combines, is `order` here. In tables
+# and in the authors' option `deis_order`, q is the degree of the polynomial and counts from
+# 0. There, `order` is q + 1: their best sampler, `deis_order=2`, is `gd.GDDIM(3, "noise")`.
+# All solves below use the authors' quadratic grid.
 
 # %%
 import warnings
@@ -35,9 +35,9 @@ def ring(process_class):
 
 
 def draw(flow, num_steps, solver, lam=0.0):
-    """2,000 samples; NaN if they are not finite."""
+    """Draw 2,000 samples, or return NaN if they are not finite."""
     ts = gd.time_grid(flow.process, num_steps, "quadratic")
-    lam = lam and jnp.asarray(lam)  # an array, so that it is not compiled again
+    lam = lam and jnp.asarray(lam)  # an array, to avoid recompilation
     try:
         samples = gd.sample(flow, jax.random.key(0), 2000, solver=solver, lam=lam, ts=ts)
     except FloatingPointError:
@@ -61,12 +61,12 @@ def error(num_steps, solver):
 
 
 # %% [markdown]
-# ## For data at one point, a step of any size is exact
+# ## For data at a single point, a step of any size is exact
 #
-# Propositions 1, 4 and 6: with the noise predicted with respect to $R_t$, the prediction is
-# constant along the flow, whatever the process, and along the reverse diffusion the
-# distribution of a step is known. Two steps from the prior to `t_min`, with and without
-# noise. The standard deviation that is right is that of the process.
+# Propositions 1, 4 and 6: for any process, the noise prediction with respect to $R_t$ is
+# constant along the flow. For the reverse diffusion, the distribution of a step is known.
+# The table shows the standard deviation of samples after two steps from the prior to
+# `t_min`, with and without noise. The correct value is that of the process.
 
 # %%
 point = jnp.array([0.7, -0.3])
@@ -84,10 +84,10 @@ show("standard deviation", ["right", "lam=0", "lam=1"], rows)
 # (In float32, one step under CLD cannot be exact: see
 # [questions](../reference/faq.md#do-i-need-double-precision).)
 #
-# ## $R_t$ against $L_t$
+# ## $R_t$ versus $L_t$
 #
-# Table 1: under CLD, noise is extrapolated in either frame. The errors in $L_t$ are larger;
-# in 20 evaluations, they are larger than the ring.
+# Table 1: under CLD, the noise can be extrapolated in either frame. The errors in $L_t$ are
+# larger. With 20 evaluations, they are larger than the ring.
 
 # %%
 steps = (20, 30, 40, 50)
@@ -103,8 +103,9 @@ show("CLD, evaluations", steps, rows)
 # %% [markdown]
 # ## Orders
 #
-# Equation 19: higher orders are better. `GDDIM()`, the default, is not the paper's: it
-# extrapolates the data prediction, and corrects every step with the evaluation of the next.
+# Equation 19: higher orders are better. `GDDIM()`, the default, is not the paper's sampler.
+# It extrapolates the data prediction, and corrects every step with the evaluation of the
+# next step.
 
 # %%
 steps = (10, 20, 50, 100)
@@ -116,8 +117,8 @@ show("CLD, evaluations", steps, rows)
 # %% [markdown]
 # ## Correcting with a second evaluation
 #
-# The paper reports predictors only, as with few evaluations they are better than pairs of
-# predictor and corrector, which take two evaluations per step.
+# The paper reports predictors only. With few evaluations, they are better than
+# predictor-corrector pairs, which take two evaluations per step.
 
 # %%
 pair = gd.GDDIM(3, "noise", reevaluate=True)
@@ -130,9 +131,9 @@ show("CLD, evaluations", steps, rows)
 # %% [markdown]
 # ## Stochasticity
 #
-# Table 2: 50 evaluations, order 1, more and more noise. The paper's samples get worse with
-# $\lambda$, and are better than those of Euler-Maruyama. To compare distributions, here is
-# the width of the clusters, 0.05 in the data.
+# Table 2: 50 evaluations, order 1, and increasing noise. In the paper, samples get worse as
+# $\lambda$ increases, and are better than those of Euler-Maruyama. To compare
+# distributions, we measure the width of the clusters, which is 0.05 in the data.
 
 
 # %%
@@ -151,15 +152,15 @@ rows = {
 show("CLD, lam", levels, rows)
 
 # %% [markdown]
-# Euler-Maruyama needs the noise, as in the paper, and is worse below $\lambda = 1$. That
-# gDDIM gets worse with $\lambda$ is not seen with an exact score.
+# As in the paper, Euler-Maruyama needs the noise, and is worse below $\lambda = 1$. With an
+# exact score, gDDIM does not get worse as $\lambda$ increases.
 #
 # ## Acceleration for VP, BDM and CLD
 #
-# Table 3: the same sampler works for all three processes, in few evaluations. Under VP
-# `GDDIM(3, "noise")` is DEIS. The ancestral sampler is `GDDIM(1, "noise")` with `lam=1`;
-# Heun's method takes two evaluations per step. Again the width of the clusters, to which
-# the noise at `t_min` adds little.
+# Table 3: the same sampler works for all three processes with few evaluations. For VP,
+# `GDDIM(3, "noise")` is DEIS. The ancestral sampler is `GDDIM(1, "noise")` with `lam=1`.
+# Heun's method takes two evaluations per step. The tables show the width of the clusters
+# again. The noise at `t_min` adds little to it.
 
 # %%
 for name, flow in {"VP": vp, "BDM": bdm, "CLD": cld}.items():
@@ -171,6 +172,6 @@ for name, flow in {"VP": vp, "BDM": bdm, "CLD": cld}.items():
     show(f"{name}, evaluations", steps, rows)
 
 # %% [markdown]
-# The remaining claims are about images: [the paper's experiments](../cifar10.md). Tables
-# with more solvers and measures are under Evidence, for example
+# The remaining claims are about images: see [the paper's experiments](../cifar10.md). For
+# tables with more solvers and metrics, see Evidence, for example
 # [on a ring](../benchmarks/tables_ring.md).

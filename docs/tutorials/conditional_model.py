@@ -1,9 +1,9 @@
 # %% [markdown]
 # # A conditional model
 #
-# Train one network with and without labels, by `condition_dropout`, and guide it with
-# [`gddim_eqx.classifier_free_guidance`][]. Labels go along with the data, and to the
-# sampler as `args`.
+# This tutorial trains a single network with and without labels, using
+# `condition_dropout`, and guides it with [`gddim_eqx.classifier_free_guidance`][]. Labels
+# are passed to training with the data, and to the sampler as `args`.
 
 # %%
 import jax
@@ -19,9 +19,9 @@ plt.rcParams["figure.facecolor"] = "white"
 colours = np.array(["tab:blue", "tab:orange", "tab:green"])
 
 # %% [markdown]
-# ## Data with labels
+# ## Labelled data
 #
-# Three arms that overlap near the origin.
+# The data are three arms that overlap near the origin.
 
 # %%
 random = np.random.default_rng(0)
@@ -34,9 +34,9 @@ points = points.astype(np.float32)
 # %% [markdown]
 # ## Train
 #
-# `num_classes` gives the network an embedding of labels, from 0 to 2; the label 3,
-# `network.no_condition`, stands for none. `condition_dropout` replaces a tenth of the
-# labels by it.
+# `num_classes` adds an embedding of the labels 0 to 2 to the network. Label 3,
+# `network.no_condition`, is the null label. `condition_dropout` replaces a tenth of the
+# labels with the null label.
 
 # %%
 process = gd.VP((2,))
@@ -59,10 +59,11 @@ state = fit(trainer, start, batches, 1200, progress=False)
 # %% [markdown]
 # ## Guide
 #
-# The guided prediction is `unconditional + scale * (conditional - unconditional)`: scale 1
-# is the conditional model, and larger scales move samples away from what other classes have
-# too. `args` has one label per sample. The scale is not compiled into the program, so
-# changing it is free; it may also be one number per sample, or a function of time.
+# The guided prediction is `unconditional + scale * (conditional - unconditional)`. Scale 1
+# is the conditional model. Larger scales move samples away from what their class shares
+# with the others. `args` contains one label per sample. The scale is not compiled into the
+# program, so changing it does not trigger recompilation. It may also be one number per
+# sample, or a function of time.
 #
 # A guided step takes two evaluations of the network.
 
@@ -89,21 +90,24 @@ def scatter(samples, args):
 scatter(samples, args)
 
 # %% [markdown]
-# With scale 1 samples have the distribution of their class. Larger scales trade diversity
-# for agreement with the label. If samples overshoot, guide only in between, by
-# `interval=(0.1, 0.8)`.
+# With scale 1, samples follow the distribution of their class. Larger scales trade
+# diversity for agreement with the label. If samples overshoot, guide only at intermediate
+# times, with `interval=(0.1, 0.8)`.
 #
 # ## Other conditions
 #
-# Without labels, for samples of all classes: `args=np.full(600, network.no_condition)`. For
-# the same label in every sample without `args`: [`gddim_eqx.with_args`][]. To lead samples
-# away from one class, pass `with_args(flow, 0)` as the `unconditional` of
-# [`gddim_eqx.classifier_free_guidance`][].
+# - For unconditional samples, pass `args=np.full(600, network.no_condition)`.
+# - To use the same label for every sample without passing `args`, use
+#   [`gddim_eqx.with_args`][].
+# - To push samples away from one class, pass `with_args(flow, 0)` as the `unconditional`
+#   argument of [`gddim_eqx.classifier_free_guidance`][].
 #
-# ## Next
+# ## Next steps
 #
-# - Two of the included models have classes: `fashion-mnist-cld-classes` and
-#   `fashion-mnist-vp-classes`; see [`gddim_eqx.checkpoints.pretrained`][].
-# - For context vectors rather than labels make the network with `context_size`.
-# - Without training for it: [`gddim_eqx.posterior_guidance`][] conditions on a measurement,
-#   [`gddim_eqx.classifier_guidance`][] on the gradient of a classifier.
+# - Two of the included models are class-conditional: `fashion-mnist-cld-classes` and
+#   `fashion-mnist-vp-classes`. See [`gddim_eqx.checkpoints.pretrained`][].
+# - To condition on context vectors rather than labels, create the network with
+#   `context_size`.
+# - Two kinds of guidance need no training with conditions:
+#   [`gddim_eqx.posterior_guidance`][] conditions on a measurement, and
+#   [`gddim_eqx.classifier_guidance`][] uses the gradient of a classifier.

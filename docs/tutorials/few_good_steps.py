@@ -1,17 +1,17 @@
 # %% [markdown]
 # # Few good steps
 #
-# You have a model, and its evaluations are expensive. Try, in this order:
+# You have a model, and its evaluations are expensive. Try the following, in this order:
 #
 # 1. `gd.sample(flow, key, number, num_steps=20)`: the defaults, which need no tuning.
-# 2. [`gddim_eqx.GaussianStart`][], for 2 to 10 evaluations: a start in closed form, from
-#    the mean and covariance of the data. It costs nothing.
+# 2. [`gddim_eqx.GaussianStart`][], for 2 to 10 evaluations: a closed-form start from the
+#    mean and covariance of the data, at no cost.
 # 3. [`gddim_eqx.fit_solver`][] with `learn="times"`: optimise the time grid for your model
 #    and any solver.
-# 4. [`gddim_eqx.fit_solver`][]: learn coefficients and the start too, for 3 to 10
+# 4. [`gddim_eqx.fit_solver`][]: learn the coefficients and the start too, for 3 to 10
 #    evaluations.
 #
-# Here we measure what each gains: first with a model that is exact, then with a network.
+# This tutorial measures the gain from each, first with an exact model, then with a network.
 
 # %%
 import jax
@@ -32,10 +32,10 @@ flow = gd.ProbabilityFlow(process, gd.GaussianMixture(centres, 0.05).model(proce
 # %% [markdown]
 # ## Measure the error
 #
-# The same key gives every solver the same noise. So the error of a sample is its distance
-# from that of an accurate solution. Choose a solver by this rather than by the FID, which
-# needs thousands of samples and includes the error of the network. The median ignores the
-# few samples that end in another mode.
+# The same key gives every solver the same noise. The error of a sample is therefore its
+# distance from the corresponding sample of an accurate solution. Use this rather than the
+# FID to choose a solver: the FID needs thousands of samples and includes the error of the
+# network. The median ignores the few samples that end in another mode.
 
 
 # %%
@@ -53,8 +53,8 @@ def error(**options):
 # %% [markdown]
 # ## Grid and order
 #
-# [`gddim_eqx.time_grid`][] has several grids; [`gddim_eqx.GDDIM`][] has orders 1 to 4, in
-# data space or in noise space.
+# [`gddim_eqx.time_grid`][] provides several grids. [`gddim_eqx.GDDIM`][] has orders 1 to 4,
+# with data or noise predictions.
 
 # %%
 numbers = [5, 8, 10, 15, 20, 30, 50]
@@ -73,10 +73,10 @@ orders = {
 }
 
 # %% [markdown]
-# ## A start in closed form
+# ## A closed-form start
 #
-# At high noise levels the model's predictions are close to those of normal data with the
-# same mean and covariance. Before the first evaluation, the solver can use these:
+# At high noise levels, the predictions of the model are close to those for normal data with
+# the same mean and covariance. The solver can use these before the first evaluation:
 
 # %%
 data = gd.GaussianMixture(centres, 0.05).sample(jax.random.key(2), 1000)
@@ -87,13 +87,13 @@ for n in (3, 4, 5, 8):
     )
 
 # %% [markdown]
-# More in [Sample in 2 to 10 evaluations](../how_to/few_evaluations.md).
+# For more, see [Sample in 2 to 10 evaluations](../how_to/few_evaluations.md).
 #
 # ## An adapted grid
 #
-# Which grid is best depends on the data. [`gddim_eqx.fit_solver`][] moves the times, by
+# The best grid depends on the data. [`gddim_eqx.fit_solver`][] adjusts the times with
 # gradient descent through the solver, to reduce the error of a few dozen samples (pilots).
-# The new times serve all other samples:
+# The new times work for all other samples:
 
 # %%
 pilots = process.prior(jax.random.key(1), (64,))
@@ -124,23 +124,23 @@ def plot_both():
 plot_both()
 
 # %% [markdown]
-# Here 8 steps on an adapted grid are as accurate as 20 on the default grid. For many steps
-# adapting a grid is not worth the time.
+# Here 8 steps on an adapted grid are as accurate as 20 on the default grid. With many
+# steps, adapting the grid is not worth the time.
 #
 # ## A learned solver
 #
-# [`gddim_eqx.fit_solver`][] also learns corrections of the solver's coefficients, and with
-# `start=` its time and slope. Whatever is learned, a step remains exact if the data are a
-# single point:
-# `gd.fit_solver(flow, flow.process.prior(key, (64,)), num_steps=5, start=start).solver`. A
-# quarter of the pilots is held back, to choose between what was learned and the start.
-# [`gddim_eqx.checkpoints.save`][] keeps the solver, which has its times and its start.
+# [`gddim_eqx.fit_solver`][] also learns corrections to the solver's coefficients and, with
+# `start=`, the time and slope of the start:
+# `gd.fit_solver(flow, flow.process.prior(key, (64,)), num_steps=5, start=start).solver`.
+# Whatever is learned, a step remains exact if the data are a single point. A quarter of the
+# pilots are held out, to choose between the learned solver and the initial one.
+# [`gddim_eqx.checkpoints.save`][] saves the solver together with its times and its start.
 #
-# It costs, once per model, about `4 * 200 * 8 * num_steps` evaluations, as each of 200
-# iterations takes 8 pilots; 50 per pilot for accurate solutions; and a few to choose. With
-# 64 pilots and 5 steps this is as much as drawing 8,000 samples. For the small network
-# below it takes two minutes on two CPU cores. The solvers for the included models come with
-# them:
+# This costs, once per model, about `4 * 200 * 8 * num_steps` evaluations (each of 200
+# iterations uses 8 pilots), 50 per pilot for accurate solutions, and a few for the choice.
+# With 64 pilots and 5 steps, this is as much as drawing 8,000 samples. For the small
+# network below it takes two minutes on two CPU cores. The included models come with learned
+# solvers:
 
 # %%
 flow = gd.checkpoints.pretrained("fashion-mnist-vp")
@@ -169,12 +169,12 @@ def show(rows):
 show(rows)
 
 # %% [markdown]
-# By default, `sample` starts in closed form here too, as the network knows the standard
-# deviation of its data. For this model 5 learned evaluations have the FID of 10 from noise:
-# 1.6 and 1.7, where 5 from noise have 2.5 (1,000 samples each). For sample quality rather
-# than accuracy there is the regime `"sharpest"`: with the covariance of the images, 5
-# evaluations have 1.2.
+# By default, `sample` uses a closed-form start here too, because the model stores the
+# standard deviation of its data. For this model, the learned solver with 5 evaluations
+# matches the FID of 10 evaluations from noise (1.6 and 1.7), while 5 from noise reach 2.5
+# (1,000 samples each). For sample quality rather than accuracy, use the regime
+# `"sharpest"`: with the covariance of the images, it reaches 1.2 with 5 evaluations.
 #
-# Adaptive step sizes do not help with a small budget: a `PIDController` controls the error
-# of each step, but not how it propagates, and rejects many steps. Use one to reach a
-# tolerance.
+# Adaptive step sizes do not help with a small budget. A `PIDController` controls the error
+# of each step but not how it propagates, and it rejects many steps. Use one to reach a
+# given tolerance.

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Sample a known distribution
 #
-# This page needs no network: the data are a mixture of Gaussians, whose exact noise
-# prediction is known under every process. So every number below is an error of the solver
-# alone. To use a network of your own, replace `data.model(process)`.
+# This tutorial needs no network. The data are a mixture of Gaussians, for which the exact
+# noise prediction is known under every process. All errors below are therefore due to the
+# solver alone. To use your own network, replace `data.model(process)`.
 
 # %%
 import warnings
@@ -24,8 +24,8 @@ warnings.filterwarnings("ignore", "The samples have a root mean square")
 # %% [markdown]
 # ## Process, model, term
 #
-# The data are eight Gaussians on a circle. Under critically damped Langevin diffusion (CLD)
-# each data point gets a velocity, so a state is a [`gddim_eqx.Phase`][] of `x` and `v`.
+# The data are eight Gaussians on a circle. Critically-damped Langevin diffusion (CLD) adds
+# a velocity to each data point, so a state is a [`gddim_eqx.Phase`][] of `x` and `v`.
 
 # %%
 angles = jnp.arange(8) * jnp.pi / 4
@@ -39,9 +39,9 @@ term = gd.ProbabilityFlow(process, model)
 # %% [markdown]
 # ## Solve
 #
-# Time runs from noise, at `ts[0]`, to data. [`gddim_eqx.ProbabilityFlow`][] is a Diffrax
-# term and [`gddim_eqx.GDDIM`][] a Diffrax solver, which evaluates the model once per step.
-# `decode` extracts the data from states.
+# The grid runs from noise, at `ts[0]`, to data. [`gddim_eqx.ProbabilityFlow`][] is a
+# Diffrax term. [`gddim_eqx.GDDIM`][] is a Diffrax solver that evaluates the model once per
+# step. `decode` extracts the data from the states.
 
 # %%
 ts = gd.time_grid(process, 20)
@@ -58,25 +58,24 @@ def solve(solver, ts):
 x = solve(gd.GDDIM(), ts)
 
 # %% [markdown]
-# ## Another solver
+# ## Use another solver
 #
-# Any ODE solver of Diffrax takes its place.
+# You can use any Diffrax ODE solver instead:
 
 # %%
 x_tsit5 = solve(dfx.Tsit5(), ts)
 
 # %% [markdown]
-# ## Count evaluations, and measure the error
+# ## Count evaluations and measure the error
 #
-# Tsit5 evaluates the model six times per step, so equal numbers of steps are not a fair
-# comparison. [`gddim_eqx.sample`][] does all of the above in one call (noise, grid and
-# solve), checks that all samples are finite, and counts evaluations. The same key gives
-# every solver the same noise. So samples can be compared one by one with an accurate
-# solution.
+# Tsit5 evaluates the model six times per step, so comparing equal numbers of steps is not
+# fair. [`gddim_eqx.sample`][] does all of the above in one call (noise, grid and solve). It
+# also checks that all samples are finite, and counts evaluations. The same key gives every
+# solver the same noise, so samples can be compared one by one with an accurate solution.
 #
-# No solver is accurate for all samples: a few begin near the boundary between two basins of
-# attraction, and end in another mode. So we report the median error, and how many samples
-# are farther than 0.5 from where they belong.
+# No solver is accurate for all samples. A few start near the boundary between two basins of
+# attraction and end in another mode. We therefore report the median error, and the fraction
+# of samples farther than 0.5 from the accurate solution ("astray").
 
 
 # %%
@@ -115,11 +114,11 @@ names = "GDDIM, 20 evaluations", "Tsit5, 19 evaluations", "Tsit5, 121 evaluation
 scatter({"noise": noise.x} | {name: samples[name] for name in names})
 
 # %% [markdown]
-# ## Log likelihood
+# ## Compute log likelihoods
 #
-# Under a process with a velocity the density of the data alone is not known.
-# [`gddim_eqx.log_likelihood_bound`][] estimates a lower bound, from random velocities. For
-# an exact model the bound is tight, and what is left is the error of the estimate.
+# For a process with a velocity, the flow does not give the density of the data alone.
+# [`gddim_eqx.log_likelihood_bound`][] estimates a lower bound with random velocities. For
+# an exact model the bound is tight, and only the error of the estimate remains.
 
 # %%
 points = data.sample(jax.random.key(2), 6)
@@ -141,10 +140,10 @@ bound = gd.log_likelihood_bound(term, points, key, num_draws=100).value
 report(bound=bound, exact=exact_log_density(points))
 
 # %% [markdown]
-# ## Another process
+# ## Use another process
 #
-# Change `CLD` to `VP`, and nothing else. (The states are now arrays, not pairs; `decode`
-# and the solvers do not mind.)
+# Change `CLD` to `VP`, and nothing else. (States are now arrays rather than pairs, which
+# `decode` and the solvers handle.)
 
 # %%
 process = gd.VP((2,))
@@ -153,9 +152,9 @@ term = gd.ProbabilityFlow(process, model)
 _ = compare(term)
 
 # %% [markdown]
-# Without a velocity, [`gddim_eqx.log_likelihood`][] computes the density: that of the data
-# with the little noise that is left at `process.t_min`, where sampling ends. The mixture
-# with that noise is known too:
+# Without a velocity, [`gddim_eqx.log_likelihood`][] computes the density. It is that of the
+# data plus the small amount of noise left at `process.t_min`, where sampling ends. For this
+# mixture, it is known exactly:
 
 # %%
 shrink = process.transition(process.t_min, 0.0).blocks[0, 0]
@@ -164,7 +163,7 @@ flow = gd.log_likelihood(term, points).value
 report(flow=flow, exact=exact_log_density(points, shrink, noise))
 
 # %% [markdown]
-# ## Next
+# ## Next steps
 #
-# - [Accuracy in few steps](few_good_steps.md): grids, orders and learned solvers.
-# - [Train on digits](train_on_digits.md): a network in place of the exact model.
+# - [Few good steps](few_good_steps.md) covers grids, orders and learned solvers.
+# - [Train on digits](train_on_digits.md) replaces the exact model with a network.

@@ -1,8 +1,9 @@
 # %% [markdown]
 # # Train on digits
 #
-# [`gddim_eqx.training`](../api/training.md) has a loss for all processes, shuffled batches
-# and a loop. Here it trains a small network on scikit-learn's scans of digits, 8x8 pixels.
+# [`gddim_eqx.training`](../api/training.md) provides a loss for all processes, shuffled
+# batches and a training loop. This tutorial trains a small network on scikit-learn's scans
+# of digits, with 8x8 pixels.
 
 # %%
 import time
@@ -46,12 +47,13 @@ show({"data": images})
 # %% [markdown]
 # ## Network and model
 #
-# A network is called on single samples, `network(t, x)`; [`gddim_eqx.nn.NetworkModel`][]
-# makes it a model of the process. With `data_std`, the standard deviation of the data, the
-# network is preconditioned: its output is of order 1 at all times, and the model predicts
-# data. Always pass this. Without it training takes far longer, above all for CLD.
+# A network is called on single samples, as `network(t, x)`. [`gddim_eqx.nn.NetworkModel`][]
+# turns it into a model for the process. With `data_std`, the standard deviation of the
+# data, the network is preconditioned: its output is of order 1 at all times, and the model
+# predicts the data. Always pass it. Without it, training takes far longer, especially for
+# CLD.
 #
-# `Trainer` scales integer images to [-1, 1], and samples have that range too.
+# `Trainer` scales integer images to [-1, 1]. Samples have the same range.
 
 # %%
 process = gd.VP((8, 8, 1))
@@ -60,20 +62,20 @@ data_std = float(np.std(images / 127.5 - 1))
 model = gd.nn.NetworkModel(process, network, data_std=data_std)
 
 # %% [markdown]
-# For CLD, replace `gd.VP` by `gd.CLD`, and make the network by
-# `gd.nn.presets.mlp((8, 8, 2), 1, key=jax.random.key(0), width=384)`: its input has two
-# channels, those of the data and of the velocity, and its output still one. For points in
-# the plane under CLD the network is `gd.nn.TimeMLP(4, 2, key=jax.random.key(0))`.
+# For CLD, use `gd.CLD` instead of `gd.VP`, and build the network with
+# `gd.nn.presets.mlp((8, 8, 2), 1, key=jax.random.key(0), width=384)`. The input has two
+# channels, data and velocity; the output still has one. For 2-D points under CLD, use
+# `gd.nn.TimeMLP(4, 2, key=jax.random.key(0))`.
 
 # %% [markdown]
 # ## Train
 #
 # [`gddim_eqx.training.DataWeighting`][] gives errors of the data prediction equal weight at
-# all times. With `weighting="noise"`, the paper's loss, errors of the noise prediction have
-# equal weight, and late times, which decide what a sample looks like as a whole, hardly
-# count. A model that knows only the standard deviation of the data has a loss of about 1.
-# The best possible loss is well above 0, as late states say little about their data, so
-# small decreases matter.
+# all times. `weighting="noise"`, the paper's loss, gives equal weight to errors of the
+# noise prediction. Late times then hardly count, although they determine the overall
+# appearance of a sample. If a model knows only the standard deviation of the data, its loss
+# is about 1. The best possible loss is well above 0, because late states contain little
+# information about the data. Small decreases of the loss therefore matter.
 
 # %%
 num_steps = 1200
@@ -98,8 +100,8 @@ print(f"{seconds:.0f} s; loss", ", ".join(f"{value:.2f}" for value in losses))
 # %% [markdown]
 # ## Sample
 #
-# `state.averaged` is the model with the average of its recent parameters. Pass the same
-# `predicts` to `DenoisingLoss` and to [`gddim_eqx.ProbabilityFlow`][].
+# `state.averaged` is the model with the exponential moving average of its parameters. Pass
+# the same `predicts` to `DenoisingLoss` and to [`gddim_eqx.ProbabilityFlow`][].
 
 # %%
 flow = gd.ProbabilityFlow(process, state.averaged, "data")
@@ -108,18 +110,19 @@ samples = {n: gd.to_uint8(gd.sample(flow, jax.random.key(2), 800, n).x) for n in
 show({f"{n} evaluations": x for n, x in samples.items()} | {"data": images})
 
 # %% [markdown]
-# These look roughly like digits, after less than a minute of training. Longer training and
-# a wider network improve them: `make demo`, or `python examples/train.py digits`, whose
-# samples these are after four minutes:
+# After less than a minute of training, these look roughly like digits. They improve with
+# longer training and a wider network: run `make demo`, or
+# `python examples/train.py digits`. The latter gives these samples after four minutes:
 #
 # ![Samples after four minutes of training](../digits.png)
 
 # %% [markdown]
-# ## Measure
+# ## Measure the sample quality
 #
-# The Frechet distance of pixels, between as many samples as real images. (For larger images
-# use features: [`gddim_eqx.metrics.Inception`][], or a classifier of your own.) The last
-# line is the distance between two halves of the data, the least to expect.
+# The Fréchet distance of pixels compares equal numbers of samples and real images. (For
+# larger images use features, from [`gddim_eqx.metrics.Inception`][] or your own
+# classifier.) The last line is the distance between two halves of the data, the smallest
+# value to expect.
 
 # %%
 flat = lambda x: x.reshape(len(x), -1) / 127.5 - 1
@@ -130,13 +133,14 @@ distance = lambda x: gd.metrics.frechet_distance(flat(x), flat(one))
 print("\n".join(f"{name:>14}: {distance(x):.2f}" for name, x in rows.items()))
 
 # %% [markdown]
-# From 10 evaluations on it no longer falls: what remains is the error of the network. This
-# tells whether to spend time on the solver or on training.
+# Beyond 10 evaluations, the distance no longer decreases: the remaining error is the
+# network's. A comparison like this tells you whether to spend time on the solver or on
+# training.
 #
 # ## Save and load
 #
 # The file describes the network and the process, so nothing else is needed to load it. For
-# a network of your own, pass one of the same structure: `load(path, like=network)`.
+# your own network, pass one of the same structure: `load(path, like=network)`.
 
 # %%
 gd.checkpoints.save("digits.npz", flow)
@@ -145,10 +149,10 @@ x, _ = gd.sample(loaded, jax.random.key(2), 800, 20)
 print("same samples:", bool((gd.to_uint8(x) == samples[20]).all()))
 
 # %% [markdown]
-# ## Next
+# ## Next steps
 #
-# - [`gddim_eqx.training.fit`][] also writes checkpoints, from which an interrupted run
-#   resumes, and metrics; `examples/train.py` uses all of it.
-# - `examples/quickstart.py` writes the training loop by hand, with Equinox and Optax only:
+# - [`gddim_eqx.training.fit`][] also writes metrics, and checkpoints from which an
+#   interrupted run resumes. `examples/train.py` uses all of this.
+# - `examples/quickstart.py` implements the training loop with Equinox and Optax only.
 #   `process.perturb(key, x, t)` returns a noised state and the noise to predict.
-# - [Conditional models](conditional_model.md).
+# - [A conditional model](conditional_model.md) trains with labels.
