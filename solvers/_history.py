@@ -50,7 +50,8 @@ def rank_by_distance(
 
     Of two nodes that are too close, the farther is dropped, even if the nearer is
     dropped too: the difference of their values would say more about their errors than
-    about the derivative. The rank of a dropped node is the number of nodes.
+    about the derivative. So is a node whose distances from the nearer ones, at most 1 each,
+    have a tiny product. The rank of a dropped node is the number of nodes.
 
     **Arguments:**
 

@@ -246,7 +246,7 @@ def test_gradients_with_respect_to_the_operator():
         np.testing.assert_allclose(found[i], difference, rtol=1e-7)
 
 
-# What Diffrax asks of a solver, as in test_gddim_contract.py
+# What Diffrax asks of a solver, as in test_contract.py
 
 
 def _term(name="diagonal"):
