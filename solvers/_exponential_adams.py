@@ -21,7 +21,7 @@ from gddim_eqx._misc import renamed
 from gddim_eqx._term import real_time, Semilinear, unwrap
 
 from ._corrector import AbstractCorrector, NoCorrector
-from ._history import Places
+from ._history import Places, unstacked
 from ._multistep import AbstractExponentialMultistep, Problem
 from ._predictor import AbstractPredictor, AdamsBashforth
 
@@ -115,7 +115,7 @@ class ExponentialAdams(AbstractExponentialMultistep):
         def sweep(values, _):
             def at(node):
                 tau, polynomials, linear, moments = node
-                force = integral(shape, polynomials, moments, [values])
+                force = integral(shape, polynomials, moments, unstacked(values))
                 return evaluate(tau, add(combine(shape, [(linear, y0)]), force))
 
             later = lax.map(at, (times[1:], polynomials[1:], *steps))

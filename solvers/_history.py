@@ -80,6 +80,13 @@ def rank_by_distance(
     return jnp.where(used, rank, number)
 
 
+def unstacked(values: PyTree[Inexact[Array, "nodes ..."]]) -> list[State]:
+    """The values at the nodes, from arrays with a leading axis for the nodes."""
+    number = len(jtu.tree_leaves(values)[0])
+    at = lambda k: lambda x: lax.index_in_dim(x, k, keepdims=False)
+    return [jtu.tree_map(at(k), values) for k in range(number)]
+
+
 class LastStep(NamedTuple):
     """What is needed to correct the end of the previous step."""
 
@@ -132,15 +139,13 @@ class History(eqx.Module):
             # Every value is affected by the noise of its step.
             length = jnp.full_like(s, jnp.finfo(s.dtype).max)
         place = Places(s, c.start, c.error_start, length)
-        slot = lambda k: lambda x: lax.index_in_dim(x, k, keepdims=False)
-        older = [jtu.tree_map(slot(k), self.values) for k in range(len(known))]
 
         # Those of other slots are finite, but not used.
         def all_places(new, old):
             return jnp.concatenate([new[None], jnp.where(known, old, new)])
 
         return Nodes(
-            [value, *older],
+            [value, *unstacked(self.values)],
             jtu.tree_map(all_places, place, self.places),
             jnp.concatenate([jnp.ones(1, bool), known]),
         )
